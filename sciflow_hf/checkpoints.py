@@ -1,0 +1,129 @@
+"""Checkpoints that are whole or not used: a manifest written last, and the choice of what to resume from."""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from .errors import SciflowError
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+RUN_FACTS = "run.json"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON whole or not at all: temporary name, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_manifest(folder: Path) -> None:
+    """Names, sizes and sha256 of all files below `folder`. Written last: without it a checkpoint does not count."""
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST]
+    entries = {
+        p.relative_to(folder).as_posix(): {"sha256": _sha256(p), "size": p.stat().st_size} for p in files
+    }
+    write_json(folder / MANIFEST, {"files": entries})
+
+
+def checkpoint_fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None where every file of its manifest is there and unchanged."""
+    try:
+        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}, so its save did not finish"
+    except (ValueError, KeyError, TypeError):
+        return f"its {MANIFEST} is damaged"
+    for name, entry in entries.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != entry["size"] or _sha256(file) != entry["sha256"]:
+            return f"{name} is damaged"
+    return None
+
+
+def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
+    """`checkpoint-N` folders, newest (largest N) first."""
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]), reverse=True)
+
+
+def resolve_checkpoint(value: str | bool | None, output_dir: str | os.PathLike) -> Path | None:
+    """The checkpoint to resume from.
+
+    Args:
+        value: None or False for none; "latest" (or True): the newest that verifies, or None where there is none;
+            "checkpoint-N" in `output_dir`, or a path: that one, which must exist and verify.
+
+    Raises:
+        SciflowError: a named checkpoint that is missing or damaged.
+    """
+    if value in (None, False, "", "False", "false"):
+        return None
+    if value in (True, "latest", "True", "true"):
+        for folder in list_checkpoints(output_dir):
+            fault = checkpoint_fault(folder)
+            if fault is None:
+                return folder
+            logger.warning("%s is passed over: %s.", folder, fault)
+        logger.info("No checkpoint to resume from in %s: starting at the beginning.", output_dir)
+        return None
+    inside = Path(output_dir) / str(value)
+    folder = inside if inside.is_dir() else Path(str(value))
+    if not folder.is_dir():
+        there = ", ".join(p.name for p in list_checkpoints(output_dir)) or "none"
+        raise SciflowError(
+            f"`resume_from_checkpoint` {value!r} does not exist. In {output_dir}: {there}. Use `latest`, one of them, "
+            "or a path."
+        )
+    fault = checkpoint_fault(folder)
+    if fault is not None:
+        raise SciflowError(f"`resume_from_checkpoint` {folder}: {fault}. `latest` takes the newest that is whole.")
+    return folder
+
+
+def check_output_dir(output_dir: str | os.PathLike, *, resume: Any, overwrite: bool) -> None:
+    """Refuses an output folder that holds checkpoints, unless told to resume or to overwrite (which removes them)."""
+    found = list_checkpoints(output_dir)
+    if not found or resume not in (None, False, ""):
+        return
+    if not overwrite:
+        raise SciflowError(
+            f"`output_dir` {output_dir} holds {found[0].name}. Go on with `--resume_from_checkpoint latest`, begin "
+            "anew with `--overwrite_output_dir` (removes its checkpoints), or choose another folder."
+        )
+    for folder in found:
+        logger.info("Removing %s (`--overwrite_output_dir`).", folder)
+        shutil.rmtree(folder)
+
+
+def check_run_facts(folder: Path, now: dict[str, Any]) -> None:
+    """Refuses to resume a run of another family, model, adapter, data or batch; says what differs.
+
+    Args:
+        now: facts of this run, as written to `run.json` of the checkpoint.
+    """
+    before = json.loads((folder / RUN_FACTS).read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(now))
+    differs = [f"{k}: {before.get(k)!r} then, {v!r} now" for k, v in now.items() if before.get(k) != v]
+    if differs:
+        raise SciflowError(
+            f"`resume_from_checkpoint` {folder} belongs to another run: {'; '.join(differs)}. Use the same options, or "
+            "start a new run from its weights with `--adapter_path`."
+        )

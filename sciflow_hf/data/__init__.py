@@ -1,0 +1,1 @@
+"""Caches of latents and text embeddings, buckets and loaders; knows no model family."""

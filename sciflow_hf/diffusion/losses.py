@@ -1,0 +1,49 @@
+"""Losses between prediction and target, and the weights of the noise levels. All per sample, float32."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+LOSSES = ("mse", "l1", "huber")
+
+
+def sample_loss(
+    model_pred: torch.Tensor, target: torch.Tensor, *, loss_type: str = "mse", huber_delta: float = 1.0
+) -> torch.Tensor:
+    """Mean loss of every sample: (B, ...) and (B, ...) -> (B,), float32.
+
+    Args:
+        loss_type: "mse", "l1" or "huber" (quadratic below `huber_delta`, linear above).
+    """
+    pred, target = model_pred.float(), target.float()
+    if loss_type == "mse":
+        loss = (pred - target) ** 2
+    elif loss_type == "l1":
+        loss = (pred - target).abs()
+    else:
+        loss = F.huber_loss(pred, target, reduction="none", delta=huber_delta)
+    return loss.flatten(1).mean(dim=1)
+
+
+def flow_weight(
+    sigmas: torch.Tensor, *, weighting_scheme: str = "none", min_snr_gamma: float | None = None
+) -> torch.Tensor:
+    """Weight of the velocity loss at each noise level: (B,) -> (B,).
+
+    Args:
+        weighting_scheme: "sigma_sqrt": sigma^-2; "cosmap": 2 / (pi (1 - 2 sigma + 2 sigma^2))
+            (Esser et al. 2024, section 3.1); anything else: 1 (the scheme is then a density, not a weight).
+        min_snr_gamma: min-SNR (Hang et al. 2023) weights the loss on x0 by min(SNR, gamma). With
+            SNR = ((1 - sigma) / sigma)^2 and x0 - x0_pred = sigma (u_pred - u) the weight on the velocity is
+            sigma^2 min(SNR, gamma) = min((1 - sigma)^2, gamma sigma^2).
+    """
+    if weighting_scheme == "sigma_sqrt":
+        weight = sigmas**-2
+    elif weighting_scheme == "cosmap":
+        weight = 2 / (math.pi * (1 - 2 * sigmas + 2 * sigmas**2))
+    else:
+        weight = torch.ones_like(sigmas)
+    if min_snr_gamma is not None:
+        weight = weight * torch.minimum((1 - sigmas) ** 2, min_snr_gamma * sigmas**2)
+    return weight

@@ -1,0 +1,41 @@
+"""Densities of the noise level: where in [0, 1] training looks, and how resolution moves it."""
+
+import math
+
+import torch
+
+
+def uniform_density(u: torch.Tensor) -> torch.Tensor:
+    """sigma = u: every noise level equally often."""
+    return u
+
+
+def logit_normal_density(u: torch.Tensor, *, logit_mean: float = 0.0, logit_std: float = 1.0) -> torch.Tensor:
+    """sigma = sigmoid(logit_mean + logit_std * z), z standard normal (Esser et al. 2024, section 3.1).
+
+    A positive `logit_mean` moves training towards noise, as in the paper. diffusers' example scripts look the
+    density up in a descending list of timesteps, so that there a positive mean moves towards the data.
+
+    Args:
+        u: uniform numbers in [0, 1), any shape; z is their normal quantile.
+    """
+    return torch.sigmoid(logit_mean + logit_std * torch.special.ndtri(u.clamp(1e-12, 1 - 1e-12)))
+
+
+def mode_density(u: torch.Tensor, *, mode_scale: float = 1.29) -> torch.Tensor:
+    """Heavy in the middle (s > 0) or at the ends (s < 0): equation 20 of Esser et al. 2024, with s = `mode_scale`."""
+    return 1 - u - mode_scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
+
+
+def shift_sigmas(sigmas: torch.Tensor, mu: float) -> torch.Tensor:
+    """sigma' = e^mu sigma / (1 + (e^mu - 1) sigma): more noise for more tokens (Esser et al. 2024, equation 23).
+
+    Args:
+        mu: logarithm of the shift; 0 changes nothing, ln 3 is SD3's shift of 3.
+    """
+    return math.exp(mu) * sigmas / (1 + math.expm1(mu) * sigmas)
+
+
+def level_grid(num_levels: int) -> torch.Tensor:
+    """The fixed noise levels of evaluation: midpoints of `num_levels` equal parts of [0, 1], float32."""
+    return (torch.arange(num_levels, dtype=torch.float32) + 0.5) / num_levels

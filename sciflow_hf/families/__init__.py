@@ -1,0 +1,37 @@
+"""Model families: one file each. A family is chosen by name, by dotted path, or by class."""
+
+import importlib
+from typing import Any
+
+from ..errors import SciflowError
+
+BUILT_IN = {"flux2_klein": "Flux2Klein"}
+
+
+def load_family(name: str | type) -> type:
+    """The class of a family.
+
+    Args:
+        name: a built-in name (`flux2_klein`), a dotted path (`my_package.my_module.MyFamily`), or a class.
+
+    Raises:
+        SciflowError: unknown name, or a path that does not lead to a `ModelFamily`.
+    """
+    from .base import ModelFamily
+
+    found: Any = name
+    if isinstance(name, str):
+        module, _, attribute = name.rpartition(".")
+        if name in BUILT_IN:
+            module, attribute = f"{__name__}.{name}", BUILT_IN[name]
+        elif not module:
+            raise SciflowError(
+                f"`family` {name!r} is unknown: use one of {', '.join(BUILT_IN)}, a dotted path to a class, or a class."
+            )
+        try:
+            found = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise SciflowError(f"`family` {name!r} cannot be imported: {error}.") from error
+    if not (isinstance(found, type) and issubclass(found, ModelFamily)):
+        raise SciflowError(f"`family` {name!r} is {found!r}, not a subclass of `ModelFamily`.")
+    return found

@@ -1,0 +1,172 @@
+"""The contract of a model family: how one kind of network is loaded, encoded for, trained and sampled."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from ..diffusion import timesteps
+from ..diffusion.randomness import uniform
+from ..errors import SciflowError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ..training_args import DiffusionTrainingArguments
+
+
+@dataclass
+class ModelFamily(ABC):
+    """One model family. The fields are its command-line flags; the methods are all that the rest needs of it.
+
+    Args:
+        pretrained_model_name_or_path: folder or Hub repository in diffusers layout.
+        revision: branch, tag or commit of the Hub repository.
+    """
+
+    pretrained_model_name_or_path: str = field(
+        metadata={"help": "Folder or Hub repository of the pipeline, in diffusers layout."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the Hub repository."})
+
+    name: ClassVar[str]
+    """Command-line name; equals the file name."""
+    component: ClassVar[str] = "transformer"
+    """Name of the trained network in the pipeline: prefix of LoRA keys, subfolder of full checkpoints."""
+    pads_text: ClassVar[bool] = False
+    """False: text of different lengths never shares a batch. True: padded to the longest, with a mask."""
+    from_scratch: ClassVar[bool] = False
+    """True where the initial weights are random, so that there is no base model to compare with."""
+    lora_presets: ClassVar[dict[str, str]] = {}
+    """Names for `--lora_layers`, each a comma list of layer names."""
+
+    @abstractmethod
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        batch: dict[str, torch.Tensor],
+        args: "DiffusionTrainingArguments",
+        *,
+        noise: torch.Tensor | None = None,
+        levels: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One training step: (loss (B,), levels (B,)), both float32. Calls `model` exactly once.
+
+        Args:
+            model: the network, possibly wrapped (DDP, compile, PEFT).
+            batch: collated samples; `noise_key` (B,) int64 where the loader gave keys.
+            noise: shape of the normalised latents; drawn from the keys unless given.
+            levels: final noise levels (B,), after any shift; drawn from the keys unless given.
+        """
+
+    @abstractmethod
+    def load_model(self, *, dtype: torch.dtype, meta: bool = False) -> torch.nn.Module:
+        """The network to train, in `dtype`; with `meta` without weights, for `--dry_run`."""
+
+    @abstractmethod
+    def load_encoders(self, *, device: torch.device | str, dtype: torch.dtype) -> Any:
+        """VAE and text encoder, for building caches."""
+
+    @abstractmethod
+    def encode_images(self, pixel_values: torch.Tensor, encoders: Any) -> dict[str, torch.Tensor]:
+        """Images (B, 3, H, W) in [-1, 1] -> what a cache stores of them."""
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str], encoders: Any) -> dict[str, torch.Tensor]:
+        """Prompts -> `prompt_embeds` (B, L, D) and the family's extras."""
+
+    @abstractmethod
+    def encoder_settings(self) -> dict[str, Any]:
+        """What the content of a cache depends on, as plain JSON values."""
+
+    @abstractmethod
+    def bucket_step(self) -> int:
+        """Height and width of images must be multiples of this many pixels."""
+
+    @abstractmethod
+    def pipeline_class(self) -> Any:
+        """The diffusers pipeline of this family."""
+
+    @abstractmethod
+    def load_pipeline(
+        self,
+        model: torch.nn.Module | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        with_text_encoder: bool = False,
+    ) -> Any:
+        """A diffusers pipeline around `model` itself (no copy)."""
+
+    @abstractmethod
+    def encode_validation_prompts(
+        self, prompts: Sequence[str], *, device: torch.device | str, dtype: torch.dtype
+    ) -> list[dict[str, torch.Tensor]]:
+        """Text inputs of `generate`, one dict a prompt; the encoders are freed before it returns."""
+
+    @abstractmethod
+    def generate(
+        self,
+        pipeline: Any,
+        prompt_inputs: dict[str, torch.Tensor],
+        *,
+        height: int,
+        width: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        generator: torch.Generator,
+    ) -> list["Image"]:
+        """Images of one prompt."""
+
+    @abstractmethod
+    def check_sample(self, model: torch.nn.Module, sample: dict[str, torch.Tensor]) -> None:
+        """Raises SciflowError where a sample does not fit the network (channels, text width, ids)."""
+
+    def resolution_mu(self, image_seq_len: int) -> float:
+        """Logarithm of the resolution-dependent shift for that many image tokens; 0 where a family has none."""
+        return 0.0
+
+    def sample_levels(
+        self, keys: torch.Tensor, args: "DiffusionTrainingArguments", image_seq_len: int
+    ) -> torch.Tensor:
+        """Noise levels of a batch, after the shift: sigmas in [0, 1], (B,), float32, on the CPU."""
+        u = uniform(keys, stream="level")
+        if args.weighting_scheme == "logit_normal":
+            sigmas = timesteps.logit_normal_density(u, logit_mean=args.logit_mean, logit_std=args.logit_std)
+        elif args.weighting_scheme == "mode":
+            sigmas = timesteps.mode_density(u, mode_scale=args.mode_scale)
+        else:
+            sigmas = timesteps.uniform_density(u)
+        return timesteps.shift_sigmas(sigmas, self.shift_mu(args, image_seq_len)).float()
+
+    def shift_mu(self, args: "DiffusionTrainingArguments", image_seq_len: int) -> float:
+        """mu of `--timestep_shift`: "resolution" asks the family, "none" is 0, a number is the shift e^mu."""
+        if args.timestep_shift == "resolution":
+            return self.resolution_mu(image_seq_len)
+        return 0.0 if args.timestep_shift == "none" else math.log(float(args.timestep_shift))
+
+    def evaluation_levels(self, num_levels: int) -> torch.Tensor:
+        """The fixed grid of `eval_loss`, (num_levels,); the same in every run."""
+        return timesteps.level_grid(num_levels)
+
+
+def network_dtype(model: torch.nn.Module) -> torch.dtype:
+    """dtype of the network's own weights, through any wrapper (`model.dtype` fails under DDP)."""
+    return next(p for p in model.parameters() if p.is_floating_point()).dtype
+
+
+@contextmanager
+def explain_loading(path: str, load: Callable[..., Any] | str) -> Iterator[None]:
+    """Turns the many errors of a missing or gated repository into one that says what to do."""
+    what = load if isinstance(load, str) else load.__name__
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SciflowError(
+            f"`pretrained_model_name_or_path` {path!r}: cannot load its {what} ({reason}). It must be a folder "
+            "or a Hub repository in diffusers layout; for a gated one accept its licence and run `hf auth login`."
+        ) from error

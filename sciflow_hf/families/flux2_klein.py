@@ -1,0 +1,275 @@
+"""FLUX.2 [klein] base, 4B and 9B (Black Forest Labs): rectified flow on patchified, batch-normalised latents."""
+
+import functools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from ..diffusion.losses import flow_weight, sample_loss
+from ..diffusion.randomness import batch_keys, randn
+from ..errors import SciflowError
+from .base import ModelFamily, explain_loading, network_dtype
+
+if TYPE_CHECKING:
+    from ..training_args import DiffusionTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+TEXT_ENCODER_LAYERS = (9, 18, 27)  # as the pipeline; diffusers' training script takes (10, 20, 30)
+PATCH = 2
+
+
+@dataclass
+class Flux2Klein(ModelFamily):
+    """FLUX.2 klein.
+
+    Args:
+        pretrained_model_name_or_path: `black-forest-labs/FLUX.2-klein-base-9B` or `-base-4B`, or a folder.
+            Train the base weights, not the distilled ones.
+        max_sequence_length: tokens of a prompt, chat template included. All of them, padding too, take part in
+            attention, so sampling must use the same length.
+    """
+
+    max_sequence_length: int = field(
+        default=512, metadata={"help": "Tokens per prompt. Padding is not masked: sample with the same length."}
+    )
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        batch: dict[str, torch.Tensor],
+        args: "DiffusionTrainingArguments",
+        *,
+        noise: torch.Tensor | None = None,
+        levels: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rectified flow (Liu et al. 2022; Esser et al. 2024, equation 13): the network predicts noise - latents.
+
+        Batch: `latents` (B, 32, h, w) raw, `prompt_embeds` (B, L, D). Noise: (B, 128, h/2, w/2). Levels: sigmas.
+        """
+        latents = self.normalise(patchify(batch["latents"].float()))  # (B, 128, h/2, w/2)
+        batch_size, _, height, width = latents.shape
+
+        keys = batch_keys(batch, batch_size)
+        if noise is None:
+            noise = randn(keys, latents.shape, device=latents.device, draw_on_cpu=not model.training)
+        if levels is None:
+            levels = self.sample_levels(keys, args, image_seq_len=height * width)
+        sigmas = levels.to(latents.device, non_blocking=True)
+        sigma = sigmas.view(-1, 1, 1, 1)
+
+        noisy_latents = (1 - sigma) * latents + sigma * noise
+
+        dtype = network_dtype(model)
+        prompt_embeds = batch["prompt_embeds"].to(dtype)
+        model_pred = model(
+            hidden_states=pack(noisy_latents).to(dtype),
+            timestep=sigmas,  # the network multiplies by 1000 itself
+            guidance=None,
+            encoder_hidden_states=prompt_embeds,
+            txt_ids=position_ids(1, 1, prompt_embeds.shape[1], batch_size, latents.device),
+            img_ids=position_ids(height, width, 1, batch_size, latents.device),
+            return_dict=False,
+        )[0]
+
+        target = pack(noise - latents)
+        loss = sample_loss(model_pred, target, loss_type=args.loss_type, huber_delta=args.huber_delta)
+        weight = flow_weight(sigmas, weighting_scheme=args.weighting_scheme, min_snr_gamma=args.min_snr_gamma)
+        return weight * loss, sigmas
+
+    name: ClassVar[str] = "flux2_klein"
+    lora_presets: ClassVar[dict[str, str]] = {
+        "attention": "to_k,to_q,to_v,to_out.0",
+        "standard": "to_k,to_q,to_v,add_q_proj,add_k_proj,add_v_proj,to_out.0,to_add_out",
+        "full": "to_k,to_q,to_v,add_q_proj,add_k_proj,add_v_proj,to_out.0,to_add_out,"
+        "linear_in,linear_out,to_qkv_mlp_proj,attn.to_out",
+    }
+
+    def normalise(self, latents: torch.Tensor) -> torch.Tensor:
+        """(B, 4C, h, w): per channel by the running statistics of the VAE's batch norm, eps inside the root."""
+        mean, std = self._statistics_on(latents.device)
+        return (latents - mean) / std
+
+    @functools.cached_property
+    def _statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        vae = self._load_vae()
+        mean = vae.bn.running_mean.view(1, -1, 1, 1)
+        std = (vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).sqrt()
+        return mean, std
+
+    def _statistics_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._statistics[0].device != device:
+            self.__dict__["_statistics"] = tuple(t.to(device) for t in self._statistics)
+        return self._statistics
+
+    def _load_vae(self) -> Any:
+        from diffusers import AutoencoderKLFlux2
+
+        with explain_loading(self.pretrained_model_name_or_path, "VAE"):
+            return AutoencoderKLFlux2.from_pretrained(
+                self.pretrained_model_name_or_path, subfolder="vae", revision=self.revision
+            )
+
+    def _config(self, subfolder: str) -> dict[str, Any]:
+        """The configuration of one part of the pipeline; of the pipeline itself for ""."""
+        from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
+
+        loaders = {"": Flux2KleinPipeline, "vae": AutoencoderKLFlux2, "transformer": Flux2Transformer2DModel}
+        with explain_loading(self.pretrained_model_name_or_path, f"{subfolder or 'pipeline'} configuration"):
+            return loaders[subfolder].load_config(
+                self.pretrained_model_name_or_path, subfolder=subfolder or None, revision=self.revision
+            )
+
+    def load_model(self, *, dtype: torch.dtype, meta: bool = False) -> torch.nn.Module:
+        from diffusers import Flux2Transformer2DModel
+
+        if self._config("").get("is_distilled", False):
+            logger.warning(
+                "`%s` is step-distilled: training moves it away from its few-step sampler. Train the base weights "
+                "(FLUX.2-klein-base-*) and use the LoRA on the distilled ones if you like.",
+                self.pretrained_model_name_or_path,
+            )
+        if meta:
+            with torch.device("meta"):
+                return Flux2Transformer2DModel.from_config(self._config("transformer")).to(dtype)
+        with explain_loading(self.pretrained_model_name_or_path, "transformer"):
+            return Flux2Transformer2DModel.from_pretrained(
+                self.pretrained_model_name_or_path,
+                subfolder="transformer",
+                revision=self.revision,
+                dtype=dtype,
+            )
+
+    def pipeline_class(self) -> Any:
+        from diffusers import Flux2KleinPipeline
+
+        return Flux2KleinPipeline
+
+    def load_encoders(self, *, device: torch.device | str, dtype: torch.dtype) -> Any:
+        with explain_loading(self.pretrained_model_name_or_path, "VAE and text encoder"):
+            pipeline = self.pipeline_class().from_pretrained(
+                self.pretrained_model_name_or_path, revision=self.revision, transformer=None, dtype=dtype
+            )
+        return pipeline.to(device)
+
+    def encode_images(self, pixel_values: torch.Tensor, encoders: Any) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            pixel_values = pixel_values.to(encoders.vae.device, encoders.vae.dtype)
+            return {"latents": encoders.vae.encode(pixel_values).latent_dist.mode()}
+
+    def encode_prompts(self, prompts: Sequence[str], encoders: Any) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            prompt_embeds, text_ids = encoders.encode_prompt(
+                list(prompts),
+                max_sequence_length=self.max_sequence_length,
+                text_encoder_out_layers=TEXT_ENCODER_LAYERS,
+            )
+        return {"prompt_embeds": prompt_embeds, "text_ids": text_ids}
+
+    def encoder_settings(self) -> dict[str, Any]:
+        return {
+            "family": self.name,
+            "pretrained_model_name_or_path": self.pretrained_model_name_or_path,
+            "revision": self.revision,
+            "max_sequence_length": self.max_sequence_length,
+            "text_encoder_layers": list(TEXT_ENCODER_LAYERS),
+            "padding_side": "right",
+        }
+
+    def bucket_step(self) -> int:
+        return PATCH * 2 ** (len(self._config("vae")["block_out_channels"]) - 1)
+
+    def resolution_mu(self, image_seq_len: int) -> float:
+        """The line of BFL's sampler for many steps, `compute_empirical_mu` in diffusers; training has no steps."""
+        return 0.00016927 * image_seq_len + 0.45666666
+
+    def load_pipeline(
+        self,
+        model: torch.nn.Module | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        with_text_encoder: bool = False,
+    ) -> Any:
+        without = {} if with_text_encoder else {"text_encoder": None, "tokenizer": None}
+        given = {} if model is None else {"transformer": model, "dtype": network_dtype(model)}
+        with explain_loading(self.pretrained_model_name_or_path, "pipeline"):
+            pipeline = self.pipeline_class().from_pretrained(
+                self.pretrained_model_name_or_path, revision=self.revision, **without, **given
+            )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline.to(device)
+
+    def encode_validation_prompts(
+        self, prompts: Sequence[str], *, device: torch.device | str, dtype: torch.dtype
+    ) -> list[dict[str, torch.Tensor]]:
+        encoders = self.load_encoders(device=device, dtype=dtype)
+        embeds = self.encode_prompts([*prompts, ""], encoders)["prompt_embeds"].cpu()
+        return [{"prompt_embeds": e[None], "negative_prompt_embeds": embeds[-1:]} for e in embeds[:-1]]
+
+    def generate(
+        self,
+        pipeline: Any,
+        prompt_inputs: dict[str, torch.Tensor],
+        *,
+        height: int,
+        width: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        generator: torch.Generator,
+    ) -> list[Any]:
+        dtype = network_dtype(pipeline.transformer)
+        inputs = {key: value.to(pipeline.transformer.device, dtype) for key, value in prompt_inputs.items()}
+        return pipeline(
+            **inputs,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=generator,
+        ).images
+
+    def check_sample(self, model: torch.nn.Module, sample: dict[str, torch.Tensor]) -> None:
+        missing = [key for key in ("latents", "prompt_embeds") if key not in sample]
+        if missing:
+            raise SciflowError(f"a sample of `{self.name}` needs {missing}; it has {sorted(sample)}.")
+        channels, dim = model.config.in_channels // PATCH**2, model.config.joint_attention_dim
+        latents, prompt_embeds = sample["latents"], sample["prompt_embeds"]
+        if latents.ndim != 3 or latents.shape[0] != channels or latents.shape[1] % PATCH or latents.shape[2] % PATCH:
+            raise SciflowError(
+                f"`latents` {tuple(latents.shape)}: `{self.name}` takes ({channels}, h, w) with even h and w, "
+                "before patchify. Was the cache built by another family or VAE?"
+            )
+        if prompt_embeds.ndim != 2 or prompt_embeds.shape[1] != dim:
+            raise SciflowError(
+                f"`prompt_embeds` {tuple(prompt_embeds.shape)}: this network takes (L, {dim}). klein 4B and 9B differ "
+                "here: build the cache with the model that you train."
+            )
+        expected = position_ids(1, 1, prompt_embeds.shape[0], 1, latents.device)[0]
+        if "txt_ids" in sample and not torch.equal(sample["txt_ids"], expected):
+            raise SciflowError("`text_ids`: FLUX.2 takes (0, 0, 0, l) for text token l; the cache stores other ids.")
+
+
+def patchify(latents: torch.Tensor) -> torch.Tensor:
+    """2x2 pixels become channels, in the order (c, ph, pw): (B, C, h, w) -> (B, 4C, h/2, w/2)."""
+    batch_size, channels, height, width = latents.shape
+    latents = latents.view(batch_size, channels, height // PATCH, PATCH, width // PATCH, PATCH)
+    return latents.permute(0, 1, 3, 5, 2, 4).reshape(batch_size, -1, height // PATCH, width // PATCH)
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) -> (B, H*W, C)."""
+    return latents.flatten(2).transpose(1, 2)
+
+
+@functools.lru_cache(maxsize=256)
+def _position_ids(height: int, width: int, length: int, device: torch.device) -> torch.Tensor:
+    axes = [torch.arange(size, device=device) for size in (1, height, width, length)]
+    return torch.cartesian_prod(*axes)
+
+
+def position_ids(height: int, width: int, length: int, batch_size: int, device: torch.device) -> torch.Tensor:
+    """Rotary position ids (t, h, w, l): (B, height * width * length, 4), int64; images (0,h,w,0), text (0,0,0,l)."""
+    return _position_ids(height, width, length, device).expand(batch_size, -1, -1)

@@ -1,0 +1,93 @@
+"""From flags to data: the demo's own figures and network, and the cache that is built before training."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .checkpoints import check_output_dir
+from .data.arguments import DataArguments, load_data
+from .families.base import ModelFamily
+
+if TYPE_CHECKING:
+    from .data.build import BuildReport
+    from .data.cache import LatentCache
+    from .training_args import DiffusionTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+DEMO = "demo"
+
+
+def build_cache_for(
+    family: ModelFamily,
+    input_dir: str,
+    output_dir: str,
+    *,
+    device: Any = "cpu",
+    dtype: Any = None,
+    **options: Any,
+) -> "BuildReport":
+    """Builds a cache of `input_dir` with the encoders of `family`; `options` are those of `build_cache`."""
+    import torch
+
+    from .data.build import build_cache
+
+    encoders = family.load_encoders(device=device, dtype=dtype or torch.float32)
+    return build_cache(
+        input_dir,
+        output_dir,
+        encode_images=lambda pixel_values: family.encode_images(pixel_values, encoders),
+        encode_prompts=lambda prompts: family.encode_prompts(prompts, encoders),
+        settings=family.encoder_settings(),
+        bucket_step=family.bucket_step(),
+        **options,
+    )
+
+
+def resolve_demo(family: ModelFamily, data_args: DataArguments, output_dir: str) -> None:
+    """Replaces `demo` in the options by figures and a network made below `output_dir` at first use."""
+    folder = Path(output_dir) / "demo"
+    if family.pretrained_model_name_or_path == DEMO:
+        from .demo import demo_pipeline
+
+        family.pretrained_model_name_or_path = str(demo_pipeline(folder))
+    if data_args.input_dir == DEMO:
+        from .demo import demo_figures
+
+        data_args.input_dir = str(demo_figures(folder))
+
+
+def prepare_data(
+    data_args: DataArguments, family: ModelFamily, args: "DiffusionTrainingArguments"
+) -> tuple["LatentCache", "LatentCache | None"]:
+    """The training and held-out data; with `--input_dir` the cache is built first (by one rank, resumable)."""
+    from accelerate import PartialState
+
+    device = args.device  # sets up the process group in the way of TrainingArguments
+    state = PartialState()
+    if state.is_main_process:
+        if not (args.dry_run or args.debug_batch):  # say so before hours of encoding and loading
+            check_output_dir(
+                args.output_dir, resume=args.resume_from_checkpoint, overwrite=args.overwrite_output_dir
+            )
+        resolve_demo(family, data_args, args.output_dir)
+    state.wait_for_everyone()
+    resolve_demo(family, data_args, args.output_dir)
+    if data_args.input_dir:
+        directory = data_args.dataset_dir[0] if data_args.dataset_dir else str(Path(args.output_dir) / "cache")
+        if state.is_main_process:
+            build_cache_for(
+                family,
+                data_args.input_dir,
+                directory,
+                device=device,
+                dtype=args.weight_dtype,
+                resolution=data_args.resolution,
+                caption_column=data_args.caption_column,
+                batch_size=data_args.encode_batch_size,
+                strict=data_args.strict,
+            )
+        state.wait_for_everyone()
+        data_args = dataclasses.replace(data_args, input_dir=None, dataset_dir=[directory])
+    return load_data(data_args, dtype=args.weight_dtype)

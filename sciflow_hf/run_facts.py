@@ -1,0 +1,208 @@
+"""What a run knows of itself: identity for resuming, facts for the card, access to trackers and the Hub."""
+
+import importlib.metadata
+import logging
+import os
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .adapters import WEIGHT_NAME, adapter_facts, adapter_layers
+from .data.loader import batch_keys_of, row_ids_of
+from .diffusion.randomness import hash64
+from .errors import SciflowError
+
+if TYPE_CHECKING:
+    from .callbacks.validation import ValidationCallback
+    from .trainer import DiffusionTrainer
+    from .training_args import DiffusionTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "transformers", "diffusers", "peft", "datasets", "accelerate")
+
+
+def identity(trainer: "DiffusionTrainer") -> dict[str, Any]:
+    """What must be the same for a checkpoint to be gone on from; plain JSON values."""
+    family, args = trainer.family, trainer.args
+    path = family.pretrained_model_name_or_path
+    adapter = adapter_facts(trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False))
+    return {
+        "family": family.name,
+        "pretrained_model_name_or_path": Path(path).name if os.path.isdir(path) else path,
+        "revision": family.revision,
+        "adapter": adapter,
+        "data": _fingerprint(trainer.train_dataset),
+        "total_train_batch_size": trainer.get_total_train_batch_size(args),
+        "seed": args.order_seed,
+        "optim": str(getattr(args.optim, "value", args.optim)),
+    }
+
+
+def _fingerprint(dataset: Any) -> str | None:
+    """Identity of the rows and their order."""
+    if dataset is None:
+        return None
+    own = getattr(dataset, "fingerprint", None)
+    return own if isinstance(own, str) else f"{hash64(*row_ids_of(dataset), str(batch_keys_of(dataset))):016x}"
+
+
+def prepare_wandb(args: "DiffusionTrainingArguments") -> None:
+    """Without a login W&B would stop the run and ask: log offline instead, and say so."""
+    if "wandb" not in args.report_to or os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+        return
+    import wandb
+
+    if not wandb.setup().settings.api_key and not os.environ.get("WANDB_API_KEY") and not _netrc_has_wandb():
+        os.environ["WANDB_MODE"] = "offline"
+        logger.warning("No W&B login found: logging offline. Run `wandb login` before, or `wandb sync` afterwards.")
+
+
+def _netrc_has_wandb() -> bool:
+    import netrc
+
+    try:
+        hosts = netrc.netrc().hosts
+    except (FileNotFoundError, netrc.NetrcParseError):
+        return False
+    return any("wandb" in host for host in hosts)
+
+
+def commonest_size(dataset: Any) -> tuple[int, int] | None:
+    """Height and width of the bucket with most rows; None for data without buckets."""
+    buckets = getattr(dataset, "buckets", None)
+    if not buckets:
+        return None
+    height, width = Counter(tuple(b)[:2] for b in buckets).most_common(1)[0][0]
+    return int(height), int(width)
+
+
+def validation_callback(trainer: "DiffusionTrainer") -> "ValidationCallback":
+    """Images of `args.validation_prompts` during training."""
+    from .callbacks.validation import ValidationCallback
+
+    args = trainer.args
+    size = tuple(args.validation_size) or commonest_size(trainer.train_dataset)
+    if size is None:
+        raise SciflowError("`validation_size`: give height and width, the data has no buckets to take them from.")
+    return ValidationCallback(
+        family=trainer.family,
+        prompts=args.validation_prompts,
+        seeds=args.validation_seeds,
+        steps=args.validation_steps,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.validation_guidance_scale,
+        size=(int(size[0]), int(size[1])),
+        output_dir=args.output_dir,
+        trackers=lambda: trainer.callback_handler.callbacks,
+    )
+
+
+def last_metrics(trainer: "DiffusionTrainer") -> dict[str, float]:
+    """The newest value of every evaluation metric in the log."""
+    found: dict[str, float] = {}
+    for entry in trainer.state.log_history:
+        if "eval_loss" in entry:
+            found = {k: v for k, v in entry.items() if k.startswith("eval_")}
+    return found
+
+
+def save_model_card(trainer: "DiffusionTrainer") -> None:
+    """README.md and run_facts.json in the output folder."""
+    from .hub import CardFacts, save_card
+
+    args, family, train, held_out = trainer.args, trainer.family, trainer.train_dataset, trainer.eval_dataset
+    metrics = last_metrics(trainer)
+    folder = Path(args.output_dir)
+    losses = [e["train_loss"] for e in trainer.state.log_history if "train_loss" in e]
+    images = sorted(folder.glob("validation/contact_sheet.png"))
+    adapter = adapter_facts(trainer.model)
+    sets = [d for d in (train, held_out) if d is not None and not isinstance(d, dict)]
+    buckets = Counter(tuple(b)[:2] for b in getattr(train, "buckets", None) or [])
+    facts = CardFacts(
+        repo_name=trainer.hub_model_id or args.hub_model_id or folder.resolve().name,
+        family=family.name,
+        base_model=family.pretrained_model_name_or_path,
+        revision=family.revision,
+        pipeline_class=family.pipeline_class().__name__,
+        weight_name=WEIGHT_NAME if adapter else None,
+        component=family.component,
+        adapter=adapter,
+        dataset={
+            "names": getattr(train, "names", []),
+            "samples": len(train) if train is not None else 0,
+            "eval_samples": len(held_out) if held_out is not None else 0,
+            "groups": len({g for d in sets for g in getattr(d, "groups", row_ids_of(d))}),
+            "buckets": dict(buckets),
+        },
+        non_default_args=args.changed_options(),
+        metrics=metrics,
+        interval_note="" if "eval_gain_low" in metrics else "fewer than 10 held-out groups",
+        global_step=trainer.state.global_step,
+        train_loss=losses[-1] if losses else None,
+        versions={name: importlib.metadata.version(name) for name in PACKAGES},
+        sample_images=[p.relative_to(folder).as_posix() for p in images],
+        sample_prompts=[],
+    )
+    save_card(facts, folder)
+
+
+def check_hub(args: "DiffusionTrainingArguments", *, token: str | None, private: bool | None) -> str:
+    """Full id of the repository to push to, which exists and may be written to."""
+    from .hub import check_access
+
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    private = args.hub_private_repo if private is None else private
+    return check_access(name, token=token or args.hub_token, private=private, revision=args.hub_revision)
+
+
+def upload(
+    trainer: "DiffusionTrainer", message: str | None, *, token: str | None, revision: str | None, blocking: bool
+) -> Any:
+    """What a user needs of the output folder, in one commit."""
+    from .hub import upload as upload_folder
+
+    args = trainer.args
+    return upload_folder(
+        str(trainer.hub_model_id),
+        args.output_dir,
+        token=token or args.hub_token,
+        revision=revision or args.hub_revision,
+        commit_message=message or "End of training",
+        run_as_future=not blocking,
+    )
+
+
+def push_checkpoint(trainer: "DiffusionTrainer", folder: Path) -> None:
+    """`--hub_strategy every_save`: weights and card so far, in the background; its failure is logged, not fatal."""
+    from transformers.trainer_utils import HubStrategy
+
+    if not trainer.is_world_process_zero() or trainer.args.hub_strategy == HubStrategy.END:
+        return
+    running = getattr(trainer, "_running_push", None)
+    if running is not None and not running.done() and not trainer.args.hub_always_push:
+        return
+    trainer.save_model(_internal_call=True)
+    trainer.create_model_card()
+    message = f"Training in progress, step {trainer.state.global_step}"
+    trainer._running_push = upload(trainer, message, token=None, revision=None, blocking=False)
+
+
+def summary(trainer: "DiffusionTrainer") -> str:
+    """A few plain lines for the end of a run: what was learnt, and where it lies."""
+    metrics, folder = last_metrics(trainer), Path(trainer.args.output_dir)
+    lines = [f"Trained {trainer.state.global_step} steps."]
+    if "eval_gain" in metrics:
+        base, loss, gain = metrics["eval_base_loss"], metrics["eval_loss"], metrics["eval_gain"]
+        verdict = "fewer than 10 held-out groups: no interval"
+        if "eval_gain_low" in metrics:
+            low, high = metrics["eval_gain_low"], metrics["eval_gain_high"]
+            verdict = f"95 % interval {low:.4f} to {high:.4f}: {'better' if low > 0 else 'not clearly better'}"
+        lines.append(f"Held-out loss: {base:.4f} base model, {loss:.4f} now; gain {gain:.4f} ({verdict}).")
+    elif "eval_loss" in metrics:
+        lines.append(f"Held-out loss: {metrics['eval_loss']:.4f}.")
+    weights = WEIGHT_NAME if adapter_layers(trainer.model) else trainer.family.component
+    for what, path in (("Weights", weights), ("Model card", "README.md"), ("Images", "validation/contact_sheet.png")):
+        if (folder / path).exists():
+            lines.append(f"{what}: {folder / path}")
+    return "\n".join(lines)

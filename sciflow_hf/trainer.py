@@ -1,0 +1,397 @@
+"""`DiffusionTrainer`: transformers.Trainer with one step per model family."""
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import EvalPrediction, TrainerCallback
+from transformers.trainer_utils import TrainOutput
+
+from . import checkpoints, run_facts
+from .adapters import adapter_disabled, adapter_layers, load_adapter_weights, save_adapter
+from .data.buckets import BucketBatchSampler
+from .data.loader import BucketLoader, batch_keys_of, collate, evaluation_keys, row_ids_of
+from .diffusion.randomness import hash64
+from .errors import SciflowError
+from .evaluation import quarter_means, summarise
+from .families.base import ModelFamily
+from .optimizers import effective_learning_rate
+from .trainer_hooks import HookedTrainer
+from .training_args import DiffusionTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+EVAL_BASE = "eval_base.json"
+
+
+class DiffusionTrainer(HookedTrainer):
+    """Trains a diffusion network of one family. What `transformers.Trainer` does, it does unchanged.
+
+    Args:
+        model: the network, with adapters already added (`add_adapter`), or all of it trainable.
+        args: training options.
+        family: how this kind of network is stepped, saved and sampled.
+        train_dataset, eval_dataset: map-style data sets of dicts of tensors, such as `load_cache` returns. A list
+            attribute `buckets` (or `batch_keys`) says which rows may share a batch; `row_ids` and `groups` name them.
+        data_collator: list of samples -> batch; stacks by default.
+        model_init: makes a model with adapters, for `hyperparameter_search`.
+        compute_metrics: gets the losses (N, levels) and row numbers (N,) of an evaluation; its metrics are added.
+        caption_dropout: share of samples trained with the empty prompt (chosen by sample key).
+        callbacks, optimizers, optimizer_cls_and_kwargs: as in the parent.
+
+    Raises:
+        SciflowError: nothing to train, trained weights in 16 bit, or data that does not fit the network.
+    """
+
+    loss_is_scaled_for_ga = False  # `compute_loss` returns a mean; the step divides by the accumulation itself
+
+    def __init__(
+        self,
+        model: torch.nn.Module | None = None,
+        args: DiffusionTrainingArguments | None = None,
+        *,
+        family: ModelFamily,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        data_collator: Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]] = collate,
+        model_init: Callable[..., torch.nn.Module] | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        caption_dropout: float = 0.0,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
+    ) -> None:
+        args = args or DiffusionTrainingArguments(output_dir="tmp_trainer")
+        self.family, self.caption_dropout = family, caption_dropout
+        self._user_metrics = compute_metrics
+        self._noted: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
+        self._eval_base: dict[str, list[float]] = {}
+        self._eval_rows: list[str] = []
+        self._measure_base = False
+        run_facts.prepare_wandb(args)
+        if model is not None:
+            self._check_model(model)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            model_init=model_init,
+            compute_metrics=self._summarise,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+        )
+        for dataset in (train_dataset, *_as_datasets(eval_dataset)):
+            self._check_data(dataset)
+        if args.validation_prompts:
+            self.add_callback(run_facts.validation_callback(self))
+
+    def _check_model(self, model: torch.nn.Module) -> None:
+        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        if not trained:
+            raise SciflowError("`model` has no parameter that requires a gradient: call `add_adapter` first.")
+        half = next((n for n, p in trained if p.dtype in (torch.bfloat16, torch.float16)), None)
+        if half is not None:
+            raise SciflowError(
+                f"`model`: {half} is trained in 16 bit, where an update of 1e-4 rounds to nothing. Load the network in "
+                "float32 and use `--bf16`, or add an adapter (its weights are float32)."
+            )
+
+        def activation_checkpointing_enable(**options: Any) -> None:
+            """What the parent calls for `--activation_checkpointing`, in diffusers' words."""
+            model.enable_gradient_checkpointing()
+
+        model.activation_checkpointing_enable = activation_checkpointing_enable  # type: ignore[assignment]
+
+    def _check_data(self, dataset: Any) -> None:
+        if dataset is None:
+            return
+        if len(dataset) == 0:
+            raise SciflowError("the data set is empty.")
+        if callable(getattr(dataset, "check_family", None)):
+            dataset.check_family(self.family.encoder_settings())
+        if self.model is not None:
+            self.family.check_sample(self.model, dataset[0])
+
+    def call_model_init(self, trial: Any = None) -> torch.nn.Module:
+        model = super().call_model_init(trial)
+        self._check_model(model)
+        return model
+
+    # -- the step ------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Mean loss of a batch by the family's step; the losses per sample are kept until the next log."""
+        loss, levels = self.family.compute_loss(model, inputs, self.args)
+        if model.training:
+            self._noted.append((loss.detach(), levels, inputs.get("row")))
+            if len(self._noted) >= 512:
+                self._noted = [self._gather_notes()]
+        return (loss.mean(), {"loss": loss, "levels": levels}) if return_outputs else loss.mean()
+
+    def _gather_notes(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        losses, levels, rows = zip(*self._noted, strict=True)
+        return torch.cat(losses), torch.cat(levels), None if rows[0] is None else torch.cat(rows)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the loss per quarter of the noise range and Prodigy's step size; stops at a loss that is not finite."""
+        if "loss" in logs:
+            self._check_finite()
+            logs.update(self._quarter_logs())
+            rate = effective_learning_rate(self.optimizer.param_groups) if self.optimizer is not None else None
+            if rate is not None:
+                logs["effective_learning_rate"] = rate
+        super().log(logs, start_time)
+
+    def _quarter_logs(self) -> dict[str, float]:
+        if not self._noted:
+            return {}
+        losses, levels, _ = self._gather_notes()
+        self._noted = []
+        both = self.accelerator.pad_across_processes(torch.stack([losses.float(), levels.float()], 1), pad_index=-1)
+        pairs = self.accelerator.gather(both).cpu().numpy()
+        pairs = pairs[pairs[:, 1] >= 0]
+        scale = max(float(pairs[:, 1].max()), 1.0)  # integer timesteps of DDPM families
+        return quarter_means(pairs[:, 0], pairs[:, 1] / scale)
+
+    def _check_finite(self) -> None:
+        if not self._noted:
+            return
+        losses, _, rows = self._gather_notes()
+        bad = ~torch.isfinite(losses)
+        if not self.accelerator.reduce(bad.any().float(), "sum").item():
+            return
+        names = sorted({self._row_name(int(r)) for r in rows[bad.cpu()]}) if rows is not None else []
+        raise SciflowError(
+            f"the loss was not finite before step {self.state.global_step}. Rows: {'; '.join(names[:10]) or 'elsewhere'}. "
+            "Look for NaN or Inf in them (`sciflow-hf cache info` names the files); checkpoints from before are whole. "
+            "Where the data is clean, lower `--learning_rate` or train in `--bf16` instead of fp16."
+        )
+
+    def _row_name(self, row: int) -> str:
+        describe = getattr(self.train_dataset, "describe", None)
+        return describe(row) if callable(describe) else f"row {row}"
+
+    # -- data ----------------------------------------------------------------------------------------------------
+
+    def _loader_options(self) -> dict[str, Any]:
+        workers = self.args.dataloader_num_workers
+        return {
+            "num_workers": workers,
+            "pin_memory": self.args.dataloader_pin_memory and torch.cuda.is_available(),
+            "prefetch_factor": self.args.dataloader_prefetch_factor if workers else None,
+        }
+
+    def get_train_dataloader(self) -> Any:
+        """Batches of one bucket, sharded and keyed by our own sampler; says what each bucket gives."""
+        if self.train_dataset is None:
+            raise SciflowError("`train_dataset` is missing.")
+        sampler = self.bucket_sampler()
+        logger.info("Buckets of an epoch:\n%s", sampler.table())
+        return BucketLoader(
+            self.train_dataset,
+            sampler,
+            caption_dropout=self.caption_dropout,
+            collate_fn=self.data_collator,
+            **self._loader_options(),
+        )
+
+    def bucket_sampler(self) -> BucketBatchSampler:
+        """The order of training for this rank."""
+        return BucketBatchSampler(
+            batch_keys_of(self.train_dataset),
+            batch_size=self._train_batch_size,
+            num_replicas=self.args.world_size,
+            rank=self.args.process_index,
+            accumulation_steps=self.args.gradient_accumulation_steps,
+            seed=self.args.order_seed,
+            drop_last=self.args.dataloader_drop_last,
+        )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Evaluation batches in row order, their noise keyed by the row's name."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
+        if dataset is None:
+            raise SciflowError("`eval_dataset` is missing: hold some out with `--eval_fraction`.")
+        sampler = BucketBatchSampler(
+            batch_keys_of(dataset),
+            batch_size=self.args.per_device_eval_batch_size,
+            num_replicas=self.args.world_size,
+            rank=self.args.process_index,
+            shuffle=False,
+        )
+        self._eval_rows = row_ids_of(dataset)
+        self._eval_groups = dict(zip(self._eval_rows, getattr(dataset, "groups", self._eval_rows), strict=True))
+        known = all(row in self._eval_base for row in self._eval_rows)
+        self._measure_base = not known and self._base_is_at_hand()
+        return BucketLoader(
+            dataset,
+            sampler,
+            key_of=evaluation_keys(self._eval_rows),
+            collate_fn=self.data_collator,
+            **self._loader_options(),
+        )
+
+    get_test_dataloader = get_eval_dataloader
+
+    # -- evaluation ----------------------------------------------------------------------------------------------
+
+    def _base_is_at_hand(self) -> bool:
+        """With an adapter always (switched off); in full fine-tuning before step 1; from scratch never."""
+        if adapter_layers(self.model):
+            return True
+        return not self.family.from_scratch and self.state.global_step == 0
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, torch.Tensor, torch.Tensor]:
+        """Losses of a batch on the fixed grid: (B, 2K), trained and base side by side, and the row numbers (B,)."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            losses = base = self._grid_losses(model, inputs)
+            if not self._measure_base:
+                base = torch.full_like(losses, torch.nan)
+            elif adapter_layers(self.model):
+                with adapter_disabled(self.model):
+                    base = self._grid_losses(model, inputs)
+        return None, torch.cat([losses, base], dim=1), inputs["row"].to(losses.device)
+
+    def _grid_losses(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        columns = []
+        for number, level in enumerate(self.family.evaluation_levels(self.args.eval_levels)):
+            keys = [hash64(int(key), number) for key in inputs["noise_key"]]
+            levels = level.expand(len(keys))
+            loss, _ = self.family.compute_loss(model, {**inputs, "noise_key": keys}, self.args, levels=levels)
+            columns.append(loss.float())
+        return torch.stack(columns, dim=1)
+
+    def _summarise(self, prediction: EvalPrediction) -> dict[str, float]:
+        both, rows = prediction.predictions, [self._eval_rows[int(i)] for i in prediction.label_ids]
+        losses, base = both[:, : both.shape[1] // 2], both[:, both.shape[1] // 2 :]
+        if self._measure_base:
+            self._eval_base.update({row: values.tolist() for row, values in zip(rows, base, strict=True)})
+        levels = self.family.evaluation_levels(self.args.eval_levels).numpy()
+        levels = levels / max(float(levels.max()), 1.0)
+        known = self._eval_base if all(row in self._eval_base for row in rows) else None
+        metrics = summarise(losses, levels, rows, self._eval_groups, known)
+        if self._user_metrics is not None:
+            metrics |= self._user_metrics(EvalPrediction(predictions=losses, label_ids=prediction.label_ids))
+        return metrics
+
+    def hyperparameter_search(
+        self, hp_space: Any = None, compute_objective: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The parent's; the objective is `eval_loss` unless given (the parent would add up all our metrics)."""
+        objective = compute_objective or (lambda metrics: metrics["eval_loss"])
+        return super().hyperparameter_search(hp_space, objective, *args, **kwargs)
+
+    # -- training, saving, publishing ----------------------------------------------------------------------------
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Trains; resumes where `resume_from_checkpoint` (or the option of that name) says: see `resolve_checkpoint`.
+
+        Raises:
+            SciflowError: an output folder with checkpoints and no word on them, a checkpoint of another run, a loss
+                that is not finite.
+        """
+        value = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        output_dir = self.args.output_dir
+        if trial is None:
+            if self.args.should_save:
+                checkpoints.check_output_dir(output_dir, resume=value, overwrite=self.args.overwrite_output_dir)
+            self.accelerator.wait_for_everyone()
+        folder = checkpoints.resolve_checkpoint(value, output_dir)
+        if folder is not None:
+            checkpoints.check_run_facts(folder, run_facts.identity(self))
+            if (folder / EVAL_BASE).is_file():
+                self._eval_base = json.loads((folder / EVAL_BASE).read_text(encoding="utf-8"))
+            logger.info("Going on from %s.", folder)
+        elif self.eval_dataset is not None and self.model_init is None and not adapter_layers(self.model):
+            self.evaluation_loops_before_training()
+        return super().train(str(folder) if folder else None, trial, ignore_keys_for_eval)
+
+    def evaluation_loops_before_training(self) -> None:
+        """Full fine-tuning: the losses of the initial weights, the base that later evaluations compare with."""
+        for dataset in _as_datasets(self.eval_dataset):
+            loader = self.get_eval_dataloader(dataset)
+            if self._measure_base:
+                self.evaluation_loop(loader, "Evaluation of the initial weights")
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The adapter as the family's LoRA file, or the network in diffusers layout. Never the frozen base."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if adapter_layers(model):
+            save_adapter(model, folder, family=self.family)
+        else:
+            model.save_pretrained(folder / self.family.component, state_dict=state_dict) if state_dict else (
+                model.save_pretrained(folder / self.family.component)
+            )
+        checkpoints.write_json(folder / checkpoints.RUN_FACTS, run_facts.identity(self))
+        if self._eval_base and folder.name.startswith("checkpoint-"):
+            checkpoints.write_json(folder / EVAL_BASE, self._eval_base)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        model = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
+        folder = Path(resume_from_checkpoint)
+        if adapter_layers(model):
+            load_adapter_weights(model, folder, family=self.family)
+        else:
+            saved = type(model).from_pretrained(folder / self.family.component, dtype=next(model.parameters()).dtype)
+            model.load_state_dict(saved.state_dict())
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Makes the repository and checks the right to write, before training."""
+        if self.is_world_process_zero():
+            self.hub_model_id = run_facts.check_hub(self.args, token=token, private=private)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes README.md from the facts of this run into `output_dir`."""
+        if self.is_world_process_zero():
+            run_facts.save_model_card(self)
+
+    def push_to_hub(
+        self, commit_message: str | None = "End of training", blocking: bool = True, token: str | None = None,
+        revision: str | None = None, private: bool | None = None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """Saves, writes the card and uploads what a user needs: weights, card, sample images."""
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card()
+        return run_facts.upload(self, commit_message, token=token, revision=revision, blocking=blocking)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        run_facts.push_checkpoint(self, Path(checkpoint_folder))
+
+
+def _as_datasets(datasets: Any) -> list[Any]:
+    if datasets is None:
+        return []
+    return list(datasets.values()) if isinstance(datasets, dict) else [datasets]
