@@ -1,13 +1,16 @@
-"""One parser for all recipes: HfArgumentParser dataclasses, `--config file.yaml` below the flags, errors that help."""
+"""One parser for all recipes: HfArgumentParser dataclasses, a YAML file below the flags, errors that help."""
 
+import argparse
 import dataclasses
 import difflib
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from types import NoneType, UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -16,24 +19,39 @@ from .errors import SciflowError
 
 
 class RecipeParser(HfArgumentParser):
-    """HfArgumentParser that takes YAML and flags together, refuses unknown names and suggests the nearest one."""
+    """HfArgumentParser that takes YAML and flags together, and suggests the nearest name for an unknown one."""
 
     def __init__(self, dataclass_types: Sequence[type], **kwargs: Any) -> None:
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
-        self.add_argument("--config", metavar="FILE", help="YAML file of options; flags win. `base:` names its parent.")
+        self.add_argument("--config", metavar="FILE", help="YAML of options; flags win. `base:` names its parent.")
+
+    def add_argument(self, *names: Any, **options: Any) -> Any:
+        """argparse formats help texts with `%`; a stray one, as in "50 % of", shall not break `--help`."""
+        if options.get("help"):
+            options["help"] = re.sub(r"%(?!%|\(\w+\)s)", "%%", options["help"].replace("%%", "%"))
+        return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        """One line on stderr, without argparse's page of usage; exit status 2."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
     def parse(self, argv: Sequence[str]) -> tuple[Any, ...]:
         """The dataclasses, filled from defaults, then the YAML, then the flags."""
         config = self._config_file(argv)
-        options = {name: action for action in self._actions for name in [action.dest] if name not in ("help", "config")}
+        options: dict[str, argparse.Action] = {}
+        for action in self._actions:
+            if action.dest not in ("help", "config"):
+                options.setdefault(action.dest, action)  # the first: `--x` stands before `--no_x` of a boolean
+        hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
         for name, value in (read_yaml(config) if config else {}).items():
             if name not in options:
-                self.error(f"{config}: unknown option `{name}`{_nearest(name, options)}")
+                self.error(f"{config}: unknown option `{name}`{_nearest(str(name), options)}")
+            try:
+                default = self._default(options[name], hints[name], value)
+            except argparse.ArgumentError as error:
+                self.error(f"{config}: `{name}`: {error.message}")
             options[name].required = False
-            self.set_defaults(**{name: self._default(options[name], name, value)})
+            self.set_defaults(**{name: default})
         namespace, unknown = self.parse_known_args(list(argv))
         if unknown:
             known = [flag for action in self._actions for flag in action.option_strings]
@@ -45,20 +63,30 @@ class RecipeParser(HfArgumentParser):
             for kind in self.dataclass_types
         )
 
-    @staticmethod
-    def _config_file(argv: Sequence[str]) -> str | None:
-        parser = HfArgumentParser([], add_help=False, allow_abbrev=False)
+    def _config_file(self, argv: Sequence[str]) -> str | None:
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         parser.add_argument("--config")
-        return parser.parse_known_args(list(argv))[0].config
+        try:
+            return parser.parse_known_args(list(argv))[0].config
+        except argparse.ArgumentError as error:
+            self.error(str(error))
 
-    def _default(self, action: Any, name: str, value: Any) -> Any:
+    def _default(self, action: argparse.Action, hint: Any, value: Any) -> Any:
         """YAML values take the same road as flags: scalars as text, converted and checked by argparse."""
+        kinds = {get_origin(kind) or kind for kind in (get_args(hint) if _is_union(hint) else (hint,))}
+        if value is None and NoneType not in kinds:
+            raise argparse.ArgumentError(None, "expected a value, got nothing")
+        if value is None or (isinstance(value, bool | dict) and type(value) in kinds):
+            return value
         if isinstance(value, list) and action.nargs == "+":
             return [self._get_value(action, str(item)) for item in value]
-        if isinstance(value, list | dict) and action.type not in (dict, str):
-            self.error(f"`{name}`: expected one value, got {value!r}")
-        if value is None or isinstance(value, list | dict):
+        if isinstance(value, list) and list in kinds:
             return value
+        if isinstance(value, list | dict):
+            comma = f"; write {','.join(map(str, value))}" if isinstance(value, list) and str in kinds else ""
+            raise argparse.ArgumentError(None, f"expected one value, got {value!r}{comma}")
+        if value is False and "no" in (action.choices or ()):
+            value = "no"  # YAML reads a bare `no` as false
         converted = self._get_value(action, str(value))
         if action.choices is not None:
             self._check_value(action, converted)
@@ -66,7 +94,7 @@ class RecipeParser(HfArgumentParser):
 
 
 def read_yaml(path: str | Path, *, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Options of a YAML file on top of those of the file its `base:` names (relative to it). Safe load only."""
+    """Options of a YAML file on top of those of the file its `base:` names (relative to it). Safe load."""
     file = Path(path).resolve()
     if file in seen:
         raise SciflowError(f"`base` of {seen[-1]}: {file} is already being read; the files name each other.")
@@ -74,12 +102,20 @@ def read_yaml(path: str | Path, *, seen: tuple[Path, ...] = ()) -> dict[str, Any
         options = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise SciflowError(f"`config` {path}: cannot be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise SciflowError(f"`config` {path}: is no UTF-8 text.") from error
     except yaml.YAMLError as error:
         raise SciflowError(f"`config` {path}: is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(options, dict):
         raise SciflowError(f"`config` {path}: expected `option: value` lines, got {type(options).__name__}.")
     base = options.pop("base", None)
+    if not isinstance(base, str | None):
+        raise SciflowError(f"`base` of {path}: expected the name of one YAML file, got {base!r}.")
     return {**(read_yaml(file.parent / base, seen=(*seen, file)) if base else {}), **options}
+
+
+def _is_union(hint: Any) -> bool:
+    return get_origin(hint) in (Union, UnionType)
 
 
 def _nearest(name: str, known: Any) -> str:
@@ -99,8 +135,8 @@ def parse_args(
     """
     from transformers.utils import logging as transformers_logging
 
-    rank_zero = int(os.environ.get("RANK", 0)) == 0
-    logging.basicConfig(format="%(message)s", level=logging.INFO if rank_zero else logging.ERROR, stream=sys.stderr)
+    level = logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.ERROR
+    logging.basicConfig(format="%(message)s", level=level, stream=sys.stderr)
     for noisy in ("httpx", "httpcore", "filelock", "fsspec", "datasets", "accelerate", "urllib3", "absl"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     transformers_logging.get_logger("transformers").propagate = False

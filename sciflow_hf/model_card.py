@@ -93,14 +93,13 @@ def is_hub_id(name: str) -> bool:
 def model_card(facts: CardFacts) -> ModelCard:
     """The card of a run; `data.eval_results` has the losses of base and result, and the gain's interval."""
     on_hub = is_hub_id(facts.base_model)
-    relation = "finetune" if facts.adapter is None else "adapter"
+    relation, lora = ("finetune", []) if facts.adapter is None else ("adapter", ["lora"])
     data = ModelCardData(
         base_model=facts.base_model if on_hub else None,
         base_model_relation=relation if on_hub else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=[*([] if facts.adapter is None else ["lora"]), "text-to-image", facts.family]
-        + ["sciflow_hf", "scientific-figures"],
+        tags=[*lora, "text-to-image", facts.family, "sciflow_hf", "scientific-figures"],
         model_name=facts.repo_name.split("/")[-1],
         eval_results=_eval_results(facts) or None,
     )

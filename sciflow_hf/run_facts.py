@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from .adapters import WEIGHT_NAME, adapter_facts, adapter_layers
 from .data.loader import batch_keys_of, row_ids_of
@@ -51,21 +52,18 @@ def prepare_wandb(args: "DiffusionTrainingArguments") -> None:
     """Without a login W&B would stop the run and ask: log offline instead, and say so."""
     if "wandb" not in args.report_to or os.environ.get("WANDB_MODE") in ("offline", "disabled"):
         return
-    import wandb
-
-    if not wandb.setup().settings.api_key and not os.environ.get("WANDB_API_KEY") and not _netrc_has_wandb():
+    if not _has_wandb_login():
         os.environ["WANDB_MODE"] = "offline"
         logger.warning("No W&B login found: logging offline. Run `wandb login` before, or `wandb sync` afterwards.")
 
 
-def _netrc_has_wandb() -> bool:
-    import netrc
-
-    try:
-        hosts = netrc.netrc().hosts
-    except (FileNotFoundError, netrc.NetrcParseError):
-        return False
-    return any("wandb" in host for host in hosts)
+def _has_wandb_login() -> bool:
+    """Where `wandb login` and its documentation put credentials; asking wandb itself would fix its settings."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    files = [Path(os.environ.get("NETRC", "~/.netrc")).expanduser(), Path("~/_netrc").expanduser()]
+    return any(file.is_file() and host in file.read_text(encoding="utf-8", errors="replace") for file in files)
 
 
 def commonest_size(dataset: Any) -> tuple[int, int] | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ConfigMixin
 from transformers import EvalPrediction, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
@@ -107,6 +108,8 @@ class DiffusionTrainer(HookedTrainer):
             model.enable_gradient_checkpointing()
 
         model.activation_checkpointing_enable = activation_checkpointing_enable  # type: ignore[assignment]
+        if isinstance(model, ConfigMixin):  # transformers' TensorBoardCallback asks the configuration for it
+            vars(model.config)["to_json_string"] = model.to_json_string
 
     def _check_data(self, dataset: Any) -> None:
         if dataset is None:

@@ -75,7 +75,8 @@ class HubServer:
     def fail(self, route: str, status: int, *, times: int = 1) -> None:
         """The next `times` requests of `route` are answered with `status`.
 
-        Clients may GET /fail/ROUTE/STATUS/TIMES. Routes: whoami, create, auth-check, validate-yaml, preupload, commit, info, tree, resolve.
+        Routes: whoami, create, auth-check, validate-yaml, preupload, commit, info, tree, resolve. Clients may
+        arrange the same by GET /fail/ROUTE/STATUS/TIMES.
         """
         self._failures[route] += [status] * times
 

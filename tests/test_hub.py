@@ -338,7 +338,8 @@ base, folder = sys.argv[1:]
 generator = torch.Generator().manual_seed(0)
 inputs = {
     "hidden_states": torch.randn(1, 24, 16, generator=generator), "timestep": torch.tensor([0.3]),
-    "guidance": None, "encoder_hidden_states": torch.randn(1, 12, 48, generator=generator), "return_dict": False,
+    "encoder_hidden_states": torch.randn(1, 12, 48, generator=generator),
+    "guidance": None, "return_dict": False,
     "img_ids": torch.cartesian_prod(torch.arange(1), torch.arange(4), torch.arange(6), torch.arange(1)),
     "txt_ids": torch.cartesian_prod(torch.arange(1), torch.arange(1), torch.arange(1), torch.arange(12)),
 }

@@ -1,7 +1,8 @@
-"""The contact sheet of validation images: a row per prompt and seed, a column per step, made from the files."""
+"""The contact sheet of validation images: a row per prompt and seed, a column per step, read from disk."""
 
 import os
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,15 +10,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL import ImageDraw
     from PIL.Image import Image
-    from PIL.ImageFont import FreeTypeFont
+    from PIL.ImageFont import FreeTypeFont, ImageFont
+
+    Font = FreeTypeFont | ImageFont
 
 STEP_FOLDER = "step-{:06d}"
 MAX_COLUMNS = 12
 MAX_PIXELS = 40_000_000  # thumbnails shrink until the sheet is about that large
 
 _INK, _SOFT, _LINE, _EMPTY, _PAPER = "#1f2328", "#59636e", "#d1d9e0", "#f6f8fa", "#ffffff"
-_MARGIN, _GAP, _GUTTER, _HEADER, _LINE_HEIGHT = 28, 8, 84, 60, 22
-_MIN_WIDTH = 720
+_GAP, _MIN_WIDTH = 8, 720
 
 
 def image_name(prompt: int, seed: int) -> str:
@@ -70,7 +72,7 @@ def thin_out(steps: Sequence[int], limit: int = MAX_COLUMNS) -> list[int]:
 def write_contact_sheet(
     folder: Path, *, prompts: Sequence[str], seeds: Sequence[int], max_columns: int = MAX_COLUMNS
 ) -> Path:
-    """Builds `contact_sheet.png` from the images in `folder`. An image drawn for another prompt leaves its cell empty.
+    """Builds `contact_sheet.png` from the images in `folder`; images of other prompts are left out.
 
     Returns:
         The sheet's path.
@@ -85,40 +87,40 @@ def write_contact_sheet(
     scale = side / max(shape)
     cell = max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))  # (width, height)
 
-    title, text, small = (ImageFont.load_default(size) for size in (22, 16, 14))
     grid_width = len(columns) * (cell[0] + _GAP) - _GAP
-    width = max(_MIN_WIDTH, 2 * _MARGIN + _GUTTER + grid_width)
-    captions = [_wrap(prompt, text, width - 2 * _MARGIN) for prompt in prompts]
-    heights = [len(lines) * _LINE_HEIGHT + 34 + len(seeds) * (cell[1] + _GAP) + 18 for lines in captions]
-    sheet = Image.new("RGB", (width, _MARGIN + _HEADER + sum(heights)), _PAPER)
+    unit = max(1.0, min(2.0, grid_width / 1300))  # wide sheets are looked at from further away
+    margin, line_height, label_height = round(28 * unit), round(22 * unit), round(34 * unit)
+    title, text, small = (ImageFont.load_default(size * unit) for size in (22, 16, 14))
+    gutter = round(max(small.getlength(f"seed {seed}") for seed in seeds) + 20 * unit)
+    width = max(_MIN_WIDTH, 2 * margin + gutter + grid_width)
+    captions = [_wrap(_readable(prompt, text), text, width - 2 * margin) for prompt in prompts]
+    block = label_height + len(seeds) * (cell[1] + _GAP) + margin
+    top = margin + round(60 * unit)
+    height = top + sum(len(lines) * line_height + block for lines in captions)
+    sheet = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text(
-        (_MARGIN, _MARGIN), "Validation: the same prompts and seeds over training", font=title, fill=_INK
-    )
+    draw.text((margin, margin), "Validation: the same prompts and seeds over training", font=title, fill=_INK)
 
-    top = _MARGIN + _HEADER
-    for prompt, (caption, height) in enumerate(zip(captions, heights, strict=True)):
-        draw.line((_MARGIN, top - 12, width - _MARGIN, top - 12), fill=_LINE)
-        draw.multiline_text((_MARGIN, top), "\n".join(caption), font=text, fill=_INK, spacing=6)
-        row_top = top + len(caption) * _LINE_HEIGHT + 34
+    for prompt, caption in enumerate(captions):
+        rule = top - round(14 * unit)
+        draw.line((margin, rule, width - margin, rule), fill=_LINE)
+        for number, line in enumerate(caption):
+            draw.text((margin, top + number * line_height), line, font=text, fill=_INK)
+        top += len(caption) * line_height + label_height
         for column, step in enumerate(columns):
-            left = _MARGIN + _GUTTER + column * (cell[0] + _GAP)
-            _label(draw, (left + cell[0] / 2, row_top - 8), step, cell[0], small)
+            left = margin + gutter + column * (cell[0] + _GAP)
+            _label(draw, (left + cell[0] / 2, top - 8 * unit), step, cell[0], small)
             for row, seed in enumerate(seeds):
-                place = left, row_top + row * (cell[1] + _GAP)
-                path = folders[step] / image_name(prompt, seed)
-                thumbnail = _thumbnail(path, cell, prompts[prompt])
+                place = left, top + row * (cell[1] + _GAP)
+                thumbnail = _thumbnail(folders[step] / image_name(prompt, seed), cell, prompts[prompt])
+                frame = (place[0] - 1, place[1] - 1, place[0] + cell[0], place[1] + cell[1])
+                draw.rectangle(frame, outline=_LINE, fill=_EMPTY)
                 if thumbnail is not None:
                     sheet.paste(thumbnail, place)
-                draw.rectangle(
-                    (place[0] - 1, place[1] - 1, place[0] + cell[0], place[1] + cell[1]),
-                    outline=_LINE,
-                    fill=None if thumbnail is not None else _EMPTY,
-                )
         for row, seed in enumerate(seeds):
-            middle = row_top + row * (cell[1] + _GAP) + cell[1] / 2
-            draw.text((_MARGIN, middle), f"seed {seed}", font=small, fill=_SOFT, anchor="lm")
-        top += height
+            middle = top + row * (cell[1] + _GAP) + cell[1] / 2
+            draw.text((margin, middle), f"seed {seed}", font=small, fill=_SOFT, anchor="lm")
+        top += block - label_height
     target = folder / "contact_sheet.png"
     save_image(sheet, target, {"steps": ", ".join(map(str, columns))})
     return target
@@ -154,7 +156,7 @@ def _thumbnail(path: Path, cell: tuple[int, int], prompt: str) -> "Image | None"
 
 
 def _label(
-    draw: "ImageDraw.ImageDraw", place: tuple[float, float], step: int, width: int, font: "FreeTypeFont"
+    draw: "ImageDraw.ImageDraw", place: tuple[float, float], step: int, width: int, font: "Font"
 ) -> None:
     """The step above its column, as long as fits."""
     candidates = [f"step {step:,}", f"{step:,}"]
@@ -164,7 +166,23 @@ def _label(
     draw.text(place, label, font=font, fill=_SOFT, anchor="ms")
 
 
-def _wrap(prompt: str, font: "FreeTypeFont", width: int, max_lines: int = 3) -> list[str]:
+def _readable(text: str, font: "Font") -> str:
+    """The text with what Pillow's own font lacks spelled out: Greek by name, the rest plain or as "?"."""
+    missing = bytes(font.getmask("\uffff"))
+
+    def spell(char: str) -> str:
+        if char.isascii() or bytes(font.getmask(char)) != missing:
+            return char
+        name = unicodedata.name(char, "")
+        if name.startswith("GREEK"):
+            return name.split(" WITH ")[0].split()[-1].lower().replace("lamda", "lambda")
+        plain = unicodedata.normalize("NFKD", char).encode("ascii", "ignore").decode()
+        return plain or "?"
+
+    return "".join(map(spell, text))
+
+
+def _wrap(prompt: str, font: "Font", width: int, max_lines: int = 3) -> list[str]:
     """The prompt in lines of at most `width` pixels; after `max_lines` it ends in an ellipsis."""
     lines, line = [], ""
     for word in prompt.split():

@@ -29,14 +29,14 @@ class ValidationCallback(TrainerCallback):
     """Draws one image per prompt and seed before training, every `steps` optimizer steps, and at the end.
 
     The images come from the network that is being trained, not from a copy, in evaluation mode and without
-    gradients; modes and all random number generators are afterwards as they were. The noise of a seed is drawn on
+    gradients; afterwards modes and random number generators are as before. The noise of a seed is drawn on
     the CPU, so it is the same at every step and on every machine. Written are
 
-    - `output_dir/validation/step-000500/p00_seed42.png`, with prompt, seed and step in the file's text fields;
+    - `output_dir/validation/step-000500/p00_seed42.png`, with prompt, seed and step in its text fields;
     - `output_dir/validation/contact_sheet.png`: a row per prompt and seed, a column per step.
 
-    Where a checkpoint is due at the same step, it is saved first. Several ranks share the work and write to one
-    `output_dir`; on several machines that takes a shared file system.
+    Where a checkpoint is due at the same step, it is saved first. Several ranks share the work and write to
+    one `output_dir`; on several machines that takes a shared file system.
 
     Args:
         family: loads the pipeline and encodes the prompts.
@@ -51,7 +51,8 @@ class ValidationCallback(TrainerCallback):
             and TensorBoard are given the images.
 
     Raises:
-        SciflowError: no prompts, equal seeds, a size that the network cannot draw, or a failure to encode or draw.
+        SciflowError: no prompts, equal seeds, a size that the network cannot draw, or that encoding or
+            drawing failed.
     """
 
     def __init__(
@@ -77,8 +78,8 @@ class ValidationCallback(TrainerCallback):
         pixels = family.bucket_step()
         if any(side < pixels or side % pixels for side in size):
             raise SciflowError(
-                f"validation size {size[0]}x{size[1]} (height x width): both must be multiples of {pixels} for "
-                f"`{family.name}`."
+                f"validation size {size[0]}x{size[1]} (height x width): both must be multiples of {pixels} "
+                f"for `{family.name}`."
             )
         self.family = family
         self.prompts = list(prompts)
@@ -128,7 +129,7 @@ class ValidationCallback(TrainerCallback):
     def run(
         self, args: TrainingArguments, state: TrainerState, model: torch.nn.Module, *, step: int | None = None
     ) -> None:
-        """Draws, writes and logs the images of this moment under `step` (default: the current one). All ranks."""
+        """Draws, writes and logs the images of now under `step` (default: the current one). All ranks."""
         step = state.global_step if step is None else step
         self._encode(args, model)
         with _at_rest(model) as network:
@@ -152,7 +153,7 @@ class ValidationCallback(TrainerCallback):
                 log_images(self.trackers(), self._images(step), step=step)
 
     def _is_due(self, state: TrainerState, control: TrainerControl) -> bool:
-        """Also where training stops: TensorBoard's callback closes its file before `on_train_end` comes to us."""
+        """Also where training stops: TensorBoard's callback closes its file before our `on_train_end`."""
         wanted = state.global_step % self.steps == 0 or control.should_training_stop
         return wanted and state.global_step != self._last_step
 
@@ -199,8 +200,8 @@ class ValidationCallback(TrainerCallback):
         missing = [str(path) for pair in self._pairs if not (path := self._path(step, *pair)).is_file()]
         if missing:
             raise SciflowError(
-                f"validation at step {step}: {missing[0]!r} of another rank is not here. `--output_dir` must be "
-                "on a file system that all machines share."
+                f"validation at step {step}: {missing[0]!r} of another rank is not here. `--output_dir` must "
+                "be on a file system that all machines share."
             )
         return {
             f"validation/p{prompt:02d}_seed{seed}": (
@@ -223,9 +224,9 @@ class ValidationCallback(TrainerCallback):
             )
             if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
                 remedy = (
-                    f"Beside training there is no memory for {self.size[0]}x{self.size[1]} pixels: validate at a "
-                    "smaller size or with fewer `--num_inference_steps`, or switch validation off by leaving out "
-                    "`--validation_prompts`."
+                    f"Beside training there is no memory for {self.size[0]}x{self.size[1]} pixels: validate "
+                    "at a smaller size or with fewer `--num_inference_steps`, or switch validation off by "
+                    "leaving out `--validation_prompts`."
                 )
             raise SciflowError(
                 f"{what} ({type(error).__name__}: {str(error).strip()[:300]}). {remedy}"
@@ -233,7 +234,7 @@ class ValidationCallback(TrainerCallback):
 
 
 def final_step(args: TrainingArguments, state: TrainerState) -> int:
-    """The step whose weights a finished run holds: the best one with `--load_best_model_at_end`, else the last."""
+    """The step whose weights a finished run has: the best with `--load_best_model_at_end`, or the last."""
     if args.load_best_model_at_end and state.best_model_checkpoint is not None and state.best_global_step:
         return state.best_global_step
     return state.global_step
@@ -242,7 +243,7 @@ def final_step(args: TrainingArguments, state: TrainerState) -> int:
 def sample_images(
     output_dir: str | Path, *, step: int | None = None, limit: int = 4
 ) -> list[tuple[str, str]]:
-    """Images for the model card: (path relative to `output_dir` with "/", prompt), of `step` or the latest one.
+    """Images for the model card: (path relative to `output_dir` with "/", prompt), of `step` or the latest.
 
     Every prompt comes once before one comes twice.
     """
@@ -284,7 +285,7 @@ def log_images(
 @contextmanager
 def _at_rest(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """The bare network, in evaluation mode, without gradients; then modes and random states are as before."""
-    # Keeps accelerate's mixed-precision forward. A compiled network would compile anew for every size: not used.
+    # Keeps accelerate's mixed-precision forward. A compiled one would compile anew for this size: not used.
     network = extract_model_from_parallel(model, keep_torch_compile=False)
     modes = {module: module.training for module in network.modules()}
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []

@@ -33,12 +33,13 @@ class BucketReport:
 class BucketBatchSampler(Sampler[list[int]]):
     """Batches of one bucket each, in an order that is a pure function of (seed, epoch).
 
-    Rows are shuffled inside their bucket and cut into groups of `batch_size * num_replicas * accumulation_steps`.
-    A group is one optimizer step and holds one bucket; ranks and micro-batches are slices of it, so the groups do not
-    depend on how the product splits into its three factors. What is left of all buckets comes last, in device batches
-    of one bucket each: the last one of a bucket is filled up with other rows of that bucket, and whole batches of the
-    largest bucket are added until every rank has the same number. The last step of an epoch may therefore have fewer
-    micro-batches than `accumulation_steps`. Every row is seen at least once an epoch.
+    Rows are shuffled inside their bucket and cut into groups of `batch_size * num_replicas *
+    accumulation_steps`. A group is one optimizer step and holds one bucket; ranks and micro-batches are
+    slices of it, so the groups do not depend on how the product splits into its three factors. What is left
+    of all buckets comes last, in device batches of one bucket each: the last one of a bucket is filled up
+    with other rows of that bucket, and whole batches of the largest bucket are added until every rank has the
+    same number. The last step of an epoch may therefore have fewer micro-batches than `accumulation_steps`.
+    Every row is seen at least once an epoch.
 
     Args:
         buckets: one hashable per row.
@@ -66,7 +67,11 @@ class BucketBatchSampler(Sampler[list[int]]):
         shuffle: bool = True,
         drop_last: bool = False,
     ) -> None:
-        sizes = {"batch_size": batch_size, "num_replicas": num_replicas, "accumulation_steps": accumulation_steps}
+        sizes = {
+            "batch_size": batch_size,
+            "num_replicas": num_replicas,
+            "accumulation_steps": accumulation_steps,
+        }
         for name, value in sizes.items():
             _check_int(name, value, low=1)
         _check_int("rank", rank, low=0)
@@ -82,13 +87,17 @@ class BucketBatchSampler(Sampler[list[int]]):
         numbers: dict[Hashable, int] = {}
         ids = [numbers.setdefault(bucket, len(numbers)) for bucket in buckets]
         if not ids:
-            raise SciflowError("`buckets` is empty: there are no samples to draw. Give the sampler a data set with rows.")
+            raise SciflowError(
+                "`buckets` is empty: there are no samples to draw. Give the sampler a data set with rows."
+            )
         self._ids = np.asarray(ids, dtype=np.int64)
         self._names = list(numbers)
         self._counts = np.bincount(self._ids)
         self._groups = self._counts // self.total_batch  # full groups of each bucket
         left = self._counts % self.total_batch
-        self._tail = np.zeros_like(left) if self.drop_last else -(-left // batch_size)  # device batches in the tail
+        self._tail = (
+            np.zeros_like(left) if self.drop_last else -(-left // batch_size)
+        )  # device batches in the tail
         self._padding = int(-self._tail.sum() % num_replicas)  # whole batches, of the largest bucket
         self._largest = int(self._counts.argmax())
         self._length = int(self._groups.sum()) * accumulation_steps
@@ -96,9 +105,9 @@ class BucketBatchSampler(Sampler[list[int]]):
         if self._length == 0:
             raise SciflowError(
                 f"`drop_last` leaves no batch: the largest bucket, {self._names[self._largest]}, has "
-                f"{self._counts.max()} samples, a step takes {self.total_batch} of one bucket ({batch_size} per batch x "
-                f"{num_replicas} ranks x {accumulation_steps} accumulation). Switch `--dataloader_drop_last` off, "
-                "or make the batch or the accumulation smaller."
+                f"{self._counts.max()} samples, a step takes {self.total_batch} of one bucket ({batch_size} "
+                f"per batch x {num_replicas} ranks x {accumulation_steps} accumulation). Switch "
+                "`--dataloader_drop_last` off, or make the batch or the accumulation smaller."
             )
         self._made: tuple[int, np.ndarray] | None = None  # the newest epoch and its batches of this rank
 
@@ -122,13 +131,15 @@ class BucketBatchSampler(Sampler[list[int]]):
     def positions(self, batch_index: int) -> range:
         """Positions in the epoch's order of the rows of this rank's micro-batch number `batch_index`."""
         if not 0 <= batch_index < self._length:
-            raise SciflowError(f"`batch_index` is {batch_index}, but an epoch has {self._length} micro-batches.")
+            raise SciflowError(
+                f"`batch_index` is {batch_index}, but an epoch has {self._length} micro-batches."
+            )
         group, step = divmod(batch_index, self.accumulation_steps)
         start = group * self.total_batch + (step * self.num_replicas + self.rank) * self.batch_size
         return range(start, start + self.batch_size)
 
     def report(self) -> list[BucketReport]:
-        """What an epoch does with each bucket, in order of first appearance. The same for all ranks and epochs."""
+        """What an epoch does with each bucket, in order of first appearance; the same for all ranks."""
         per_group = self.num_replicas * self.accumulation_steps
         rows = []
         for i, name in enumerate(self._names):
@@ -136,14 +147,16 @@ class BucketBatchSampler(Sampler[list[int]]):
             batches = int(self._groups[i]) * per_group + int(self._tail[i])
             batches += self._padding if i == self._largest else 0
             shown = batches * self.batch_size
-            rows.append(BucketReport(name, samples, batches, max(shown - samples, 0), max(samples - shown, 0)))
+            rows.append(
+                BucketReport(name, samples, batches, max(shown - samples, 0), max(samples - shown, 0))
+            )
         return rows
 
     def table(self, *, max_rows: int = 60) -> str:
-        """`report()` as an aligned table with a line of totals; buckets beyond `max_rows` are summed up in one line."""
+        """`report()` as an aligned table with totals; buckets beyond `max_rows` share one line."""
         report = self.report()
         numbers = [(r.samples, r.batches, r.repeats, r.dropped) for r in report]
-        lines = [("bucket", "samples", "batches", "repeats", "dropped")]
+        lines: list[tuple[str, ...]] = [("bucket", "samples", "batches", "repeats", "dropped")]
         lines += [(_label(r.bucket), *map(str, n)) for r, n in zip(report[:max_rows], numbers, strict=False)]
         if len(report) > max_rows:
             rest = [str(sum(column)) for column in zip(*numbers[max_rows:], strict=True)]
@@ -151,7 +164,8 @@ class BucketBatchSampler(Sampler[list[int]]):
         lines.append(("total", *(str(sum(column)) for column in zip(*numbers, strict=True))))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join(
-            line[0].ljust(widths[0]) + "".join("  " + cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))
+            line[0].ljust(widths[0])
+            + "".join("  " + cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))
             for line in lines
         )
 
@@ -172,14 +186,16 @@ class BucketBatchSampler(Sampler[list[int]]):
         if self.shuffle:
             groups = groups[rng.permutation(len(groups))]
         # (groups, A * R * B) -> this rank's (groups * A, B)
-        mine = groups.reshape(-1, self.accumulation_steps, self.num_replicas, self.batch_size)[:, :, self.rank]
+        mine = groups.reshape(-1, self.accumulation_steps, self.num_replicas, self.batch_size)[
+            :, :, self.rank
+        ]
         mine = mine.reshape(-1, self.batch_size)
         if self.drop_last:
             return mine
 
         tail = []
         for i in rng.permutation(len(order)) if self.shuffle else range(len(order)):
-            # Past the bucket's end the index wraps to its first rows, which are in another step unless it is tiny.
+            # Past the bucket's end the index wraps to its first rows: in another step, unless it is tiny.
             places = self._groups[i] * self.total_batch + np.arange(self._tail[i] * self.batch_size)
             tail.append(order[i][places % self._counts[i]])
         # Padding goes on where the largest bucket's own fill ended, so that it repeats other rows.
@@ -190,7 +206,9 @@ class BucketBatchSampler(Sampler[list[int]]):
         return np.concatenate([mine, batches[:, self.rank]])
 
 
-def aspect_ratio_buckets(resolution: int, step: int, *, max_aspect_ratio: float = 2.0) -> list[tuple[int, int]]:
+def aspect_ratio_buckets(
+    resolution: int, step: int, *, max_aspect_ratio: float = 2.0
+) -> list[tuple[int, int]]:
     """Image sizes of about `resolution`**2 pixels, in the manner of SDXL (Podell et al. 2023, appendix I).
 
     Args:
@@ -199,13 +217,15 @@ def aspect_ratio_buckets(resolution: int, step: int, *, max_aspect_ratio: float 
         max_aspect_ratio: longest side over shortest, at least 1.
 
     Returns:
-        (height, width) pairs from the tallest to the widest. A size is left out if one of its sides could grow by a
-        step without passing a limit; the square is always there.
+        (height, width) pairs from the tallest to the widest. A size is left out if one of its sides could
+        grow by a step without passing a limit; the square is always there.
     """
     _check_int("step", step, low=1)
     _check_int("resolution", resolution, low=1)
     if resolution < step:
-        raise SciflowError(f"`resolution` is {resolution}, but image sides are multiples of {step}: give at least {step}.")
+        raise SciflowError(
+            f"`resolution` is {resolution}, but image sides are multiples of {step}: give at least {step}."
+        )
     if not max_aspect_ratio >= 1:
         raise SciflowError(f"`max_aspect_ratio` is {max_aspect_ratio}, but must be at least 1.")
     area = resolution * resolution
@@ -227,7 +247,9 @@ def nearest_bucket(height: int, width: int, buckets: Sequence[tuple[int, int]]) 
     if not buckets:
         raise SciflowError("`buckets` is empty: give at least one (height, width).")
     aspect = math.log(height / width)
-    return min(buckets, key=lambda size: (round(abs(math.log(size[0] / size[1]) - aspect), 9), -size[0] * size[1]))
+    return min(
+        buckets, key=lambda size: (round(abs(math.log(size[0] / size[1]) - aspect), 9), -size[0] * size[1])
+    )
 
 
 def _check_int(name: str, value: int, *, low: int | None) -> None:

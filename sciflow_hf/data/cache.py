@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from sciflow_hf.diffusion.randomness import hash64
 from sciflow_hf.errors import CacheError, SciflowError
 
-from .index import CacheIndex, inside, open_index
+from .index import CacheIndex, inside, open_index, same_setting
 
 if TYPE_CHECKING:
     import datasets
@@ -41,13 +41,15 @@ _PathLike = str | os.PathLike[str]
 class LatentCache(Dataset[dict[str, torch.Tensor]]):
     """A map-style data set over the rows of a cache; made by `load_cache`.
 
-    `cache[i]` reads one payload: `latents` (C, h, w) and `prompt_embeds` (L, D) in `dtype`, `txt_ids` (L, n) int64
-    where the payload has `text_ids`, and any other numeric array of the payload under its own name (floating ones in
-    `dtype`). It raises `CacheError` with row, file and column if anything about the payload is wrong. Values are not
-    scanned for NaN.
+    `cache[i]` reads one payload: `latents` (C, h, w) and `prompt_embeds` (L, D) in `dtype`, `txt_ids` (L, n)
+    int64 where the payload has `text_ids`, and any other numeric array of the payload under its own name
+    (floating ones in `dtype`). It raises `CacheError` with row, file and column if anything about the payload
+    is wrong. Values are not scanned for NaN.
     """
 
-    def __init__(self, index: CacheIndex, *, dtype: torch.dtype = torch.bfloat16, rows: np.ndarray | None = None) -> None:
+    def __init__(
+        self, index: CacheIndex, *, dtype: torch.dtype = torch.bfloat16, rows: np.ndarray | None = None
+    ) -> None:
         self._index = index
         self._rows = np.arange(len(index.part_of_row)) if rows is None else rows
         self.dtype = dtype
@@ -63,17 +65,21 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         row = self._row(i)
         where = f"{self.describe(i)} of {self._index.part_of(row)}"
         sample = read_payload(self.payload_path(i), where, self.dtype)
-        for name, shapes in (("latents", self._index.latent_shapes), ("prompt_embeds", self._index.text_shapes)):
+        for name, shapes in (
+            ("latents", self._index.latent_shapes),
+            ("prompt_embeds", self._index.text_shapes),
+        ):
             expected, found = tuple(shapes[row].tolist()), tuple(sample[name].shape)
             if found != expected:
                 column = "latent_shape" if name == "latents" else "prompt_embeds_shape"
                 raise CacheError(
-                    f"{where}: `{name}` in the payload has shape {found}, but column `{column}` says {expected}. "
-                    f"{_REBUILD}, or point `--payload_dir` to the payloads that belong to this index."
+                    f"{where}: `{name}` in the payload has shape {found}, but column `{column}` says "
+                    f"{expected}. {_REBUILD}, or point `--payload_dir` to the payloads that belong to this "
+                    "index."
                 )
         return sample
 
-    def select(self, rows: Sequence[int]) -> "LatentCache":
+    def select(self, rows: Sequence[int] | np.ndarray) -> "LatentCache":
         """A view of some rows, in the given order."""
         chosen = np.asarray(rows, dtype=np.int64).reshape(-1)
         if chosen.size and not (-len(self) <= chosen.min() and chosen.max() < len(self)):
@@ -83,24 +89,31 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
     def split(self, eval_fraction: float) -> tuple["LatentCache", "LatentCache"]:
         """Training and evaluation part. Whole groups go to one side, by a hash of the group alone.
 
-        So figures of one paper never sit on both sides, and adding rows does not move old ones. The fraction is of
-        groups and is met in the mean; a small cache may get an empty evaluation part (a warning says so).
+        So figures of one paper never sit on both sides, and adding rows does not move old ones. The fraction
+        is of groups and is met in the mean; a small cache may get an empty evaluation part (a warning says
+        so).
 
         Raises:
             SciflowError: if `eval_fraction` is not in [0, 1), or nothing is left to train on.
         """
         if not 0 <= eval_fraction < 1:
-            raise SciflowError(f"`eval_fraction` is {eval_fraction}, but must lie in [0, 1). Use 0 for no evaluation.")
+            raise SciflowError(
+                f"`eval_fraction` is {eval_fraction}, but must lie in [0, 1). Use 0 for no evaluation."
+            )
         limit = int(eval_fraction * 2.0**64)
         sides = {group: hash64(group, "eval split") < limit for group in set(self.groups)}
         mask = np.fromiter((sides[group] for group in self.groups), dtype=bool, count=len(self))
         if len(self) and mask.all():
             raise SciflowError(
-                f"`eval_fraction` {eval_fraction} puts all {len(sides)} groups into the evaluation part and leaves "
-                "nothing to train on. Make it smaller or add data."
+                f"`eval_fraction` {eval_fraction} puts all {len(sides)} groups into the evaluation part and "
+                "leaves nothing to train on. Make it smaller or add data."
             )
         if eval_fraction and not mask.any():
-            logger.warning("`eval_fraction` %s of %d groups selects none of them: no evaluation.", eval_fraction, len(sides))
+            logger.warning(
+                "`eval_fraction` %s of %d groups selects none of them: no evaluation.",
+                eval_fraction,
+                len(sides),
+            )
         return self.select(np.flatnonzero(~mask)), self.select(np.flatnonzero(mask))
 
     @property
@@ -137,9 +150,10 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         if odd.size:
             i, j = int(odd[0]), int(same_as[odd[0]])
             raise CacheError(
-                f"{self.describe(i)} and {self.describe(j)} share the bucket {tuple(keys[i].tolist())} (height, width, "
-                f"text length), but their shapes (C, h, w, L, D) are {tuple(shapes[i].tolist())} and "
-                f"{tuple(shapes[j].tolist())}. {_REBUILD}, all rows with the same encoders."
+                f"{self.describe(i)} and {self.describe(j)} share the bucket {tuple(keys[i].tolist())} "
+                "(height, width, text length), but their shapes (C, h, w, L, D) are "
+                f"{tuple(shapes[i].tolist())} and {tuple(shapes[j].tolist())}. {_REBUILD}, all rows with the "
+                "same encoders."
             )
         return [(h, w, length) for h, w, length in keys.tolist()]
 
@@ -159,11 +173,15 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
     def groups(self) -> list[str]:
         """`paper_id` of each row where there is one, else the row id."""
         papers = self._column("paper_id")
-        return [paper or row for paper, row in zip(papers, self.row_ids, strict=True)] if papers else self.row_ids
+        return (
+            [paper or row for paper, row in zip(papers, self.row_ids, strict=True)]
+            if papers
+            else self.row_ids
+        )
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits over row ids, buckets and shapes in order. Does not depend on where the cache lies."""
+        """16 hex digits over row ids, buckets and shapes in order; the same wherever the cache lies."""
         digest = hashlib.sha256()
         for row_id in self.row_ids:
             data = row_id.encode()
@@ -181,13 +199,21 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         sample = read_payload(file, "the empty prompt", self.dtype, required=("prompt_embeds",))
         found, width = tuple(sample["prompt_embeds"].shape), int(self._index.text_shapes[0, 1])
         if len(found) != 2 or found[1] != width:
-            raise CacheError(f"{file}: `prompt_embeds` has shape {found}, but the rows have (L, {width}). {_REBUILD}.")
+            raise CacheError(
+                f"{file}: `prompt_embeds` has shape {found}, but the rows have (L, {width}). {_REBUILD}."
+            )
         return {name: sample[name] for name in TEXT_KEYS if name in sample}
 
     @property
     def text_lengths(self) -> list[int]:
         """Number of text tokens of each row."""
         return self._index.text_shapes[self._rows, 0].tolist()
+
+    def payload_bytes(self) -> tuple[int, int]:
+        """Bytes of this view's payloads, and how many of the files are missing."""
+        files = [self.payload_path(i) for i in range(len(self))]
+        sizes = [os.path.getsize(file) for file in files if os.path.isfile(file)]
+        return sum(sizes), len(files) - len(sizes)
 
     def describe(self, i: int) -> str:
         """Row `i` in words, for error messages: its number in the index, its image and its payload."""
@@ -206,7 +232,8 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         """Compare the encoders that made the cache with those of the family to train.
 
         Raises:
-            CacheError: naming both values where family, model, revision, text length, layers or padding side differ.
+            CacheError: naming both values where family, model, revision, text length, layers or padding side
+            differ.
         """
         differ = [
             f"`{key}` is {self.metadata[key]!r} in the cache and {encoder_settings[key]!r} in this run"
@@ -217,8 +244,8 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         ]
         if differ:
             raise CacheError(
-                f"The cache was made with other encoders: {'; '.join(differ)}. Train with the cache's settings, or build "
-                "a new cache by `sciflow-hf cache build` with those of this run."
+                f"The cache was made with other encoders: {'; '.join(differ)}. Train with the cache's "
+                "settings, or build a new cache by `sciflow-hf cache build` with those of this run."
             )
 
     def _row(self, i: int) -> int:
@@ -247,17 +274,20 @@ def load_cache(
 
     Args:
         dataset_dir: folder of a cache, a parquet file, or several of these (joined in the given order).
-        payload_dir: where `cache_path` is rooted. By default, per index file, `dataset_dir` or else the index file's
-            own folder, whichever holds the payloads.
+        payload_dir: where `cache_path` is rooted. By default, per index file, `dataset_dir` or else the
+            index file's own folder, whichever holds the payloads.
         streaming: not offered yet.
         dtype: of the floating tensors that are read: bfloat16, float16 or float32.
 
     Raises:
-        CacheError: for a missing or empty cache, parts that do not fit together, or a `cache_path` outside of its root.
+        CacheError: for a missing or empty cache, parts that do not fit together, or a `cache_path` outside
+            of its root.
         SciflowError: for `streaming` or another `dtype`.
     """
     if streaming:
-        raise SciflowError("`streaming=True` is not offered yet. Copy the cache to a local disk and leave it False.")
+        raise SciflowError(
+            "`streaming=True` is not offered yet. Copy the cache to a local disk and leave it False."
+        )
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise SciflowError(f"`dtype` is {dtype}, but must be torch.bfloat16, torch.float16 or torch.float32.")
     return LatentCache(open_index(dataset_dir, payload_dir=payload_dir), dtype=dtype)
@@ -290,12 +320,21 @@ def read_payload(
             f"{where}: the payload {file} (column `cache_path`) is missing. Say where the payloads are by "
             "`--payload_dir`, or run `sciflow-hf cache build` again."
         ) from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:
         member = f", array `{name}`," if name else ""
         if "pickle" in str(error):
             raise CacheError(
-                f"{where}: the payload {file}{member} holds pickled objects. They are never loaded, since loading could "
-                f"run code. Store plain numbers: float16, float32, or uint16 with the bits of bfloat16. {_REBUILD}."
+                f"{where}: the payload {file}{member} holds pickled objects. They are never loaded, since "
+                "loading could run code. Store plain numbers: float16, float32, or uint16 with the bits of "
+                f"bfloat16. {_REBUILD}."
             ) from error
         raise CacheError(
             f"{where}: the payload {file}{member} cannot be read: it is truncated or not an npz ({error}). "
@@ -303,11 +342,13 @@ def read_payload(
         ) from error
     for name in required:
         if name not in arrays:
-            raise CacheError(f"{where}: the payload {file} lacks `{name}`; it has {sorted(arrays)}. {_REBUILD}.")
+            raise CacheError(
+                f"{where}: the payload {file} lacks `{name}`; it has {sorted(arrays)}. {_REBUILD}."
+            )
         if arrays[name].dtype.newbyteorder("=") not in (np.float16, np.float32, np.uint16):
             raise CacheError(
-                f"{where}: `{name}` in the payload {file} is {arrays[name].dtype}, but must be float16, float32, or "
-                f"uint16 with the bits of bfloat16. {_REBUILD}."
+                f"{where}: `{name}` in the payload {file} is {arrays[name].dtype}, but must be float16, "
+                f"float32, or uint16 with the bits of bfloat16. {_REBUILD}."
             )
     sample = {
         name: _tensor(array, dtype, bits=not name.endswith(("_mask", "_ids")))
@@ -315,12 +356,14 @@ def read_payload(
         if name != "text_ids" and isinstance(array, np.ndarray) and array.dtype.kind in "fiub"
     }
     if "text_ids" in arrays:
-        sample["txt_ids"] = _text_ids(arrays["text_ids"], len(sample["prompt_embeds"]), f"{where}: `text_ids` in {file}")
+        sample["txt_ids"] = _text_ids(
+            arrays["text_ids"], len(sample["prompt_embeds"]), f"{where}: `text_ids` in {file}"
+        )
     return sample
 
 
 def to_dtype(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Change between floating dtypes. float16 to bfloat16 goes through float32: three times faster, and equal."""
+    """Change between floating dtypes. float16 to bfloat16 goes through float32: 3 times faster, equal."""
     if values.dtype != torch.float16 or dtype != torch.bfloat16:
         return values.to(dtype)
     result = torch.empty(values.shape, dtype=dtype)
@@ -343,18 +386,10 @@ def _text_ids(ids: np.ndarray, length: int, where: str) -> torch.Tensor:
     """Position ids of the text: (L, n), int64."""
     if ids.dtype.kind not in "fiu" or ids.ndim != 2 or len(ids) != length:
         raise CacheError(
-            f"{where} is {ids.dtype} of shape {ids.shape}, but must be numbers of shape ({length}, n), one row per "
-            f"token of `prompt_embeds`. {_REBUILD}."
+            f"{where} is {ids.dtype} of shape {ids.shape}, but must be numbers of shape ({length}, n), one "
+            f"row per token of `prompt_embeds`. {_REBUILD}."
         )
     whole = ids.astype(np.int64) if np.isfinite(ids).all() else None
     if whole is None or not (whole == ids).all():
         raise CacheError(f"{where} holds values that are not whole numbers. {_REBUILD}.")
     return torch.from_numpy(whole)
-
-
-def same_setting(key: str, one: Any, other: Any) -> bool:
-    """Whether two encoder settings are equal; a local model folder may be written in several ways."""
-    if key == "pretrained_model_name_or_path" and os.path.isdir(str(one)) and os.path.isdir(str(other)):
-        return os.path.realpath(one) == os.path.realpath(other)
-    plain = [list(value) if isinstance(value, tuple) else value for value in (one, other)]
-    return plain[0] == plain[1]

@@ -49,7 +49,9 @@ class CacheIndex:
         return self.part_roots[self.part_of_row[row]]
 
 
-def open_index(dataset_dir: _PathLike | Sequence[_PathLike], *, payload_dir: _PathLike | None = None) -> CacheIndex:
+def open_index(
+    dataset_dir: _PathLike | Sequence[_PathLike], *, payload_dir: _PathLike | None = None
+) -> CacheIndex:
     """Reads and joins the index of one or more caches; see `load_cache` for the arguments and errors."""
     import pyarrow as pa
 
@@ -57,10 +59,11 @@ def open_index(dataset_dir: _PathLike | Sequence[_PathLike], *, payload_dir: _Pa
     if not folders:
         raise CacheError("`dataset_dir` is an empty list: name at least one cache.")
     parts = [(Path(folder), file) for folder in folders for file in _index_files(Path(folder))]
-    files = [os.path.realpath(file) for _, file in parts]
-    for file in files:
-        if files.count(file) > 1:
+    seen: set[str] = set()
+    for _, file in parts:
+        if (real := os.path.realpath(file)) in seen:
             raise CacheError(f"`dataset_dir` names {file} twice: give every cache once.")
+        seen.add(real)
     names = [str(file) for _, file in parts]
     tables = [_read_part(file) for _, file in parts]
     metadata = _common_metadata(names, [table.schema.metadata or {} for table in tables])
@@ -75,13 +78,17 @@ def open_index(dataset_dir: _PathLike | Sequence[_PathLike], *, payload_dir: _Pa
     part_roots = []
     for (folder, file), start, length in zip(parts, np.cumsum(lengths) - lengths, lengths, strict=True):
         paths = cache_paths.slice(int(start), length)
-        tried = [payload_dir] if payload_dir is not None else [folder if folder.is_dir() else file.parent, file.parent]
+        tried = (
+            [payload_dir]
+            if payload_dir is not None
+            else [folder if folder.is_dir() else file.parent, file.parent]
+        )
         roots = list(dict.fromkeys(os.path.abspath(root) for root in tried))
         _check_inside(paths, roots, str(file), int(start))
         root = _choose_root(roots, paths, str(file))
         _check_inside(paths, [root], str(file), int(start))
         part_roots.append(root)
-    empties = dict.fromkeys(os.path.join(root, EMPTY_PROMPT_FILE) for root in part_roots)
+    empties = [os.path.join(root, EMPTY_PROMPT_FILE) for root in (*part_roots, *map(os.fspath, folders))]
     return CacheIndex(
         table=table.replace_schema_metadata(None),
         part_names=names,
@@ -97,12 +104,20 @@ def open_index(dataset_dir: _PathLike | Sequence[_PathLike], *, payload_dir: _Pa
 
 
 def inside(path: str, root: str) -> str | None:
-    """`path` (absolute, or relative to `root`) relative to `root`; None if it leads outside of it. Purely lexical."""
+    """`path` (absolute or relative) as relative to `root`; None if it leads outside. Purely lexical."""
     whole = os.path.normpath(os.path.join(root, path))
     for base in (root, os.path.realpath(root)):
         if whole.startswith(base.rstrip(os.sep) + os.sep):
             return os.path.relpath(whole, base)
     return None
+
+
+def same_setting(key: str, one: Any, other: Any) -> bool:
+    """Whether two encoder settings are equal; a local model folder may be written in several ways."""
+    if key == "pretrained_model_name_or_path" and os.path.isdir(str(one)) and os.path.isdir(str(other)):
+        return os.path.realpath(one) == os.path.realpath(other)
+    plain = [list(value) if isinstance(value, tuple) else value for value in (one, other)]
+    return plain[0] == plain[1]
 
 
 def _index_files(folder: Path) -> list[Path]:
@@ -113,7 +128,9 @@ def _index_files(folder: Path) -> list[Path]:
     found = []
     for parent, subfolders, files in os.walk(folder):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        found += [Path(parent, name) for name in files if name.endswith(".parquet") and not name.startswith(".")]
+        found += [
+            Path(parent, name) for name in files if name.endswith(".parquet") and not name.startswith(".")
+        ]
     if not found:
         raise CacheError(f"`dataset_dir` is {str(folder)!r}, which holds no index (*.parquet). {_BUILD}.")
     return sorted(found)
@@ -127,12 +144,14 @@ def _read_part(file: Path) -> "pa.Table":
         with pq.ParquetFile(file) as part:
             table = part.read()
     except (pa.ArrowException, OSError) as error:
-        raise CacheError(f"The index {file} cannot be read as parquet ({_first_line(error)}). {_BUILD}.") from error
+        raise CacheError(
+            f"The index {file} cannot be read as parquet ({_first_line(error)}). {_BUILD}."
+        ) from error
     missing = [name for name in REQUIRED_COLUMNS if name not in table.column_names]
     if missing:
         raise CacheError(
-            f"The index {file} lacks the column{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}; it has "
-            f"{', '.join(map(repr, table.column_names))}. Is `dataset_dir` a cache? {_BUILD}."
+            f"The index {file} lacks the column{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}; "
+            f"it has {', '.join(map(repr, table.column_names))}. Is `dataset_dir` a cache? {_BUILD}."
         )
     return table
 
@@ -153,7 +172,8 @@ def _join(names: Sequence[str], tables: Sequence["pa.Table"]) -> "pa.Table":
             pa.unify_schemas([joined.schema, table.select(columns).schema], promote_options="permissive")
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise CacheError(
-                f"The index files {names[0]} and {name} have columns of other types ({_first_line(error)}). {_BUILD}."
+                f"The index files {names[0]} and {name} have columns of other types ({_first_line(error)}). "
+                f"{_BUILD}."
             ) from error
     return pa.concat_tables([table.select(columns) for table in tables], promote_options="permissive")
 
@@ -164,9 +184,13 @@ def _common_metadata(names: Sequence[str], schemas: Sequence[Mapping[bytes, byte
         try:
             metadata = json.loads(schema.get(METADATA_KEY, b"{}"))
         except ValueError as error:
-            raise CacheError(f"The schema metadata `sciflow_hf` of {name} is not JSON ({error}). {_BUILD}.") from error
+            raise CacheError(
+                f"The schema metadata `sciflow_hf` of {name} is not JSON ({error}). {_BUILD}."
+            ) from error
         if not isinstance(metadata, dict):
-            raise CacheError(f"The schema metadata `sciflow_hf` of {name} is {metadata!r}, not a JSON object. {_BUILD}.")
+            raise CacheError(
+                f"The schema metadata `sciflow_hf` of {name} is {metadata!r}, not a JSON object. {_BUILD}."
+            )
         found.append(metadata)
     for name, metadata in zip(names, found, strict=True):
         # The library's own version is for people: a cache may be finished by a newer one.
@@ -177,8 +201,9 @@ def _common_metadata(names: Sequence[str], schemas: Sequence[Mapping[bytes, byte
         ]
         if differ:
             raise CacheError(
-                f"The index files {names[0]} and {name} were not made with the same settings: {'; '.join(differ)}. "
-                "Train on one of them, or build both by `sciflow-hf cache build` with the same settings."
+                f"The index files {names[0]} and {name} were not made with the same settings: "
+                f"{'; '.join(differ)}. Train on one of them, or build both by `sciflow-hf cache build` with "
+                "the same settings."
             )
     if not found[0]:
         logger.warning("%s says nothing about the encoders that made it: they cannot be checked.", names[0])
@@ -194,8 +219,8 @@ class _Checker:
     def error(self, row: int, name: str, needed: str) -> CacheError:
         value = self.table.column(name)[row].as_py()
         return CacheError(
-            f"Row {row} (in {self.names[self.part_of_row[row]]}): column `{name}` is {value!r}, but must be {needed}. "
-            "Mend the index, or run `sciflow-hf cache build` again."
+            f"Row {row} (in {self.names[self.part_of_row[row]]}): column `{name}` is {value!r}, but must be "
+            f"{needed}. Mend the index, or run `sciflow-hf cache build` again."
         )
 
     def column(self, name: str) -> "pa.ChunkedArray":
@@ -215,7 +240,9 @@ class _Checker:
         try:
             values = column.cast(pa.int64()).to_numpy()
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise self.error(0, name, f"a whole number of pixels in every row ({_first_line(error)})") from error
+            raise self.error(
+                0, name, f"a whole number of pixels in every row ({_first_line(error)})"
+            ) from error
         if (values <= 0).any():
             raise self.error(int(np.argmax(values <= 0)), name, "a positive number of pixels")
         return values
@@ -229,10 +256,18 @@ class _Checker:
         column, size = self.column(name), form.count(",") + 1
         needed = f"{size} positive whole numbers {form}"
         if types.is_string(column.type) or types.is_large_string(column.type):
-            encoded = column.cast(pa.large_string()).combine_chunks().dictionary_encode()  # few distinct shapes
-            parsed = np.array([_parse_shape(text, size) for text in encoded.dictionary.to_pylist()], dtype=np.int64)
+            encoded = (
+                column.cast(pa.large_string()).combine_chunks().dictionary_encode()
+            )  # few distinct shapes
+            parsed = np.array(
+                [_parse_shape(text, size) for text in encoded.dictionary.to_pylist()], dtype=np.int64
+            )
             shapes = parsed.reshape(-1, size)[encoded.indices.to_numpy()]
-        elif types.is_list(column.type) or types.is_large_list(column.type) or types.is_fixed_size_list(column.type):
+        elif (
+            types.is_list(column.type)
+            or types.is_large_list(column.type)
+            or types.is_fixed_size_list(column.type)
+        ):
             odd = pc.not_equal(pc.list_value_length(column), size).to_numpy()
             if odd.any():
                 raise self.error(int(np.argmax(odd)), name, needed)
@@ -261,13 +296,16 @@ def _check_inside(paths: "pa.Array", roots: Sequence[str], file: str, start: int
 
     if not len(paths):
         return
-    suspicious = pc.match_substring_regex(paths, r"\.\.|^[/\\]|^[A-Za-z]:|^\.?/*$").to_numpy(zero_copy_only=False)
+    suspicious = pc.match_substring_regex(paths, r"\.\.|^[/\\]|^[A-Za-z]:|^\.?/*$").to_numpy(
+        zero_copy_only=False
+    )
     for i in np.flatnonzero(suspicious).tolist():
         path = paths[i].as_py()
         if all(inside(path, root) is None for root in roots):
             raise CacheError(
                 f"Row {start + i} (in {file}): column `cache_path` is {path!r}, which lies outside of "
-                f"{' and '.join(roots)}. If the payloads are there by intention, name their folder by `--payload_dir`."
+                f"{' and '.join(roots)}. If the payloads are there by intention, name their folder by "
+                "`--payload_dir`."
             )
 
 

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 _HOW_TO_CAPTION = (
-    "Give each image a text file of the same name (fig_1.png, fig_1.txt), or put a metadata.jsonl beside the images "
-    'with one line each: {"file_name": "fig_1.png", "caption": "..."}'
+    "Give each image a text file of the same name (fig_1.png, fig_1.txt), or put a metadata.jsonl "
+    'beside the images with one line each: {"file_name": "fig_1.png", "caption": "..."}'
 )
 _ORIENTATION = 0x0112  # EXIF tag; 5 to 8 are turned by a quarter
 
@@ -52,8 +52,8 @@ def find_records(
     """All captioned images of `source`, in a fixed order, and what had to be left out as (name, reason).
 
     Args:
-        source: a folder of images (captions in metadata.jsonl, metadata.csv or .txt files), a folder written by
-            `datasets.Dataset.save_to_disk`, a parquet file or a folder of such, or the name of a Hub data set.
+        source: a folder of images (captions in metadata.jsonl, metadata.csv or .txt files), a folder written
+            by `datasets.Dataset.save_to_disk`, a parquet file or a folder of such, or a Hub data set's name.
         caption_column: column with the captions; where there is no "caption", "text" is taken.
         leave_out: folder below `source` that is not part of it (the cache that is being built).
 
@@ -61,13 +61,16 @@ def find_records(
         SciflowError: if there is no such source, no image, or no caption.
     """
     path = Path(source)
-    if path.is_dir() and not any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+    if path.is_dir() and not any(
+        (path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")
+    ):
         images, tables, notes = _walk(path, leave_out)
         if images:
             return _folder_records(path, images, notes, caption_column)
         if not tables:
             raise SciflowError(
-                f"`input_dir` is {str(source)!r}, which holds no images ({', '.join(IMAGE_SUFFIXES)}). {_HOW_TO_CAPTION}."
+                f"`input_dir` is {str(source)!r}, which holds no images ({', '.join(IMAGE_SUFFIXES)}). "
+                f"{_HOW_TO_CAPTION}."
             )
         return _dataset_records(_load_parquet(tables), str(source), caption_column)
     if path.is_file() and path.suffix == ".parquet":
@@ -82,7 +85,9 @@ def _walk(folder: Path, leave_out: Path | None) -> tuple[list[Path], list[Path],
     notes: list[Path] = []
     skip = None if leave_out is None else leave_out.resolve()
     for parent, subfolders, files in os.walk(folder):
-        subfolders[:] = sorted(s for s in subfolders if not s.startswith(".") and Path(parent, s).resolve() != skip)
+        subfolders[:] = sorted(
+            s for s in subfolders if not s.startswith(".") and Path(parent, s).resolve() != skip
+        )
         for name in files:
             file = Path(parent, name)
             if name.startswith("."):
@@ -122,26 +127,37 @@ def _folder_records(
     missing = "listed in the metadata, but not an image file in the folder"
     skipped += [(os.path.relpath(file, folder), missing) for file in rows]
     if not records:
-        raise SciflowError(f"`input_dir` is {str(folder)!r}: none of its {len(images)} images has a caption. {_HOW_TO_CAPTION}.")
+        raise SciflowError(
+            f"`input_dir` is {str(folder)!r}: none of its {len(images)} images has a caption. "
+            f"{_HOW_TO_CAPTION}."
+        )
     return records, skipped
 
 
 def _read_notes(file: Path) -> list[dict[str, Any]]:
     """Rows of a metadata.jsonl or metadata.csv."""
-    rows = []
-    with open(file, encoding="utf-8-sig", newline="") as lines:
-        if file.suffix == ".csv":
-            rows = [(n, {k: v or None for k, v in row.items() if k}) for n, row in enumerate(csv.DictReader(lines), 2)]
-        else:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    try:
-                        rows.append((number, json.loads(line)))
-                    except ValueError as error:
-                        raise SciflowError(f"Line {number} of {file} is not JSON ({error}). Mend that line.") from error
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SciflowError(f"{file} is not in UTF-8 ({error}). Save it in that encoding.") from error
+    rows: list[tuple[int, Any]] = []
+    if file.suffix == ".csv":
+        for number, row in enumerate(csv.DictReader(StringIO(text, newline="")), 2):
+            rows.append((number, {key: value or None for key, value in row.items() if key}))
+    else:
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                try:
+                    rows.append((number, json.loads(line)))
+                except ValueError as error:
+                    raise SciflowError(
+                        f"Line {number} of {file} is not JSON ({error}). Mend that line."
+                    ) from error
     for number, row in rows:
         if not isinstance(row, dict) or not row.get("file_name"):
-            raise SciflowError(f"Line {number} of {file} has no `file_name`. It must name an image relative to the file.")
+            raise SciflowError(
+                f"Line {number} of {file} has no `file_name`. It must name an image relative to the file."
+            )
     return [row for _, row in rows]
 
 
@@ -151,8 +167,8 @@ def _caption_column(columns: Sequence[str], wanted: str, where: str) -> str:
     if wanted == "caption" and "text" in columns:
         return "text"
     raise SciflowError(
-        f"`caption_column` is {wanted!r}, but {where} has only {', '.join(map(repr, columns))}. Name the column that holds "
-        "the captions by `--caption_column`."
+        f"`caption_column` is {wanted!r}, but {where} has only {', '.join(map(repr, columns))}. Name the "
+        "column that holds the captions by `--caption_column`."
     )
 
 
@@ -162,7 +178,9 @@ def _load_parquet(files: Sequence[Path]) -> "datasets.Dataset":
     try:
         return datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise SciflowError(f"`input_dir`: {files[0]} cannot be read as parquet with images ({error}).") from error
+        raise SciflowError(
+            f"`input_dir`: {files[0]} cannot be read as parquet with images ({error})."
+        ) from error
 
 
 def _load_dataset(source: str | os.PathLike[str]) -> "datasets.Dataset":
@@ -173,18 +191,24 @@ def _load_dataset(source: str | os.PathLike[str]) -> "datasets.Dataset":
     local = Path(name).exists()
     if not local and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise SciflowError(
-            f"`input_dir` is {name!r}, which does not exist. Give a folder of images with captions, a folder written by "
-            "`save_to_disk`, parquet files with an `image` column, or a Hub data set (user/name)."
+            f"`input_dir` is {name!r}, which does not exist. Give a folder of images with captions, a folder "
+            "written by `save_to_disk`, parquet files with an `image` column, or a Hub data set (user/name)."
         )
     try:
         data = datasets.load_from_disk(name) if local else datasets.load_dataset(name)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        kind = "cannot be read as a `datasets` folder" if local else "is neither a folder nor a Hub data set in reach"
+        kind = (
+            "cannot be read as a `datasets` folder"
+            if local
+            else "is neither a folder nor a Hub data set in reach"
+        )
         raise SciflowError(f"`input_dir` is {name!r}, which {kind} ({error}).") from error
     if isinstance(data, datasets.Dataset):
         return data
     if "train" not in data and len(data) != 1:
-        raise SciflowError(f"`input_dir` is {name!r} with the splits {list(data)}. Save one of them and give that.")
+        raise SciflowError(
+            f"`input_dir` is {name!r} with the splits {list(data)}. Save one of them and give that."
+        )
     return data["train"] if "train" in data else next(iter(data.values()))
 
 
@@ -194,13 +218,17 @@ def _dataset_records(
     import datasets
 
     if "image" not in data.column_names:
-        raise SciflowError(f"`input_dir` is {where!r}: it has the columns {data.column_names}, but no `image`.")
+        raise SciflowError(
+            f"`input_dir` is {where!r}: it has the columns {data.column_names}, but no `image`."
+        )
     caption_column = _caption_column(data.column_names, caption_column, where)
     data = data.cast_column("image", datasets.Image(decode=False))
     plain = [
         name
         for name, feature in data.features.items()
-        if name not in ("image", caption_column) and isinstance(feature, datasets.Value) and feature.dtype != "binary"
+        if name not in ("image", caption_column)
+        and isinstance(feature, datasets.Value)
+        and feature.dtype != "binary"
     ]
     images = data.select_columns("image")
     rows = data.select_columns([caption_column, *plain]).to_list()
@@ -219,7 +247,9 @@ def _dataset_records(
         else:
             records.append(Record(name, str(caption).strip(), sizes[i], _row_opener(images, i), row))
     if not records:
-        raise SciflowError(f"`input_dir` is {where!r}: no row has a caption in the column {caption_column!r}.")
+        raise SciflowError(
+            f"`input_dir` is {where!r}: no row has a caption in the column {caption_column!r}."
+        )
     return records, skipped
 
 
@@ -282,7 +312,7 @@ def to_rgb(image: "Image.Image") -> "Image.Image":
 
 
 def fit_pixels(image: "Image.Image", size: tuple[int, int]) -> np.ndarray:
-    """RGB image resized to cover `size` (height, width) and cropped at the centre: (3, H, W), float32 in [-1, 1]."""
+    """RGB image resized to cover `size` (height, width), centre-cropped: (3, H, W), float32 in [-1, 1]."""
     from PIL import Image
 
     height, width = size
@@ -290,5 +320,5 @@ def fit_pixels(image: "Image.Image", size: tuple[int, int]) -> np.ndarray:
     crop_h, crop_w = min(height / scale, image.height), min(width / scale, image.width)
     top, left = (image.height - crop_h) / 2, (image.width - crop_w) / 2
     box = (left, top, left + crop_w, top + crop_h)
-    fitted = image.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=None)
+    fitted = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
     return np.asarray(fitted, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
