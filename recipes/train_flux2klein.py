@@ -33,6 +33,7 @@ def main() -> None:
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         caption_dropout=data_args.caption_dropout,
+        dataset_names=data_args.names(),
     )
     if args.debug_batch:
         print(sf.debug_batch(trainer))
@@ -41,10 +42,11 @@ def main() -> None:
     trainer.train()
     if eval_dataset is not None:
         trainer.evaluate()
-    trainer.save_model()
-    trainer.create_model_card()
     if args.push_to_hub:
-        trainer.push_to_hub()
+        trainer.push_to_hub()  # saves and writes the card, too
+    else:
+        trainer.save_model()
+        trainer.create_model_card()
     if trainer.is_world_process_zero():
         print(sf.summary(trainer))
 

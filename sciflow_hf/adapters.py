@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 ADAPTER_TYPES = ("lora", "dora")
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 ADAPTER_NAME = "default"
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(?<!\.safetensors)")  # user/repository
 
 
 @dataclass
@@ -34,8 +36,8 @@ class AdapterArguments:
         rank: inner dimension. 16-32 for subtle changes, 64-128 balanced, 256 and more for high capacity.
         lora_alpha: the update is scaled by lora_alpha / rank; equal to `rank` when not given.
         lora_dropout: on the input of the adapter. Equal results over ranks are promised at 0 only.
-        lora_layers: a preset of the family (`attention`, `standard`, `full`) or a comma list of layer names, each
-            matching the end of a layer's path.
+        lora_layers: a preset of the family (`attention`, `standard`, `full`) or a comma list of layer names,
+            each matching the end of a layer's path.
         adapter_path: LoRA to go on from: file, folder, Hub repository, or any fsspec URL. Its rank, alpha and
             layers then count.
         no_adapter: train the whole network.
@@ -43,7 +45,9 @@ class AdapterArguments:
 
     adapter_type: str = field(default="lora", metadata={"help": f"One of {', '.join(ADAPTER_TYPES)}."})
     rank: int = field(default=16, metadata={"help": "Inner dimension of the adapter."})
-    lora_alpha: int | None = field(default=None, metadata={"help": "Scale is lora_alpha / rank; default: rank."})
+    lora_alpha: int | None = field(
+        default=None, metadata={"help": "Scale is lora_alpha / rank; default: rank."}
+    )
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
     lora_layers: str = field(
         default="full", metadata={"help": "attention, standard, full, or a comma list of layer names."}
@@ -51,17 +55,18 @@ class AdapterArguments:
     adapter_path: str | None = field(
         default=None, metadata={"help": "LoRA to go on from: file, folder, Hub repository or fsspec URL."}
     )
-    no_adapter: bool = field(default=False, metadata={"help": "Train the whole network instead of an adapter."})
+    no_adapter: bool = field(default=False, metadata={"help": "Train the whole network, without adapter."})
 
     def __post_init__(self) -> None:
         if self.adapter_type not in ADAPTER_TYPES:
-            raise SciflowError(f"`adapter_type` {self.adapter_type!r}: use one of {', '.join(ADAPTER_TYPES)}.")
+            allowed = ", ".join(ADAPTER_TYPES)
+            raise SciflowError(f"`adapter_type` {self.adapter_type!r}: use one of {allowed}.")
         if self.rank < 1:
             raise SciflowError(f"`rank` {self.rank}: at least 1.")
         if self.lora_alpha is None:
             self.lora_alpha = self.rank
         if self.lora_alpha < 1:
-            raise SciflowError(f"`lora_alpha` {self.lora_alpha}: at least 1; the update is scaled by lora_alpha / rank.")
+            raise SciflowError(f"`lora_alpha` {self.lora_alpha}: at least 1; the scale is lora_alpha / rank.")
         if not 0 <= self.lora_dropout < 1:
             raise SciflowError(f"`lora_dropout` {self.lora_dropout}: in [0, 1).")
         if self.no_adapter and self.adapter_path:
@@ -73,7 +78,8 @@ def add_adapter(
 ) -> torch.nn.Module:
     """Freezes `model` and adds the adapter in place; with `no_adapter` leaves everything trainable.
 
-    Adapter weights are float32 whatever the dtype of the base: in bfloat16 an AdamW step of 1e-4 rounds to nothing.
+    Adapter weights are float32 whatever the dtype of the base: in bfloat16 an AdamW step of 1e-4 rounds to
+    nothing.
 
     Args:
         seed: of the adapter's initial weights; torch's generator is left as it was.
@@ -101,9 +107,7 @@ def add_adapter(
                 target_modules=match_layers(model, args.lora_layers, family.lora_presets),
             )
             model.add_adapter(config, adapter_name=ADAPTER_NAME)
-    for parameter in adapter_parameters(model).values():
-        parameter.requires_grad_(True)
-        parameter.data = parameter.data.float()
+    _to_float32(model)
     facts = adapter_facts(model)
     logger.info(
         "%s on %d layers: rank %s, alpha %s, %s trained parameters (float32).",
@@ -116,8 +120,8 @@ def match_layers(model: torch.nn.Module, layers: str, presets: dict[str, str]) -
     """Full paths of the linear and convolution layers whose path ends in one of the names.
 
     Args:
-        layers: a preset's name or a comma list. `attn.to_out` means linear layers only, so on FLUX.2 it finds the
-            single blocks', not the ModuleList of the double blocks.
+        layers: a preset's name or a comma list. `attn.to_out` means linear layers only, so on FLUX.2 it finds
+            the single blocks', not the ModuleList of the double blocks.
     """
     names = [name.strip() for name in presets.get(layers, layers).split(",") if name.strip()]
     candidates = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
@@ -125,7 +129,7 @@ def match_layers(model: torch.nn.Module, layers: str, presets: dict[str, str]) -
     unmatched = [name for name, paths in found.items() if not paths]
     matched = set().union(*found.values()) if found else set()
     if not matched:
-        ends = sorted({re.sub(r"^.*\.(?=\D)", "", c) if not c[-1].isdigit() else c.split(".", 2)[-1] for c in candidates})
+        ends = sorted({re.sub(r"^.*\.(?=\D)", "", c) for c in candidates})  # `to_q`, `to_out.0`
         close = difflib.get_close_matches(names[0], ends, n=3, cutoff=0.3) if names else []
         raise SciflowError(
             f"`lora_layers` {layers!r} matches no layer. Presets: {', '.join(presets) or 'none'}; "
@@ -154,7 +158,7 @@ def adapter_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def adapter_facts(model: torch.nn.Module) -> dict[str, Any] | None:
-    """Type, rank, alpha, layers and size of the adapter, for logs, cards and resume checks; None without one."""
+    """Type, rank, alpha, layers and size of the adapter, for logs and resume checks; None without one."""
     layers = adapter_layers(model)
     if not layers:
         return None
@@ -184,18 +188,20 @@ def adapter_disabled(model: torch.nn.Module) -> Iterator[None]:
 
 
 def save_adapter(model: torch.nn.Module, folder: str | os.PathLike, *, family: "ModelFamily") -> Path:
-    """Writes `pytorch_lora_weights.safetensors` as the family's pipeline does, alpha in its metadata; whole or not."""
+    """Writes `pytorch_lora_weights.safetensors` as the family's pipeline does, alpha in it; whole or not."""
     from peft.utils import get_peft_model_state_dict
 
-    config = {k: sorted(v) if isinstance(v, set) else v for k, v in model.peft_config[ADAPTER_NAME].to_dict().items()}
+    options = model.peft_config[ADAPTER_NAME].to_dict()
+    config = {k: sorted(v) if isinstance(v, set) else v for k, v in options.items()}
     state = get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME)
+    state = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     target = Path(folder) / WEIGHT_NAME
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".saving-") as temporary:
         family.pipeline_class().save_lora_weights(
             temporary,
             **{
-                f"{family.component}_lora_layers": {k: v.detach().cpu().contiguous() for k, v in state.items()},
+                f"{family.component}_lora_layers": state,
                 f"{family.component}_lora_adapter_metadata": config,
             },
         )
@@ -205,30 +211,40 @@ def save_adapter(model: torch.nn.Module, folder: str | os.PathLike, *, family: "
 
 def load_adapter_weights(model: torch.nn.Module, folder: str | os.PathLike, *, family: "ModelFamily") -> None:
     """Puts the saved weights into the adapter that `model` already has, bit for bit."""
+    state, _ = _read(str(Path(folder) / WEIGHT_NAME), family)
+    try:
+        _put(model, state, family)
+    except (ValueError, RuntimeError) as error:
+        raise SciflowError(
+            f"{folder}: its adapter does not fit this one: {_brief(error)}. Resume with the same adapter "
+            "options, or start a new run from it with `--adapter_path`."
+        ) from error
+
+
+def _put(model: torch.nn.Module, state: dict[str, torch.Tensor], family: "ModelFamily") -> None:
+    """Fills the adapter of `model`; ValueError where a tensor is left over or left out."""
     from peft.utils import set_peft_model_state_dict
 
-    state, _ = _read(str(Path(folder) / WEIGHT_NAME), family)
-    result = set_peft_model_state_dict(model, _without_prefix(state, family), adapter_name=ADAPTER_NAME)
-    missing = [key for key in result.missing_keys if "lora_" in key]
-    if missing or result.unexpected_keys:
-        raise SciflowError(
-            f"{folder}: its adapter does not fit the network: missing {missing[:3]}, unexpected "
-            f"{list(result.unexpected_keys)[:3]}. Resume with the same adapter options, or start a new run from it "
-            "with `--adapter_path`."
-        )
-
-
-def _without_prefix(state: dict[str, torch.Tensor], family: "ModelFamily") -> dict[str, torch.Tensor]:
     prefix = family.component + "."
-    return {key.removeprefix(prefix): value for key, value in state.items()}
+    own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    result = set_peft_model_state_dict(model, own, adapter_name=ADAPTER_NAME)
+    missing = [key for key in result.missing_keys if "lora_" in key]
+    for what, keys in (("the network has no layer for", result.unexpected_keys), ("the file lacks", missing)):
+        if keys:
+            raise ValueError(f"{what} {len(keys)} of its tensors, such as {keys[0]}")
+
+
+def _brief(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]} ..."
 
 
 def _read(path: str, family: "ModelFamily") -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
     """State dict and metadata of a LoRA in any layout that the family's pipeline reads; safetensors only."""
     try:
         return family.pipeline_class().lora_state_dict(path, use_safetensors=True, return_lora_metadata=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # the Hub's HTTP client has errors of its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SciflowError(
             f"`adapter_path` {path!r} cannot be read ({reason}). It is a safetensors file, a folder with "
             f"{WEIGHT_NAME}, a Hub repository, or an fsspec URL of a file."
@@ -237,8 +253,10 @@ def _read(path: str, family: "ModelFamily") -> tuple[dict[str, torch.Tensor], di
 
 def _load_from(path: str, model: torch.nn.Module, family: "ModelFamily") -> None:
     """Adds the adapter of an existing LoRA file, its rank, alpha and layers included."""
+    if Path(path).suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+        raise SciflowError(f"`adapter_path` {path!r}: a pickle can run code and is not loaded; use safetensors.")
     with tempfile.TemporaryDirectory() as temporary:
-        local = path
+        local = os.path.expanduser(path)
         if "://" in path:
             import fsspec
 
@@ -247,13 +265,28 @@ def _load_from(path: str, model: torch.nn.Module, family: "ModelFamily") -> None
                 with fsspec.open(path, "rb") as source:
                     Path(local).write_bytes(source.read())
             except (OSError, ValueError, ImportError) as error:
-                raise SciflowError(f"`adapter_path` {path!r} cannot be read: {error}") from error
+                raise SciflowError(f"`adapter_path` {path!r} cannot be read: {_brief(error)}") from error
+        elif not os.path.exists(local) and not _HUB_NAME.fullmatch(path):
+            raise SciflowError(f"`adapter_path` {path!r}: there is no such file, folder or Hub repository.")
         state, metadata = _read(local, family)
-    try:
-        model.load_lora_adapter(
-            dict(state), prefix=family.component, metadata=metadata or None, adapter_name=ADAPTER_NAME
-        )
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise SciflowError(f"`adapter_path` {path!r} does not fit this network: {str(error).splitlines()[0]}") from error
+    with warnings.catch_warnings():
+        # Without weights (`--dry_run`) torch warns of every tensor that there is nothing to copy to.
+        warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter.*")
+        try:
+            model.load_lora_adapter(
+                dict(state), prefix=family.component, metadata=metadata or None, adapter_name=ADAPTER_NAME
+            )
+            if adapter_layers(model):
+                _to_float32(model)
+                _put(model, state, family)  # again: into a 16-bit base PEFT loads the weights rounded
+        except (ValueError, RuntimeError, KeyError) as error:
+            reason = _brief(error)
+            raise SciflowError(f"`adapter_path` {path!r} does not fit this network: {reason}") from error
     if not adapter_layers(model):
         raise SciflowError(f"`adapter_path` {path!r} holds no layer of this network (`{family.name}`).")
+
+
+def _to_float32(model: torch.nn.Module) -> None:
+    for parameter in adapter_parameters(model).values():
+        parameter.requires_grad_(True)
+        parameter.data = parameter.data.float()

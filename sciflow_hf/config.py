@@ -19,21 +19,22 @@ from .errors import SciflowError
 
 
 class RecipeParser(HfArgumentParser):
-    """HfArgumentParser that takes YAML and flags together, and suggests the nearest name for an unknown one."""
+    """HfArgumentParser that takes YAML and flags together, and suggests the nearest name for unknown ones."""
 
     def __init__(self, dataclass_types: Sequence[type], **kwargs: Any) -> None:
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
-        self.add_argument("--config", metavar="FILE", help="YAML of options; flags win. `base:` names its parent.")
+        self.add_argument("--config", metavar="FILE", help="YAML of options; flags win over it.")
 
     def add_argument(self, *names: Any, **options: Any) -> Any:
         """argparse formats help texts with `%`; a stray one, as in "50 % of", shall not break `--help`."""
         if options.get("help"):
-            options["help"] = re.sub(r"%(?!%|\(\w+\)s)", "%%", options["help"].replace("%%", "%"))
+            options["help"] = re.sub(r"%(?!\(\w+\)s)", "%%", options["help"].replace("%%", "%"))
         return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
         """One line on stderr, without argparse's page of usage; exit status 2."""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        sys.stderr.write(f"{self.prog}: error: {' '.join(message.split())}\n")
+        sys.exit(2)
 
     def parse(self, argv: Sequence[str]) -> tuple[Any, ...]:
         """The dataclasses, filled from defaults, then the YAML, then the flags."""
@@ -41,7 +42,7 @@ class RecipeParser(HfArgumentParser):
         options: dict[str, argparse.Action] = {}
         for action in self._actions:
             if action.dest not in ("help", "config"):
-                options.setdefault(action.dest, action)  # the first: `--x` stands before `--no_x` of a boolean
+                options.setdefault(action.dest, action)  # `--x` of a boolean stands before its `--no_x`
         hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
         for name, value in (read_yaml(config) if config else {}).items():
             if name not in options:
@@ -140,7 +141,7 @@ def parse_args(
     for noisy in ("httpx", "httpcore", "filelock", "fsspec", "datasets", "accelerate", "urllib3", "absl"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     transformers_logging.get_logger("transformers").propagate = False
-    parser = RecipeParser(dataclass_types, description=(description or "").replace("%", "%%"))
+    parser = RecipeParser(dataclass_types, description=description)
     try:
         return parser.parse(sys.argv[1:] if argv is None else argv)
     except ValueError as error:

@@ -277,7 +277,8 @@ def _training(facts: CardFacts) -> str:
         renamed = {"matched": "matched layers", "trainable_parameters": "trained parameters"}
         label = renamed.get(key, f"adapter {key}")
         if value is not None:
-            rows.append((label, f"{value:,}" if isinstance(value, int) else f"`{_inline(value)}`"))
+            text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+            rows.append((label, f"{text:,}" if isinstance(text, int) else f"`{_inline(text, 1000)}`"))
     if _data_names(facts):
         rows.append(("data", f"`{_data_names(facts)}`"))
     for key, label in (("samples", "figures"), ("eval_samples", "held out"), ("groups", "groups (papers)")):

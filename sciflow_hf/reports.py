@@ -93,11 +93,15 @@ def _estimate(model: torch.nn.Module, args: "DiffusionTrainingArguments", tokens
     saves = 0 if str(args.save_strategy.value) == "no" else max(1, int(steps // every))
     copies = min(saves, args.save_total_limit or saves)
     return (
-        f"weights {weights / GIB:.2f} GiB, gradients and optimizer {optimizer / GIB:.2f} GiB, activations about "
-        f"{kept / GIB:.2f} GiB for {tokens:,} tokens x batch {args.train_batch_size}: "
-        f"about {(weights + optimizer + kept) / GIB:.2f} GiB per device\n"
-        f"{copies} checkpoints of {per_checkpoint / GIB:.3f} GiB: {copies * per_checkpoint / GIB:.2f} GiB of disk"
+        f"weights {_size(weights)}, gradients and optimizer {_size(optimizer)}, activations about "
+        f"{_size(kept)} for {tokens:,} tokens x batch {args.train_batch_size}: "
+        f"about {_size(weights + optimizer + kept)} per device\n"
+        f"{copies} checkpoints of {_size(per_checkpoint)}: {_size(copies * per_checkpoint)} of disk"
     )
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def debug_batch(trainer: "DiffusionTrainer", *, largest: int = 20) -> str:
@@ -123,7 +127,8 @@ def debug_batch(trainer: "DiffusionTrainer", *, largest: int = 20) -> str:
     lines.append(f"Noise levels: {[round(float(x), 4) for x in levels]}")
     lines.append(f"Loss per sample: {[round(float(x), 5) for x in loss.detach()]}")
     zero = sum(value == 0 for value in norms.values())
-    lines.append(f"Gradient norms: {len(norms)} trained parameters, {zero} exactly 0, {len(without)} without a gradient")
+    lines.append(f"Gradient norms: {len(norms)} trained parameters, {zero} exactly 0 (lora_A is, until lora_B moves), "
+                 f"{len(without)} without a gradient")  # fmt: skip
     ordered = sorted(norms.items(), key=lambda item: -item[1])
     lines += [f"  {value:.3e}  {name}" for name, value in ordered[:largest]]
     if len(ordered) > largest:

@@ -4,6 +4,7 @@ import importlib.metadata
 import logging
 import os
 from collections import Counter
+from concurrent.futures import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -107,13 +108,15 @@ def last_metrics(trainer: "DiffusionTrainer") -> dict[str, float]:
 
 def save_model_card(trainer: "DiffusionTrainer") -> None:
     """README.md and run_facts.json in the output folder."""
+    from .callbacks.validation import final_step, sample_images
     from .hub import CardFacts, save_card
 
     args, family, train, held_out = trainer.args, trainer.family, trainer.train_dataset, trainer.eval_dataset
     metrics = last_metrics(trainer)
     folder = Path(args.output_dir)
+    samples = sample_images(folder, step=final_step(args, trainer.state))
+    samples += [(p.relative_to(folder).as_posix(), "over training") for p in folder.glob("validation/contact_sheet.png")]
     losses = [e["train_loss"] for e in trainer.state.log_history if "train_loss" in e]
-    images = sorted(folder.glob("validation/contact_sheet.png"))
     adapter = adapter_facts(trainer.model)
     sets = [d for d in (train, held_out) if d is not None and not isinstance(d, dict)]
     buckets = Counter(tuple(b)[:2] for b in getattr(train, "buckets", None) or [])
@@ -127,7 +130,7 @@ def save_model_card(trainer: "DiffusionTrainer") -> None:
         component=family.component,
         adapter=adapter,
         dataset={
-            "names": getattr(train, "names", []),
+            "names": trainer.dataset_names,
             "samples": len(train) if train is not None else 0,
             "eval_samples": len(held_out) if held_out is not None else 0,
             "groups": len({g for d in sets for g in getattr(d, "groups", row_ids_of(d))}),
@@ -135,12 +138,12 @@ def save_model_card(trainer: "DiffusionTrainer") -> None:
         },
         non_default_args=args.changed_options(),
         metrics=metrics,
-        interval_note="" if "eval_gain_low" in metrics else "fewer than 10 held-out groups",
+        interval_note="fewer than 10 held-out groups" if "eval_gain" in metrics else "",
         global_step=trainer.state.global_step,
         train_loss=losses[-1] if losses else None,
         versions={name: importlib.metadata.version(name) for name in PACKAGES},
-        sample_images=[p.relative_to(folder).as_posix() for p in images],
-        sample_prompts=[],
+        sample_images=[path for path, _ in samples],
+        sample_prompts=[prompt for _, prompt in samples],
     )
     save_card(facts, folder)
 
@@ -171,19 +174,26 @@ def upload(
     )
 
 
-def push_checkpoint(trainer: "DiffusionTrainer", folder: Path) -> None:
+def push_checkpoint(trainer: "DiffusionTrainer") -> None:
     """`--hub_strategy every_save`: weights and card so far, in the background; its failure is logged, not fatal."""
     from transformers.trainer_utils import HubStrategy
 
     if not trainer.is_world_process_zero() or trainer.args.hub_strategy == HubStrategy.END:
         return
-    running = getattr(trainer, "_running_push", None)
-    if running is not None and not running.done() and not trainer.args.hub_always_push:
+    if trainer.running_push is not None and not trainer.running_push.done() and not trainer.args.hub_always_push:
         return
+    finish_push(trainer)
     trainer.save_model(_internal_call=True)
     trainer.create_model_card()
     message = f"Training in progress, step {trainer.state.global_step}"
-    trainer._running_push = upload(trainer, message, token=None, revision=None, blocking=False)
+    trainer.running_push = upload(trainer, message, token=None, revision=None, blocking=False)
+
+
+def finish_push(trainer: "DiffusionTrainer") -> None:
+    """Waits for a push under way, so that no file changes below it. Its failure was logged when it happened."""
+    if trainer.running_push is not None:
+        wait([trainer.running_push])
+        trainer.running_push = None
 
 
 def summary(trainer: "DiffusionTrainer") -> str:

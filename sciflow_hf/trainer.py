@@ -12,7 +12,7 @@ from transformers import EvalPrediction, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from . import checkpoints, run_facts
-from .adapters import adapter_disabled, adapter_layers, load_adapter_weights, save_adapter
+from .adapters import adapter_disabled, adapter_layers
 from .data.buckets import BucketBatchSampler
 from .data.loader import BucketLoader, batch_keys_of, collate, evaluation_keys, row_ids_of
 from .diffusion.randomness import hash64
@@ -20,12 +20,10 @@ from .errors import SciflowError
 from .evaluation import quarter_means, summarise
 from .families.base import ModelFamily
 from .optimizers import effective_learning_rate
-from .trainer_hooks import HookedTrainer
+from .trainer_hooks import EVAL_BASE, HookedTrainer
 from .training_args import DiffusionTrainingArguments
 
 logger = logging.getLogger(__name__)
-
-EVAL_BASE = "eval_base.json"
 
 
 class DiffusionTrainer(HookedTrainer):
@@ -41,6 +39,7 @@ class DiffusionTrainer(HookedTrainer):
         model_init: makes a model with adapters, for `hyperparameter_search`.
         compute_metrics: gets the losses (N, levels) and row numbers (N,) of an evaluation; its metrics are added.
         caption_dropout: share of samples trained with the empty prompt (chosen by sample key).
+        dataset_names: what the model card calls the data.
         callbacks, optimizers, optimizer_cls_and_kwargs: as in the parent.
 
     Raises:
@@ -61,15 +60,17 @@ class DiffusionTrainer(HookedTrainer):
         model_init: Callable[..., torch.nn.Module] | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         caption_dropout: float = 0.0,
+        dataset_names: Sequence[str] = (),
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
     ) -> None:
         args = args or DiffusionTrainingArguments(output_dir="tmp_trainer")
-        self.family, self.caption_dropout = family, caption_dropout
+        self.family, self.caption_dropout, self.dataset_names = family, caption_dropout, list(dataset_names)
+        self.running_push: Any = None
         self._user_metrics = compute_metrics
         self._noted: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
-        self._eval_base: dict[str, list[float]] = {}
+        self._eval_base: dict[str, list[float]] = {}  # row id -> losses of the base model
         self._eval_rows: list[str] = []
         self._measure_base = False
         run_facts.prepare_wandb(args)
@@ -341,32 +342,6 @@ class DiffusionTrainer(HookedTrainer):
             if self._measure_base:
                 self.evaluation_loop(loader, "Evaluation of the initial weights")
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """The adapter as the family's LoRA file, or the network in diffusers layout. Never the frozen base."""
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if adapter_layers(model):
-            save_adapter(model, folder, family=self.family)
-        else:
-            model.save_pretrained(folder / self.family.component, state_dict=state_dict) if state_dict else (
-                model.save_pretrained(folder / self.family.component)
-            )
-        checkpoints.write_json(folder / checkpoints.RUN_FACTS, run_facts.identity(self))
-        if self._eval_base and folder.name.startswith("checkpoint-"):
-            checkpoints.write_json(folder / EVAL_BASE, self._eval_base)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        model = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
-        folder = Path(resume_from_checkpoint)
-        if adapter_layers(model):
-            load_adapter_weights(model, folder, family=self.family)
-        else:
-            saved = type(model).from_pretrained(folder / self.family.component, dtype=next(model.parameters()).dtype)
-            model.load_state_dict(saved.state_dict())
-
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Makes the repository and checks the right to write, before training."""
         if self.is_world_process_zero():
@@ -384,14 +359,12 @@ class DiffusionTrainer(HookedTrainer):
         """Saves, writes the card and uploads what a user needs: weights, card, sample images."""
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
+        self._finish_current_push()
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
         self.create_model_card()
         return run_facts.upload(self, commit_message, token=token, revision=revision, blocking=blocking)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        run_facts.push_checkpoint(self, Path(checkpoint_folder))
 
 
 def _as_datasets(datasets: Any) -> list[Any]:

@@ -3,21 +3,27 @@
 `tests/test_trainer_hooks.py` fails where one of them is renamed or changes its arguments.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import accelerate.optimizer
 import torch
 import transformers.trainer
 from accelerate.utils import DistributedType
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
-from .checkpoints import write_manifest
+from . import run_facts
+from .adapters import adapter_layers, load_adapter_weights, save_adapter
+from .checkpoints import RUN_FACTS, write_json, write_manifest
 from .data.loader import BucketLoader
+from .families.base import ModelFamily, network_dtype
 from .optimizers import OPTIMIZERS, optimizer_class
 
+EVAL_BASE = "eval_base.json"
 HOST_KEYS = ("noise_key", "position", "row")
 """Entries of a batch that stay on the host: they seed generators and name rows, which on a GPU would be a sync."""
 
@@ -37,11 +43,25 @@ def _position_exact_resume() -> Iterator[None]:
         transformers.trainer.skip_first_batches = stock
 
 
+@contextmanager
+def _optional_packages_looked_up_once() -> Iterator[None]:
+    """accelerate 1.15 searches the import path for `lomo_optim` twice an optimizer step: here once an epoch."""
+    stock: Callable[[], bool] = accelerate.optimizer.is_lomo_available
+    accelerate.optimizer.is_lomo_available = functools.cache(stock)
+    try:
+        yield
+    finally:
+        accelerate.optimizer.is_lomo_available = stock
+
+
 class HookedTrainer(Trainer):
     """A `transformers.Trainer` whose step touches only what is trained, and whose checkpoints are whole or ignored."""
 
+    family: ModelFamily
+    _eval_base: dict[str, list[float]]
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        with _position_exact_resume():
+        with _position_exact_resume(), _optional_packages_looked_up_once():
             super()._run_epoch(*args, **kwargs)
 
     def _prepare_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,8 +146,38 @@ class HookedTrainer(Trainer):
                 use_mtime=True,
             )
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The adapter as the family's LoRA file, or the network in diffusers layout. Never the frozen base."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if adapter_layers(model):
+            save_adapter(model, folder, family=self.family)
+        else:
+            model.save_pretrained(folder / self.family.component)
+        write_json(folder / RUN_FACTS, run_facts.identity(self))
+        if self._eval_base and folder.name.startswith("checkpoint-"):
+            write_json(folder / EVAL_BASE, self._eval_base)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        model = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
+        folder = Path(resume_from_checkpoint)
+        if adapter_layers(model):
+            load_adapter_weights(model, folder, family=self.family)
+        else:
+            saved = type(model).from_pretrained(folder / self.family.component, dtype=network_dtype(model))
+            model.load_state_dict(saved.state_dict())
+
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        run_facts.push_checkpoint(self)
+
+    def _finish_current_push(self) -> None:
+        run_facts.finish_push(self)
 
     def _check_finite(self) -> None:
         """Stops the run where a loss was not finite since the last look."""

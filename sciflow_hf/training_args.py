@@ -148,12 +148,14 @@ class DiffusionTrainingArguments(TrainingArguments):
         }
         now = self.to_dict()
         hidden = ("output_dir", "hub_", "logging_dir", "run_name", "resume_from_checkpoint", "overwrite_output_dir")
-        derived = ("do_eval", "greater_is_better", "accelerator_config", "gradient_checkpointing", "disable_tqdm")
+        derived = ("do_eval", "greater_is_better", "accelerator_config", "gradient_checkpointing", "disable_tqdm",
+                   "dry_run", "debug_batch")  # fmt: skip
         return {
             name: now[name]
             for name, value in default.items()
             if name in now
             and now[name] not in (value, None, [])
+            and (now[name] or value is not None)  # False where the parent's default None means it
             and str(getattr(value, "value", value)) != str(now[name])
             and not name.startswith(hidden)
             and name not in derived

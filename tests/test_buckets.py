@@ -43,7 +43,9 @@ def test_every_epoch_is_whole(block: int) -> None:
         total = size * ranks * accumulation
         per_rank = [list(sampler) for sampler in samplers]
 
-        assert {len(batches) for batches in per_rank} == {len(samplers[0])}, "equal micro-batches on all ranks"
+        assert {len(batches) for batches in per_rank} == {len(samplers[0])}, (
+            "equal micro-batches on all ranks"
+        )
         assert all(len(batch) == size for batches in per_rank for batch in batches)
         assert all(len({buckets[row] for row in batch}) == 1 for batches in per_rank for batch in batches)
 
@@ -100,7 +102,11 @@ def test_groups_do_not_depend_on_the_split(split: tuple[int, int, int]) -> None:
 
     def by_position(batch_size: int, num_replicas: int, accumulation_steps: int) -> dict[int, int]:
         samplers = _ranks(
-            buckets, 3, batch_size=batch_size, num_replicas=num_replicas, accumulation_steps=accumulation_steps
+            buckets,
+            3,
+            batch_size=batch_size,
+            num_replicas=num_replicas,
+            accumulation_steps=accumulation_steps,
         )
         found: dict[int, int] = {}
         for sampler in samplers:
@@ -196,7 +202,9 @@ def test_aspect_ratio_buckets_of_sdxl() -> None:
     assert set(buckets) == known | {(w, h) for h, w in known}
 
 
-@pytest.mark.parametrize(("resolution", "step"), itertools.product([64, 100, 256, 1000], [4, 8, 16, 64]))
+@pytest.mark.parametrize(
+    ("resolution", "step"), list(itertools.product([64, 100, 256, 1000], [4, 8, 16, 64]))
+)
 def test_aspect_ratio_buckets_keep_their_limits(resolution: int, step: int) -> None:
     buckets = aspect_ratio_buckets(resolution, step)
     square = resolution // step * step

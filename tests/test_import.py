@@ -12,7 +12,9 @@ import sciflow_hf
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 
-# What takes long to import and is needed only for work.
+# What takes long to import and is needed only for work. What importing TrainingArguments loads anyway (for example
+# `peft`, depending on the version of transformers) is not ours to avoid.
+STOCK = "from transformers import TrainingArguments, HfArgumentParser"
 NETWORKS = {
     *("diffusers", "peft", "datasets", "pandas", "wandb", "tensorboard", "torchvision"),
     *("transformers.trainer", "transformers.modeling_utils", "transformers.models.qwen3"),
@@ -73,7 +75,7 @@ def test_help_of_recipe(recipe: Path) -> None:
         "else:\n    raise AssertionError('--help went on')"
     )
     assert "sciflow_hf.training_args" in modules
-    assert modules & NETWORKS == set()
+    assert modules & NETWORKS - loaded_by(STOCK) == set()
 
 
 @pytest.mark.parametrize("args", [(), ("cache",), ("cache", "build"), ("cache", "info")], ids=" ".join)

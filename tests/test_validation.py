@@ -1,6 +1,7 @@
 """Validation images and their contact sheet: a stub draws one colour an image, one test draws with klein."""
 
 import random
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -166,6 +167,22 @@ def test_checkpoint_comes_before_the_images_of_its_step(tmp_path: Path) -> None:
     assert drawn_steps(tmp_path) == [10]
 
 
+def test_a_later_save_of_the_same_step_draws_nothing_again(tmp_path: Path) -> None:
+    """As at the end of an epoch, when the step itself did not save."""
+    family, network, control, state = StubFamily(), Network(), TrainerControl(), TrainerState(global_step=10)
+    validator = callback(tmp_path, family)
+    validator.on_step_end(arguments(), state, control, model=network)
+    validator.on_save(arguments(), state, control, model=network)
+    assert family.drawn == 4
+
+
+def test_a_training_that_stops_is_drawn_before_its_end_event(tmp_path: Path) -> None:
+    """TensorBoard's callback, which comes before ours, closes its file in `on_train_end`."""
+    control = TrainerControl(should_training_stop=True)
+    callback(tmp_path).on_step_end(arguments(), TrainerState(global_step=13), control, model=Network())
+    assert drawn_steps(tmp_path) == [13]
+
+
 def test_resume_draws_neither_the_start_nor_a_finished_step_again(tmp_path: Path) -> None:
     network = Network()
     train(callback(tmp_path), network, stop=27, saves=(20,))
@@ -294,9 +311,9 @@ def test_bad_options_are_refused(tmp_path: Path, options: dict[str, Any], says: 
 class FakeTensorBoard(TensorBoardCallback):
     """Keeps what `add_image` was given."""
 
-    def __init__(self) -> None:
+    def __init__(self, log_dir: str = "runs") -> None:
         self.images: list[tuple[str, tuple[int, ...], int]] = []
-        self.tb_writer, self.logging_dir = self, "runs"
+        self.tb_writer, self.logging_dir, self.closed = self, log_dir, False
 
     def add_image(self, tag: str, image: np.ndarray, step: int, *, dataformats: str) -> None:
         assert dataformats == "HWC"
@@ -304,6 +321,9 @@ class FakeTensorBoard(TensorBoardCallback):
 
     def flush(self) -> None:
         pass
+
+    def close(self) -> None:
+        self.closed = True
 
 
 class FakeWandb(WandbCallback):
@@ -314,7 +334,7 @@ class FakeWandb(WandbCallback):
 def test_trackers_get_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[dict] = []
     wandb = SimpleNamespace(run=None, log=logged.append, Image=lambda image, caption: (image.size, caption))
-    monkeypatch.setitem(__import__("sys").modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     board, other = FakeTensorBoard(), ValidationCallback
     images = {"validation/p00_seed42": (Image.new("RGB", (64, 48)), "A bar chart. (seed 42)")}
     log_images([FakeWandb(), board, other], images, step=500)
@@ -324,6 +344,15 @@ def test_trackers_get_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert logged == [
         {"validation/p00_seed42": ((64, 48), "A bar chart. (seed 42)"), "train/global_step": 500}
     ]
+    writers: list[FakeTensorBoard] = []
+    closed = SimpleNamespace(
+        SummaryWriter=lambda log_dir: writers.append(FakeTensorBoard(log_dir)) or writers[-1]
+    )
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", closed)
+    ended = FakeTensorBoard("runs/x")
+    ended.tb_writer = None
+    log_images([ended], images, step=500)
+    assert writers[0].logging_dir == "runs/x" and len(writers[0].images) == 1 and writers[0].closed
     validator = callback(tmp_path, trackers=lambda: [board])
     train(validator, Network(), stop=10)
     assert [tag for tag, _, step in board.images if step == 10] == [

@@ -276,10 +276,19 @@ def log_images(
                     tag: wandb.Image(image, caption=caption) for tag, (image, caption) in images.items()
                 }
                 wandb.log({**pictures, "train/global_step": step})
-        elif isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+        elif isinstance(callback, TensorBoardCallback) and callback.logging_dir is not None:
+            writer = callback.tb_writer
+            if (
+                writer is None
+            ):  # closed when training ended; TensorBoard reads the files of a folder as one run
+                from torch.utils.tensorboard import SummaryWriter
+
+                writer = SummaryWriter(log_dir=callback.logging_dir)
             for tag, (image, _) in images.items():
-                callback.tb_writer.add_image(tag, np.asarray(image), step, dataformats="HWC")
-            callback.tb_writer.flush()
+                writer.add_image(tag, np.asarray(image), step, dataformats="HWC")
+            writer.flush()
+            if writer is not callback.tb_writer:
+                writer.close()
 
 
 @contextmanager

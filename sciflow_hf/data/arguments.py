@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sciflow_hf.errors import SciflowError
@@ -32,15 +33,24 @@ class DataArguments:
     """
 
     dataset_dir: list[str] = field(default_factory=list, metadata={"help": "One or more caches."})
-    payload_dir: str | None = field(default=None, metadata={"help": "Where `cache_path` of the index is rooted."})
-    input_dir: str | None = field(
-        default=None, metadata={"help": "Captioned images; a cache is built from them in --dataset_dir first."}
+    payload_dir: str | None = field(
+        default=None, metadata={"help": "Where `cache_path` of the index is rooted."}
     )
-    caption_column: str = field(default="caption", metadata={"help": "Column of --input_dir with the captions."})
-    resolution: int = field(default=1024, metadata={"help": "Images become about resolution x resolution pixels."})
+    input_dir: str | None = field(
+        default=None,
+        metadata={"help": "Captioned images; a cache is built from them in --dataset_dir first."},
+    )
+    caption_column: str = field(
+        default="caption", metadata={"help": "Column of --input_dir with the captions."}
+    )
+    resolution: int = field(
+        default=1024, metadata={"help": "Images become about resolution x resolution pixels."}
+    )
     encode_batch_size: int = field(default=1, metadata={"help": "Images encoded at once for the cache."})
     strict: bool = field(default=False, metadata={"help": "Stop at a broken image instead of skipping it."})
-    eval_fraction: float = field(default=0.05, metadata={"help": "Share of the groups held out for eval_loss."})
+    eval_fraction: float = field(
+        default=0.05, metadata={"help": "Share of the groups held out for eval_loss."}
+    )
     caption_dropout: float = field(default=0.0, metadata={"help": "Share of samples with the empty prompt."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many samples only."})
 
@@ -49,9 +59,17 @@ class DataArguments:
             if not 0 <= getattr(self, name) < 1:
                 raise SciflowError(f"`{name}` {getattr(self, name)}: in [0, 1).")
         if not self.dataset_dir and not self.input_dir:
-            raise SciflowError("give `--dataset_dir` (a cache) or `--input_dir` (a folder of captioned images).")
+            raise SciflowError(
+                "give `--dataset_dir` (a cache) or `--input_dir` (a folder of captioned images)."
+            )
         if self.input_dir and len(self.dataset_dir) > 1:
-            raise SciflowError(f"`dataset_dir` {self.dataset_dir}: with `--input_dir` it is the one cache to build.")
+            raise SciflowError(
+                f"`dataset_dir` {self.dataset_dir}: with `--input_dir` it is the one cache to build."
+            )
+
+    def names(self) -> list[str]:
+        """Names of the data for a model card: the last part of each folder."""
+        return [Path(folder).resolve().name for folder in ([self.input_dir] if self.input_dir else self.dataset_dir)]
 
 
 def load_data(args: DataArguments, *, dtype: Any = None) -> tuple["LatentCache", "LatentCache | None"]:

@@ -73,9 +73,8 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
             if found != expected:
                 column = "latent_shape" if name == "latents" else "prompt_embeds_shape"
                 raise CacheError(
-                    f"{where}: `{name}` in the payload has shape {found}, but column `{column}` says "
-                    f"{expected}. {_REBUILD}, or point `--payload_dir` to the payloads that belong to this "
-                    "index."
+                    f"{where}: `{name}` in {self.payload_path(i)} has shape {found}, but column `{column}` "
+                    f"says {expected}. {_REBUILD}, or point `--payload_dir` to the payloads of this index."
                 )
         return sample
 
@@ -309,9 +308,10 @@ def read_payload(
     """
     name = ""
     try:
-        with np.load(file, allow_pickle=False) as payload:
-            if not isinstance(payload, np.lib.npyio.NpzFile):
-                raise ValueError("a single array, not an npz")
+        payload = np.load(file, allow_pickle=False)
+        if not isinstance(payload, np.lib.npyio.NpzFile):
+            raise ValueError("a single array, not an npz")
+        with payload:
             arrays = {}
             for name in payload.files:
                 arrays[name] = payload[name]
@@ -330,7 +330,7 @@ def read_payload(
         RuntimeError,
     ) as error:
         member = f", array `{name}`," if name else ""
-        if "pickle" in str(error):
+        if name and "pickle" in str(error):
             raise CacheError(
                 f"{where}: the payload {file}{member} holds pickled objects. They are never loaded, since "
                 "loading could run code. Store plain numbers: float16, float32, or uint16 with the bits of "

@@ -15,7 +15,13 @@ from .buckets import BucketBatchSampler
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Stacks samples: {name: (...)} x B -> {name: (B, ...)}; names that only some samples have are left out."""
     names = [name for name in samples[0] if all(name in sample for sample in samples)]
-    return {name: torch.stack([torch.as_tensor(sample[name]) for sample in samples]) for name in names}
+    return {name: _stack([sample[name] for sample in samples]) for name in names}
+
+
+def _stack(values: list[Any]) -> torch.Tensor:
+    if isinstance(values[0], int | float):
+        return torch.tensor(values)
+    return torch.stack([torch.as_tensor(value) for value in values])
 
 
 def batch_keys_of(dataset: Any) -> list[Any]:
@@ -51,7 +57,10 @@ class KeyedDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: tuple[int, int, int]) -> dict[str, Any]:
         row, position, key = index
         sample = dict(self.dataset[row])
-        if self.empty_prompt is not None and uniform([key], stream="caption_dropout").item() < self.caption_dropout:
+        if (
+            self.empty_prompt is not None
+            and uniform([key], stream="caption_dropout").item() < self.caption_dropout
+        ):
             sample.update({k: v.to(sample[k].dtype) for k, v in self.empty_prompt.items() if k in sample})
         return sample | {"row": row, "position": position, "noise_key": key}
 
@@ -77,7 +86,12 @@ class BucketLoader:
         collate_fn: Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]] = collate,
         **loader_options: Any,
     ) -> None:
-        self.dataset, self.sampler, self.collate_fn, self.loader_options = dataset, sampler, collate_fn, loader_options
+        self.dataset, self.sampler, self.collate_fn, self.loader_options = (
+            dataset,
+            sampler,
+            collate_fn,
+            loader_options,
+        )
         self._key_of = key_of or (lambda epoch, rows, positions: noise_keys(sampler.seed, epoch, positions))
         self._keyed = KeyedDataset(dataset, caption_dropout=caption_dropout)
         self._start = 0

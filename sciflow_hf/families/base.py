@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -159,14 +159,27 @@ def network_dtype(model: torch.nn.Module) -> torch.dtype:
 
 
 @contextmanager
-def explain_loading(path: str, load: Callable[..., Any] | str) -> Iterator[None]:
+def explain_loading(path: str, what: str) -> Iterator[None]:
     """Turns the many errors of a missing or gated repository into one that says what to do."""
-    what = load if isinstance(load, str) else load.__name__
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # every layer below has errors of its own, the HTTP client's included
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SciflowError(
             f"`pretrained_model_name_or_path` {path!r}: cannot load its {what} ({reason}). It must be a folder "
             "or a Hub repository in diffusers layout; for a gated one accept its licence and run `hf auth login`."
         ) from error
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """No progress bar of diffusers for a while: validation loads a small VAE again and again."""
+    from diffusers.utils import logging as diffusers_logging
+
+    shown = diffusers_logging.is_progress_bar_enabled()
+    diffusers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            diffusers_logging.enable_progress_bar()

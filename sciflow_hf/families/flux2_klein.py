@@ -11,7 +11,7 @@ import torch
 from ..diffusion.losses import flow_weight, sample_loss
 from ..diffusion.randomness import batch_keys, randn
 from ..errors import SciflowError
-from .base import ModelFamily, explain_loading, network_dtype
+from .base import ModelFamily, explain_loading, network_dtype, quiet_loading
 
 if TYPE_CHECKING:
     from ..training_args import DiffusionTrainingArguments
@@ -134,7 +134,7 @@ class Flux2Klein(ModelFamily):
             )
         if meta:
             with torch.device("meta"):
-                return Flux2Transformer2DModel.from_config(self._config("transformer")).to(dtype)
+                return torch.nn.Module.to(Flux2Transformer2DModel.from_config(self._config("transformer")), dtype)
         with explain_loading(self.pretrained_model_name_or_path, "transformer"):
             return Flux2Transformer2DModel.from_pretrained(
                 self.pretrained_model_name_or_path,
@@ -195,7 +195,7 @@ class Flux2Klein(ModelFamily):
     ) -> Any:
         without = {} if with_text_encoder else {"text_encoder": None, "tokenizer": None}
         given = {} if model is None else {"transformer": model, "dtype": network_dtype(model)}
-        with explain_loading(self.pretrained_model_name_or_path, "pipeline"):
+        with explain_loading(self.pretrained_model_name_or_path, "pipeline"), quiet_loading():
             pipeline = self.pipeline_class().from_pretrained(
                 self.pretrained_model_name_or_path, revision=self.revision, **without, **given
             )
