@@ -16,7 +16,11 @@ import sciflow_hf as sf
 
 def main() -> None:
     family, data_args, adapter_args, args = sf.parse_args(
-        sf.Flux2Klein, sf.DataArguments, sf.AdapterArguments, sf.DiffusionTrainingArguments, description=__doc__
+        sf.Flux2Klein,
+        sf.DataArguments,
+        sf.AdapterArguments,
+        sf.DiffusionTrainingArguments,
+        description=__doc__,
     )
     train_dataset, eval_dataset = sf.prepare_data(data_args, family, args)
 

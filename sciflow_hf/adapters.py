@@ -45,9 +45,7 @@ class AdapterArguments:
 
     adapter_type: str = field(default="lora", metadata={"help": f"One of {', '.join(ADAPTER_TYPES)}."})
     rank: int = field(default=16, metadata={"help": "Inner dimension of the adapter."})
-    lora_alpha: int | None = field(
-        default=None, metadata={"help": "Scale is lora_alpha / rank; default: rank."}
-    )
+    lora_alpha: int | None = field(default=None, metadata={"help": "Scale is lora_alpha / rank; default: rank."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
     lora_layers: str = field(
         default="full", metadata={"help": "attention, standard, full, or a comma list of layer names."}
@@ -73,9 +71,7 @@ class AdapterArguments:
             raise SciflowError("`no_adapter` and `adapter_path` exclude each other.")
 
 
-def add_adapter(
-    model: torch.nn.Module, args: AdapterArguments, *, family: "ModelFamily", seed: int = 42
-) -> torch.nn.Module:
+def add_adapter(model: Any, args: AdapterArguments, *, family: "ModelFamily", seed: int = 42) -> Any:
     """Freezes `model` and adds the adapter in place; with `no_adapter` leaves everything trainable.
 
     Adapter weights are float32 whatever the dtype of the base: in bfloat16 an AdamW step of 1e-4 rounds to
@@ -108,7 +104,7 @@ def add_adapter(
             )
             model.add_adapter(config, adapter_name=ADAPTER_NAME)
     _to_float32(model)
-    facts = adapter_facts(model)
+    facts = adapter_facts(model) or {}
     logger.info(
         "%s on %d layers: rank %s, alpha %s, %s trained parameters (float32).",
         facts["type"], facts["matched"], facts["rank"], facts["alpha"], f"{facts['trainable_parameters']:,}",
@@ -157,7 +153,7 @@ def adapter_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return found
 
 
-def adapter_facts(model: torch.nn.Module) -> dict[str, Any] | None:
+def adapter_facts(model: Any) -> dict[str, Any] | None:
     """Type, rank, alpha, layers and size of the adapter, for logs and resume checks; None without one."""
     layers = adapter_layers(model)
     if not layers:
@@ -187,7 +183,7 @@ def adapter_disabled(model: torch.nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-def save_adapter(model: torch.nn.Module, folder: str | os.PathLike, *, family: "ModelFamily") -> Path:
+def save_adapter(model: Any, folder: str | os.PathLike, *, family: "ModelFamily") -> Path:
     """Writes `pytorch_lora_weights.safetensors` as the family's pipeline does, alpha in it; whole or not."""
     from peft.utils import get_peft_model_state_dict
 
@@ -251,7 +247,7 @@ def _read(path: str, family: "ModelFamily") -> tuple[dict[str, torch.Tensor], di
         ) from error
 
 
-def _load_from(path: str, model: torch.nn.Module, family: "ModelFamily") -> None:
+def _load_from(path: str, model: Any, family: "ModelFamily") -> None:
     """Adds the adapter of an existing LoRA file, its rank, alpha and layers included."""
     if Path(path).suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
         raise SciflowError(f"`adapter_path` {path!r}: a pickle can run code and is not loaded; use safetensors.")

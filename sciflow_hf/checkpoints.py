@@ -35,9 +35,7 @@ def write_json(path: Path, value: Any) -> None:
 def write_manifest(folder: Path) -> None:
     """Names, sizes and sha256 of all files below `folder`. Written last: without it a checkpoint does not count."""
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST]
-    entries = {
-        p.relative_to(folder).as_posix(): {"sha256": _sha256(p), "size": p.stat().st_size} for p in files
-    }
+    entries = {p.relative_to(folder).as_posix(): {"sha256": _sha256(p), "size": p.stat().st_size} for p in files}
     write_json(folder / MANIFEST, {"files": entries})
 
 

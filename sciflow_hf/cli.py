@@ -87,9 +87,7 @@ def _build(args: argparse.Namespace) -> None:
     options: dict[str, Any] = {"revision": args.revision}
     if args.max_sequence_length is not None:
         options["max_sequence_length"] = args.max_sequence_length
-    family = load_family(args.family)(
-        pretrained_model_name_or_path=args.pretrained_model_name_or_path, **options
-    )
+    family = load_family(args.family)(pretrained_model_name_or_path=args.pretrained_model_name_or_path, **options)
     device = _device(args.device)
     encoders: list[Any] = []
 

@@ -16,9 +16,7 @@ def quarter_means(losses: np.ndarray, levels: np.ndarray) -> dict[str, float]:
         losses, levels: same shape; levels in [0, 1].
     """
     quarter = np.minimum((levels * NUM_QUARTERS).astype(int), NUM_QUARTERS - 1)
-    return {
-        f"loss_q{q + 1}": float(losses[quarter == q].mean()) for q in range(NUM_QUARTERS) if (quarter == q).any()
-    }
+    return {f"loss_q{q + 1}": float(losses[quarter == q].mean()) for q in range(NUM_QUARTERS) if (quarter == q).any()}
 
 
 def bootstrap_interval(gains: np.ndarray, groups: Sequence[str], *, seed: int = 0) -> tuple[float, float] | None:

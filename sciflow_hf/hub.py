@@ -42,9 +42,7 @@ def publishable_files(folder: str | Path) -> list[str]:
     """
     folder = Path(folder)
     found = {p.relative_to(folder).as_posix() for p in folder.glob("*") if p.is_file()}
-    found |= {
-        p.relative_to(folder).as_posix() for name in ("transformer", "unet") for p in folder.glob(f"{name}/*")
-    }
+    found |= {p.relative_to(folder).as_posix() for name in ("transformer", "unet") for p in folder.glob(f"{name}/*")}
     wanted = {path for path in found if _WEIGHTS.fullmatch(path) or path in ("README.md", RUN_FACTS_NAME)}
     if "README.md" in wanted:
         shown = map(unquote, _CARD_IMAGE.findall((folder / "README.md").read_text(encoding="utf-8")))
@@ -157,8 +155,7 @@ def _checked_files(folder: Path, files: Iterable[str] | None, token: str | None)
     refused = sorted(set(chosen) - set(allowed))
     if refused:
         raise SciflowError(
-            f"`files` {refused} of {str(folder)!r} do not exist or are not for the Hub; allowed there: "
-            f"{allowed}."
+            f"`files` {refused} of {str(folder)!r} do not exist or are not for the Hub; allowed there: {allowed}."
         )
     if not any(_WEIGHTS.fullmatch(path) for path in chosen):
         raise SciflowError(f"{str(folder)!r} holds no weights to push, only {chosen}: save the model first.")

@@ -304,8 +304,7 @@ def _samples(facts: CardFacts) -> str:
         return ""
     prompts = facts.sample_prompts + [""] * len(facts.sample_images)
     pictures = [
-        f"![{_inline(prompt) or 'sample image'}]({quote(path)})"
-        + (f"\n\n*{_inline(prompt)}*" if prompt else "")
+        f"![{_inline(prompt) or 'sample image'}]({quote(path)})" + (f"\n\n*{_inline(prompt)}*" if prompt else "")
         for path, prompt in zip(facts.sample_images, prompts, strict=False)
     ]
     return "## Samples\n\n" + "\n\n".join(pictures)

@@ -68,9 +68,7 @@ def prepare_data(
     state = PartialState()
     if state.is_main_process:
         if not (args.dry_run or args.debug_batch):  # say so before hours of encoding and loading
-            check_output_dir(
-                args.output_dir, resume=args.resume_from_checkpoint, overwrite=args.overwrite_output_dir
-            )
+            check_output_dir(args.output_dir, resume=args.resume_from_checkpoint, overwrite=args.overwrite_output_dir)
         resolve_demo(family, data_args, args.output_dir)
     state.wait_for_everyone()
     resolve_demo(family, data_args, args.output_dir)

@@ -87,7 +87,9 @@ def _estimate(model: torch.nn.Module, args: "DiffusionTrainingArguments", tokens
     depth = sum(type(m).__name__ in blocks for m in model.modules())
     width = max((m.out_features for n, m in model.named_modules() if n.endswith("x_embedder")), default=0)
     per_block = tokens * width * 2 * args.train_batch_size
-    kept = per_block * (depth + ACTIVATIONS_PER_BLOCK if args.activation_checkpointing else depth * ACTIVATIONS_PER_BLOCK)
+    kept = per_block * (
+        depth + ACTIVATIONS_PER_BLOCK if args.activation_checkpointing else depth * ACTIVATIONS_PER_BLOCK
+    )
     per_checkpoint = trained * 4 * (1 + states)
     every = args.save_steps if args.save_steps >= 1 else max(1, args.save_steps * steps)
     saves = 0 if str(args.save_strategy.value) == "no" else max(1, int(steps // every))

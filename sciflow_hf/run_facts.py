@@ -115,7 +115,9 @@ def save_model_card(trainer: "DiffusionTrainer") -> None:
     metrics = last_metrics(trainer)
     folder = Path(args.output_dir)
     samples = sample_images(folder, step=final_step(args, trainer.state))
-    samples += [(p.relative_to(folder).as_posix(), "over training") for p in folder.glob("validation/contact_sheet.png")]
+    samples += [
+        (p.relative_to(folder).as_posix(), "over training") for p in folder.glob("validation/contact_sheet.png")
+    ]
     losses = [e["train_loss"] for e in trainer.state.log_history if "train_loss" in e]
     adapter = adapter_facts(trainer.model)
     sets = [d for d in (train, held_out) if d is not None and not isinstance(d, dict)]
@@ -158,7 +160,12 @@ def check_hub(args: "DiffusionTrainingArguments", *, token: str | None, private:
 
 
 def upload(
-    trainer: "DiffusionTrainer", message: str | None, *, token: str | None, revision: str | None, blocking: bool
+    trainer: "DiffusionTrainer",
+    message: str | None,
+    *,
+    token: str | None,
+    revision: str | None,
+    blocking: bool,
 ) -> Any:
     """What a user needs of the output folder, in one commit."""
     from .hub import upload as upload_folder
@@ -210,7 +217,11 @@ def summary(trainer: "DiffusionTrainer") -> str:
     elif "eval_loss" in metrics:
         lines.append(f"Held-out loss: {metrics['eval_loss']:.4f}.")
     weights = WEIGHT_NAME if adapter_layers(trainer.model) else trainer.family.component
-    for what, path in (("Weights", weights), ("Model card", "README.md"), ("Images", "validation/contact_sheet.png")):
+    for what, path in (
+        ("Weights", weights),
+        ("Model card", "README.md"),
+        ("Images", "validation/contact_sheet.png"),
+    ):
         if (folder / path).exists():
             lines.append(f"{what}: {folder / path}")
     return "\n".join(lines)

@@ -3,7 +3,6 @@
 import json
 import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,7 +92,7 @@ class DiffusionTrainer(HookedTrainer):
         if args.validation_prompts:
             self.add_callback(run_facts.validation_callback(self))
 
-    def _check_model(self, model: torch.nn.Module) -> None:
+    def _check_model(self, model: Any) -> None:
         trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         if not trained:
             raise SciflowError("`model` has no parameter that requires a gradient: call `add_adapter` first.")
@@ -108,7 +107,7 @@ class DiffusionTrainer(HookedTrainer):
             """What the parent calls for `--activation_checkpointing`, in diffusers' words."""
             model.enable_gradient_checkpointing()
 
-        model.activation_checkpointing_enable = activation_checkpointing_enable  # type: ignore[assignment]
+        model.activation_checkpointing_enable = activation_checkpointing_enable
         if isinstance(model, ConfigMixin):  # transformers' TensorBoardCallback asks the configuration for it
             vars(model.config)["to_json_string"] = model.to_json_string
 
@@ -281,7 +280,7 @@ class DiffusionTrainer(HookedTrainer):
         for number, level in enumerate(self.family.evaluation_levels(self.args.eval_levels)):
             keys = [hash64(int(key), number) for key in inputs["noise_key"]]
             levels = level.expand(len(keys))
-            loss, _ = self.family.compute_loss(model, {**inputs, "noise_key": keys}, self.args, levels=levels)
+            loss, _ = self.family.compute_loss(model, inputs | {"noise_key": keys}, self.args, levels=levels)
             columns.append(loss.float())
         return torch.stack(columns, dim=1)
 

@@ -162,13 +162,13 @@ class HookedTrainer(Trainer):
             write_json(folder / EVAL_BASE, self._eval_base)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        model = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
+        network: Any = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
         folder = Path(resume_from_checkpoint)
-        if adapter_layers(model):
-            load_adapter_weights(model, folder, family=self.family)
+        if adapter_layers(network):
+            load_adapter_weights(network, folder, family=self.family)
         else:
-            saved = type(model).from_pretrained(folder / self.family.component, dtype=network_dtype(model))
-            model.load_state_dict(saved.state_dict())
+            saved = type(network).from_pretrained(folder / self.family.component, dtype=network_dtype(network))
+            network.load_state_dict(saved.state_dict())
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

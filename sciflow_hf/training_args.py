@@ -1,5 +1,6 @@
 """`DiffusionTrainingArguments`: transformers' TrainingArguments plus what diffusion training adds."""
 
+import dataclasses
 import logging
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,7 +49,8 @@ class DiffusionTrainingArguments(TrainingArguments):
     """
 
     learning_rate: float | None = field(
-        default=None, metadata={"help": "Initial learning rate; 1e-4, or 1.0 with --optim prodigy, when not given."}
+        default=None,
+        metadata={"help": "Initial learning rate; 1e-4, or 1.0 with --optim prodigy, when not given."},
     )
     optim: str = field(
         default="adamw_torch_fused",
@@ -63,7 +65,8 @@ class DiffusionTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide non-finite losses in the logs."})
 
     weighting_scheme: str = field(
-        default="logit_normal", metadata={"help": f"Density and weight of the noise level: {WEIGHTING_SCHEMES}."}
+        default="logit_normal",
+        metadata={"help": f"Density and weight of the noise level: {WEIGHTING_SCHEMES}."},
     )
     logit_mean: float = field(default=0.0, metadata={"help": "Mean of logit_normal; positive means more noise."})
     logit_std: float = field(default=1.0, metadata={"help": "Standard deviation of logit_normal."})
@@ -77,7 +80,8 @@ class DiffusionTrainingArguments(TrainingArguments):
     eval_levels: int = field(default=4, metadata={"help": "Noise levels at which each evaluation sample is measured."})
 
     validation_prompts: list[str] = field(
-        default_factory=list, metadata={"help": "Prompts drawn at the start, every --validation_steps, and at the end."}
+        default_factory=list,
+        metadata={"help": "Prompts drawn at the start, every --validation_steps, and at the end."},
     )
     validation_steps: int = field(default=500, metadata={"help": "Optimizer steps between validation images."})
     num_inference_steps: int = field(default=28, metadata={"help": "Sampling steps of validation images."})
@@ -88,7 +92,8 @@ class DiffusionTrainingArguments(TrainingArguments):
     )
 
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Remove the checkpoints of an earlier run in --output_dir and start anew."}
+        default=False,
+        metadata={"help": "Remove the checkpoints of an earlier run in --output_dir and start anew."},
     )
     dry_run: bool = field(default=False, metadata={"help": "Print what would be done, then stop."})
     debug_batch: bool = field(default=False, metadata={"help": "Print one batch, its ids and gradients, then stop."})
@@ -120,8 +125,12 @@ class DiffusionTrainingArguments(TrainingArguments):
             raise SciflowError(f"`eval_levels` {self.eval_levels}: at least 1.")
         if self.validation_size and len(self.validation_size) != 2:
             raise SciflowError(f"`validation_size` {self.validation_size}: height and width, two numbers.")
-        if self.optim in OPTIMIZERS and self.learning_rate < 0.1:
-            logger.warning("`learning_rate` %g with `%s`: it is a factor here, usually 1.0.", self.learning_rate, self.optim)
+        if self.optim in OPTIMIZERS and (self.learning_rate or 0) < 0.1:
+            logger.warning(
+                "`learning_rate` %g with `%s`: it is a factor here, usually 1.0.",
+                self.learning_rate,
+                self.optim,
+            )
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -139,17 +148,14 @@ class DiffusionTrainingArguments(TrainingArguments):
 
     def changed_options(self) -> dict[str, Any]:
         """Options that differ from the defaults, without tokens and paths, for cards and reports."""
-        import dataclasses
-
-        default = {
-            f.name: f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
-            for f in dataclasses.fields(self)
-            if f.init
-        }
+        default: dict[str, Any] = {}
+        for option in dataclasses.fields(self):
+            made = option.default_factory
+            default[option.name] = option.default if made is dataclasses.MISSING else made()
         now = self.to_dict()
-        hidden = ("output_dir", "hub_", "logging_dir", "run_name", "resume_from_checkpoint", "overwrite_output_dir")
-        derived = ("do_eval", "greater_is_better", "accelerator_config", "gradient_checkpointing", "disable_tqdm",
-                   "dry_run", "debug_batch")  # fmt: skip
+        hidden = ("output_dir", "hub_", "run_name", "resume_from_checkpoint", "overwrite_output_dir")
+        derived: tuple[str, ...] = ("do_eval", "greater_is_better", "accelerator_config", "gradient_checkpointing")
+        derived += ("disable_tqdm", "dry_run", "debug_batch")
         return {
             name: now[name]
             for name, value in default.items()
@@ -163,7 +169,7 @@ class DiffusionTrainingArguments(TrainingArguments):
 
 
 _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    ("auto_find_batch_size", (False,), "it restarts the order of samples; lower `per_device_train_batch_size`."),
+    ("auto_find_batch_size", (False,), "it restarts the order of samples; lower the batch size."),
     ("label_smoothing_factor", (0, 0.0), "there are no class scores to smooth."),
     ("neftune_noise_alpha", (None,), "it hooks token embeddings, and text arrives here already embedded."),
     ("use_liger_kernel", (False,), "its kernels are for language models."),

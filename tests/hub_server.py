@@ -145,9 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
-        asked = re.fullmatch(
-            r"/fail/([\w-]+)/(\d+)/(\d+)", url.path
-        )  # for clients that arrange their own failures
+        asked = re.fullmatch(r"/fail/([\w-]+)/(\d+)/(\d+)", url.path)  # for clients that arrange their own failures
         if asked:
             self.hub.fail(asked[1], int(asked[2]), times=int(asked[3]))
         elif url.path == "/recover":

@@ -43,9 +43,7 @@ def test_every_epoch_is_whole(block: int) -> None:
         total = size * ranks * accumulation
         per_rank = [list(sampler) for sampler in samplers]
 
-        assert {len(batches) for batches in per_rank} == {len(samplers[0])}, (
-            "equal micro-batches on all ranks"
-        )
+        assert {len(batches) for batches in per_rank} == {len(samplers[0])}, "equal micro-batches on all ranks"
         assert all(len(batch) == size for batches in per_rank for batch in batches)
         assert all(len({buckets[row] for row in batch}) == 1 for batches in per_rank for batch in batches)
 
@@ -132,9 +130,7 @@ def test_positions_follow_the_formula() -> None:
 def test_drop_last_drops_the_tail_and_counts_it() -> None:
     buckets = ["a"] * 21 + ["b"] * 7 + ["c"] * 9
     samplers = [
-        BucketBatchSampler(
-            buckets, batch_size=2, num_replicas=2, rank=rank, accumulation_steps=2, drop_last=True
-        )
+        BucketBatchSampler(buckets, batch_size=2, num_replicas=2, rank=rank, accumulation_steps=2, drop_last=True)
         for rank in range(2)
     ]
     seen = Counter(row for sampler in samplers for batch in sampler for row in batch)
@@ -202,9 +198,7 @@ def test_aspect_ratio_buckets_of_sdxl() -> None:
     assert set(buckets) == known | {(w, h) for h, w in known}
 
 
-@pytest.mark.parametrize(
-    ("resolution", "step"), list(itertools.product([64, 100, 256, 1000], [4, 8, 16, 64]))
-)
+@pytest.mark.parametrize(("resolution", "step"), list(itertools.product([64, 100, 256, 1000], [4, 8, 16, 64])))
 def test_aspect_ratio_buckets_keep_their_limits(resolution: int, step: int) -> None:
     buckets = aspect_ratio_buckets(resolution, step)
     square = resolution // step * step

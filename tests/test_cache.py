@@ -93,9 +93,7 @@ def test_float16_to_bfloat16_equals_the_direct_cast() -> None:
 def test_shapes_may_be_strings(tmp_path: Path, write: Callable[[list[int]], str]) -> None:
     lists = load_cache(write_cache(tmp_path / "lists"))
     folder = write_cache(tmp_path / "strings")
-    change = {
-        name: lambda shapes: list(map(write, shapes)) for name in ("latent_shape", "prompt_embeds_shape")
-    }
+    change = {name: lambda shapes: list(map(write, shapes)) for name in ("latent_shape", "prompt_embeds_shape")}
     edit(index_files(folder)[0], **change)
     strings = load_cache(folder)
     assert strings.batch_keys == lists.batch_keys and strings.fingerprint == lists.fingerprint
@@ -128,9 +126,7 @@ def test_big_endian_and_fortran_arrays_read_alike(folder: Path) -> None:
 
 def test_parts_are_joined_and_described(tmp_path: Path) -> None:
     whole = load_cache(write_cache(tmp_path / "one", settings={"family": "x", "max_sequence_length": 12}))
-    parts = load_cache(
-        write_cache(tmp_path / "three", settings={"family": "x", "max_sequence_length": 12}, parts=3)
-    )
+    parts = load_cache(write_cache(tmp_path / "three", settings={"family": "x", "max_sequence_length": 12}, parts=3))
     assert len(whole) == len(parts) == 24 and parts.metadata == {"family": "x", "max_sequence_length": 12}
     assert parts.row_ids == whole.row_ids and parts.fingerprint == whole.fingerprint
     assert parts.index.num_rows == 24 and parts.index[20]["image_path"] == parts.row_ids[20]
@@ -143,15 +139,12 @@ def test_parts_are_joined_and_described(tmp_path: Path) -> None:
 
 def test_several_caches_are_one(tmp_path: Path) -> None:
     folders = [
-        write_cache(tmp_path / year, settings={"a": 1}, year=year, seed=n)
-        for n, year in enumerate(("2015", "2016"))
+        write_cache(tmp_path / year, settings={"a": 1}, year=year, seed=n) for n, year in enumerate(("2015", "2016"))
     ]
     cache = load_cache(folders, dtype=torch.float32)
     assert len(cache) == 48
     for n, folder in enumerate(folders):
-        assert torch.equal(
-            cache[24 * n + 5]["latents"], load_cache(folder, dtype=torch.float32)[5]["latents"]
-        )
+        assert torch.equal(cache[24 * n + 5]["latents"], load_cache(folder, dtype=torch.float32)[5]["latents"])
     with pytest.raises(CacheError, match="twice"):
         load_cache([folders[0], folders[0]])
 
@@ -196,12 +189,8 @@ def test_a_cache_goes_to_worker_processes(folder: Path) -> None:
 
 
 def test_split_keeps_groups_together_and_old_rows_in_place(tmp_path: Path) -> None:
-    small = load_cache(
-        write_cache(tmp_path / "small", buckets={(32, 48): 60, (48, 32): 60}, figures_per_paper=3)
-    )
-    large = load_cache(
-        write_cache(tmp_path / "large", buckets={(32, 48): 90, (48, 32): 90}, figures_per_paper=3)
-    )
+    small = load_cache(write_cache(tmp_path / "small", buckets={(32, 48): 60, (48, 32): 60}, figures_per_paper=3))
+    large = load_cache(write_cache(tmp_path / "large", buckets={(32, 48): 90, (48, 32): 90}, figures_per_paper=3))
     assert large.row_ids[:120] == small.row_ids
     parts = [cache.split(0.3) for cache in (small, large)]
     for cache, (train, held_out) in zip((small, large), parts, strict=True):
@@ -210,9 +199,7 @@ def test_split_keeps_groups_together_and_old_rows_in_place(tmp_path: Path) -> No
         assert 0.1 < len(held_out) / len(cache) < 0.5
     sides = [dict.fromkeys(train.row_ids, 0) | dict.fromkeys(held.row_ids, 1) for train, held in parts]
     assert sides[0].items() <= sides[1].items(), "adding rows moves none of the old ones"
-    assert set(small.split(0.1)[1].groups) < set(parts[0][1].groups), (
-        "a larger fraction keeps what was held out"
-    )
+    assert set(small.split(0.1)[1].groups) < set(parts[0][1].groups), "a larger fraction keeps what was held out"
 
 
 def test_split_takes_the_image_where_there_is_no_paper(folder: Path) -> None:

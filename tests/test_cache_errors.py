@@ -94,9 +94,7 @@ def _flip(file: Path) -> None:
         (lambda file: (file.unlink(), file.mkdir()), ("cannot be read",)),
     ],
 )  # fmt: skip
-def test_unreadable_payloads_are_named(
-    folder: Path, damage: Callable[[Path], Any], words: tuple[str, ...]
-) -> None:
+def test_unreadable_payloads_are_named(folder: Path, damage: Callable[[Path], Any], words: tuple[str, ...]) -> None:
     damage(payload_of(folder))
     _broken(folder, *words)
 
@@ -213,9 +211,7 @@ def test_unsupported_options_are_refused(folder: Path) -> None:
         load_cache(folder, dtype=torch.float64)
 
 
-@pytest.mark.parametrize(
-    "column", ["cache_path", "latent_shape", "prompt_embeds_shape", "bucket_h", "bucket_w"]
-)
+@pytest.mark.parametrize("column", ["cache_path", "latent_shape", "prompt_embeds_shape", "bucket_h", "bucket_w"])
 def test_required_columns_are_named(folder: Path, column: str) -> None:
     file = index_files(folder)[0]
     table = pq.read_table(file)

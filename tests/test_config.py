@@ -285,9 +285,7 @@ def test_recipes_refuse_unknown_flags(monkeypatch, capsys):
 
 @dataclass
 class Percent:
-    share: float = field(
-        default=0.5, metadata={"help": "Between 0 % and 100%, 50 %s say; 10%% too (%(prog)s)."}
-    )
+    share: float = field(default=0.5, metadata={"help": "Between 0 % and 100%, 50 %s say; 10%% too (%(prog)s)."})
 
 
 def test_a_stray_percent_sign_does_not_break_help(capsys):

@@ -23,9 +23,7 @@ def pipeline(request: pytest.FixtureRequest, tiny_klein: Path, tmp_path_factory:
     """Both sizes, as diffusers loads them."""
     from diffusers import Flux2KleinPipeline
 
-    folder = (
-        tiny_klein if request.param == "test" else make_tiny_klein(tmp_path_factory.mktemp("demo") / "klein")
-    )
+    folder = tiny_klein if request.param == "test" else make_tiny_klein(tmp_path_factory.mktemp("demo") / "klein")
     pipe = Flux2KleinPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -38,9 +36,7 @@ def _embeds(pipe, prompts: list[str], length: int = 48) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def predict(pipeline) -> Callable[..., torch.Tensor]:
     """One forward of the network on a 6 x 4 grid of tokens; keywords replace inputs."""
-    noisy = torch.randn(
-        2, pipeline.transformer.config.in_channels, 6, 4, generator=torch.Generator().manual_seed(0)
-    )
+    noisy = torch.randn(2, pipeline.transformer.config.in_channels, 6, 4, generator=torch.Generator().manual_seed(0))
     embeds = _embeds(pipeline, PROMPTS)
     inputs = {
         "hidden_states": pipeline._pack_latents(noisy),
@@ -126,14 +122,10 @@ def test_batch_norm_statistics_normalise_drawn_figures(pipeline, figures: Path) 
         picture = Image.open(file)
         pixels = np.asarray(picture.crop((0, 0, picture.width // 8 * 8, picture.height // 8 * 8)), np.float32)
         with torch.no_grad():
-            posterior = pipeline.vae.encode(
-                torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
-            ).latent_dist
+            posterior = pipeline.vae.encode(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1).latent_dist
         assert (posterior.logvar + 6).abs().max() < 1.5
         raw.append(pipeline._pack_latents(pipeline._patchify_latents(posterior.mode()))[0])
-    tokens = (torch.cat(raw) - bn.running_mean) / torch.sqrt(
-        bn.running_var + pipeline.vae.config.batch_norm_eps
-    )
+    tokens = (torch.cat(raw) - bn.running_mean) / torch.sqrt(bn.running_var + pipeline.vae.config.batch_norm_eps)
     assert tokens.mean(0).abs().max() < 0.25
     assert tokens.std(0).min() > 0.7 and tokens.std(0).max() < 1.4
     # Leaving the step out shows: the statistics are not 0 and 1, nor the same in all channels.
@@ -172,9 +164,7 @@ def _bytes(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
-def test_one_seed_gives_the_same_pipeline_bytes_and_leaves_torch_alone(
-    tmp_path: Path, tiny_klein: Path
-) -> None:
+def test_one_seed_gives_the_same_pipeline_bytes_and_leaves_torch_alone(tmp_path: Path, tiny_klein: Path) -> None:
     torch.manual_seed(5)
     state = torch.get_rng_state()
     again, other = (
@@ -237,9 +227,7 @@ def test_figures_depend_on_seed_and_number_only(tmp_path: Path) -> None:
 def test_demo_folders_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline, figures = demo_pipeline(tmp_path), demo_figures(tmp_path)
     assert (pipeline / "model_index.json").is_file() and len(_rows(figures)) == 100
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([pipeline.name, figures.name]), (
-        "nothing left over"
-    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([pipeline.name, figures.name]), "nothing left over"
 
     def not_again(*_: object, **__: object) -> None:
         raise AssertionError("made a second time")
@@ -313,11 +301,7 @@ def test_a_hand_written_cache_reads_back(tiny_cache: Path) -> None:
     assert len(rows) == 24 and len({(r["bucket_h"], r["bucket_w"]) for r in rows}) == 3
     for row in rows:
         payload = np.load(tiny_cache / row["cache_path"], allow_pickle=False)
-        assert (
-            list(payload["latents"].shape)
-            == row["latent_shape"]
-            == [4, row["bucket_h"] // 4, row["bucket_w"] // 4]
-        )
+        assert list(payload["latents"].shape) == row["latent_shape"] == [4, row["bucket_h"] // 4, row["bucket_w"] // 4]
         assert list(payload["prompt_embeds"].shape) == row["prompt_embeds_shape"] == [12, 48]
         assert payload["text_ids"].shape == (12, 4)
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from diffusers import Flux2KleinPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 from sciflow_hf.adapters import AdapterArguments, add_adapter
@@ -50,7 +50,10 @@ def batch(pipeline):
 def model(family):
     model = family.load_model(dtype=torch.float32)
     add_adapter(model, AdapterArguments(rank=4, lora_alpha=8), family=family, seed=1)
-    for name, parameter in model.named_parameters():  # B starts at zero, which would hide errors in A's gradient
+    for (
+        name,
+        parameter,
+    ) in model.named_parameters():  # B starts at zero, which would hide errors in A's gradient
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
     return model
@@ -96,9 +99,7 @@ def differs(family, model, pipeline, batch, args, noise) -> float:
     ours, our_gradients = loss_and_gradients(
         lambda: family.compute_loss(model, batch, args, noise=noise, levels=SIGMAS)[0], model
     )
-    theirs, their_gradients = loss_and_gradients(
-        lambda: reference_loss(model, pipeline, batch, noise, SIGMAS), model
-    )
+    theirs, their_gradients = loss_and_gradients(lambda: reference_loss(model, pipeline, batch, noise, SIGMAS), model)
     assert our_gradients.keys() == their_gradients.keys() and len(our_gradients) > 20
     worst = float((ours - theirs).abs().max() / theirs.abs().max())
     for name, gradient in their_gradients.items():
@@ -195,7 +196,11 @@ def test_noise_and_levels_come_from_the_keys(family, batch, args, noise):
     other, other_levels = family.compute_loss(spy, batch | {"noise_key": noise_keys(3, 1, [0, 1])}, args)
     assert not torch.equal(first, other) and not torch.equal(levels, other_levels)
     # One sample at a time is the batch: keys belong to samples.
-    one = {"latents": batch["latents"][1:], "prompt_embeds": batch["prompt_embeds"][1:], "noise_key": keys[1:]}
+    one = {
+        "latents": batch["latents"][1:],
+        "prompt_embeds": batch["prompt_embeds"][1:],
+        "noise_key": keys[1:],
+    }
     torch.testing.assert_close(family.compute_loss(spy, one, args)[0], first[1:])
     torch.testing.assert_close(
         randn(keys, noise.shape)[1], torch.randn(noise.shape[1:], generator=_generator_of(keys[1]))

@@ -191,9 +191,7 @@ def test_images_and_links_outside_the_folder_are_not_publishable(tmp_path: Path)
     folder.mkdir()
     (tmp_path / "other.png").write_bytes(b"x")
     (folder / "link.png").symlink_to(tmp_path / "other.png")
-    (folder / "README.md").write_text(
-        "![a](../other.png) ![b](link.png) ![c](/etc/hostname) ![d](run_facts.json)"
-    )
+    (folder / "README.md").write_text("![a](../other.png) ![b](link.png) ![c](/etc/hostname) ![d](run_facts.json)")
     assert publishable_files(folder) == ["README.md"]
 
 
@@ -243,9 +241,7 @@ print(json.dumps(answers))
     assert hub.repos["user/figures"].private
     assert "'no-such-branch'" in answers["branch"]["error"] and "--hub_revision" in answers["branch"]["error"]
     assert "error" not in answers["upload"] and "error" not in answers["future"]
-    assert hub.repos["user/figures"].files == {
-        p: (folder / p).read_bytes() for p in publishable_files(folder)
-    }
+    assert hub.repos["user/figures"].files == {p: (folder / p).read_bytes() for p in publishable_files(folder)}
     assert hub.repos["user/figures"].messages == ["step 1000", "Upload by sciflow_hf"]
     assert "404" in answers["no repo"]["error"] and "everything is on disk" in answers["no repo"]["error"]
     assert "`hub_model_id` 'a/b/c'" in answers["bad id"]["error"]
@@ -294,10 +290,7 @@ print(json.dumps(answers))
         assert "train without `--push_to_hub`" in errors[name]
     assert answers["503 twice"] == {"result": "user/figures", "waits": [2.0, 8.0]}
     assert answers["503 for ever"]["waits"] == [2.0, 8.0, 30.0]
-    assert (
-        "(503, tried 4 times)" in errors["503 for ever"]
-        and "without `--push_to_hub`" in errors["503 for ever"]
-    )
+    assert "(503, tried 4 times)" in errors["503 for ever"] and "without `--push_to_hub`" in errors["503 for ever"]
     for name in ("push 403", "push 409", "push 503 for ever", "push 401", "push background"):
         assert f"everything is on disk in '{folder}'" in errors[name], name
         assert "from sciflow_hf.hub import upload; upload(" in errors[name], name

@@ -60,9 +60,7 @@ def imports(tree: ast.AST, module: str, *, is_package: bool = False) -> Iterator
             yield from imports(node, module, is_package=is_package)
 
 
-def forbidden_imports(
-    source: str, module: str, allowed: tuple[str, ...], *, is_package: bool = False
-) -> list[str]:
+def forbidden_imports(source: str, module: str, allowed: tuple[str, ...], *, is_package: bool = False) -> list[str]:
     """Imports from the project that are neither in `allowed` nor below it."""
     return [
         name
@@ -171,9 +169,7 @@ def test_there_is_something_to_check() -> None:
     assert len(MODULES) > 20 and FAMILIES and RECIPES
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in MODULES if p.relative_to(PACKAGE).parts[0] in MAY_IMPORT], ids=relative
-)
+@pytest.mark.parametrize("path", [p for p in MODULES if p.relative_to(PACKAGE).parts[0] in MAY_IMPORT], ids=relative)
 def test_import_direction(path: Path) -> None:
     within = path.relative_to(PACKAGE)
     if within.as_posix() == FAMILY_REGISTRY:

@@ -49,7 +49,10 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, tiny_klein, even_cach
 def test_two_ranks_equal_one(tmp_path, tiny_klein, even_cache):
     """Batch 4 on one process and 2 x 2 on two: the same losses (1e-5) and weights (1e-4); no step has a tail."""
     run(*flags(tiny_klein, even_cache, tmp_path / "one", per_device_train_batch_size=4, eval_fraction=0))
-    run(*flags(tiny_klein, even_cache, tmp_path / "two", per_device_train_batch_size=2, eval_fraction=0), ranks=2)
+    run(
+        *flags(tiny_klein, even_cache, tmp_path / "two", per_device_train_batch_size=2, eval_fraction=0),
+        ranks=2,
+    )
     np.testing.assert_allclose(logged_losses(tmp_path / "one"), logged_losses(tmp_path / "two"), rtol=1e-5)
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert largest_difference(one, two) < 1e-4

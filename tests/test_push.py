@@ -32,8 +32,28 @@ print("loaded", sorted(metrics))
 def flags(tiny_klein, cache, output_dir, *more):
     return [
         *("--pretrained_model_name_or_path", tiny_klein, "--max_sequence_length", 12, "--dataset_dir", cache),
-        *("--output_dir", output_dir, "--eval_fraction", 0.4, "--rank", 4, "--lora_alpha", 8, "--max_steps", 6),
-        *("--learning_rate", 1e-2, "--use_cpu", True, "--push_to_hub", "--hub_model_id", "figures-lora", *more),
+        *(
+            "--output_dir",
+            output_dir,
+            "--eval_fraction",
+            0.4,
+            "--rank",
+            4,
+            "--lora_alpha",
+            8,
+            "--max_steps",
+            6,
+        ),
+        *(
+            "--learning_rate",
+            1e-2,
+            "--use_cpu",
+            True,
+            "--push_to_hub",
+            "--hub_model_id",
+            "figures-lora",
+            *more,
+        ),
     ]
 
 

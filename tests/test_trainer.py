@@ -128,7 +128,9 @@ def test_micro_batches_do_not_change_the_run(tmp_path, family, even_cache):
 @pytest.mark.parametrize("stop", [4, 8], ids=["epoch 0", "epoch 1"])
 def test_resumed_equals_uninterrupted(tmp_path, family, tiny_cache, optim, stop):
     """2N steps = N steps, resume, N steps: bit for bit, accumulation 2, several buckets, tails included."""
-    options = dict(optim=optim, learning_rate=None, gradient_accumulation_steps=2, save_strategy="steps", save_steps=stop)
+    options = dict(
+        optim=optim, learning_rate=None, gradient_accumulation_steps=2, save_strategy="steps", save_steps=stop
+    )
     whole = make_trainer(tmp_path / "whole", family, tiny_cache, max_steps=2 * stop, **options)
     whole.train()
     assert len(whole.get_train_dataloader()) / 2 < 8  # so that step 8 lies in epoch 1
@@ -145,7 +147,11 @@ def test_resumed_equals_uninterrupted(tmp_path, family, tiny_cache, optim, stop)
 def test_resume_in_a_short_last_step(tmp_path, family, even_cache):
     """The last step of an epoch may have fewer micro-batches; resuming right before and after it is exact."""
     options = dict(
-        per_device_train_batch_size=1, gradient_accumulation_steps=5, max_steps=9, save_strategy="steps", save_steps=1
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=5,
+        max_steps=9,
+        save_strategy="steps",
+        save_steps=1,
     )
     whole = make_trainer(tmp_path / "whole", family, even_cache, **options)
     steps = -(-len(whole.get_train_dataloader()) // 5)
@@ -237,7 +243,9 @@ def test_eval_loss_is_the_mean_over_rows_and_levels(tmp_path, family, even_cache
             for k, level in enumerate((1 / 6, 3 / 6, 5 / 6)):
                 batch["noise_key"] = torch.tensor([_signed(hash64(signed, k))])
                 with torch.no_grad():
-                    row.append(float(family.compute_loss(network, batch, trainer.args, levels=torch.tensor([level]))[0]))
+                    row.append(
+                        float(family.compute_loss(network, batch, trainer.args, levels=torch.tensor([level]))[0])
+                    )
             rows.append(row)
         return np.array(rows)
 

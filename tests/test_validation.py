@@ -54,9 +54,7 @@ class StubFamily:
 
     def encode_validation_prompts(self, prompts: list[str], *, device: Any, dtype: torch.dtype) -> list[dict]:
         self.encoded.append(list(prompts))
-        return [
-            {"prompt_embeds": torch.full((1, 1, 1), float(len(prompt)), dtype=dtype)} for prompt in prompts
-        ]
+        return [{"prompt_embeds": torch.full((1, 1, 1), float(len(prompt)), dtype=dtype)} for prompt in prompts]
 
     def generate(self, pipeline: Any, prompt_inputs: dict, **options: Any) -> list[Image.Image]:
         network, generator = pipeline.transformer, options["generator"]
@@ -238,9 +236,7 @@ class Ranks:
         self.barriers += 1
 
 
-def test_ranks_share_the_pairs_and_main_builds_the_sheet(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_share_the_pairs_and_main_builds_the_sheet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     barriers = []
     for rank in (1, 0):  # the main process last: it waits for the others' images
         ranks, family, writer = Ranks(rank), StubFamily(), FakeTensorBoard()
@@ -256,9 +252,7 @@ def test_ranks_share_the_pairs_and_main_builds_the_sheet(
     assert len(list((tmp_path / "validation" / "step-000010").iterdir())) == 6
 
 
-def test_all_ranks_draw_everything_when_the_network_is_sharded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_ranks_draw_everything_when_the_network_is_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sharded forward gathers weights from all ranks: unequal numbers of forwards would hang."""
     monkeypatch.setattr(validation, "_is_sharded", lambda model: True)
     for rank in (1, 0):
@@ -270,9 +264,7 @@ def test_all_ranks_draw_everything_when_the_network_is_sharded(
         assert bool(drawn_steps(tmp_path)) == (rank == 0), "one rank writes"
 
 
-def test_images_of_another_machine_are_missed_by_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_of_another_machine_are_missed_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(validation, "PartialState", lambda: Ranks(0))
     validator = callback(tmp_path, trackers=list)
     with pytest.raises(SciflowError, match=r"p00_seed7.png' of another rank is not here. `--output_dir`"):
@@ -341,13 +333,9 @@ def test_trackers_get_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert logged == [] and board.images == [("validation/p00_seed42", (48, 64, 3), 500)]
     wandb.run = object()
     log_images([FakeWandb()], images, step=500)
-    assert logged == [
-        {"validation/p00_seed42": ((64, 48), "A bar chart. (seed 42)"), "train/global_step": 500}
-    ]
+    assert logged == [{"validation/p00_seed42": ((64, 48), "A bar chart. (seed 42)"), "train/global_step": 500}]
     writers: list[FakeTensorBoard] = []
-    closed = SimpleNamespace(
-        SummaryWriter=lambda log_dir: writers.append(FakeTensorBoard(log_dir)) or writers[-1]
-    )
+    closed = SimpleNamespace(SummaryWriter=lambda log_dir: writers.append(FakeTensorBoard(log_dir)) or writers[-1])
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", closed)
     ended = FakeTensorBoard("runs/x")
     ended.tb_writer = None
@@ -386,9 +374,7 @@ def test_sheet_shows_rows_by_seed_and_columns_by_step(tmp_path: Path) -> None:
     """The colours of the cells, read back: rows differ in noise and prompt, columns in the weight."""
     train(callback(tmp_path), Network(), stop=200)
     sheet = np.asarray(read_image(tmp_path / "validation" / "contact_sheet.png"))
-    wanted = [
-        colour(tmp_path, step, prompt, seed) for prompt in (0, 1) for seed in (42, 7) for step in (0, 200)
-    ]
+    wanted = [colour(tmp_path, step, prompt, seed) for prompt in (0, 1) for seed in (42, 7) for step in (0, 200)]
     places = []
     for rgb in wanted:
         rows, columns = np.nonzero((sheet == np.array(rgb, np.uint8)).all(-1))

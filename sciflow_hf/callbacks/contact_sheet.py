@@ -155,9 +155,7 @@ def _thumbnail(path: Path, cell: tuple[int, int], prompt: str) -> "Image | None"
     return ImageOps.pad(image, cell, method=Image.Resampling.LANCZOS, color=_PAPER)
 
 
-def _label(
-    draw: "ImageDraw.ImageDraw", place: tuple[float, float], step: int, width: int, font: "Font"
-) -> None:
+def _label(draw: "ImageDraw.ImageDraw", place: tuple[float, float], step: int, width: int, font: "Font") -> None:
     """The step above its column, as long as fits."""
     candidates = [f"step {step:,}", f"{step:,}"]
     if step == 0:

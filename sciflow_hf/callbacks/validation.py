@@ -107,15 +107,11 @@ class ValidationCallback(TrainerCallback):
         else:  # a prompt that cannot be encoded shows now, not hours later
             self._encode(args, kwargs["model"])
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._is_due(state, control) and not control.should_save:
             self.run(args, state, kwargs["model"])
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._is_due(state, control):
             self.run(args, state, kwargs["model"])
 
@@ -219,18 +215,14 @@ class ValidationCallback(TrainerCallback):
         except SciflowError:
             raise
         except Exception as error:
-            remedy = (
-                "Without `--validation_prompts` training goes on from the last checkpoint and draws nothing."
-            )
+            remedy = "Without `--validation_prompts` training goes on from the last checkpoint and draws nothing."
             if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
                 remedy = (
                     f"Beside training there is no memory for {self.size[0]}x{self.size[1]} pixels: validate "
                     "at a smaller size or with fewer `--num_inference_steps`, or switch validation off by "
                     "leaving out `--validation_prompts`."
                 )
-            raise SciflowError(
-                f"{what} ({type(error).__name__}: {str(error).strip()[:300]}). {remedy}"
-            ) from error
+            raise SciflowError(f"{what} ({type(error).__name__}: {str(error).strip()[:300]}). {remedy}") from error
 
 
 def final_step(args: TrainingArguments, state: TrainerState) -> int:
@@ -240,9 +232,7 @@ def final_step(args: TrainingArguments, state: TrainerState) -> int:
     return state.global_step
 
 
-def sample_images(
-    output_dir: str | Path, *, step: int | None = None, limit: int = 4
-) -> list[tuple[str, str]]:
+def sample_images(output_dir: str | Path, *, step: int | None = None, limit: int = 4) -> list[tuple[str, str]]:
     """Images for the model card: (path relative to `output_dir` with "/", prompt), of `step` or the latest.
 
     Every prompt comes once before one comes twice.
@@ -256,14 +246,10 @@ def sample_images(
     for path in sorted(chosen.glob("p*_seed*.png")):
         by_seed.setdefault(path.stem.partition("_")[2], []).append(path)
     paths = [path for group in by_seed.values() for path in group][:limit]
-    return [
-        (path.relative_to(output_dir).as_posix(), read_image(path).info.get("prompt", "")) for path in paths
-    ]
+    return [(path.relative_to(output_dir).as_posix(), read_image(path).info.get("prompt", "")) for path in paths]
 
 
-def log_images(
-    callbacks: Iterable[TrainerCallback], images: dict[str, tuple["Image", str]], *, step: int
-) -> None:
+def log_images(callbacks: Iterable[TrainerCallback], images: dict[str, tuple["Image", str]], *, step: int) -> None:
     """Gives images, tag -> (PIL image, caption), to the W&B and TensorBoard callbacks among `callbacks`."""
     from transformers.integrations import TensorBoardCallback, WandbCallback
 
@@ -272,15 +258,11 @@ def log_images(
             import wandb
 
             if wandb.run is not None:
-                pictures = {
-                    tag: wandb.Image(image, caption=caption) for tag, (image, caption) in images.items()
-                }
+                pictures = {tag: wandb.Image(image, caption=caption) for tag, (image, caption) in images.items()}
                 wandb.log({**pictures, "train/global_step": step})
         elif isinstance(callback, TensorBoardCallback) and callback.logging_dir is not None:
             writer = callback.tb_writer
-            if (
-                writer is None
-            ):  # closed when training ended; TensorBoard reads the files of a folder as one run
+            if writer is None:  # closed when training ended; TensorBoard reads the files of a folder as one run
                 from torch.utils.tensorboard import SummaryWriter
 
                 writer = SummaryWriter(log_dir=callback.logging_dir)

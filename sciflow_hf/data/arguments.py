@@ -33,24 +33,16 @@ class DataArguments:
     """
 
     dataset_dir: list[str] = field(default_factory=list, metadata={"help": "One or more caches."})
-    payload_dir: str | None = field(
-        default=None, metadata={"help": "Where `cache_path` of the index is rooted."}
-    )
+    payload_dir: str | None = field(default=None, metadata={"help": "Where `cache_path` of the index is rooted."})
     input_dir: str | None = field(
         default=None,
         metadata={"help": "Captioned images; a cache is built from them in --dataset_dir first."},
     )
-    caption_column: str = field(
-        default="caption", metadata={"help": "Column of --input_dir with the captions."}
-    )
-    resolution: int = field(
-        default=1024, metadata={"help": "Images become about resolution x resolution pixels."}
-    )
+    caption_column: str = field(default="caption", metadata={"help": "Column of --input_dir with the captions."})
+    resolution: int = field(default=1024, metadata={"help": "Images become about resolution x resolution pixels."})
     encode_batch_size: int = field(default=1, metadata={"help": "Images encoded at once for the cache."})
     strict: bool = field(default=False, metadata={"help": "Stop at a broken image instead of skipping it."})
-    eval_fraction: float = field(
-        default=0.05, metadata={"help": "Share of the groups held out for eval_loss."}
-    )
+    eval_fraction: float = field(default=0.05, metadata={"help": "Share of the groups held out for eval_loss."})
     caption_dropout: float = field(default=0.0, metadata={"help": "Share of samples with the empty prompt."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many samples only."})
 
@@ -59,13 +51,9 @@ class DataArguments:
             if not 0 <= getattr(self, name) < 1:
                 raise SciflowError(f"`{name}` {getattr(self, name)}: in [0, 1).")
         if not self.dataset_dir and not self.input_dir:
-            raise SciflowError(
-                "give `--dataset_dir` (a cache) or `--input_dir` (a folder of captioned images)."
-            )
+            raise SciflowError("give `--dataset_dir` (a cache) or `--input_dir` (a folder of captioned images).")
         if self.input_dir and len(self.dataset_dir) > 1:
-            raise SciflowError(
-                f"`dataset_dir` {self.dataset_dir}: with `--input_dir` it is the one cache to build."
-            )
+            raise SciflowError(f"`dataset_dir` {self.dataset_dir}: with `--input_dir` it is the one cache to build.")
 
     def names(self) -> list[str]:
         """Names of the data for a model card: the last part of each folder."""
@@ -79,9 +67,7 @@ def load_data(args: DataArguments, *, dtype: Any = None) -> tuple["LatentCache",
     from .cache import load_cache
 
     dirs: Sequence[str] = args.dataset_dir
-    cache = load_cache(
-        dirs if len(dirs) > 1 else dirs[0], payload_dir=args.payload_dir, dtype=dtype or torch.bfloat16
-    )
+    cache = load_cache(dirs if len(dirs) > 1 else dirs[0], payload_dir=args.payload_dir, dtype=dtype or torch.bfloat16)
     train, held_out = cache.split(args.eval_fraction) if args.eval_fraction else (cache, None)
     if args.eval_fraction and (len(train) == 0 or held_out is None or len(held_out) == 0):
         groups = len(set(cache.groups))

@@ -95,9 +95,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         self._counts = np.bincount(self._ids)
         self._groups = self._counts // self.total_batch  # full groups of each bucket
         left = self._counts % self.total_batch
-        self._tail = (
-            np.zeros_like(left) if self.drop_last else -(-left // batch_size)
-        )  # device batches in the tail
+        self._tail = np.zeros_like(left) if self.drop_last else -(-left // batch_size)  # device batches in the tail
         self._padding = int(-self._tail.sum() % num_replicas)  # whole batches, of the largest bucket
         self._largest = int(self._counts.argmax())
         self._length = int(self._groups.sum()) * accumulation_steps
@@ -131,9 +129,7 @@ class BucketBatchSampler(Sampler[list[int]]):
     def positions(self, batch_index: int) -> range:
         """Positions in the epoch's order of the rows of this rank's micro-batch number `batch_index`."""
         if not 0 <= batch_index < self._length:
-            raise SciflowError(
-                f"`batch_index` is {batch_index}, but an epoch has {self._length} micro-batches."
-            )
+            raise SciflowError(f"`batch_index` is {batch_index}, but an epoch has {self._length} micro-batches.")
         group, step = divmod(batch_index, self.accumulation_steps)
         start = group * self.total_batch + (step * self.num_replicas + self.rank) * self.batch_size
         return range(start, start + self.batch_size)
@@ -147,9 +143,7 @@ class BucketBatchSampler(Sampler[list[int]]):
             batches = int(self._groups[i]) * per_group + int(self._tail[i])
             batches += self._padding if i == self._largest else 0
             shown = batches * self.batch_size
-            rows.append(
-                BucketReport(name, samples, batches, max(shown - samples, 0), max(samples - shown, 0))
-            )
+            rows.append(BucketReport(name, samples, batches, max(shown - samples, 0), max(samples - shown, 0)))
         return rows
 
     def table(self, *, max_rows: int = 60) -> str:
@@ -186,9 +180,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         if self.shuffle:
             groups = groups[rng.permutation(len(groups))]
         # (groups, A * R * B) -> this rank's (groups * A, B)
-        mine = groups.reshape(-1, self.accumulation_steps, self.num_replicas, self.batch_size)[
-            :, :, self.rank
-        ]
+        mine = groups.reshape(-1, self.accumulation_steps, self.num_replicas, self.batch_size)[:, :, self.rank]
         mine = mine.reshape(-1, self.batch_size)
         if self.drop_last:
             return mine
@@ -206,9 +198,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         return np.concatenate([mine, batches[:, self.rank]])
 
 
-def aspect_ratio_buckets(
-    resolution: int, step: int, *, max_aspect_ratio: float = 2.0
-) -> list[tuple[int, int]]:
+def aspect_ratio_buckets(resolution: int, step: int, *, max_aspect_ratio: float = 2.0) -> list[tuple[int, int]]:
     """Image sizes of about `resolution`**2 pixels, in the manner of SDXL (Podell et al. 2023, appendix I).
 
     Args:
@@ -247,9 +237,7 @@ def nearest_bucket(height: int, width: int, buckets: Sequence[tuple[int, int]]) 
     if not buckets:
         raise SciflowError("`buckets` is empty: give at least one (height, width).")
     aspect = math.log(height / width)
-    return min(
-        buckets, key=lambda size: (round(abs(math.log(size[0] / size[1]) - aspect), 9), -size[0] * size[1])
-    )
+    return min(buckets, key=lambda size: (round(abs(math.log(size[0] / size[1]) - aspect), 9), -size[0] * size[1]))
 
 
 def _check_int(name: str, value: int, *, low: int | None) -> None:

@@ -124,9 +124,7 @@ def build_cache(
     if resolution < bucket_step:
         raise SciflowError(f"`resolution` is {resolution}, but image sides are multiples of {bucket_step}.")
     output = Path(output_dir)
-    facts = json.loads(
-        json.dumps({**settings, "dtype": dtype, "resolution": resolution})
-    )  # tuples become lists
+    facts = json.loads(json.dumps({**settings, "dtype": dtype, "resolution": resolution}))  # tuples become lists
     fixed = facts | {"bucket_step": bucket_step}
     check_output(output, fixed)
 
@@ -140,17 +138,14 @@ def build_cache(
     jobs = _in_batches(builder.plan(records, buckets), batch_size)
     if not jobs:
         raise SciflowError(
-            f"`input_dir` is {str(input_dir)!r}: none of its images can be read. First: "
-            f"{builder.first_skip()}."
+            f"`input_dir` is {str(input_dir)!r}: none of its images can be read. First: {builder.first_skip()}."
         )
     text = json.dumps({"settings": fixed, "version": __version__}, indent=2) + "\n"
     write_whole(output / SETTINGS_FILE, lambda file: file.write(text.encode()))
     builder.run([jobs[i : i + samples_per_part] for i in range(0, len(jobs), samples_per_part)])
     report = builder.report
     if not report.samples:
-        raise SciflowError(
-            f"`input_dir` is {str(input_dir)!r}: no image could be used. First: {builder.first_skip()}."
-        )
+        raise SciflowError(f"`input_dir` is {str(input_dir)!r}: no image could be used. First: {builder.first_skip()}.")
     logger.info(
         "%s: %d samples (%d encoded now, %d before), %d skipped, %s.",
         output, report.samples, report.encoded, report.reused, len(report.skipped),
@@ -181,9 +176,7 @@ class _Builder:
 
     def skip(self, name: str, reason: str) -> None:
         if self.strict:
-            raise SciflowError(
-                f"{name}: {reason}. Mend or remove it, or leave out `--strict` to skip such images."
-            )
+            raise SciflowError(f"{name}: {reason}. Mend or remove it, or leave out `--strict` to skip such images.")
         logger.warning("Skipped %s: %s.", name, reason)
         self.report.skipped.append((name, reason))
 
@@ -256,9 +249,7 @@ class _Builder:
                 "samples). Name another folder: `--dataset_dir` takes several caches."
             )
         if gone := len(known.keys() - wanted):
-            logger.warning(
-                "%d samples leave the index: their images or captions are no longer in the input.", gone
-            )
+            logger.warning("%d samples leave the index: their images or captions are no longer in the input.", gone)
         for file in stale:
             file.unlink()
         return known
@@ -288,9 +279,7 @@ class _Builder:
             self.report.samples += len(done)
             self.report.bytes += sum((self.output / job.file).stat().st_size for job in done)
 
-    def _shapes_on_disk(
-        self, job: _Job, row: Mapping[str, Any] | None
-    ) -> tuple[Sequence[int], Sequence[int]] | None:
+    def _shapes_on_disk(self, job: _Job, row: Mapping[str, Any] | None) -> tuple[Sequence[int], Sequence[int]] | None:
         """Shapes of latents and embeddings of a finished sample; None if it has to be encoded."""
         file = self.output / job.file
         if not file.is_file():

@@ -96,9 +96,7 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
             SciflowError: if `eval_fraction` is not in [0, 1), or nothing is left to train on.
         """
         if not 0 <= eval_fraction < 1:
-            raise SciflowError(
-                f"`eval_fraction` is {eval_fraction}, but must lie in [0, 1). Use 0 for no evaluation."
-            )
+            raise SciflowError(f"`eval_fraction` is {eval_fraction}, but must lie in [0, 1). Use 0 for no evaluation.")
         limit = int(eval_fraction * 2.0**64)
         sides = {group: hash64(group, "eval split") < limit for group in set(self.groups)}
         mask = np.fromiter((sides[group] for group in self.groups), dtype=bool, count=len(self))
@@ -172,11 +170,7 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
     def groups(self) -> list[str]:
         """`paper_id` of each row where there is one, else the row id."""
         papers = self._column("paper_id")
-        return (
-            [paper or row for paper, row in zip(papers, self.row_ids, strict=True)]
-            if papers
-            else self.row_ids
-        )
+        return [paper or row for paper, row in zip(papers, self.row_ids, strict=True)] if papers else self.row_ids
 
     @cached_property
     def fingerprint(self) -> str:
@@ -198,9 +192,7 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         sample = read_payload(file, "the empty prompt", self.dtype, required=("prompt_embeds",))
         found, width = tuple(sample["prompt_embeds"].shape), int(self._index.text_shapes[0, 1])
         if len(found) != 2 or found[1] != width:
-            raise CacheError(
-                f"{file}: `prompt_embeds` has shape {found}, but the rows have (L, {width}). {_REBUILD}."
-            )
+            raise CacheError(f"{file}: `prompt_embeds` has shape {found}, but the rows have (L, {width}). {_REBUILD}.")
         return {name: sample[name] for name in TEXT_KEYS if name in sample}
 
     @property
@@ -284,9 +276,7 @@ def load_cache(
         SciflowError: for `streaming` or another `dtype`.
     """
     if streaming:
-        raise SciflowError(
-            "`streaming=True` is not offered yet. Copy the cache to a local disk and leave it False."
-        )
+        raise SciflowError("`streaming=True` is not offered yet. Copy the cache to a local disk and leave it False.")
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise SciflowError(f"`dtype` is {dtype}, but must be torch.bfloat16, torch.float16 or torch.float32.")
     return LatentCache(open_index(dataset_dir, payload_dir=payload_dir), dtype=dtype)
@@ -342,9 +332,7 @@ def read_payload(
         ) from error
     for name in required:
         if name not in arrays:
-            raise CacheError(
-                f"{where}: the payload {file} lacks `{name}`; it has {sorted(arrays)}. {_REBUILD}."
-            )
+            raise CacheError(f"{where}: the payload {file} lacks `{name}`; it has {sorted(arrays)}. {_REBUILD}.")
         if arrays[name].dtype.newbyteorder("=") not in (np.float16, np.float32, np.uint16):
             raise CacheError(
                 f"{where}: `{name}` in the payload {file} is {arrays[name].dtype}, but must be float16, "

@@ -49,9 +49,7 @@ class CacheIndex:
         return self.part_roots[self.part_of_row[row]]
 
 
-def open_index(
-    dataset_dir: _PathLike | Sequence[_PathLike], *, payload_dir: _PathLike | None = None
-) -> CacheIndex:
+def open_index(dataset_dir: _PathLike | Sequence[_PathLike], *, payload_dir: _PathLike | None = None) -> CacheIndex:
     """Reads and joins the index of one or more caches; see `load_cache` for the arguments and errors."""
     import pyarrow as pa
 
@@ -78,11 +76,7 @@ def open_index(
     part_roots = []
     for (folder, file), start, length in zip(parts, np.cumsum(lengths) - lengths, lengths, strict=True):
         paths = cache_paths.slice(int(start), length)
-        tried = (
-            [payload_dir]
-            if payload_dir is not None
-            else [folder if folder.is_dir() else file.parent, file.parent]
-        )
+        tried = [payload_dir] if payload_dir is not None else [folder if folder.is_dir() else file.parent, file.parent]
         roots = list(dict.fromkeys(os.path.abspath(root) for root in tried))
         _check_inside(paths, roots, str(file), int(start))
         root = _choose_root(roots, paths, str(file))
@@ -128,9 +122,7 @@ def _index_files(folder: Path) -> list[Path]:
     found = []
     for parent, subfolders, files in os.walk(folder):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        found += [
-            Path(parent, name) for name in files if name.endswith(".parquet") and not name.startswith(".")
-        ]
+        found += [Path(parent, name) for name in files if name.endswith(".parquet") and not name.startswith(".")]
     if not found:
         raise CacheError(f"`dataset_dir` is {str(folder)!r}, which holds no index (*.parquet). {_BUILD}.")
     return sorted(found)
@@ -144,9 +136,7 @@ def _read_part(file: Path) -> "pa.Table":
         with pq.ParquetFile(file) as part:
             table = part.read()
     except (pa.ArrowException, OSError) as error:
-        raise CacheError(
-            f"The index {file} cannot be read as parquet ({_first_line(error)}). {_BUILD}."
-        ) from error
+        raise CacheError(f"The index {file} cannot be read as parquet ({_first_line(error)}). {_BUILD}.") from error
     missing = [name for name in REQUIRED_COLUMNS if name not in table.column_names]
     if missing:
         raise CacheError(
@@ -172,8 +162,7 @@ def _join(names: Sequence[str], tables: Sequence["pa.Table"]) -> "pa.Table":
             pa.unify_schemas([joined.schema, table.select(columns).schema], promote_options="permissive")
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise CacheError(
-                f"The index files {names[0]} and {name} have columns of other types ({_first_line(error)}). "
-                f"{_BUILD}."
+                f"The index files {names[0]} and {name} have columns of other types ({_first_line(error)}). {_BUILD}."
             ) from error
     return pa.concat_tables([table.select(columns) for table in tables], promote_options="permissive")
 
@@ -184,9 +173,7 @@ def _common_metadata(names: Sequence[str], schemas: Sequence[Mapping[bytes, byte
         try:
             metadata = json.loads(schema.get(METADATA_KEY, b"{}"))
         except ValueError as error:
-            raise CacheError(
-                f"The schema metadata `sciflow_hf` of {name} is not JSON ({error}). {_BUILD}."
-            ) from error
+            raise CacheError(f"The schema metadata `sciflow_hf` of {name} is not JSON ({error}). {_BUILD}.") from error
         if not isinstance(metadata, dict):
             raise CacheError(
                 f"The schema metadata `sciflow_hf` of {name} is {metadata!r}, not a JSON object. {_BUILD}."
@@ -240,9 +227,7 @@ class _Checker:
         try:
             values = column.cast(pa.int64()).to_numpy()
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise self.error(
-                0, name, f"a whole number of pixels in every row ({_first_line(error)})"
-            ) from error
+            raise self.error(0, name, f"a whole number of pixels in every row ({_first_line(error)})") from error
         if (values <= 0).any():
             raise self.error(int(np.argmax(values <= 0)), name, "a positive number of pixels")
         return values
@@ -256,18 +241,10 @@ class _Checker:
         column, size = self.column(name), form.count(",") + 1
         needed = f"{size} positive whole numbers {form}"
         if types.is_string(column.type) or types.is_large_string(column.type):
-            encoded = (
-                column.cast(pa.large_string()).combine_chunks().dictionary_encode()
-            )  # few distinct shapes
-            parsed = np.array(
-                [_parse_shape(text, size) for text in encoded.dictionary.to_pylist()], dtype=np.int64
-            )
+            encoded = column.cast(pa.large_string()).combine_chunks().dictionary_encode()  # few distinct shapes
+            parsed = np.array([_parse_shape(text, size) for text in encoded.dictionary.to_pylist()], dtype=np.int64)
             shapes = parsed.reshape(-1, size)[encoded.indices.to_numpy()]
-        elif (
-            types.is_list(column.type)
-            or types.is_large_list(column.type)
-            or types.is_fixed_size_list(column.type)
-        ):
+        elif types.is_list(column.type) or types.is_large_list(column.type) or types.is_fixed_size_list(column.type):
             odd = pc.not_equal(pc.list_value_length(column), size).to_numpy()
             if odd.any():
                 raise self.error(int(np.argmax(odd)), name, needed)
@@ -296,9 +273,7 @@ def _check_inside(paths: "pa.Array", roots: Sequence[str], file: str, start: int
 
     if not len(paths):
         return
-    suspicious = pc.match_substring_regex(paths, r"\.\.|^[/\\]|^[A-Za-z]:|^\.?/*$").to_numpy(
-        zero_copy_only=False
-    )
+    suspicious = pc.match_substring_regex(paths, r"\.\.|^[/\\]|^[A-Za-z]:|^\.?/*$").to_numpy(zero_copy_only=False)
     for i in np.flatnonzero(suspicious).tolist():
         path = paths[i].as_py()
         if all(inside(path, root) is None for root in roots):

@@ -57,10 +57,7 @@ class KeyedDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: tuple[int, int, int]) -> dict[str, Any]:
         row, position, key = index
         sample = dict(self.dataset[row])
-        if (
-            self.empty_prompt is not None
-            and uniform([key], stream="caption_dropout").item() < self.caption_dropout
-        ):
+        if self.empty_prompt is not None and uniform([key], stream="caption_dropout").item() < self.caption_dropout:
             sample.update({k: v.to(sample[k].dtype) for k, v in self.empty_prompt.items() if k in sample})
         return sample | {"row": row, "position": position, "noise_key": key}
 
@@ -110,9 +107,7 @@ class BucketLoader:
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         start, self._start = self._start, 0
         batches = _IndexBatches(self.sampler, self._key_of, start)
-        return iter(
-            DataLoader(self._keyed, batch_sampler=batches, collate_fn=self.collate_fn, **self.loader_options)
-        )
+        return iter(DataLoader(self._keyed, batch_sampler=batches, collate_fn=self.collate_fn, **self.loader_options))
 
 
 class _IndexBatches:

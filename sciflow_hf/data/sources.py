@@ -61,9 +61,7 @@ def find_records(
         SciflowError: if there is no such source, no image, or no caption.
     """
     path = Path(source)
-    if path.is_dir() and not any(
-        (path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")
-    ):
+    if path.is_dir() and not any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
         images, tables, notes = _walk(path, leave_out)
         if images:
             return _folder_records(path, images, notes, caption_column)
@@ -85,9 +83,7 @@ def _walk(folder: Path, leave_out: Path | None) -> tuple[list[Path], list[Path],
     notes: list[Path] = []
     skip = None if leave_out is None else leave_out.resolve()
     for parent, subfolders, files in os.walk(folder):
-        subfolders[:] = sorted(
-            s for s in subfolders if not s.startswith(".") and Path(parent, s).resolve() != skip
-        )
+        subfolders[:] = sorted(s for s in subfolders if not s.startswith(".") and Path(parent, s).resolve() != skip)
         for name in files:
             file = Path(parent, name)
             if name.startswith("."):
@@ -128,8 +124,7 @@ def _folder_records(
     skipped += [(os.path.relpath(file, folder), missing) for file in rows]
     if not records:
         raise SciflowError(
-            f"`input_dir` is {str(folder)!r}: none of its {len(images)} images has a caption. "
-            f"{_HOW_TO_CAPTION}."
+            f"`input_dir` is {str(folder)!r}: none of its {len(images)} images has a caption. {_HOW_TO_CAPTION}."
         )
     return records, skipped
 
@@ -150,9 +145,7 @@ def _read_notes(file: Path) -> list[dict[str, Any]]:
                 try:
                     rows.append((number, json.loads(line)))
                 except ValueError as error:
-                    raise SciflowError(
-                        f"Line {number} of {file} is not JSON ({error}). Mend that line."
-                    ) from error
+                    raise SciflowError(f"Line {number} of {file} is not JSON ({error}). Mend that line.") from error
     for number, row in rows:
         if not isinstance(row, dict) or not row.get("file_name"):
             raise SciflowError(
@@ -178,9 +171,7 @@ def _load_parquet(files: Sequence[Path]) -> "datasets.Dataset":
     try:
         return datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise SciflowError(
-            f"`input_dir`: {files[0]} cannot be read as parquet with images ({error})."
-        ) from error
+        raise SciflowError(f"`input_dir`: {files[0]} cannot be read as parquet with images ({error}).") from error
 
 
 def _load_dataset(source: str | os.PathLike[str]) -> "datasets.Dataset":
@@ -197,18 +188,12 @@ def _load_dataset(source: str | os.PathLike[str]) -> "datasets.Dataset":
     try:
         data = datasets.load_from_disk(name) if local else datasets.load_dataset(name)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        kind = (
-            "cannot be read as a `datasets` folder"
-            if local
-            else "is neither a folder nor a Hub data set in reach"
-        )
+        kind = "cannot be read as a `datasets` folder" if local else "is neither a folder nor a Hub data set in reach"
         raise SciflowError(f"`input_dir` is {name!r}, which {kind} ({error}).") from error
     if isinstance(data, datasets.Dataset):
         return data
     if "train" not in data and len(data) != 1:
-        raise SciflowError(
-            f"`input_dir` is {name!r} with the splits {list(data)}. Save one of them and give that."
-        )
+        raise SciflowError(f"`input_dir` is {name!r} with the splits {list(data)}. Save one of them and give that.")
     return data["train"] if "train" in data else next(iter(data.values()))
 
 
@@ -218,17 +203,13 @@ def _dataset_records(
     import datasets
 
     if "image" not in data.column_names:
-        raise SciflowError(
-            f"`input_dir` is {where!r}: it has the columns {data.column_names}, but no `image`."
-        )
+        raise SciflowError(f"`input_dir` is {where!r}: it has the columns {data.column_names}, but no `image`.")
     caption_column = _caption_column(data.column_names, caption_column, where)
     data = data.cast_column("image", datasets.Image(decode=False))
     plain = [
         name
         for name, feature in data.features.items()
-        if name not in ("image", caption_column)
-        and isinstance(feature, datasets.Value)
-        and feature.dtype != "binary"
+        if name not in ("image", caption_column) and isinstance(feature, datasets.Value) and feature.dtype != "binary"
     ]
     images = data.select_columns("image")
     rows = data.select_columns([caption_column, *plain]).to_list()
@@ -247,9 +228,7 @@ def _dataset_records(
         else:
             records.append(Record(name, str(caption).strip(), sizes[i], _row_opener(images, i), row))
     if not records:
-        raise SciflowError(
-            f"`input_dir` is {where!r}: no row has a caption in the column {caption_column!r}."
-        )
+        raise SciflowError(f"`input_dir` is {where!r}: no row has a caption in the column {caption_column!r}.")
     return records, skipped
 
 

@@ -46,9 +46,7 @@ def write_whole(file: Path, write: Callable[[BinaryIO], Any]) -> None:
                 temporary.unlink()
             raise
     except OSError as error:
-        raise SciflowError(
-            f"{file} cannot be written ({error}). Is `output_dir` writable, with room left?"
-        ) from error
+        raise SciflowError(f"{file} cannot be written ({error}). Is `output_dir` writable, with room left?") from error
 
 
 def write_payload(file: Path, sample: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
@@ -138,9 +136,7 @@ def check_output(output: Path, settings: Mapping[str, Any]) -> None:
     try:
         before = json.loads(file.read_text())["settings"]
     except (ValueError, KeyError, TypeError) as error:
-        raise SciflowError(
-            f"{file} is not the settings of a build ({error!r}). Name another `output_dir`."
-        ) from error
+        raise SciflowError(f"{file} is not the settings of a build ({error!r}). Name another `output_dir`.") from error
     differ = [
         f"`{key}` was {before.get(key)!r} and is now {settings.get(key)!r}"
         for key in sorted(before.keys() | settings.keys())

@@ -92,9 +92,7 @@ class Canvas:
         corners = [value * self._scale for value in box]
         thick = max(1, round(width * self._scale)) if outline else 0
         if radius:
-            self._draw.rounded_rectangle(
-                corners, radius * self._scale, fill=fill, outline=outline, width=thick
-            )
+            self._draw.rounded_rectangle(corners, radius * self._scale, fill=fill, outline=outline, width=thick)
         else:
             self._draw.rectangle(corners, fill=fill, outline=outline, width=thick)
 

@@ -66,9 +66,7 @@ def block_diagram(canvas: Canvas, rng: random.Random, names: Sequence[str]) -> s
     for i in range(n):
         along, across = (i + 0.5) / n, 0.34 if i % 2 else 0.62
         centres.append(
-            (canvas.width * across, canvas.height * along)
-            if tall
-            else (canvas.width * along, canvas.height * across)
+            (canvas.width * across, canvas.height * along) if tall else (canvas.width * along, canvas.height * across)
         )
     half_width, half_height = (36.0 if tall else 0.44 * canvas.width / n), 15.0
     for (x0, y0), (x1, y1) in zip(centres, centres[1:], strict=False):
@@ -80,9 +78,7 @@ def block_diagram(canvas: Canvas, rng: random.Random, names: Sequence[str]) -> s
             canvas.arrow((x1, y0), (x1, y1 - half_height if y1 > y0 else y1 + half_height))
     for i, ((x, y), block) in enumerate(zip(centres, blocks, strict=True)):
         fill = second if i == n // 2 else first
-        canvas.box(
-            (x - half_width, y - half_height, x + half_width, y + half_height), fill=fill, width=1.0, radius=3
-        )
+        canvas.box((x - half_width, y - half_height, x + half_width, y + half_height), fill=fill, width=1.0, radius=3)
         canvas.text((x, y), block, size=10, colour=(255, 255, 255))
     (x0, y0), (x1, y1) = centres[-1], centres[0]
     side = canvas.width - 12.0 if tall else canvas.height - 14.0

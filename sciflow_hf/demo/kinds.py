@@ -102,9 +102,7 @@ def bar_chart(canvas: Canvas, rng: random.Random, names: Sequence[str]) -> str:
     )
 
 
-def _error_bar(
-    canvas: Canvas, low: tuple[float, float], high: tuple[float, float], colour: Colour = INK
-) -> None:
+def _error_bar(canvas: Canvas, low: tuple[float, float], high: tuple[float, float], colour: Colour = INK) -> None:
     canvas.line([low, high], colour, width=1.0)
     for x, y in (low, high):
         canvas.line([(x - 3, y), (x + 3, y)], colour, width=1.0)
@@ -235,9 +233,7 @@ def small_multiples(canvas: Canvas, rng: random.Random, names: Sequence[str]) ->
         curve = [place(i / 10, 0.5 + 0.4 * math.sin(rate * i / 10 + phase)) for i in range(61)]
         canvas.line(curve, colour, width=1.6)
     count = columns * rows
-    return (
-        f"Small multiples: {count} panels of sine waves, {rows} by {columns}, in {', '.join(names[:count])}."
-    )
+    return f"Small multiples: {count} panels of sine waves, {rows} by {columns}, in {', '.join(names[:count])}."
 
 
 def log_plot(canvas: Canvas, rng: random.Random, names: Sequence[str]) -> str:
@@ -262,9 +258,7 @@ def log_plot(canvas: Canvas, rng: random.Random, names: Sequence[str]) -> str:
             canvas.marker(place(*p), COLOURS[name], radius=2.8, shape=("circle", "square")[k])
     canvas.text(((left + right) / 2, bottom + 23), "number of samples", size=9)
     canvas.text((left - 34, (top + bottom) / 2), "test loss", size=9, upright=True)
-    canvas.legend(
-        (left + 5, bottom - 32), [(f"slope -{s}", COLOURS[n]) for s, n in zip(slopes, names, strict=False)]
-    )
+    canvas.legend((left + 5, bottom - 32), [(f"slope -{s}", COLOURS[n]) for s, n in zip(slopes, names, strict=False)])
     return (
         f"Log-log plot of test loss against number of samples: power laws of slope -{slopes[0]} "
         f"({names[0]} circles) and -{slopes[1]} ({names[1]} squares)."

@@ -21,9 +21,7 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise SciflowError(
-            f"`folder` is {str(folder)!r}, which is not an empty folder: name another or delete it."
-        )
+        raise SciflowError(f"`folder` is {str(folder)!r}, which is not an empty folder: name another or delete it.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         whole = Path(scratch) / folder.name

@@ -122,16 +122,14 @@ class ModelFamily(ABC):
         """Images of one prompt."""
 
     @abstractmethod
-    def check_sample(self, model: torch.nn.Module, sample: dict[str, torch.Tensor]) -> None:
+    def check_sample(self, model: Any, sample: dict[str, torch.Tensor]) -> None:
         """Raises SciflowError where a sample does not fit the network (channels, text width, ids)."""
 
     def resolution_mu(self, image_seq_len: int) -> float:
         """Logarithm of the resolution-dependent shift for that many image tokens; 0 where a family has none."""
         return 0.0
 
-    def sample_levels(
-        self, keys: torch.Tensor, args: "DiffusionTrainingArguments", image_seq_len: int
-    ) -> torch.Tensor:
+    def sample_levels(self, keys: torch.Tensor, args: "DiffusionTrainingArguments", image_seq_len: int) -> torch.Tensor:
         """Noise levels of a batch, after the shift: sigmas in [0, 1], (B,), float32, on the CPU."""
         u = uniform(keys, stream="level")
         if args.weighting_scheme == "logit_normal":

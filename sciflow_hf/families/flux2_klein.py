@@ -34,7 +34,8 @@ class Flux2Klein(ModelFamily):
     """
 
     max_sequence_length: int = field(
-        default=512, metadata={"help": "Tokens per prompt. Padding is not masked: sample with the same length."}
+        default=512,
+        metadata={"help": "Tokens per prompt. Padding is not masked: sample with the same length."},
     )
 
     def compute_loss(
@@ -231,7 +232,7 @@ class Flux2Klein(ModelFamily):
             generator=generator,
         ).images
 
-    def check_sample(self, model: torch.nn.Module, sample: dict[str, torch.Tensor]) -> None:
+    def check_sample(self, model: Any, sample: dict[str, torch.Tensor]) -> None:
         missing = [key for key in ("latents", "prompt_embeds") if key not in sample]
         if missing:
             raise SciflowError(f"a sample of `{self.name}` needs {missing}; it has {sorted(sample)}.")

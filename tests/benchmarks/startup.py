@@ -20,10 +20,7 @@ COMMANDS = {
     "import torch, transformers": ["-c", "import torch, transformers"],
     "import sciflow_hf": ["-c", "import sciflow_hf"],
     "sciflow-hf --help": ["-m", "sciflow_hf.cli", "--help"],
-    **{
-        f"recipes/{path.name} --help": [str(path), "--help"]
-        for path in sorted((ROOT / "recipes").glob("train_*.py"))
-    },
+    **{f"recipes/{path.name} --help": [str(path), "--help"] for path in sorted((ROOT / "recipes").glob("train_*.py"))},
 }
 TARGETS = {"import sciflow_hf": 0.1, "recipes/": 1.25}
 
@@ -53,8 +50,7 @@ def main() -> None:
         ratio = statistics.median(value / stock for value, stock in zip(values, times[STOCK], strict=True))
         target = next((f"{t:.2f}" for prefix, t in TARGETS.items() if name.startswith(prefix)), "")
         print(
-            f"{name:64} {statistics.median(values):7.3f} {min(values):7.3f} {max(values):7.3f} "
-            f"{ratio:7.3f} {target:>7}"
+            f"{name:64} {statistics.median(values):7.3f} {min(values):7.3f} {max(values):7.3f} {ratio:7.3f} {target:>7}"
         )
 
 
