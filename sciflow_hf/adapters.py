@@ -250,7 +250,7 @@ def _read(path: str, family: "ModelFamily") -> tuple[dict[str, torch.Tensor], di
 def _load_from(path: str, model: Any, family: "ModelFamily") -> None:
     """Adds the adapter of an existing LoRA file, its rank, alpha and layers included."""
     if Path(path).suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
-        raise SciflowError(f"`adapter_path` {path!r}: a pickle can run code and is not loaded; use safetensors.")
+        raise SciflowError(f"`adapter_path` {path!r}: a pickle can run code, so only safetensors are loaded.")
     with tempfile.TemporaryDirectory() as temporary:
         local = os.path.expanduser(path)
         if "://" in path:

@@ -331,10 +331,10 @@ class DiffusionTrainer(HookedTrainer):
                 self._eval_base = json.loads((folder / EVAL_BASE).read_text(encoding="utf-8"))
             logger.info("Going on from %s.", folder)
         elif self.eval_dataset is not None and self.model_init is None and not adapter_layers(self.model):
-            self.evaluation_loops_before_training()
+            self._measure_initial_weights()
         return super().train(str(folder) if folder else None, trial, ignore_keys_for_eval)
 
-    def evaluation_loops_before_training(self) -> None:
+    def _measure_initial_weights(self) -> None:
         """Full fine-tuning: the losses of the initial weights, the base that later evaluations compare with."""
         for dataset in _as_datasets(self.eval_dataset):
             loader = self.get_eval_dataloader(dataset)

@@ -42,8 +42,8 @@ def run(*flags: object, ranks: int = 1, check: bool = True, **env: str) -> subpr
     return done
 
 
-def run_and_kill(*flags: object, when: str, ranks: int = 1, delay: float = 0.0) -> str:
-    """Starts the recipe, SIGKILLs the whole process group once a line of its output matches `when`."""
+def run_and_kill(*flags: object, when: str, times: int = 1, ranks: int = 1, delay: float = 0.0) -> str:
+    """Starts the recipe and SIGKILLs its process group `delay` seconds after the n-th line that matches `when`."""
     process = subprocess.Popen(
         command(*flags, ranks=ranks),
         env=environment(),
@@ -56,7 +56,8 @@ def run_and_kill(*flags: object, when: str, ranks: int = 1, delay: float = 0.0) 
     lines = []
     for line in process.stdout:
         lines.append(line)
-        if re.search(when, line):
+        times -= bool(re.search(when, line))
+        if times == 0:
             time.sleep(delay)
             break
     else:

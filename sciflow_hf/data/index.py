@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -107,11 +107,16 @@ def inside(path: str, root: str) -> str | None:
 
 
 def same_setting(key: str, one: Any, other: Any) -> bool:
-    """Whether two encoder settings are equal; a local model folder may be written in several ways."""
-    if key == "pretrained_model_name_or_path" and os.path.isdir(str(one)) and os.path.isdir(str(other)):
-        return os.path.realpath(one) == os.path.realpath(other)
+    """Whether two encoder settings are equal. Of a model folder only the name counts: it may lie elsewhere here."""
+    if key == "pretrained_model_name_or_path" and (_is_folder(one) or _is_folder(other)):
+        return PurePath(str(one)).name == PurePath(str(other)).name
     plain = [list(value) if isinstance(value, tuple) else value for value in (one, other)]
     return plain[0] == plain[1]
+
+
+def _is_folder(model: Any) -> bool:
+    """Whether `model` is (or was, on another machine) a folder and not the name of a Hub repository."""
+    return os.path.isdir(str(model)) or os.path.isabs(str(model)) or len(PurePath(str(model)).parts) > 2
 
 
 def _index_files(folder: Path) -> list[Path]:

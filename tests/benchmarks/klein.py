@@ -4,7 +4,6 @@ import contextlib
 import gc
 import io
 import itertools
-import math
 import platform
 import statistics
 import tempfile
@@ -83,7 +82,7 @@ def make_klein(config: dict[str, Any], device: str) -> torch.nn.Module:
 
 
 def count_flops(config: dict[str, Any], pixels: int, tokens: int, *, checkpointing: bool) -> int:
-    """Matrix products of one step, forward and backward, counted on tensors that have a shape and no values."""
+    """Matrix products of one step, forward and backward, counted on tensors without values."""
     from torch.utils.flop_counter import FlopCounterMode
 
     model, side = make_klein(config, "meta").train(), pixels // 8
@@ -106,16 +105,17 @@ def measure_klein(
     options: dict[str, Any],
     *,
     device: str,
-    pixels: int = 1024,
-    tokens: int = 512,
+    pixels: int,
+    tokens: int,
     steps: int = 8,
 ) -> dict[str, float]:
-    """Median step in ms and peak memory in GB of our trainer on one sample a step, after three steps of warm-up."""
+    """Our trainer on one sample a step: median in ms after three steps of warm-up, and peak memory in GB."""
     AcceleratorState._reset_state(reset_partial_state=True)
     torch.compiler.reset()
     model = make_klein(config, device)
-    latents, embeds = torch.randn(32, pixels // 8, pixels // 8), torch.randn(tokens, config["joint_attention_dim"])
-    samples, times = [{"latents": latents, "prompt_embeds": embeds.bfloat16()}] * (steps + 3), StepTimes()
+    latents = torch.randn(32, pixels // 8, pixels // 8)
+    prompt_embeds = torch.randn(tokens, config["joint_attention_dim"], dtype=torch.bfloat16)
+    samples, times = [{"latents": latents, "prompt_embeds": prompt_embeds}] * (steps + 3), StepTimes()
     with tempfile.TemporaryDirectory() as folder, quiet():
         args = DiffusionTrainingArguments(
             output_dir=folder, use_cpu=device == "cpu", bf16=True, max_steps=steps + 3, save_strategy="no",
@@ -126,18 +126,18 @@ def measure_klein(
             torch.cuda.reset_peak_memory_stats()
         trainer.train()
     durations = [after - before for before, after in itertools.pairwise(times.times[2:])]
-    peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else math.nan
+    peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0.0
     return {"step_ms": 1e3 * statistics.median(durations), "peak_memory_gb": peak}
 
 
-def report_klein(peak_tflops: float | None, *, device: str = "cuda", tiny: bool = False) -> list[dict[str, Any]]:
-    """Prints and returns a row per network and variant. `tiny`: the same path on small shapes, to try it anywhere."""
+def report_klein(peak_tflops: float | None, *, tiny: bool = False) -> list[dict[str, Any]]:
+    """Prints and returns a row per network and variant. `tiny`: small shapes on the CPU, to try the path."""
+    device = "cpu" if tiny else "cuda"
     name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
     peak = peak_tflops or next((value for key, value in PEAKS.items() if key in name), 989.0)
     pixels, tokens = (64, 8) if tiny else (1024, 512)
-    print(
-        f"\nklein on {name}, {pixels} px, {tokens} text tokens, batch 1, LoRA of rank 16; peak {peak:g} TFLOP/s (bf16)"
-    )
+    print(f"\nklein on {name}, one sample of {pixels} px and {tokens} text tokens, LoRA of rank 16")
+    print(f"Share of {peak:g} TFLOP/s, dense bfloat16, by the FLOP of a step without activation checkpointing")
     rows = []
     for size, config in {"tiny": TINY}.items() if tiny else KLEIN.items():
         model = make_klein(config, "meta")
@@ -145,22 +145,22 @@ def report_klein(peak_tflops: float | None, *, device: str = "cuda", tiny: bool 
         useful = count_flops(config, pixels, tokens, checkpointing=False)
         executed = count_flops(config, pixels, tokens, checkpointing=True)
         print(
-            f"{size}: {parameters / 1e9:.2f} B parameters, {len(list(model.modules()))} modules with the adapter, "
+            f"{size}: {parameters:,} parameters, {len(list(model.modules()))} modules with the adapter, "
             f"{useful / 1e12:.4g} TFLOP a step, {executed / 1e12:.4g} with activation checkpointing"
         )
         for variant, options in VARIANTS.items():
             gc.collect()
             torch.cuda.empty_cache()
-            row: dict[str, Any] = {"network": size, "variant": variant, "parameters": parameters, "flop": useful}
+            row: dict[str, Any] = {"network": size, "variant": variant, "parameters": parameters}
             try:
                 row |= measure_klein(config, options, device=device, pixels=pixels, tokens=tokens)
             except torch.OutOfMemoryError:
                 print(f"  {variant:<26}does not fit")
                 rows.append(row | {"step_ms": None})
                 continue
-            row["share_of_peak"] = useful / (row["step_ms"] * 1e-3) / (peak * 1e12)
+            row["share"] = useful / (row["step_ms"] * 1e-3) / (peak * 1e12)
             print(
-                f"  {variant:<26}{row['step_ms']:9.1f} ms a step{100 * row['share_of_peak']:7.1f} % of peak (useful FLOP)"
+                f"  {variant:<26}{row['step_ms']:9.1f} ms a step{100 * row['share']:7.1f} % of the peak"
                 f"{row['peak_memory_gb']:8.1f} GB"
             )
             rows.append(row)

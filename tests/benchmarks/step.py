@@ -1,4 +1,4 @@
-"""What a training loop costs beside the network: `python -m tests.benchmarks.step`. See docs/performance.md."""
+"""What a training loop costs beside the network: `python -m tests.benchmarks.step`."""
 
 import argparse
 import gc
@@ -33,6 +33,7 @@ from sciflow_hf.training_args import DiffusionTrainingArguments
 from .klein import quiet, report_klein
 
 WIDTH, BATCH_SIZE, LOGGING_STEPS, MAX_GRAD_NORM, LEARNING_RATE, WARMUP = 16, 2, 10, 1.0, 1e-4, 20
+Loop = Callable[["Network", list[dict[str, torch.Tensor]]], None]
 NETWORKS = {"small": (100, 48, 0.35), "klein-sized": (1282, 160, 1.0)}  # modules, trained tensors, goal in ms
 LOOPS = ("bare torch loop", "DiffusionTrainer", "transformers.Trainer", "accelerate loop")
 COLUMNS = {
@@ -57,16 +58,16 @@ class LowRank(torch.nn.Module):
 class Network(torch.nn.Module):
     """`modules` modules of which `trained // 2` adapted layers compute; it notes when it is called.
 
-    The rest are frozen layers that are never called: walking over modules costs what it costs in a large network,
-    and the forward pass stays short beside what is measured.
+    The rest are frozen layers that are never called: a walk over all modules costs what it costs in a large
+    network, and the forward pass stays short beside what is measured.
     """
 
     def __init__(self, modules: int, trained: int) -> None:
         super().__init__()
         self.times: list[tuple[float, float]] = []  # by the clock, and of the processor, in seconds
         self.layers = torch.nn.ModuleList(LowRank() for _ in range(trained // 2))
-        rest = modules - len(list(self.modules())) - 1
-        self.rest = torch.nn.ModuleList(torch.nn.Linear(WIDTH, WIDTH).requires_grad_(False) for _ in range(rest))
+        idle = modules - len(list(self.modules())) - 1
+        self.idle = torch.nn.ModuleList(torch.nn.Linear(WIDTH, WIDTH) for _ in range(idle)).requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.times.append((time.perf_counter(), time.process_time()))
@@ -105,7 +106,7 @@ class SmallFamily(ModelFamily):
         pass
 
 
-# -- the four loops: each trains `network` for `len(samples) // BATCH_SIZE` steps -------------------------------------
+# -- the four loops: each trains `network` for `len(samples) // BATCH_SIZE` steps ----------------------------
 
 
 def stack(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -134,10 +135,10 @@ def bare(network: Network, samples: list[dict[str, torch.Tensor]]) -> None:
 
 def trainer_options(samples: list[dict[str, torch.Tensor]], folder: str) -> dict[str, Any]:
     return dict(
-        output_dir=folder, use_cpu=True, max_steps=len(samples) // BATCH_SIZE, per_device_train_batch_size=BATCH_SIZE,
-        optim="adamw_torch_fused", learning_rate=LEARNING_RATE, lr_scheduler_type="constant", weight_decay=0.01,
-        max_grad_norm=MAX_GRAD_NORM, logging_steps=LOGGING_STEPS, save_strategy="no", report_to="none",
-        disable_tqdm=False, remove_unused_columns=False,
+        output_dir=folder, use_cpu=True, max_steps=len(samples) // BATCH_SIZE, optim="adamw_torch_fused",
+        per_device_train_batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE, lr_scheduler_type="constant",
+        max_grad_norm=MAX_GRAD_NORM, weight_decay=0.01, logging_steps=LOGGING_STEPS, save_strategy="no",
+        report_to="none", disable_tqdm=False, remove_unused_columns=False,
     )  # fmt: skip
 
 
@@ -187,10 +188,10 @@ def accelerated(network: Network, samples: list[dict[str, torch.Tensor]]) -> Non
     accelerator.end_training()
 
 
-# -- measuring the loops ---------------------------------------------------------------------------------------------
+# -- measuring the loops -------------------------------------------------------------------------------------
 
 
-def time_loop(loop: Callable[..., None], modules: int, trained: int, steps: int) -> tuple[float, float, float]:
+def time_loop(loop: Loop, modules: int, trained: int, steps: int) -> tuple[float, float, float]:
     """One run with fresh weights, ms a step: median by the clock, median and mean of the processor's time.
 
     The mean holds the steps that log; the median does not.
@@ -213,7 +214,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def measure_loops(modules: int, trained: int, *, rounds: int, steps: int) -> dict[str, dict[str, Any]]:
-    """Every loop once a round, in an order that turns by one each round; the bare loop of the same round taken off."""
+    """Every loop once a round, in an order that turns; the bare loop of the same round is taken off."""
     loops = dict(zip(LOOPS, (bare, ours, stock, accelerated), strict=True))
     runs: dict[str, list[tuple[float, float, float]]] = {name: [] for name in LOOPS}
     for number in range(rounds):
@@ -222,14 +223,14 @@ def measure_loops(modules: int, trained: int, *, rounds: int, steps: int) -> dic
             runs[name].append(time_loop(loops[name], modules, trained, steps))
     result: dict[str, dict[str, Any]] = {}
     for name in LOOPS:
-        over = [[a - b for a, b in zip(*both, strict=True)] for both in zip(runs[name], runs[LOOPS[0]], strict=True)]
-        columns = [[run[0] for run in runs[name]], *(list(column) for column in zip(*over, strict=True))]
-        result[name] = dict(zip(COLUMNS, map(spread, columns), strict=True))
+        pairs = zip(runs[name], runs[LOOPS[0]], strict=True)
+        rows = [(run[0], *(a - b for a, b in zip(run, base, strict=True))) for run, base in pairs]
+        result[name] = {key: spread(values) for key, *values in zip(COLUMNS, *rows, strict=True)}
     return result
 
 
 def measure_draw(repeats: int) -> dict[str, dict[str, float]]:
-    """Milliseconds for the keyed noise and levels of two samples of 1024 px in klein: the family's, in any loop."""
+    """Milliseconds for the keyed noise and the levels of two samples of 1024 px in klein."""
     family, shape = Flux2Klein(pretrained_model_name_or_path="none"), (2, 128, 64, 64)
     with tempfile.TemporaryDirectory() as folder, quiet():
         args = DiffusionTrainingArguments(output_dir=folder, use_cpu=True, report_to="none")
@@ -252,7 +253,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="alternating rounds")
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of a loop in a round")
-    parser.add_argument("--peak_tflops", type=float, help="dense bf16 peak of the device; default: by its name")
+    parser.add_argument("--peak_tflops", type=float, help="dense bfloat16 peak of the GPU; default: by name")
     parser.add_argument("--json", help="write the figures to this file, too")
     parser.add_argument("--tiny_klein", action="store_true", help=argparse.SUPPRESS)  # the CUDA part on a CPU
     options = parser.parse_args()
@@ -261,27 +262,28 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
+    load = os.getloadavg()
     result: dict[str, Any] = {
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-        "rounds": options.rounds, "steps": options.steps, "load_before": os.getloadavg(), "networks": {},
+        "rounds": options.rounds, "steps": options.steps, "load_before": load, "networks": {},
     }  # fmt: skip
     print(", ".join(f"{name} {value}" for name, value in result["versions"].items()))
-    print(
-        f"{options.rounds} alternating rounds of {options.steps} steps, one thread; milliseconds, median (min to max)"
-    )
+    print(f"{options.rounds} alternating rounds of {options.steps} steps, one thread; load {load[0]:.1f} at the start")
+    print("Milliseconds a step: median over the rounds (min to max)")
     for name, (modules, trained, goal) in NETWORKS.items():
-        found = result["networks"][name] = measure_loops(modules, trained, rounds=options.rounds, steps=options.steps)
-        print(f"\n{name}: {modules} modules, {trained} trained tensors; goal: at most +{goal} over the bare loop")
+        found = measure_loops(modules, trained, rounds=options.rounds, steps=options.steps)
+        result["networks"][name] = found
+        print(f"\n{name}: {modules} modules, {trained} trained tensors; goal: +{goal} over the bare loop, or less")
         print(f"  {'':<21}" + "".join(f"{title:>28}" for title in COLUMNS.values()))
         for loop, figures in found.items():
             cells = [f"{f['median']:.3f} ({f['min']:.3f} to {f['max']:.3f})" for f in figures.values()]
             print(f"  {loop:<21}" + "".join(f"{cell:>28}" for cell in cells))
     result["draw_ms"] = measure_draw(100)
-    print("\nklein's draws for two samples of 1024 px, on the CPU; part of the family's step, whatever the loop")
+    print("\nklein's draws for two samples of 1024 px, on the CPU: part of the family's step in any loop")
     for name, f in result["draw_ms"].items():
         print(f"  {name:<32}{f['median']:.3f} ({f['min']:.3f} to {f['max']:.3f})")
     if options.tiny_klein:
-        result["klein"] = report_klein(options.peak_tflops, device="cpu", tiny=True)
+        result["klein"] = report_klein(options.peak_tflops, tiny=True)
     elif torch.cuda.is_available():
         result["klein"] = report_klein(options.peak_tflops)
     else:

@@ -1,0 +1,436 @@
+"""Adapters: which layers, how they begin, and what of them survives a file, on a tiny klein."""
+
+import json
+import logging
+import pickle
+
+import fsspec
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import sciflow_hf as sf
+from sciflow_hf.adapters import (
+    WEIGHT_NAME,
+    adapter_disabled,
+    adapter_facts,
+    adapter_layers,
+    adapter_parameters,
+    load_adapter_weights,
+    match_layers,
+    save_adapter,
+)
+
+# The two strings that the older code recommended for klein; plain PEFT fails on both.
+OLD_FULL = (
+    "to_k,to_q,to_v,add_q_proj,add_k_proj,add_v_proj,to_out.0,to_add_out,linear_in,linear_out,"
+    "to_qkv_mlp_proj,attn.to_out"
+)
+OLD_EXPLICIT = (
+    "attn.to_k,attn.to_q,attn.to_v,attn.to_out.0,attn.add_k_proj,attn.add_q_proj,attn.add_v_proj,"
+    "attn.to_add_out,ff.linear_in,ff.linear_out,ff_context.linear_in,ff_context.linear_out,"
+    "attn.to_qkv_mlp_proj,attn.to_out"
+)
+
+
+@pytest.fixture(scope="module")
+def family(tiny_klein):
+    return sf.Flux2Klein(pretrained_model_name_or_path=str(tiny_klein), max_sequence_length=12)
+
+
+def adapted(family, *, dtype=torch.float32, seed=1, meta=False, **options):
+    model = family.load_model(dtype=dtype, meta=meta)
+    return sf.add_adapter(model, sf.AdapterArguments(**options), family=family, seed=seed)
+
+
+def randomise(model):
+    """B starts at zero, which would hide errors: any values."""
+    rng = torch.Generator().manual_seed(0)
+    for parameter in adapter_parameters(model).values():
+        parameter.data = torch.randn(parameter.shape, generator=rng) * 0.1
+    return model
+
+
+def output(model):
+    """The network's answer to one fixed input."""
+    rng = torch.Generator().manual_seed(5)
+    dtype = next(p for n, p in model.named_parameters() if "lora_" not in n).dtype
+    zero = torch.arange(1)
+    with torch.no_grad():
+        return model(
+            hidden_states=torch.randn(1, 24, 16, generator=rng).to(dtype),
+            encoder_hidden_states=torch.randn(1, 12, 48, generator=rng).to(dtype),
+            timestep=torch.tensor([0.4]),
+            img_ids=torch.cartesian_prod(zero, torch.arange(4), torch.arange(6), zero)[None],
+            txt_ids=torch.cartesian_prod(zero, zero, zero, torch.arange(12))[None],
+            guidance=None,
+            return_dict=False,
+        )[0]
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+# -- layers --------------------------------------------------------------------------------------------------
+
+
+def linears(model, preset):
+    """The linear modules of a preset, collected by attribute from the blocks themselves."""
+    found = []
+    for block in model.transformer_blocks:
+        attn = block.attn
+        found += [attn.to_q, attn.to_k, attn.to_v, attn.to_out[0]]
+        if preset != "attention":
+            found += [attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.to_add_out]
+        if preset == "full":
+            found += [block.ff.linear_in, block.ff.linear_out]
+            found += [block.ff_context.linear_in, block.ff_context.linear_out]
+    if preset == "full":
+        for block in model.single_transformer_blocks:
+            found += [block.attn.to_qkv_mlp_proj, block.attn.to_out]
+    assert all(isinstance(module, torch.nn.Linear) for module in found)
+    return found
+
+
+@pytest.mark.parametrize("preset", ["attention", "standard", "full"])
+def test_presets_take_the_layers_they_say(family, preset):
+    model = family.load_model(dtype=torch.float32)
+    expected = linears(model, preset)
+    double, single = len(model.transformer_blocks), len(model.single_transformer_blocks)
+    count = {"attention": 4 * double, "standard": 8 * double, "full": 12 * double + 2 * single}[preset]
+    sf.add_adapter(model, sf.AdapterArguments(rank=3, lora_layers=preset), family=family)
+    layers = adapter_layers(model)
+    assert {id(layer.get_base_layer()) for layer in layers.values()} == {id(module) for module in expected}
+    facts = adapter_facts(model)
+    assert facts["matched"] == len(layers) == len(expected) == count
+    size = sum(3 * (module.in_features + module.out_features) for module in expected)
+    assert facts["trainable_parameters"] == size == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_the_default_is_full(family):
+    assert adapter_facts(adapted(family))["matched"] == len(linears(family.load_model(dtype=torch.float32), "full"))
+
+
+@pytest.mark.parametrize("layers", [OLD_FULL, OLD_EXPLICIT], ids=["full", "explicit"])
+def test_the_old_strings_fail_in_peft_and_work_here(family, layers):
+    config = LoraConfig(target_modules=layers.split(","))
+    with pytest.raises(ValueError, match="ModuleList"):
+        family.load_model(dtype=torch.float32).add_adapter(config)
+    model = family.load_model(dtype=torch.float32)
+    expected = {id(module) for module in linears(model, "full")}
+    sf.add_adapter(model, sf.AdapterArguments(rank=2, lora_layers=layers), family=family)
+    assert {id(layer.get_base_layer()) for layer in adapter_layers(model).values()} == expected
+    ends = {name.split(".")[0] for name in adapter_layers(model) if name.endswith(".attn.to_out")}
+    assert ends == {"single_transformer_blocks"}
+
+
+def test_names_match_whole_parts_of_a_path(family):
+    model = family.load_model(dtype=torch.float32)
+    assert match_layers(model, "transformer_blocks.0.attn.to_k", {}) == ["transformer_blocks.0.attn.to_k"]
+    assert match_layers(model, " to_k , x_embedder ", {}) == ["x_embedder", "transformer_blocks.0.attn.to_k"]
+    assert match_layers(model, "mine", {"mine": "x_embedder"}) == ["x_embedder"]
+    with pytest.raises(sf.SciflowError):
+        match_layers(model, "o_k", {})  # the end of `to_k`, but no part of the path
+
+
+def test_no_match_says_what_there_is(family, caplog):
+    with pytest.raises(sf.SciflowError) as caught:
+        adapted(family, lora_layers="to_kk")
+    said = str(caught.value)
+    assert "`lora_layers` 'to_kk' matches no layer" in said and "attention, standard, full" in said
+    assert "to_k" in said.split("layer names here:")[1]
+    for nothing in ("", " , ", "transformer_blocks"):
+        with pytest.raises(sf.SciflowError, match="matches no layer"):
+            adapted(family, lora_layers=nothing)
+    with caplog.at_level(logging.INFO, logger="sciflow_hf"):
+        model = adapted(family, rank=2, lora_layers="to_k,to_kk,nope")
+    assert adapter_facts(model)["matched"] == 1
+    warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(warned) == 1 and "to_kk, nope" in warned[0]
+    assert "on 1 layers: rank 2" in caplog.text  # the count is printed
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rank": 0}, "`rank` 0"),
+        ({"rank": -3}, "`rank` -3"),
+        ({"lora_alpha": 0}, "`lora_alpha` 0"),
+        ({"lora_dropout": 1.0}, "`lora_dropout` 1.0"),
+        ({"lora_dropout": -0.1}, "`lora_dropout` -0.1"),
+        ({"adapter_type": "lokr"}, "`adapter_type` 'lokr': use one of lora, dora"),
+        ({"no_adapter": True, "adapter_path": "x.safetensors"}, "`no_adapter` and `adapter_path`"),
+    ],
+)
+def test_arguments_are_checked(options, words):
+    with pytest.raises(sf.SciflowError) as caught:
+        sf.AdapterArguments(**options)
+    assert words in str(caught.value)
+
+
+def test_alpha_is_the_rank_unless_given():
+    assert sf.AdapterArguments(rank=7).lora_alpha == 7
+    assert sf.AdapterArguments(rank=7, lora_alpha=3).lora_alpha == 3
+
+
+# -- how it begins -------------------------------------------------------------------------------------------
+
+
+def test_it_begins_as_the_base_and_is_scaled_by_alpha_over_rank(family):
+    base = family.load_model(dtype=torch.float32)
+    for kind in ("lora", "dora"):
+        torch.testing.assert_close(output(adapted(family, rank=4, adapter_type=kind)), output(base))
+    model = randomise(adapted(family, rank=4, lora_alpha=10, lora_layers="to_qkv_mlp_proj"))
+    merged = family.load_model(dtype=torch.float32)
+    values = {name.replace(".default", ""): p.detach() for name, p in adapter_parameters(model).items()}
+    for name, module in merged.named_modules():
+        if f"{name}.lora_A.weight" in values:
+            delta = values[f"{name}.lora_B.weight"] @ values[f"{name}.lora_A.weight"]
+            module.weight.data += 10 / 4 * delta
+    torch.testing.assert_close(output(model), output(merged))
+    assert (output(model) - output(base)).abs().max() > 1e-2
+
+
+def test_the_seed_decides_and_torch_is_left_alone(family):
+    torch.manual_seed(7)
+    before = torch.random.get_rng_state()
+    first, again, other = (adapter_parameters(adapted(family, seed=seed)) for seed in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(8)
+    shifted = adapter_parameters(adapted(family, seed=1))
+    assert same(first, again) and same(first, shifted)
+    assert all(not torch.equal(first[name], other[name]) for name in first if "lora_A" in name)
+    assert all(not value.any() for name, value in first.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_weights_are_float32_on_a_bfloat16_base(family, kind):
+    model = adapted(family, dtype=torch.bfloat16, adapter_type=kind)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trained.keys() == adapter_parameters(model).keys()
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert len(trained) == len(adapter_layers(model)) * (3 if kind == "dora" else 2)
+    assert output(randomise(model)).dtype == torch.bfloat16
+
+
+def test_without_adapter_everything_is_trained(family):
+    model = adapted(family, no_adapter=True)
+    assert all(p.requires_grad for p in model.parameters()) and adapter_layers(model) == {}
+    assert adapter_facts(model) is None and adapter_parameters(model) == {}
+
+
+def test_a_model_without_weights_takes_adapters(family, tmp_path, recwarn):
+    """`--dry_run` has the network on the meta device."""
+    real = adapted(family, rank=4, lora_alpha=6)
+    file = save_adapter(real, tmp_path, family=family)
+    for options in ({"rank": 4, "lora_alpha": 6}, {"adapter_path": str(file)}):
+        model = adapted(family, dtype=torch.bfloat16, meta=True, **options)
+        assert adapter_facts(model) == adapter_facts(real)
+        shapes = {n: (p.shape, p.dtype) for n, p in adapter_parameters(model).items()}
+        assert shapes == {n: (p.shape, torch.float32) for n, p in adapter_parameters(real).items()}
+        assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert not [w for w in recwarn if "meta parameter" in str(w.message)]
+
+
+def test_switched_off_it_is_the_base_even_after_an_exception(family):
+    model, base = randomise(adapted(family, rank=4)), family.load_model(dtype=torch.float32)
+    changed = output(model)
+    with adapter_disabled(model):
+        assert torch.equal(output(model), output(base))
+    with pytest.raises(KeyError), adapter_disabled(model):
+        raise KeyError
+    assert torch.equal(output(model), changed)
+
+
+# -- files ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["lora", "dora"])
+def trained(request, family, tmp_path_factory):
+    """A LoRA or DoRA of alpha != rank with its file, outside of the default layers."""
+    layers = "to_q,to_out.0,to_qkv_mlp_proj,attn.to_out"
+    model = randomise(adapted(family, rank=4, lora_alpha=10, lora_layers=layers, adapter_type=request.param))
+    return model, save_adapter(model, tmp_path_factory.mktemp(request.param), family=family)
+
+
+def test_the_file_holds_the_adapter_and_its_alpha(family, trained):
+    model, file = trained
+    assert file.name == WEIGHT_NAME and [p.name for p in file.parent.iterdir()] == [WEIGHT_NAME]
+    state = load_file(file)
+    values = {n.replace(".default", ""): p.detach() for n, p in adapter_parameters(model).items()}
+    assert {f"transformer.{n.removesuffix('.weight')}" for n in values} == {k.removesuffix(".weight") for k in state}
+    for name, value in values.items():
+        key = f"transformer.{name}"
+        assert torch.equal(state[key if key in state else key.removesuffix(".weight")], value)
+    with safe_open(file, "pt") as opened:
+        text = " ".join(opened.metadata().values())
+        stored = next(json.loads(v) for v in opened.metadata().values() if v.startswith("{"))
+    assert stored["transformer.lora_alpha"] == 10 and stored["transformer.r"] == 4, text
+
+
+def test_going_on_from_file_folder_and_url(family, trained):
+    model, file = trained
+    with fsspec.open("memory://bucket/some/lora.safetensors", "wb") as target:
+        target.write(file.read_bytes())
+    expected = output(model)
+    for path in (str(file), str(file.parent), "memory://bucket/some/lora.safetensors", f"file://{file}"):
+        # The file's rank, alpha, layers and type count, not the options'.
+        other = adapted(family, rank=16, lora_layers="full", adapter_path=path)
+        assert adapter_facts(other) == adapter_facts(model)
+        assert torch.equal(output(other), expected) and same(adapter_parameters(other), adapter_parameters(model))
+        assert {n for n, p in other.named_parameters() if p.requires_grad} == set(adapter_parameters(model))
+
+
+def test_going_on_with_a_bfloat16_base_keeps_every_bit(family, trained):
+    """PEFT loads into the dtype of the base; a second load into float32 keeps what that rounds away."""
+    model, file = trained
+    other = adapted(family, dtype=torch.bfloat16, adapter_path=str(file))
+    assert same(adapter_parameters(other), adapter_parameters(model))
+    assert not all(torch.equal(p, p.bfloat16().float()) for p in adapter_parameters(other).values())
+
+
+def test_loading_leaves_torch_alone(family, trained):
+    before = torch.random.get_rng_state()
+    adapted(family, adapter_path=str(trained[1]))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_file_without_metadata_has_alpha_equal_to_rank(family, tmp_path):
+    model = randomise(adapted(family, rank=4, lora_alpha=4))
+    save_file(load_file(save_adapter(model, tmp_path, family=family)), tmp_path / "plain.safetensors")
+    other = adapted(family, lora_alpha=99, adapter_path=str(tmp_path / "plain.safetensors"))
+    assert adapter_facts(other)["alpha"] == adapter_facts(other)["rank"] == 4
+    assert torch.equal(output(other), output(model))
+
+
+def test_a_kohya_file_is_read(family, tmp_path):
+    """alpha / rank, fused qkv and the names of the original network, against weights merged by hand."""
+    rng = torch.Generator().manual_seed(3)
+    merged, width = family.load_model(dtype=torch.float32), 32
+    double, state = merged.transformer_blocks[0].attn, {}
+
+    def add(name, modules, rank, alpha):
+        down = torch.randn(rank, modules[0].in_features, generator=rng) * 0.2
+        up = torch.randn(sum(m.out_features for m in modules), rank, generator=rng) * 0.2
+        state.update({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up})
+        state[f"{name}.alpha"] = torch.tensor(float(alpha))
+        for module, rows in zip(modules, up.split([m.out_features for m in modules]), strict=True):
+            module.weight.data += alpha / rank * rows @ down
+
+    add("lora_unet_double_blocks_0_img_attn_qkv", [double.to_q, double.to_k, double.to_v], 4, 2)
+    add("lora_unet_single_blocks_1_linear2", [merged.single_transformer_blocks[1].attn.to_out], 4, 8)
+    save_file(state, tmp_path / "kohya.safetensors")
+    model = adapted(family, adapter_path=str(tmp_path / "kohya.safetensors"))
+    assert adapter_facts(model)["matched"] == 4 and double.to_q.in_features == width
+    torch.testing.assert_close(output(model), output(merged), rtol=1e-4, atol=1e-5)
+    assert (output(model) - output(family.load_model(dtype=torch.float32))).abs().max() > 1e-2
+
+
+DAMAGE = {
+    "of another pipeline": lambda s: {k.replace("transformer.", "unet.", 1): v for k, v in s.items()},
+    "no adapter at all": lambda s: {"some": torch.zeros(1)},
+    "a tensor missing": lambda s: dict(list(s.items())[1:]),
+    "a layer too many": lambda s: s | {f"transformer.more.{x}.weight": torch.zeros(4, 4) for x in ("lora_A", "lora_B")},
+    "a name changed": lambda s: {k.replace("0.attn.", "0.attention."): v for k, v in s.items()},
+    "wider": lambda s: {k: torch.cat([v, v], 1) if "lora_A" in k else v for k, v in s.items()},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_files_that_do_not_fit_are_refused(family, trained, tmp_path, damage):
+    save_file(DAMAGE[damage](load_file(trained[1])), tmp_path / "changed.safetensors")
+    with pytest.raises(sf.SciflowError) as caught:
+        adapted(family, adapter_path=str(tmp_path / "changed.safetensors"))
+    said = {
+        "of another pipeline": "holds no layer of this network (`flux2_klein`)",
+        "no adapter at all": "holds no layer of this network",
+        "a tensor missing": "does not fit this network: ",
+        "a layer too many": "does not fit this network: the network has no layer for 2 of its tensors, such as more.",
+        "a name changed": "does not fit this network: the network has no layer for",
+        "wider": "does not fit this network: Error(s) in loading state_dict for Flux2Transformer2DModel: size mismatch",
+    }[damage]
+    assert said in str(caught.value) and "changed.safetensors" in str(caught.value)
+
+
+def test_paths_that_lead_nowhere(family, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "cut.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{}")
+    monkeypatch.chdir(tmp_path)
+    for path, words in (
+        (str(tmp_path / "nowhere" / "x.safetensors"), "there is no such file"),
+        ("nowhere.safetensors", "there is no such file"),
+        ("./a/b", "there is no such file"),
+        ("memory://no/such.safetensors", "cannot be read"),
+        ("nosuchprotocol://x.safetensors", "cannot be read.*nosuchprotocol"),
+        (str(tmp_path / "empty"), "cannot be read.*no file named"),
+        ("cut.safetensors", "cannot be read"),
+    ):
+        with pytest.raises(sf.SciflowError, match=words) as caught:
+            adapted(family, adapter_path=path)
+        assert f"`adapter_path` {path!r}" in str(caught.value)
+
+
+class Bomb:
+    """Writes a file where it is unpickled."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return open, (str(self.target), "w")
+
+
+@pytest.mark.parametrize("name", ["lora.bin", "lora.safetensors", "folder/pytorch_lora_weights.bin", "memory"])
+def test_pickles_are_never_loaded(family, tmp_path, name):
+    bomb = tmp_path / "went_off"
+    path = tmp_path / (name if name != "memory" else "local.bin")
+    path.parent.mkdir(exist_ok=True)
+    with path.open("wb") as file:
+        if name == "lora.bin":
+            torch.save({"transformer.x_embedder.lora_A.weight": Bomb(bomb)}, file)
+        else:
+            pickle.dump(Bomb(bomb), file)
+    given = str(path.parent if name.startswith("folder") else path)
+    if name == "memory":
+        given = "memory://bombs/lora.safetensors"
+        with fsspec.open(given, "wb") as target:
+            target.write(path.read_bytes())
+    with pytest.raises(sf.SciflowError, match="safetensors"):
+        adapted(family, adapter_path=given)
+    assert not bomb.exists()
+    with path.open("rb") as file:  # the bomb is live
+        torch.load(file, weights_only=False) if name == "lora.bin" else pickle.load(file)
+    assert bomb.exists()
+
+
+def test_resuming_puts_back_every_bit_and_refuses_another_adapter(family, trained):
+    model, file = trained
+    kind = adapter_facts(model)["type"]
+    options = {"lora_layers": "to_q,to_out.0,to_qkv_mlp_proj,attn.to_out", "adapter_type": kind}
+    other = adapted(family, dtype=torch.bfloat16, rank=4, lora_alpha=10, **options)
+    load_adapter_weights(other, file.parent, family=family)
+    assert same(adapter_parameters(other), adapter_parameters(model))
+    for wrong in (options | {"rank": 2}, options | {"rank": 4, "lora_layers": "to_q"}):
+        with pytest.raises(sf.SciflowError, match="does not fit"):
+            load_adapter_weights(adapted(family, **wrong), file.parent, family=family)
+
+
+def test_a_save_that_fails_leaves_the_old_file(family, tmp_path, monkeypatch):
+    model = randomise(adapted(family, rank=4))
+    file = save_adapter(model, tmp_path, family=family)
+    before = file.read_bytes()
+    for parameter in adapter_parameters(model).values():
+        parameter.data += 1
+
+    def full(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_adapter(model, tmp_path, family=family)
+    monkeypatch.undo()
+    assert file.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [WEIGHT_NAME]
