@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 RUN_FACTS = "run.json"
+FROM_THE_START = (None, False, "", "False", "false")
+"""Values of `--resume_from_checkpoint` that mean a new run."""
 
 
 def _sha256(path: Path) -> str:
@@ -42,16 +44,17 @@ def write_manifest(folder: Path) -> None:
 def checkpoint_fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None where every file of its manifest is there and unchanged."""
     try:
-        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        entries = [(name, entry["size"], entry["sha256"]) for name, entry in files.items()]
     except FileNotFoundError:
         return f"it has no {MANIFEST}, so its save did not finish"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"its {MANIFEST} is damaged"
-    for name, entry in entries.items():
+    for name, size, sha256 in entries:
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != entry["size"] or _sha256(file) != entry["sha256"]:
+        if file.stat().st_size != size or _sha256(file) != sha256:
             return f"{name} is damaged"
     return None
 
@@ -72,7 +75,7 @@ def resolve_checkpoint(value: str | bool | None, output_dir: str | os.PathLike) 
     Raises:
         SciflowError: a named checkpoint that is missing or damaged.
     """
-    if value in (None, False, "", "False", "false"):
+    if value in FROM_THE_START:
         return None
     if value in (True, "latest", "True", "true"):
         for folder in list_checkpoints(output_dir):
@@ -99,7 +102,7 @@ def resolve_checkpoint(value: str | bool | None, output_dir: str | os.PathLike) 
 def check_output_dir(output_dir: str | os.PathLike, *, resume: Any, overwrite: bool) -> None:
     """Refuses an output folder that holds checkpoints, unless told to resume or to overwrite (which removes them)."""
     found = list_checkpoints(output_dir)
-    if not found or resume not in (None, False, ""):
+    if not found or resume not in FROM_THE_START:
         return
     if not overwrite:
         raise SciflowError(
@@ -118,10 +121,19 @@ def check_run_facts(folder: Path, now: dict[str, Any]) -> None:
         now: facts of this run, as written to `run.json` of the checkpoint.
     """
     before = json.loads((folder / RUN_FACTS).read_text(encoding="utf-8"))
-    now = json.loads(json.dumps(now))
-    differs = [f"{k}: {before.get(k)!r} then, {v!r} now" for k, v in now.items() if before.get(k) != v]
+    before, now = _flat({k: before.get(k) for k in now}), _flat(json.loads(json.dumps(now)))
+    names = sorted(k for k in now | before if now.get(k) != before.get(k))
+    differs = [f"{k}: {before.get(k)!r} then, {now.get(k)!r} now" for k in names]
     if differs:
         raise SciflowError(
             f"`resume_from_checkpoint` {folder} belongs to another run: {'; '.join(differs)}. Use the same options, or "
             "start a new run from its weights with `--adapter_path`."
         )
+
+
+def _flat(facts: dict[str, Any]) -> dict[str, Any]:
+    """{"adapter": {"rank": 4}} -> {"adapter.rank": 4}."""
+    flat: dict[str, Any] = {}
+    for key, value in facts.items():
+        flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+    return flat

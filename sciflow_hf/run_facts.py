@@ -13,6 +13,7 @@ from .adapters import WEIGHT_NAME, adapter_facts, adapter_layers
 from .data.loader import batch_keys_of, row_ids_of
 from .diffusion.randomness import hash64
 from .errors import SciflowError
+from .optimizers import effective_learning_rate
 
 if TYPE_CHECKING:
     from .callbacks.validation import ValidationCallback
@@ -216,6 +217,9 @@ def summary(trainer: "DiffusionTrainer") -> str:
         lines.append(f"Held-out loss: {base:.4f} base model, {loss:.4f} now; gain {gain:.4f} ({verdict}).")
     elif "eval_loss" in metrics:
         lines.append(f"Held-out loss: {metrics['eval_loss']:.4f}.")
+    rate = effective_learning_rate(trainer.optimizer.param_groups) if trainer.optimizer is not None else None
+    if rate is not None:
+        lines.append(f"Prodigy's step size at the end: {rate:.2e}; it starts at 1e-06 and needs some 100 steps to grow.")
     weights = WEIGHT_NAME if adapter_layers(trainer.model) else trainer.family.component
     for what, path in (
         ("Weights", weights),

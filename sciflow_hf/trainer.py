@@ -332,7 +332,17 @@ class DiffusionTrainer(HookedTrainer):
             logger.info("Going on from %s.", folder)
         elif self.eval_dataset is not None and self.model_init is None and not adapter_layers(self.model):
             self._measure_initial_weights()
-        return super().train(str(folder) if folder else None, trial, ignore_keys_for_eval)
+        before = self._weight_sums()
+        output = super().train(str(folder) if folder else None, trial, ignore_keys_for_eval)
+        if before and self._weight_sums() == before:
+            logger.warning("No trained weight moved in %d steps: look at the learning rate.", self.state.global_step)
+        return output
+
+    def _weight_sums(self) -> list[float]:
+        """A sum per trained parameter, enough to see that none moved; empty where weights are sharded or not made."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.model_init is not None:
+            return []
+        return torch.stack([p.detach().double().sum() for p in self.model.parameters() if p.requires_grad]).tolist()
 
     def _measure_initial_weights(self) -> None:
         """Full fine-tuning: the losses of the initial weights, the base that later evaluations compare with."""

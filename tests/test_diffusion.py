@@ -71,7 +71,11 @@ def test_uniform_is_uniform():
 
 def test_densities_stay_inside_the_noise_range():
     ends = torch.tensor([0.0, 2.0**-53, 0.5, 1 - 2.0**-53], dtype=torch.float64)
-    for values in (logit_normal_density(ends, logit_mean=2.0, logit_std=3.0), mode_density(ends), uniform_density(ends)):
+    for values in (
+        logit_normal_density(ends, logit_mean=2.0, logit_std=3.0),
+        mode_density(ends),
+        uniform_density(ends),
+    ):
         assert torch.isfinite(values).all() and (values >= 0).all() and (values <= 1).all()
 
 

@@ -233,8 +233,9 @@ def test_metadata_is_in_setup_cfg() -> None:
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
     required = lower_bounds(setup["options"]["install_requires"])
-    nine = "torch transformers diffusers peft datasets accelerate prodigyopt safetensors wandb".split()
-    assert set(nine) <= set(required)
+    nine = {"torch", "transformers", "diffusers", "peft", "datasets", "accelerate"}
+    nine |= {"prodigyopt", "safetensors", "wandb"}
+    assert nine <= set(required)
     required |= lower_bounds(setup["options.extras_require"]["test"])
     tested = pins((ROOT / "constraints.txt").read_text(encoding="utf-8"))
     minimum = pins((ROOT / "constraints-min.txt").read_text(encoding="utf-8"))

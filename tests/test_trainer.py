@@ -383,3 +383,10 @@ def test_caption_dropout_uses_the_empty_prompt_by_key(tmp_path, family, even_cac
     assert torch.equal(dropped, again)
     with pytest.raises(sf.SciflowError, match="empty prompt"):
         make_trainer(tmp_path / "out2", family, even_cache, caption_dropout=0.5).train()
+
+
+def test_a_run_that_moves_nothing_is_warned_about(tmp_path, family, even_cache, caplog):
+    make_trainer(tmp_path / "a", family, even_cache).train()
+    assert "No trained weight moved" not in caplog.text
+    make_trainer(tmp_path / "b", family, even_cache, learning_rate=0.0).train()
+    assert "No trained weight moved in 6 steps" in caplog.text
