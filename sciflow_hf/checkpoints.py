@@ -62,7 +62,7 @@ def checkpoint_fault(folder: Path) -> str | None:
 def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
     """`checkpoint-N` folders, newest (largest N) first."""
     found = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return sorted(found, key=lambda p: int(p.name.split("-")[1]), reverse=True)
+    return sorted(found, key=_step, reverse=True)
 
 
 def resolve_checkpoint(value: str | bool | None, output_dir: str | os.PathLike) -> Path | None:
@@ -112,6 +112,28 @@ def check_output_dir(output_dir: str | os.PathLike, *, resume: Any, overwrite: b
     for folder in found:
         logger.info("Removing %s (`--overwrite_output_dir`).", folder)
         shutil.rmtree(folder)
+
+
+def rotate(output_dir: str | os.PathLike, *, limit: int | None, newest: Path, best: str | None = None) -> None:
+    """Removes checkpoints until `limit` are left; `newest`, which is whole, and `best` always stay.
+
+    Unfinished ones go first, then those of later steps (the run went back before them), then the oldest. transformers
+    sorts by time and falls back to step numbers where times are unreliable (cloud drives): a torn checkpoint of a
+    later step then displaces the whole one that was just written.
+    """
+    if not limit or limit < 0:
+        return
+    keep = {os.path.realpath(path) for path in (newest, best) if path}
+    others = [p for p in list_checkpoints(output_dir) if os.path.realpath(p) not in keep]
+    others.sort(key=lambda p: ((p / MANIFEST).is_file(), _step(p) < _step(newest), _step(p)), reverse=True)
+    for folder in others[max(limit - len(keep), 0) :]:
+        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            logger.warning("%s is over `save_total_limit`, but could not be removed.", folder)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.split("-")[1])
 
 
 def check_run_facts(folder: Path, now: dict[str, Any]) -> None:

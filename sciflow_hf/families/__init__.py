@@ -1,11 +1,12 @@
-"""Model families: one file each. A family is chosen by name, by dotted path, or by class."""
+"""Model families: one file each, named as on the command line. Chosen by name, by dotted path, or by class."""
 
 import importlib
+import pkgutil
 from typing import Any
 
 from ..errors import SciflowError
 
-BUILT_IN = {"flux2_klein": "Flux2Klein"}
+BUILT_IN = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base"))
 
 
 def load_family(name: str | type) -> type:
@@ -20,11 +21,12 @@ def load_family(name: str | type) -> type:
     from .base import ModelFamily
 
     found: Any = name
-    if isinstance(name, str):
+    if isinstance(name, str) and name in BUILT_IN:
+        classes = vars(importlib.import_module(f"{__name__}.{name}")).values()
+        found = next(c for c in classes if isinstance(c, type) and getattr(c, "name", None) == name)
+    elif isinstance(name, str):
         module, _, attribute = name.rpartition(".")
-        if name in BUILT_IN:
-            module, attribute = f"{__name__}.{name}", BUILT_IN[name]
-        elif not module:
+        if not module:
             raise SciflowError(
                 f"`family` {name!r} is unknown: use one of {', '.join(BUILT_IN)}, a dotted path to a class, or a class."
             )
