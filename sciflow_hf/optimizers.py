@@ -33,7 +33,8 @@ def optimizer_class(name: str, learning_rate: float, options: str | None) -> tup
         try:
             kwargs[key] = _PRODIGY_OPTIONS[key](value)
         except ValueError as error:
-            raise SciflowError(f"`optim_args` {pair!r}: {value!r} is no {_PRODIGY_OPTIONS[key].__name__}.") from error
+            kind = {float: "number", int: "whole number"}.get(_PRODIGY_OPTIONS[key], "true or false")
+            raise SciflowError(f"`optim_args` {pair!r}: expected {kind}, got {value!r}.") from error
     return Prodigy, kwargs
 
 

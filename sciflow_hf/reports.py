@@ -50,7 +50,7 @@ def plan(
             f"({args.train_batch_size} x {args.world_size} ranks x {args.gradient_accumulation_steps} accumulation); "
             f"{len(train_dataset):,} samples to train on, {len(eval_dataset or []):,} held out"
         ),
-        "Memory and disk, on paper": _estimate(model, args, tokens, steps),
+        "Memory and disk, on paper": _estimate(model, args, tokens, steps, steps_per_epoch),
     }
     return "\n\n".join(f"{title}\n{'-' * len(title)}\n{text}" for title, text in sections.items())
 
@@ -78,7 +78,9 @@ def _tokens(key: Any, family: ModelFamily) -> int:
     return (key[0] // step) * (key[1] // step) + (key[2] if len(key) > 2 else 0)
 
 
-def _estimate(model: torch.nn.Module, args: "DiffusionTrainingArguments", tokens: int, steps: int) -> str:
+def _estimate(
+    model: torch.nn.Module, args: "DiffusionTrainingArguments", tokens: int, steps: int, steps_per_epoch: int
+) -> str:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     states = 4 if args.optim == "prodigy" else 2  # Prodigy keeps two more copies than Adam
@@ -91,14 +93,16 @@ def _estimate(model: torch.nn.Module, args: "DiffusionTrainingArguments", tokens
         depth + ACTIVATIONS_PER_BLOCK if args.activation_checkpointing else depth * ACTIVATIONS_PER_BLOCK
     )
     per_checkpoint = trained * 4 * (1 + states)
-    every = args.save_steps if args.save_steps >= 1 else max(1, args.save_steps * steps)
-    saves = 0 if str(args.save_strategy.value) == "no" else max(1, int(steps // every))
-    copies = min(saves, args.save_total_limit or saves)
+    every = args.save_steps if args.save_steps >= 1 else math.ceil(args.save_steps * steps)
+    every = steps_per_epoch if args.save_strategy.value == "epoch" else every
+    saves = 0 if args.save_strategy.value == "no" else math.ceil(steps / every)  # the last step is saved, too
+    # One more than `save_total_limit` for a while: an old one goes when the new one is whole.
+    copies = min(saves, args.save_total_limit + 1 if args.save_total_limit else saves)
     return (
         f"weights {_size(weights)}, gradients and optimizer {_size(optimizer)}, activations about "
         f"{_size(kept)} for {tokens:,} tokens x batch {args.train_batch_size}: "
         f"about {_size(weights + optimizer + kept)} per device\n"
-        f"{copies} checkpoints of {_size(per_checkpoint)}: {_size(copies * per_checkpoint)} of disk"
+        f"at most {copies} checkpoints of {_size(per_checkpoint)} at once: {_size(copies * per_checkpoint)} of disk"
     )
 
 
@@ -107,14 +111,16 @@ def _size(num_bytes: float) -> str:
 
 
 def debug_batch(trainer: "DiffusionTrainer", *, largest: int = 20) -> str:
-    """Shapes, first position ids and gradient norms of one batch; weights stay as they are."""
-    model = trainer.model.train()
-    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    """Shapes, first position ids and gradient norms of one batch; weights and generators stay as they are."""
+    model, device = trainer.model.train(), trainer.args.device
     seen: dict[str, Any] = {}
     hook = model.register_forward_pre_hook(lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True)
     try:
-        loss, levels = trainer.family.compute_loss(model, batch, trainer.args)
-        loss.mean().backward()
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # a DataLoader draws a seed
+            batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+            with trainer.accelerator.autocast():  # which training puts around `forward`
+                loss, levels = trainer.family.compute_loss(model, batch, trainer.args)
+            loss.mean().backward()
     finally:
         hook.remove()
     norms = {n: float(p.grad.norm()) for n, p in model.named_parameters() if p.grad is not None}

@@ -407,6 +407,13 @@ def test_pickles_are_never_loaded(family, tmp_path, name):
     assert bomb.exists()
 
 
+def test_a_harmless_pickle_is_not_loaded_either(family, trained, tmp_path):
+    torch.save(load_file(trained[1]), tmp_path / "pytorch_lora_weights.bin")
+    for path in (tmp_path, tmp_path / "pytorch_lora_weights.bin"):
+        with pytest.raises(sf.SciflowError, match="safetensors"):
+            adapted(family, adapter_path=str(path))
+
+
 def test_resuming_puts_back_every_bit_and_refuses_another_adapter(family, trained):
     model, file = trained
     kind = adapter_facts(model)["type"]

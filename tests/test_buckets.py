@@ -92,9 +92,18 @@ def test_order_is_a_function_of_seed_and_epoch() -> None:
     assert order(0, 1) != order(1, 0)
 
 
+def test_rows_are_shuffled_inside_their_bucket() -> None:
+    sampler = BucketBatchSampler(["a"] * 60 + ["b"] * 60, batch_size=4)
+    companions: set[frozenset[int]] = set()
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        companions |= {frozenset(batch) for batch in sampler}
+    assert len(companions) > 80, "rows meet other rows in every epoch"
+
+
 @pytest.mark.parametrize("split", [(1, 4, 1), (2, 2, 1), (1, 1, 4), (1, 2, 2), (2, 1, 2)])
 def test_groups_do_not_depend_on_the_split(split: tuple[int, int, int]) -> None:
-    """Total batch 4 as batch x ranks x accumulation: the same row at the same position of every full group."""
+    """Total batch 4 as batch x ranks x accumulation: the same row at the same place of every full group."""
     buckets = [(h, 8) for h, count in ((1, 22), (2, 9), (3, 17)) for _ in range(count)]
     full = 22 // 4 + 9 // 4 + 17 // 4
 

@@ -102,9 +102,9 @@ def test_unreadable_payloads_are_named(folder: Path, damage: Callable[[Path], An
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"latents": np.zeros((4, 12, 8), np.float32)}, ("column `latent_shape`", "(4, 12, 8)", "(4, 8, 12)")),
+        ({"latents": np.zeros((4, 12, 8), np.float32)}, ("`latent_shape`", "(4, 12, 8)", "(4, 8, 12)")),
         ({"latents": np.zeros((1, 4, 8, 12), np.float32)}, ("column `latent_shape`",)),
-        ({"prompt_embeds": np.zeros((12, 40), np.float32), "text_ids": None}, ("prompt_embeds_shape", "(12, 40)")),
+        ({"prompt_embeds": np.zeros((12, 40), np.float32)}, ("prompt_embeds_shape", "(12, 40)")),
         ({"latents": None}, ("lacks `latents`", "prompt_embeds")),
         ({"prompt_embeds": None}, ("lacks `prompt_embeds`",)),
         ({"latents": np.zeros((4, 8, 12), np.float64)}, ("float64", "float16, float32")),

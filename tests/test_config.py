@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 
 import sciflow_hf as sf
 from sciflow_hf.config import RecipeParser, parse_args, read_yaml, run
 from sciflow_hf.errors import CacheError, SciflowError
+from sciflow_hf.optimizers import effective_learning_rate, optimizer_class
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("train_*.py"))
 KINDS = (sf.Flux2Klein, sf.DataArguments, sf.AdapterArguments, sf.DiffusionTrainingArguments)
@@ -100,6 +102,7 @@ def test_booleans_in_every_spelling(parse):
         (("--dry_run", "true", "--log_on_each_node", "false"), None, (True, False)),
         (("--no_log_on_each_node",), "dry_run: true", (True, False)),
         (("--dry_run=no", "--log_on_each_node"), "dry_run: true\nlog_on_each_node: false", (False, True)),
+        ((), "dry_run: 'yes'\nlog_on_each_node: 0", (True, False)),
     ):
         args = parse(*flags, yaml=yaml)[3]
         assert (args.dry_run, args.log_on_each_node) == expected, (flags, yaml)
@@ -230,6 +233,26 @@ def test_prodigy_is_an_optimizer_like_any_other(parse, refuses):
     assert parse("--optim", "adamw_torch")[3].learning_rate == 1e-4
     assert "prodigy" in help_text(*KINDS)
     assert "nonsense" in refuses("--optim", "nonsense") and "adamw_torch" in refuses("--optim", "nonsense")
+
+
+def test_options_of_prodigy():
+    cls, options = optimizer_class("prodigy", 0.5, "d_coef=2, safeguard_warmup=False,slice_p=11")
+    assert cls.__name__ == "Prodigy" and options["lr"] == 0.5 and options["d_coef"] == 2.0
+    assert options["safeguard_warmup"] is False and options["use_bias_correction"] is True and options["slice_p"] == 11
+    cls([torch.nn.Parameter(torch.zeros(2))], **options)  # it takes them
+    for args, words in (
+        ("d_coeff=2", "'d_coeff=2': write name=value, with one of d0, d_coef"),
+        ("d_coef", "'d_coef': write name=value"),
+        ("d_coef=much", "'d_coef=much': expected number, got 'much'"),
+        ("slice_p=1.5", "expected whole number, got '1.5'"),
+        ("decouple=maybe", "expected true or false, got 'maybe'"),
+    ):
+        with pytest.raises(SciflowError) as caught:
+            optimizer_class("prodigy", 1.0, args)
+        assert words in str(caught.value) and str(caught.value).startswith("`optim_args`")
+    groups = [{"d": 2e-4, "lr": 0.5}, {"d": 1.0, "lr": 1.0}]
+    assert effective_learning_rate(groups) == 1e-4
+    assert effective_learning_rate([{"lr": 0.5}]) is None and effective_learning_rate([]) is None
 
 
 # -- exit statuses -------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ def open_index(dataset_dir: _PathLike | Sequence[_PathLike], *, payload_dir: _Pa
         root = _choose_root(roots, paths, str(file))
         _check_inside(paths, [root], str(file), int(start))
         part_roots.append(root)
-    empties = [os.path.join(root, EMPTY_PROMPT_FILE) for root in (*part_roots, *map(os.fspath, folders))]
+    empties = [os.path.join(root, EMPTY_PROMPT_FILE) for root in (*part_roots, *(os.fspath(f) for f in folders))]
     return CacheIndex(
         table=table.replace_schema_metadata(None),
         part_names=names,

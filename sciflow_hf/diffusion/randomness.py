@@ -1,4 +1,4 @@
-"""Keyed randomness: every random number of a sample follows from (seed, epoch, position), never from a running state."""
+"""Keyed randomness: a sample's random numbers follow from (seed, epoch, position), never from a running state."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
