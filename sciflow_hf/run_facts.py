@@ -219,7 +219,7 @@ def summary(trainer: "DiffusionTrainer") -> str:
         lines.append(f"Held-out loss: {metrics['eval_loss']:.4f}.")
     rate = effective_learning_rate(trainer.optimizer.param_groups) if trainer.optimizer is not None else None
     if rate is not None:
-        lines.append(f"Prodigy's step size at the end: {rate:.2e}; it starts at 1e-06 and needs some 100 steps to grow.")
+        lines.append(f"Prodigy's step size at the end: {rate:.2e}; it starts at 1e-06 and grows for some 100 steps.")
     weights = WEIGHT_NAME if adapter_layers(trainer.model) else trainer.family.component
     for what, path in (
         ("Weights", weights),

@@ -177,7 +177,8 @@ class DiffusionTrainer(HookedTrainer):
             return
         names = sorted({self._row_name(int(r)) for r in rows[bad.cpu()]}) if rows is not None else []
         raise SciflowError(
-            f"the loss was not finite before step {self.state.global_step}. Rows: {'; '.join(names[:10]) or 'elsewhere'}. "
+            f"the loss was not finite before step {self.state.global_step}. "
+            f"Rows: {'; '.join(names[:10]) or 'on another rank'}. "
             "Look for NaN or Inf in them (`sciflow-hf cache info` names the files); checkpoints from before are whole. "
             "Where the data is clean, lower `--learning_rate` or train in `--bf16` instead of fp16."
         )
@@ -247,7 +248,9 @@ class DiffusionTrainer(HookedTrainer):
             **self._loader_options(),
         )
 
-    get_test_dataloader = get_eval_dataloader
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As for evaluation."""
+        return self.get_eval_dataloader(test_dataset)
 
     # -- evaluation ----------------------------------------------------------------------------------------------
 
@@ -333,7 +336,10 @@ class DiffusionTrainer(HookedTrainer):
         elif self.eval_dataset is not None and self.model_init is None and not adapter_layers(self.model):
             self._measure_initial_weights()
         before = self._weight_sums()
-        output = super().train(str(folder) if folder else None, trial, ignore_keys_for_eval)
+        try:
+            output = super().train(str(folder) if folder else None, trial, ignore_keys_for_eval)
+        finally:
+            self.model_wrapped.__dict__.pop("zero_grad", None)  # see `_prepare_for_training`
         if before and self._weight_sums() == before:
             logger.warning("No trained weight moved in %d steps: look at the learning rate.", self.state.global_step)
         return output

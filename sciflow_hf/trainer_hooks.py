@@ -1,4 +1,4 @@
-"""The private parts of transformers.Trainer that we touch, in one place. Checked against transformers 5.20 to 5.23.
+"""The private parts of transformers.Trainer that we touch, in one place. Checked against transformers 5.23.
 
 `tests/test_trainer_hooks.py` fails where one of them is renamed or changes its arguments.
 """
@@ -14,11 +14,10 @@ import torch
 import transformers.trainer
 from accelerate.utils import DistributedType
 from transformers import Trainer
-from transformers.trainer_utils import rotate_checkpoints
 
 from . import run_facts
 from .adapters import adapter_layers, load_adapter_weights, save_adapter
-from .checkpoints import RUN_FACTS, write_json, write_manifest
+from .checkpoints import RUN_FACTS, rotate, write_json, write_manifest
 from .data.loader import BucketLoader
 from .families.base import ModelFamily, network_dtype
 from .optimizers import OPTIMIZERS, optimizer_class
@@ -30,7 +29,7 @@ HOST_KEYS = ("noise_key", "position", "row")
 
 @contextmanager
 def _position_exact_resume() -> Iterator[None]:
-    """Lets our loader skip by itself: accelerate's `skip_first_batches` rebuilds a plain DataLoader (no `set_epoch`)."""
+    """Lets our loader skip by itself: accelerate's `skip_first_batches` rebuilds a plain DataLoader, without epochs."""
     stock: Callable[..., Any] = transformers.trainer.skip_first_batches
 
     def skip(loader: Any, num_batches: int = 0) -> Any:
@@ -79,12 +78,8 @@ class HookedTrainer(Trainer):
             for parameter in trained:
                 parameter.grad = None
 
-        model.zero_grad = zero_grad  # on the instance; removed in `_finalize_training`
+        model.zero_grad = zero_grad  # on the instance; `train` removes it
         return model, loader
-
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        self.model_wrapped.__dict__.pop("zero_grad", None)
-        return super()._finalize_training(*args, **kwargs)
 
     def _set_train_mode(self, model: torch.nn.Module) -> None:
         model.train()
@@ -139,12 +134,7 @@ class HookedTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             write_manifest(folder)
-            rotate_checkpoints(
-                output_dir=run_dir,
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            rotate(run_dir, limit=limit, newest=folder, best=self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The adapter as the family's LoRA file, or the network in diffusers layout. Never the frozen base."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from .diffusion.losses import LOSSES
 from .errors import SciflowError
@@ -99,6 +100,9 @@ class DiffusionTrainingArguments(TrainingArguments):
     debug_batch: bool = field(default=False, metadata={"help": "Print one batch, its ids and gradients, then stop."})
 
     def __post_init__(self) -> None:
+        allowed = [*OPTIMIZERS, *(name.value for name in OptimizerNames)]
+        if getattr(self.optim, "value", self.optim) not in allowed:
+            raise SciflowError(f"`optim` {self.optim!r}: use one of {', '.join(allowed)}.")
         if self.learning_rate is None:
             self.learning_rate = 1.0 if self.optim in OPTIMIZERS else 1e-4
         ours, self.optim = self.optim, "adamw_torch" if self.optim in OPTIMIZERS else self.optim

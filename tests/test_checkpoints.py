@@ -446,7 +446,6 @@ def test_which_checkpoints_go(tmp_path):
     assert left([3], newest=3, limit=5) == [3]
 
 
-@pytest.mark.xfail(reason="HookedTrainer._save_checkpoint is to call checkpoints.rotate", strict=True)
 def test_a_torn_later_checkpoint_does_not_displace_a_new_one(tmp_path, family, tiny_cache):
     """Killed while saving step 4; the second run saves at step 3 (other `save_steps`), `save_total_limit=1`."""
     trainer = make_trainer(tmp_path, family, tiny_cache, **OPTIONS)

@@ -116,6 +116,11 @@ def _swapped_ids(height, width, length, batch_size, device):
     return ids[:, [0, 2, 1, 3]].expand(batch_size, -1, -1)
 
 
+def _zero_text_ids(height, width, length, batch_size, device):
+    ids = flux2_klein._position_ids(height, width, length, device)
+    return ids.expand(batch_size, -1, -1) * (length == 1)
+
+
 def _wrong_patchify(latents):
     b, c, h, w = latents.shape
     latents = latents.view(b, c, h // 2, 2, w // 2, 2)
@@ -130,7 +135,7 @@ def _eps_outside(self, latents):
 MISTAKES = {
     "ids swapped": ("position_ids", _swapped_ids),
     "patchify in another channel order": ("patchify", _wrong_patchify),
-    "text ids all zero": ("position_ids", lambda h, w, n, b, d: flux2_klein._position_ids(h, w, n, d).expand(b, -1, -1) * (n == 1)),
+    "text ids all zero": ("position_ids", _zero_text_ids),
     "packed by columns": ("pack", lambda x: x.transpose(2, 3).flatten(2).transpose(1, 2)),
     "weight forgotten to be one": ("flow_weight", lambda sigmas, **_: sigmas**-2),
 }  # fmt: skip

@@ -142,7 +142,7 @@ def test_a_finished_run_is_not_trained_over(tmp_path, family, even_cache):  # no
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (dict(rank=8), "adapter"),
+        (dict(rank=8), "adapter.rank"),
         (dict(per_device_train_batch_size=1), "total_train_batch_size"),
         (dict(eval_fraction=0.5), "data"),
         (dict(seed=4), "seed"),

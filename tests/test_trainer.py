@@ -272,8 +272,8 @@ def test_evaluation_leaves_training_as_it_was(tmp_path, family, even_cache):
     plain = make_trainer(tmp_path / "a", family, even_cache, eval_fraction=0.3)
     plain.train()
     watched = make_trainer(
-        tmp_path / "b", family, even_cache, eval_fraction=0.3, eval_strategy="steps", eval_steps=2, save_strategy="steps",
-        save_steps=2, logging_steps=3, eval_on_start=True,
+        tmp_path / "b", family, even_cache, eval_fraction=0.3, eval_strategy="steps", eval_steps=2,
+        save_strategy="steps", save_steps=2, logging_steps=3, eval_on_start=True,
     )  # fmt: skip
     watched.train()
     assert same(trained(plain), trained(watched))

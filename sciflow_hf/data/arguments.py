@@ -73,7 +73,7 @@ def load_data(args: DataArguments, *, dtype: Any = None) -> tuple["LatentCache",
         groups = len(set(cache.groups))
         raise SciflowError(
             f"`eval_fraction` {args.eval_fraction} of {groups} groups ({len(cache)} samples) leaves "
-            f"{len(train)} samples to train on and {len(held_out or [])} held out. Use a larger fraction, or 0 for none."
+            f"{len(train)} samples to train on and {len(held_out or [])} held out. Use another fraction, or 0 for none."
         )
     if args.max_train_samples and args.max_train_samples < len(train):
         step = len(train) / args.max_train_samples

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 
 from .canvas import COLOURS, INK, Canvas, Colour
 
@@ -69,7 +70,7 @@ def block_diagram(canvas: Canvas, rng: random.Random, names: Sequence[str]) -> s
             (canvas.width * across, canvas.height * along) if tall else (canvas.width * along, canvas.height * across)
         )
     half_width, half_height = (36.0 if tall else 0.44 * canvas.width / n), 15.0
-    for (x0, y0), (x1, y1) in zip(centres, centres[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(centres):
         if tall:
             canvas.line([(x0, y0), (x0, (y0 + y1) / 2), (x1, (y0 + y1) / 2)], width=1.2)
             canvas.arrow((x1, (y0 + y1) / 2), (x1, y1 - half_height))
@@ -87,7 +88,7 @@ def block_diagram(canvas: Canvas, rng: random.Random, names: Sequence[str]) -> s
         if tall
         else [(x0, y0 + half_height), (x0, side), (x1, side), (x1, y1 + half_height)]
     )
-    for start, end in zip(corners, corners[1:-1], strict=False):
+    for start, end in pairwise(corners[:-1]):
         canvas.dashed(start, end, width=1.1)
     canvas.arrow(corners[-2], corners[-1], width=1.1)
     return (
@@ -105,7 +106,7 @@ def network(canvas: Canvas, rng: random.Random, names: Sequence[str]) -> str:
         x = canvas.width * (i + 0.5) / len(layers)
         gap = (bottom - top) / max(layers)
         nodes.append([(x, (top + bottom) / 2 + gap * (j - (count - 1) / 2)) for j in range(count)])
-    for here, after in zip(nodes, nodes[1:], strict=False):
+    for here, after in pairwise(nodes):
         for a in here:
             for b in after:
                 canvas.line([a, b], (170, 170, 170), width=0.7)
