@@ -89,7 +89,7 @@ def faults(words: list[str]) -> list[str]:
 
 def mentioned_flags(text: str) -> set[str]:
     """Flags named in running text as `--flag`, alone or at the start of a code span."""
-    return {m for span in re.findall(r"`([^`\n]+)`", text) for m in re.findall(r"^--[a-z_]+", span)}
+    return {m for span in re.findall(r"`([^`\n]+)`", text) for m in re.findall(r"^--[a-z0-9_]+", span)}
 
 
 def links(text: str) -> list[str]:
@@ -133,7 +133,7 @@ def test_files_and_flags_exist(path: Path) -> None:
 
 
 # Flags of other programs that documents may name.
-OTHER_FLAGS = {"--minimum", "--nproc_per_node", "--rounds"}
+OTHER_FLAGS = {"--json", "--minimum", "--nproc_per_node", "--peak_tflops", "--rounds", "--steps"}
 
 
 def command_flags() -> set[str]:
