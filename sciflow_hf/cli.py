@@ -81,29 +81,20 @@ def _parser() -> argparse.ArgumentParser:
 def _build(args: argparse.Namespace) -> None:
     import torch
 
-    from .data.build import build_cache
     from .families import load_family
+    from .prepare import build_cache_for
 
     options: dict[str, Any] = {"revision": args.revision}
     if args.max_sequence_length is not None:
         options["max_sequence_length"] = args.max_sequence_length
     family = load_family(args.family)(pretrained_model_name_or_path=args.pretrained_model_name_or_path, **options)
     device = _device(args.device)
-    encoders: list[Any] = []
-
-    def loaded() -> Any:
-        if not encoders:  # at first use: a build that has nothing to encode loads nothing
-            dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-            encoders.append(family.load_encoders(device=device, dtype=dtype))
-        return encoders[0]
-
-    report = build_cache(
+    report = build_cache_for(
+        family,
         args.input_dir,
         args.output_dir,
-        encode_images=lambda pixel_values: family.encode_images(pixel_values, loaded()),
-        encode_prompts=lambda prompts: family.encode_prompts(prompts, loaded()),
-        settings=family.encoder_settings(),
-        bucket_step=family.bucket_step(),
+        device=device,
+        encoder_dtype=torch.float32 if device.type == "cpu" else torch.bfloat16,
         resolution=args.resolution,
         caption_column=args.caption_column,
         batch_size=args.batch_size,

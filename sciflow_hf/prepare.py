@@ -1,6 +1,7 @@
 """From flags to data: the demo's own figures and network, and the cache that is built before training."""
 
 import dataclasses
+import functools
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,20 +26,26 @@ def build_cache_for(
     output_dir: str,
     *,
     device: Any = "cpu",
-    dtype: Any = None,
+    encoder_dtype: Any = None,
     **options: Any,
 ) -> "BuildReport":
-    """Builds a cache of `input_dir` with the encoders of `family`; `options` are those of `build_cache`."""
+    """Builds a cache of `input_dir` with the encoders of `family`; `options` are those of `build_cache`.
+
+    The encoders are loaded at first use: where nothing is left to encode, they never are.
+    """
     import torch
 
     from .data.build import build_cache
 
-    encoders = family.load_encoders(device=device, dtype=dtype or torch.float32)
+    @functools.cache
+    def encoders() -> Any:
+        return family.load_encoders(device=device, dtype=encoder_dtype or torch.float32)
+
     return build_cache(
         input_dir,
         output_dir,
-        encode_images=lambda pixel_values: family.encode_images(pixel_values, encoders),
-        encode_prompts=lambda prompts: family.encode_prompts(prompts, encoders),
+        encode_images=lambda pixel_values: family.encode_images(pixel_values, encoders()),
+        encode_prompts=lambda prompts: family.encode_prompts(prompts, encoders()),
         settings=family.encoder_settings(),
         bucket_step=family.bucket_step(),
         **options,
@@ -80,7 +87,7 @@ def prepare_data(
                 data_args.input_dir,
                 directory,
                 device=device,
-                dtype=args.weight_dtype,
+                encoder_dtype=args.weight_dtype,
                 resolution=data_args.resolution,
                 caption_column=data_args.caption_column,
                 batch_size=data_args.encode_batch_size,
