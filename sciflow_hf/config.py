@@ -152,10 +152,22 @@ def run(main: Callable[[], Any]) -> NoReturn:
     """Runs a recipe's `main`: a user's mistake ends in one line and status 2, Ctrl-C in status 130."""
     try:
         main()
+        _leave_process_group()
     except SciflowError as error:
         sys.stderr.write(f"\nerror: {error}\n")
+        _leave_process_group(together=False)  # the other ranks may be anywhere
         sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write("\nstopped; go on with --resume_from_checkpoint latest\n")
         sys.exit(130)
     sys.exit(0)
+
+
+def _leave_process_group(*, together: bool = True) -> None:
+    """A rank that exits with gloo's threads alive may abort after its work is done; `together`: once all are here."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        if together:
+            dist.barrier()
+        dist.destroy_process_group()
