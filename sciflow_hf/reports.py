@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .adapters import adapter_facts
-from .data.loader import batch_keys_of
+from .data.loader import batch_keys_of, training_sampler
 from .families.base import ModelFamily
 
 if TYPE_CHECKING:
@@ -25,17 +25,7 @@ def plan(
     eval_dataset: Any = None,
 ) -> str:
     """Resolved options, matched layers, buckets, steps, and a paper estimate of memory and disk. Loads no weights."""
-    from .data.buckets import BucketBatchSampler
-
-    sampler = BucketBatchSampler(
-        batch_keys_of(train_dataset),
-        batch_size=args.train_batch_size,
-        num_replicas=args.world_size,
-        rank=args.process_index,
-        accumulation_steps=args.gradient_accumulation_steps,
-        seed=args.order_seed,
-        drop_last=args.dataloader_drop_last,
-    )
+    sampler = training_sampler(train_dataset, args)
     steps_per_epoch = math.ceil(len(sampler) / args.gradient_accumulation_steps)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
     total_batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps

@@ -13,7 +13,7 @@ from transformers.trainer_utils import TrainOutput
 from . import checkpoints, run_facts
 from .adapters import adapter_disabled, adapter_layers
 from .data.buckets import BucketBatchSampler
-from .data.loader import BucketLoader, batch_keys_of, collate, evaluation_keys, row_ids_of
+from .data.loader import BucketLoader, batch_keys_of, collate, evaluation_keys, row_ids_of, training_sampler
 from .diffusion.randomness import hash64
 from .errors import SciflowError
 from .evaluation import quarter_means, summarise
@@ -179,7 +179,7 @@ class DiffusionTrainer(HookedTrainer):
         raise SciflowError(
             f"the loss was not finite before step {self.state.global_step}. "
             f"Rows: {'; '.join(names[:10]) or 'on another rank'}. "
-            "Look for NaN or Inf in them (`sciflow-hf cache info` names the files); checkpoints from before are whole. "
+            "Look for NaN or Inf in them; checkpoints from before are whole. "
             "Where the data is clean, lower `--learning_rate` or train in `--bf16` instead of fp16."
         )
 
@@ -213,15 +213,7 @@ class DiffusionTrainer(HookedTrainer):
 
     def bucket_sampler(self) -> BucketBatchSampler:
         """The order of training for this rank."""
-        return BucketBatchSampler(
-            batch_keys_of(self.train_dataset),
-            batch_size=self._train_batch_size,
-            num_replicas=self.args.world_size,
-            rank=self.args.process_index,
-            accumulation_steps=self.args.gradient_accumulation_steps,
-            seed=self.args.order_seed,
-            drop_last=self.args.dataloader_drop_last,
-        )
+        return training_sampler(self.train_dataset, self.args)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Evaluation batches in row order, their noise keyed by the row's name."""

@@ -4,6 +4,7 @@
 """
 
 import functools
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,7 +125,7 @@ class HookedTrainer(Trainer):
         run_dir = self._get_output_dir(trial=trial)
         folder = Path(run_dir) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and folder.exists():  # left over from a save that was killed
-            _remove(folder)
+            shutil.rmtree(folder)
         self.accelerator.wait_for_everyone()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -172,9 +173,3 @@ class HookedTrainer(Trainer):
     def _check_finite(self) -> None:
         """Stops the run where a loss was not finite since the last look."""
         raise NotImplementedError
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from sciflow_hf.diffusion.randomness import hash64, noise_keys, uniform
+from sciflow_hf.diffusion.randomness import hash64, noise_keys, signed64, uniform
 from sciflow_hf.errors import SciflowError
 
 from .buckets import BucketBatchSampler
@@ -37,6 +37,19 @@ def row_ids_of(dataset: Any) -> list[str]:
     """Stable names of the rows: `row_ids` of a cache, else their numbers."""
     ids = getattr(dataset, "row_ids", None)
     return [str(i) for i in range(len(dataset))] if ids is None else list(ids)
+
+
+def training_sampler(dataset: Any, args: Any) -> BucketBatchSampler:
+    """The order of training for this rank; `args` is the `DiffusionTrainingArguments`."""
+    return BucketBatchSampler(
+        batch_keys_of(dataset),
+        batch_size=args.train_batch_size,
+        num_replicas=args.world_size,
+        rank=args.process_index,
+        accumulation_steps=args.gradient_accumulation_steps,
+        seed=args.order_seed,
+        drop_last=args.dataloader_drop_last,
+    )
 
 
 class KeyedDataset(Dataset[dict[str, Any]]):
@@ -130,7 +143,6 @@ def evaluation_keys(row_ids: Sequence[str]) -> Callable[[int, Sequence[int], Seq
     """Keys of evaluation: by the sample's name alone, so the same in every run, at every step, on every machine."""
 
     def key_of(epoch: int, rows: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
-        keys = [hash64(row_ids[row], "evaluation") for row in rows]
-        return torch.tensor([k - (1 << 64) if k >> 63 else k for k in keys], dtype=torch.int64)
+        return torch.tensor([signed64(hash64(row_ids[row], "evaluation")) for row in rows], dtype=torch.int64)
 
     return key_of

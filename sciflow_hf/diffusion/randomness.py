@@ -37,10 +37,11 @@ def hash64(*parts: int | str) -> int:
 
 def noise_keys(seed: int, epoch: int, positions: Iterable[int]) -> torch.Tensor:
     """Keys of the samples at `positions` of the epoch's order: (B,), int64 (the hash's bits, so often negative)."""
-    return torch.tensor([_signed(hash64(seed, epoch, p)) for p in positions], dtype=torch.int64)
+    return torch.tensor([signed64(hash64(seed, epoch, p)) for p in positions], dtype=torch.int64)
 
 
-def _signed(key: int) -> int:
+def signed64(key: int) -> int:
+    """The same 64 bits as an int64 tensor holds them."""
     return key - (1 << 64) if key >> 63 else key
 
 
