@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,11 @@ from .data.arguments import DataArguments, load_data
 from .families.base import ModelFamily
 
 if TYPE_CHECKING:
+    import torch
+
     from .data.build import BuildReport
     from .data.cache import LatentCache
+    from .data.streaming import StreamingCache
     from .training_args import DiffusionTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -39,7 +43,8 @@ def build_cache_for(
 
     @functools.cache
     def encoders() -> Any:
-        return family.load_encoders(device=device, dtype=encoder_dtype or torch.float32)
+        text = options.get("embeds") != "none"
+        return family.load_encoders(device=device, dtype=encoder_dtype or torch.float32, text=text)
 
     return build_cache(
         input_dir,
@@ -50,6 +55,24 @@ def build_cache_for(
         bucket_step=family.bucket_step(),
         **options,
     )
+
+
+def online_text(family: ModelFamily, *, device: Any, dtype: Any) -> "Callable[[list[str]], dict[str, torch.Tensor]]":
+    """A function: captions -> what `family.encode_prompts` makes of them, (B, ...) on `device`, without gradients.
+
+    A caption that a batch has twice is encoded once. The encoder is loaded at first use: a dry run needs none.
+    """
+
+    @functools.cache
+    def encoders() -> Any:
+        return family.load_text_encoder(device=device, dtype=dtype)
+
+    def encode(captions: list[str]) -> dict[str, "torch.Tensor"]:
+        distinct = list(dict.fromkeys(captions))
+        rows = [distinct.index(caption) for caption in captions]
+        return {name: value[rows] for name, value in family.encode_prompts(distinct, encoders()).items()}
+
+    return encode
 
 
 def resolve_demo(family: ModelFamily, data_args: DataArguments, output_dir: str) -> None:
@@ -67,8 +90,8 @@ def resolve_demo(family: ModelFamily, data_args: DataArguments, output_dir: str)
 
 def prepare_data(
     data_args: DataArguments, family: ModelFamily, args: "DiffusionTrainingArguments"
-) -> tuple["LatentCache", "LatentCache | None"]:
-    """The training and held-out data; with `--input_dir` the cache is built first (by one rank, resumable)."""
+) -> tuple["LatentCache | StreamingCache", "LatentCache | None"]:
+    """The training and held-out data; with `--input_dir` the cache is built first, by all ranks, resumable."""
     from accelerate import PartialState
 
     device = args.device  # sets up the process group in the way of TrainingArguments
@@ -79,20 +102,26 @@ def prepare_data(
         resolve_demo(family, data_args, args.output_dir)
     state.wait_for_everyone()
     resolve_demo(family, data_args, args.output_dir)
+    online = data_args.text_encoding == "online"
     if data_args.input_dir:
         directory = data_args.dataset_dir[0] if data_args.dataset_dir else str(Path(args.output_dir) / "cache")
-        if state.is_main_process:
-            build_cache_for(
-                family,
-                data_args.input_dir,
-                directory,
-                device=device,
-                encoder_dtype=args.weight_dtype,
-                resolution=data_args.resolution,
-                caption_column=data_args.caption_column,
-                batch_size=data_args.encode_batch_size,
-                strict=data_args.strict,
-            )
+        build_cache_for(
+            family,
+            data_args.input_dir,
+            directory,
+            device=device,
+            encoder_dtype=args.weight_dtype,
+            resolution=data_args.resolution,
+            caption_column=data_args.caption_column,
+            batch_size=data_args.encode_batch_size,
+            strict=data_args.strict,
+            payload=data_args.payload,
+            embeds="none" if online else "bf16",
+            rank=state.process_index,
+            world_size=state.num_processes,
+            barrier=state.wait_for_everyone,
+        )
         state.wait_for_everyone()
         data_args = dataclasses.replace(data_args, input_dir=None, dataset_dir=[directory])
-    return load_data(data_args, dtype=args.weight_dtype)
+    encode = online_text(family, device=device, dtype=args.weight_dtype) if online else None
+    return load_data(data_args, dtype=args.weight_dtype, online_text=encode)

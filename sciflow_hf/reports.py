@@ -7,6 +7,7 @@ import torch
 
 from .adapters import adapter_facts
 from .data.loader import batch_keys_of, training_sampler
+from .data.threads import release
 from .families.base import ModelFamily
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def plan(
     eval_dataset: Any = None,
 ) -> str:
     """Resolved options, matched layers, buckets, steps, and a paper estimate of memory and disk. Loads no weights."""
-    sampler = training_sampler(train_dataset, args)
+    sampler = training_sampler(train_dataset, args, pads_text=family.pads_text)
     steps_per_epoch = math.ceil(len(sampler) / args.gradient_accumulation_steps)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
     total_batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
@@ -106,8 +107,9 @@ def debug_batch(trainer: "DiffusionTrainer", *, largest: int = 20) -> str:
     seen: dict[str, Any] = {}
     hook = model.register_forward_pre_hook(lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True)
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # a DataLoader draws a seed
-            batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout draws
+            inputs = next(iter(trainer.get_train_dataloader()))
+            batch = trainer._prepare_inputs(inputs)
             with trainer.accelerator.autocast():  # which training puts around `forward`
                 loss, levels = trainer.family.compute_loss(model, batch, trainer.args)
             loss.mean().backward()
@@ -116,6 +118,7 @@ def debug_batch(trainer: "DiffusionTrainer", *, largest: int = 20) -> str:
     norms = {n: float(p.grad.norm()) for n, p in model.named_parameters() if p.grad is not None}
     without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     model.zero_grad()
+    release(inputs)
     lines = ["Batch"] + [f"  {k}: {tuple(v.shape)} {v.dtype}" for k, v in batch.items()]
     lines += ["Network input"]
     lines += [f"  {k}: {tuple(v.shape)} {v.dtype}" for k, v in seen.items() if isinstance(v, torch.Tensor)]

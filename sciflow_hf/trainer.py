@@ -13,13 +13,18 @@ from transformers.trainer_utils import TrainOutput
 from . import checkpoints, run_facts
 from .adapters import adapter_disabled, adapter_layers
 from .data.buckets import BucketBatchSampler
-from .data.loader import BucketLoader, batch_keys_of, collate, evaluation_keys, row_ids_of, training_sampler
+from .data.loader import BucketLoader, batch_keys_of, evaluation_keys, row_ids_of, training_sampler
+from .data.samples import collate, describe_row
+from .data.stream_loader import StreamLoader
+from .data.streaming import StreamingCache
+from .data.threads import release
 from .diffusion.randomness import hash64
 from .errors import SciflowError
 from .evaluation import quarter_means, summarise
 from .families.base import ModelFamily
+from .loaders import loader_options, training_loader
 from .optimizers import effective_learning_rate
-from .trainer_hooks import EVAL_BASE, HookedTrainer
+from .trainer_hooks import EVAL_BASE, STREAM, HookedTrainer
 from .training_args import DiffusionTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -72,6 +77,8 @@ class DiffusionTrainer(HookedTrainer):
         self._eval_base: dict[str, list[float]] = {}  # row id -> losses of the base model
         self._eval_rows: list[str] = []
         self._measure_base = False
+        if isinstance(train_dataset, StreamingCache) and args.max_steps <= 0:
+            raise SciflowError("`max_steps` is missing: a stream has no end. Say after how many steps to stop.")
         run_facts.prepare_wandb(args)
         if model is not None:
             self._check_model(model)
@@ -119,7 +126,8 @@ class DiffusionTrainer(HookedTrainer):
         if callable(getattr(dataset, "check_family", None)):
             dataset.check_family(self.family.encoder_settings())
         if self.model is not None:
-            self.family.check_sample(self.model, dataset[0])
+            streams = isinstance(dataset, StreamingCache)
+            self.family.check_sample(self.model, dataset.first_sample() if streams else dataset[0])
 
     def call_model_init(self, trial: Any = None) -> torch.nn.Module:
         model = super().call_model_init(trial)
@@ -175,7 +183,8 @@ class DiffusionTrainer(HookedTrainer):
         bad = ~torch.isfinite(losses)
         if not self.accelerator.reduce(bad.any().float(), "sum").item():
             return
-        names = sorted({self._row_name(int(r)) for r in rows[bad.cpu()]}) if rows is not None else []
+        bad_rows = [] if rows is None else rows[bad.cpu()].tolist()
+        names = sorted({describe_row(self.train_dataset, row) for row in bad_rows})
         raise SciflowError(
             f"the loss was not finite before step {self.state.global_step}. "
             f"Rows: {'; '.join(names[:10]) or 'on another rank'}. "
@@ -183,37 +192,24 @@ class DiffusionTrainer(HookedTrainer):
             "Where the data is clean, lower `--learning_rate` or train in `--bf16` instead of fp16."
         )
 
-    def _row_name(self, row: int) -> str:
-        describe = getattr(self.train_dataset, "describe", None)
-        return describe(row) if callable(describe) else f"row {row}"
-
     # -- data ----------------------------------------------------------------------------------------------------
-
-    def _loader_options(self) -> dict[str, Any]:
-        workers = self.args.dataloader_num_workers
-        return {
-            "num_workers": workers,
-            "pin_memory": self.args.dataloader_pin_memory and torch.cuda.is_available(),
-            "prefetch_factor": self.args.dataloader_prefetch_factor if workers else None,
-        }
 
     def get_train_dataloader(self) -> Any:
         """Batches of one bucket, sharded and keyed by our own sampler; says what each bucket gives."""
         if self.train_dataset is None:
             raise SciflowError("`train_dataset` is missing.")
-        sampler = self.bucket_sampler()
-        logger.info("Buckets of an epoch:\n%s", sampler.table())
-        return BucketLoader(
-            self.train_dataset,
-            sampler,
-            caption_dropout=self.caption_dropout,
-            collate_fn=self.data_collator,
-            **self._loader_options(),
+        loader = training_loader(
+            self.train_dataset, self.args, self.family, self.data_collator, caption_dropout=self.caption_dropout
         )
+        if isinstance(loader, StreamLoader):
+            self._stream = loader
+            if self._stream_state is not None:
+                loader.load_state_dict(self._stream_state)
+        return loader
 
     def bucket_sampler(self) -> BucketBatchSampler:
         """The order of training for this rank."""
-        return training_sampler(self.train_dataset, self.args)
+        return training_sampler(self.train_dataset, self.args, pads_text=self.family.pads_text)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Evaluation batches in row order, their noise keyed by the row's name."""
@@ -222,7 +218,7 @@ class DiffusionTrainer(HookedTrainer):
         if dataset is None:
             raise SciflowError("`eval_dataset` is missing: hold some out with `--eval_fraction`.")
         sampler = BucketBatchSampler(
-            batch_keys_of(dataset),
+            batch_keys_of(dataset, pads_text=self.family.pads_text),
             batch_size=self.args.per_device_eval_batch_size,
             num_replicas=self.args.world_size,
             rank=self.args.process_index,
@@ -232,13 +228,8 @@ class DiffusionTrainer(HookedTrainer):
         self._eval_groups = dict(zip(self._eval_rows, getattr(dataset, "groups", self._eval_rows), strict=True))
         known = all(row in self._eval_base for row in self._eval_rows)
         self._measure_base = not known and self._base_is_at_hand()
-        return BucketLoader(
-            dataset,
-            sampler,
-            key_of=evaluation_keys(self._eval_rows),
-            collate_fn=self.data_collator,
-            **self._loader_options(),
-        )
+        options = loader_options(self.args, self.family, self.data_collator)
+        return BucketLoader(dataset, sampler, key_of=evaluation_keys(self._eval_rows), **options)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """As for evaluation."""
@@ -260,15 +251,16 @@ class DiffusionTrainer(HookedTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
         """Losses of a batch on the fixed grid: (B, 2K), trained and base side by side, and the row numbers (B,)."""
-        inputs = self._prepare_inputs(inputs)
+        batch = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            losses = base = self._grid_losses(model, inputs)
+            losses = base = self._grid_losses(model, batch)
             if not self._measure_base:
                 base = torch.full_like(losses, torch.nan)
             elif adapter_layers(self.model):
                 with adapter_disabled(self.model):
-                    base = self._grid_losses(model, inputs)
-        return None, torch.cat([losses, base], dim=1), inputs["row"].to(losses.device)
+                    base = self._grid_losses(model, batch)
+        release(inputs)
+        return None, torch.cat([losses, base], dim=1), batch["row"].to(losses.device)
 
     def _grid_losses(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         columns = []
@@ -322,6 +314,8 @@ class DiffusionTrainer(HookedTrainer):
         folder = checkpoints.resolve_checkpoint(value, output_dir)
         if folder is not None:
             checkpoints.check_run_facts(folder, run_facts.identity(self))
+            if (folder / STREAM).is_file():
+                self._stream_state = json.loads((folder / STREAM).read_text(encoding="utf-8"))
             if (folder / EVAL_BASE).is_file():
                 self._eval_base = json.loads((folder / EVAL_BASE).read_text(encoding="utf-8"))
             logger.info("Going on from %s.", folder)

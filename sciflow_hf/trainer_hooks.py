@@ -4,6 +4,7 @@
 """
 
 import functools
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,10 +21,13 @@ from . import run_facts
 from .adapters import adapter_layers, load_adapter_weights, save_adapter
 from .checkpoints import RUN_FACTS, rotate, write_json, write_manifest
 from .data.loader import BucketLoader
+from .data.stream_loader import StreamLoader
+from .data.threads import release
 from .families.base import ModelFamily, network_dtype
 from .optimizers import OPTIMIZERS, optimizer_class
 
 EVAL_BASE = "eval_base.json"
+STREAM = "stream.json"
 HOST_KEYS = ("noise_key", "position", "row")
 """Entries of a batch that stay on the host: they seed generators and name rows, which on a GPU would be a sync."""
 
@@ -34,7 +38,9 @@ def _position_exact_resume() -> Iterator[None]:
     stock: Callable[..., Any] = transformers.trainer.skip_first_batches
 
     def skip(loader: Any, num_batches: int = 0) -> Any:
-        return loader.skip(num_batches) if isinstance(loader, BucketLoader) else stock(loader, num_batches)
+        return (
+            loader.skip(num_batches) if isinstance(loader, BucketLoader | StreamLoader) else stock(loader, num_batches)
+        )
 
     transformers.trainer.skip_first_batches = skip
     try:
@@ -54,19 +60,41 @@ def _optional_packages_looked_up_once() -> Iterator[None]:
         accelerate.optimizer.is_lomo_available = stock
 
 
+@contextmanager
+def _closed_after(loader: Any) -> Iterator[None]:
+    """Ends the threads of our loader however an epoch ends: a traceback would keep its iterator alive."""
+    try:
+        yield
+    finally:
+        if isinstance(loader, BucketLoader | StreamLoader):
+            loader.close()
+
+
 class HookedTrainer(Trainer):
     """A `transformers.Trainer` whose step touches only what is trained, and whose checkpoints are whole or ignored."""
 
     family: ModelFamily
     _eval_base: dict[str, list[float]]
+    _stream: StreamLoader | None = None
+    _stream_state: dict[str, Any] | None = None
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        with _position_exact_resume(), _optional_packages_looked_up_once():
-            super()._run_epoch(*args, **kwargs)
+    def _run_epoch(self, model: Any, epoch: int, train_dataloader: Any, *args: Any, **kwargs: Any) -> None:
+        with _position_exact_resume(), _optional_packages_looked_up_once(), _closed_after(train_dataloader):
+            super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """The parent's; no reader thread outlives it."""
+        with _closed_after(dataloader):
+            return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def _prepare_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         moved = super()._prepare_inputs({k: v for k, v in inputs.items() if k not in HOST_KEYS})
         return {**moved, **{k: inputs[k] for k in HOST_KEYS if k in inputs}}
+
+    def _prepare_input(self, data: Any) -> Any:
+        """The parent's, but the copy of page-locked memory is queued: its loader waits until it is done."""
+        pinned = isinstance(data, torch.Tensor) and data.is_pinned()
+        return super()._prepare_input(data.to(self.args.device, non_blocking=True) if pinned else data)
 
     # -- a step: walk over the trained parameters, not over every module of the network --------------------------
 
@@ -90,14 +118,18 @@ class HookedTrainer(Trainer):
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """The parent's, without walking all modules for `train()` when they are in that mode already."""
+        """The parent's, without walking all modules for `train()` when they are in that mode already.
+
+        Gives the batch back to its loader, which empties it.
+        """
         if not (model.training and self.model.training):
             self._set_train_mode(model)
-        inputs = self._prepare_inputs(inputs)
+        batch = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs) / self.current_gradient_accumulation_steps
+            loss = self.compute_loss(model, batch) / self.current_gradient_accumulation_steps
         deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         self.accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
+        release(inputs)  # here and not in the loader: a step holds all of its micro-batches
         return loss.detach()
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
@@ -134,6 +166,8 @@ class HookedTrainer(Trainer):
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            if self._stream is not None:
+                (folder / STREAM).write_text(json.dumps(self._stream.state_dict()), encoding="utf-8")
             write_manifest(folder)
             rotate(run_dir, limit=limit, newest=folder, best=self.state.best_model_checkpoint)
 

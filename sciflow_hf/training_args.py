@@ -44,6 +44,8 @@ class DiffusionTrainingArguments(TrainingArguments):
         eval_levels: noise levels at which every evaluation sample is measured.
         validation_prompts: prompts drawn at the start, every `validation_steps` and at the end.
         validation_size: height and width of those images in pixels; the commonest bucket by default.
+        dataloader_threads: threads that read a cache ahead into reused buffers; 0 reads in the main thread, and
+            `dataloader_num_workers` above 0 takes processes instead.
         overwrite_output_dir: remove the checkpoints of an earlier run in `output_dir`.
         dry_run: print options, matched layers, buckets, steps, memory and disk, then stop.
         debug_batch: print shapes, position ids and gradient norms of one batch, then stop.
@@ -92,6 +94,9 @@ class DiffusionTrainingArguments(TrainingArguments):
         default_factory=list, metadata={"help": "Height and width in pixels; default: the commonest bucket."}
     )
 
+    dataloader_threads: int = field(
+        default=2, metadata={"help": "Threads that read a cache ahead, 1 to 4; 0 reads in the main thread."}
+    )
     overwrite_output_dir: bool = field(
         default=False,
         metadata={"help": "Remove the checkpoints of an earlier run in --output_dir and start anew."},
@@ -125,6 +130,8 @@ class DiffusionTrainingArguments(TrainingArguments):
                 positive = False
             if not positive:
                 raise SciflowError(f"`timestep_shift` {self.timestep_shift!r}: resolution, none, or a number above 0.")
+        if not 0 <= self.dataloader_threads <= 4:
+            raise SciflowError(f"`dataloader_threads` {self.dataloader_threads}: 0 to 4; more would not read faster.")
         if self.eval_levels < 1:
             raise SciflowError(f"`eval_levels` {self.eval_levels}: at least 1.")
         if self.validation_size and len(self.validation_size) != 2:

@@ -28,9 +28,10 @@ NO_COMMIT = "0" * 40
 
 @dataclass
 class Repo:
-    """A repository: branches point to commits, a commit is all of its files."""
+    """A repository: branches point to commits, a commit is all of its files. Nobody may read a gated one's files."""
 
     private: bool = False
+    gated: bool = False
     commits: dict[str, dict[str, bytes]] = field(default_factory=lambda: {NO_COMMIT: {}})
     branches: dict[str, str] = field(default_factory=lambda: {"main": NO_COMMIT})
     messages: list[str] = field(default_factory=list)
@@ -47,6 +48,8 @@ class Repo:
 
 class HubServer:
     """The server. `repos` holds what was pushed, `requests` every (method, path, status) in order.
+
+    Models are called "user/name" there, data sets "datasets/user/name".
 
     Attributes:
         tokens: token -> {"name": user, "orgs": [...], "write": bool}.
@@ -72,11 +75,18 @@ class HubServer:
         self._http.server_close()
         self._thread.join()
 
+    def add_dataset(self, repo: str, folder: Path, *, private: bool = False, gated: bool = False) -> None:
+        """Puts the files of `folder` into a data set repository ("user/name") as one commit."""
+        files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        commit = hashlib.sha1("".join(sorted(files)).encode()).hexdigest()
+        commits, branches = {NO_COMMIT: {}, commit: files}, {"main": commit}
+        self.repos[f"datasets/{repo}"] = Repo(private=private, gated=gated, commits=commits, branches=branches)
+
     def fail(self, route: str, status: int, *, times: int = 1) -> None:
         """The next `times` requests of `route` are answered with `status`.
 
-        Routes: whoami, create, auth-check, validate-yaml, preupload, commit, info, tree, resolve. Clients may
-        arrange the same by GET /fail/ROUTE/STATUS/TIMES.
+        Routes: whoami, create, auth-check, validate-yaml, preupload, commit, info, tree, paths-info, resolve.
+        Clients may arrange the same by GET /fail/ROUTE/STATUS/TIMES.
         """
         self._failures[route] += [status] * times
 
@@ -126,7 +136,10 @@ class _Handler(BaseHTTPRequestHandler):
         ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/commit/(?P<revision>[^/]+)", "commit"),
         ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(/(?P<path>.+))?", "tree"),
         ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)(/revision/(?P<revision>[^/]+))?", "info"),
-        ("GET", r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
+        ("GET", r"/api/(?P<repo>datasets/[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(/(?P<path>.+))?", "tree"),
+        ("POST", r"/api/(?P<repo>datasets/[^/]+/[^/]+)/paths-info/(?P<revision>[^/]+)", "paths-info"),
+        ("GET", r"/api/(?P<repo>datasets/[^/]+/[^/]+)(/revision/(?P<revision>[^/]+))?", "info"),
+        ("GET", r"/(?P<repo>(?:datasets/)?[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
     )
 
     def log_message(self, *_: Any) -> None:
@@ -201,6 +214,8 @@ class _Handler(BaseHTTPRequestHandler):
         found = self.hub.repos.get(repo)
         if found is None:
             return self._error(404, "Repository not found", "RepoNotFound")
+        if found.private and "Authorization" not in self.headers:  # the Hub does not say that it exists
+            return self._error(401, "Invalid username or password.")
         if found.private and self._user() is None:
             return None
         commit = found.resolve(revision or "main")
@@ -279,7 +294,8 @@ class _Handler(BaseHTTPRequestHandler):
         if found is not None:
             repository, commit = found
             names = [{"rfilename": path} for path in sorted(repository.commits[commit])]
-            about = {"id": repo, "modelId": repo, "sha": commit, "private": repository.private}
+            name = repo.removeprefix("datasets/")
+            about = {"id": name, "modelId": name, "sha": commit, "private": repository.private}
             self._json({**about, "siblings": names})
 
     def _tree(self, repo: str, revision: str, path: str | None) -> None:
@@ -301,6 +317,20 @@ class _Handler(BaseHTTPRequestHandler):
                 rows[name] = {"type": "file", **about}
         self._json(list(rows.values()))
 
+    def _paths_info(self, repo: str, revision: str) -> None:
+        found = self._find(repo, revision)
+        if found is None:
+            return
+        files, body = found[0].commits[found[1]], self.body.decode()
+        paths = json.loads(body)["paths"] if body.startswith("{") else parse_qs(body).get("paths", [])
+        rows: list[dict[str, Any]] = []
+        for path in paths:
+            if path in files:
+                rows.append({"type": "file", "path": path, "size": len(files[path]), "oid": _blob_id(files[path])})
+            elif any(name.startswith(f"{path}/") for name in files):
+                rows.append({"type": "directory", "path": path, "oid": _blob_id(path.encode())})
+        self._json(rows)
+
     def _resolve(self, repo: str, revision: str, path: str) -> None:
         found = self._find(repo, revision)
         if found is None:
@@ -308,6 +338,8 @@ class _Handler(BaseHTTPRequestHandler):
         content = found[0].commits[found[1]].get(path)
         if content is None:
             return self._error(404, f"{path} does not exist", "EntryNotFound")
+        if found[0].gated:
+            return self._error(403, "Access to this repository is restricted; ask for access on its page", "GatedRepo")
         headers = {
             "X-Repo-Commit": found[1],
             "ETag": f'"{_blob_id(content)}"',
@@ -316,11 +348,11 @@ class _Handler(BaseHTTPRequestHandler):
             "Accept-Ranges": "bytes",
             "Content-Type": "application/octet-stream",
         }
-        begin = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if begin and self.command == "GET":
-            first = int(begin[1])
-            headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
-            return self._send(206, content[first:], headers)
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if wanted and self.command == "GET":
+            first, last = int(wanted[1]), min(int(wanted[2] or len(content)), len(content) - 1)
+            headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+            return self._send(206, content[first : last + 1], headers)
         self._send(200, content, headers)
 
 

@@ -1,5 +1,6 @@
 """Runs of the recipe in processes of their own: killed, resumed, on one rank or two."""
 
+import contextlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
@@ -43,7 +45,7 @@ def run(*flags: object, ranks: int = 1, check: bool = True, **env: str) -> subpr
 
 
 def run_and_kill(*flags: object, when: str, times: int = 1, ranks: int = 1, delay: float = 0.0) -> str:
-    """Starts the recipe and SIGKILLs its process group `delay` seconds after the n-th line that matches `when`."""
+    """Starts the recipe and SIGKILLs it with all its ranks `delay` seconds after the n-th line that matches `when`."""
     process = subprocess.Popen(
         command(*flags, ranks=ranks),
         env=environment(),
@@ -62,8 +64,13 @@ def run_and_kill(*flags: object, when: str, times: int = 1, ranks: int = 1, dela
             break
     else:
         raise AssertionError(f"{when!r} never came:\n{''.join(lines)[-4000:]}")
+    ranks_too = psutil.Process(process.pid).children(recursive=True)  # torchrun gives each a session of its own
     os.killpg(process.pid, 9)
+    for rank in ranks_too:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rank.kill()
     process.wait()
+    psutil.wait_procs(ranks_too)
     process.stdout.close()
     return "".join(lines)
 

@@ -15,7 +15,9 @@ import torch
 from helpers import encoder_settings, write_cache
 from torch.utils.data import DataLoader
 
-from sciflow_hf.data.cache import LatentCache, load_cache, to_dtype
+from sciflow_hf.data.cache import LatentCache, load_cache
+from sciflow_hf.data.members import read_members
+from sciflow_hf.data.npz import npz_members
 from sciflow_hf.errors import CacheError, SciflowError
 
 
@@ -70,10 +72,11 @@ def test_every_stored_dtype_reads_as_every_dtype(tmp_path: Path, stored: str, wa
             assert torch.equal(sample["txt_ids"], torch.from_numpy(arrays["text_ids"]))
 
 
-def test_float16_to_bfloat16_equals_the_direct_cast() -> None:
+def test_float16_to_bfloat16_equals_the_direct_cast(tmp_path: Path) -> None:
     every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.float16)
     many = every.repeat(5)[: 3 * (1 << 16) + 7].reshape(-1, 1)  # longer than a chunk, not a multiple of it
-    result = to_dtype(many, torch.bfloat16)
+    np.savez(tmp_path / "x.npz", values=many.numpy())
+    result = read_members(npz_members(str(tmp_path / "x.npz"), "x").values(), torch.bfloat16, "x")["values"]
     expected = many.to(torch.bfloat16)
     assert result.shape == expected.shape and result.dtype == torch.bfloat16
     finite = many.isfinite()

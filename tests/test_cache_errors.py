@@ -63,7 +63,7 @@ def test_pickled_arrays_are_refused_and_never_loaded(folder: Path, tmp_path: Pat
 
 def test_a_pickle_in_place_of_the_npz_is_refused(folder: Path, tmp_path: Path) -> None:
     payload_of(folder).write_bytes(pickle.dumps(_MakesAFile(tmp_path / "trap")))
-    _broken(folder, "cannot be read", "pickled")
+    _broken(folder, "cannot be read", "not an npz")
     assert not (tmp_path / "trap").exists()
 
 
@@ -76,18 +76,11 @@ def _one_array(file: Path) -> None:
         np.save(handle, np.zeros(3))
 
 
-def _flip(file: Path) -> None:
-    data = bytearray(file.read_bytes())
-    data[600] ^= 0xFF  # inside the first array: the zip's checksum tells
-    file.write_bytes(data)
-
-
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
         (Path.unlink, ("missing", "cache_path", "--payload_dir")),
         (_truncate, ("truncated", "sciflow-hf cache build")),
-        (_flip, ("cannot be read", "`latents`")),
         (lambda file: file.write_bytes(b""), ("cannot be read",)),
         (lambda file: file.write_bytes(b"hello"), ("cannot be read",)),
         (_one_array, ("not an npz",)),
@@ -205,8 +198,6 @@ def test_an_empty_index_is_an_error(folder: Path) -> None:
 
 
 def test_unsupported_options_are_refused(folder: Path) -> None:
-    with pytest.raises(SciflowError, match="streaming"):
-        load_cache(folder, streaming=True)
     with pytest.raises(SciflowError, match="float64"):
         load_cache(folder, dtype=torch.float64)
 

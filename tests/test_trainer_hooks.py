@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import threading
 
 import accelerate.optimizer
 import pytest
@@ -11,6 +12,7 @@ from test_trainer import make_trainer
 from transformers import Trainer, TrainerCallback
 
 import sciflow_hf as sf
+from sciflow_hf.data.threads import Batch, Buffer, ThreadedReader
 from sciflow_hf.trainer_hooks import HOST_KEYS, HookedTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -22,6 +24,7 @@ PRIVATE = {
         "ignore_keys_for_eval", "start_time", "resume_from_checkpoint", "epochs_trained",
         "steps_trained_in_current_epoch",
     ],
+    "_prepare_input": ["data"],
     "_prepare_inputs": ["inputs"],
     "_prepare_for_training": ["max_steps", "train_dataloader", "resume_from_checkpoint"],
     "_clip_grad_norm": ["model"],
@@ -36,6 +39,7 @@ PRIVATE = {
 PUBLIC = {
     "training_step": ["model", "inputs", "num_items_in_batch"],
     "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
+    "evaluation_loop": ["dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"],
     "prediction_step": ["model", "inputs", "prediction_loss_only", "ignore_keys"],
     "get_train_dataloader": [],
     "get_eval_dataloader": ["eval_dataset"],
@@ -57,6 +61,9 @@ CALLED_BY = {  # who of the Trainer calls them, so that an override is not left 
         "current_gradient_accumulation_steps", "set_epoch",
     ],
     "_finalize_training": ["_load_best_model", "_finish_current_push"],
+    "evaluate": ["evaluation_loop", "get_eval_dataloader"],
+    "evaluation_loop": ["prediction_step"],
+    "_prepare_inputs": ["_prepare_input"],
     "_maybe_log_save_evaluate": ["_save_checkpoint", "log"],
     "_save_checkpoint": ["save_model", "_push_from_checkpoint", "save_total_limit", "_get_output_dir"],
     "save_model": ["_save"],
@@ -263,7 +270,7 @@ def test_a_step_equals_the_parents(make, accumulation):
     trainer = make()
     trainer.create_optimizer_and_scheduler(1)
     trainer.current_gradient_accumulation_steps = accumulation
-    batch = next(iter(trainer.get_train_dataloader()))
+    batch = dict(next(iter(trainer.get_train_dataloader())))  # a copy that no step gives back
 
     def gradients(step):
         trainer.model.zero_grad()
@@ -293,6 +300,69 @@ def test_keys_stay_on_the_host(make, monkeypatch):
     assert set(copied) == batch.keys() - set(HOST_KEYS)
     assert {k for k, v in moved.items() if v.device.type == "cpu"} == set(HOST_KEYS) and moved.keys() == batch.keys()
     assert trainer._prepare_inputs({"latents": batch["latents"]}).keys() == {"latents"}  # a batch without keys
+
+
+def test_page_locked_memory_is_copied_without_waiting(make, monkeypatch):
+    trainer, waits = make(), []
+    to = torch.Tensor.to
+
+    def look(tensor, *args, **kwargs):
+        waits.append(not kwargs.get("non_blocking", False))
+        return to(tensor, *args, **kwargs)
+
+    batch = {"latents": torch.randn(3, 4)}
+    monkeypatch.setattr(torch.Tensor, "to", look)
+    assert torch.equal(trainer._prepare_inputs(batch)["latents"], batch["latents"]) and waits == [True]
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: True)
+    waits.clear()
+    assert torch.equal(trainer._prepare_inputs(batch)["latents"], batch["latents"]) and waits[0] is False
+
+
+def readers():
+    return [t for t in threading.enumerate() if t.name == "reader"]
+
+
+def test_steps_give_their_batches_back(make, monkeypatch):
+    """Not before their backward, and all of them: training, evaluation and `debug_batch`."""
+    trainer = make(max_steps=4, gradient_accumulation_steps=3, eval_fraction=0.3)  # an epoch, with a tail
+    given, released, buffers = [], [], []
+    make_buffer = Buffer.__init__
+    monkeypatch.setattr(Buffer, "__init__", lambda self, **kw: buffers.append(self) or make_buffer(self, **kw))
+    take, give_back = ThreadedReader.__next__, Batch.release
+    monkeypatch.setattr(ThreadedReader, "__next__", lambda self: given.append(take(self)) or given[-1])
+    monkeypatch.setattr(Batch, "release", lambda self: released.append(self) or give_back(self))
+    backward = trainer.accelerator.backward
+
+    def look(loss, **kwargs):
+        assert given[len(released)]  # not yet empty
+        backward(loss, **kwargs)
+        assert given[len(released)]
+
+    monkeypatch.setattr(trainer.accelerator, "backward", look)
+    trainer.train()
+    steps = len(trainer.get_train_dataloader())
+    assert len(given) == steps and all(a is b for a, b in zip(given, released, strict=True))
+    assert not any(given) and not readers() and len(buffers) == 3 + 2
+    trainer.evaluate()
+    assert len(given) == len(released) == steps + len(trainer.get_eval_dataloader())
+    sf.debug_batch(trainer)
+    assert len(given) == len(released) and not any(given) and not readers()
+
+
+@pytest.mark.parametrize("where", ["training", "evaluation"])
+def test_no_thread_survives_an_error(make, monkeypatch, where):
+    trainer = make(eval_fraction=0.3)
+    alive = []
+
+    def fail(*args, **kwargs):
+        alive.extend(readers())
+        raise KeyError("in the step")
+
+    monkeypatch.setattr(trainer, "compute_loss" if where == "training" else "_grid_losses", fail)
+    with pytest.raises(KeyError, match="in the step") as caught:
+        trainer.train() if where == "training" else trainer.evaluate()
+    assert len(alive) == 2 and not readers()  # while the traceback keeps the iterator
+    assert caught.value.__traceback__ is not None
 
 
 def test_a_failed_save_leaves_the_options_as_they_were(make, monkeypatch):

@@ -20,7 +20,7 @@ class BucketReport:
         samples: rows of the data set in it.
         batches: device batches made of it.
         repeats: places in those batches that hold a row which the epoch shows elsewhere, too.
-        dropped: rows that the epoch does not show (only with `drop_last`).
+        dropped: places left out (only with `drop_last`): samples + repeats = places + dropped.
     """
 
     bucket: Hashable
@@ -50,6 +50,9 @@ class BucketBatchSampler(Sampler[list[int]]):
         seed: with the epoch, decides the order.
         shuffle: False keeps the row order inside a bucket, and buckets in order of first appearance.
         drop_last: leave out what does not fill a group (counted in `report()`).
+        repeats: how often an epoch shows each row, at least 1; None for once. Of 100 rows of one bucket with 2.25,
+            25 are shown a third time, others in every epoch until all have had their turn: so each row gets its
+            share, and epochs are equally long. A group holds no row twice where that can be avoided.
 
     Raises:
         SciflowError: for values out of range, no rows, or when `drop_last` would leave nothing.
@@ -66,6 +69,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         seed: int = 0,
         shuffle: bool = True,
         drop_last: bool = False,
+        repeats: Sequence[float] | np.ndarray | None = None,
     ) -> None:
         sizes = {
             "batch_size": batch_size,
@@ -92,7 +96,10 @@ class BucketBatchSampler(Sampler[list[int]]):
             )
         self._ids = np.asarray(ids, dtype=np.int64)
         self._names = list(numbers)
-        self._counts = np.bincount(self._ids)
+        self._samples = np.bincount(self._ids)
+        self._repeats = None if repeats is None else _Repeats(repeats, self._ids, self.seed, self.shuffle)
+        # Places of an epoch in each bucket before any is filled up or dropped.
+        self._counts = self._samples if self._repeats is None else self._repeats.counts
         self._groups = self._counts // self.total_batch  # full groups of each bucket
         left = self._counts % self.total_batch
         self._tail = np.zeros_like(left) if self.drop_last else -(-left // batch_size)  # device batches in the tail
@@ -119,12 +126,12 @@ class BucketBatchSampler(Sampler[list[int]]):
         return self._length
 
     def __iter__(self) -> Iterator[list[int]]:
-        for rows in self._epoch_batches():
+        for rows in self.epoch_batches():
             yield rows.tolist()
 
     def batches(self) -> list[list[int]]:
         """All micro-batches of this rank in the current epoch, as `__iter__` gives them."""
-        return self._epoch_batches().tolist()
+        return self.epoch_batches().tolist()
 
     def positions(self, batch_index: int) -> range:
         """Positions in the epoch's order of the rows of this rank's micro-batch number `batch_index`."""
@@ -139,11 +146,12 @@ class BucketBatchSampler(Sampler[list[int]]):
         per_group = self.num_replicas * self.accumulation_steps
         rows = []
         for i, name in enumerate(self._names):
-            samples = int(self._counts[i])
+            samples, places = int(self._samples[i]), int(self._counts[i])
             batches = int(self._groups[i]) * per_group + int(self._tail[i])
             batches += self._padding if i == self._largest else 0
             shown = batches * self.batch_size
-            rows.append(BucketReport(name, samples, batches, max(shown - samples, 0), max(samples - shown, 0)))
+            dropped = max(places - shown, 0)
+            rows.append(BucketReport(name, samples, batches, shown + dropped - samples, dropped))
         return rows
 
     def table(self, *, max_rows: int = 60) -> str:
@@ -163,7 +171,7 @@ class BucketBatchSampler(Sampler[list[int]]):
             for line in lines
         )
 
-    def _epoch_batches(self) -> np.ndarray:
+    def epoch_batches(self) -> np.ndarray:
         """This rank's batches of the current epoch: (len(self), batch_size), int64."""
         if self._made is None or self._made[0] != self.epoch:
             self._made = (self.epoch, self._make_epoch())
@@ -173,7 +181,11 @@ class BucketBatchSampler(Sampler[list[int]]):
         rng = np.random.Generator(np.random.PCG64(hash64(self.seed, self.epoch, "order")))
         rows = rng.permutation(len(self._ids)) if self.shuffle else np.arange(len(self._ids))
         rows = rows[np.argsort(self._ids[rows], kind="stable")]  # bucket by bucket, shuffled inside each
+        if self._repeats is not None:
+            rows = np.repeat(rows, self._repeats.of_epoch(self.epoch)[rows])
         order = np.split(rows, np.cumsum(self._counts)[:-1])
+        if self._repeats is not None:
+            order = [_deal(rows, self.total_batch, rng if self.shuffle else None) for rows in order]
 
         full = [rows[: n * self.total_batch] for rows, n in zip(order, self._groups, strict=True)]
         groups = np.concatenate(full).reshape(-1, self.total_batch)
@@ -187,15 +199,87 @@ class BucketBatchSampler(Sampler[list[int]]):
 
         tail = []
         for i in rng.permutation(len(order)) if self.shuffle else range(len(order)):
-            # Past the bucket's end the index wraps to its first rows: in another step, unless it is tiny.
-            places = self._groups[i] * self.total_batch + np.arange(self._tail[i] * self.batch_size)
-            tail.append(order[i][places % self._counts[i]])
+            tail.append(self._tail_rows(order[i], int(self._groups[i]), int(self._tail[i])))
         # Padding goes on where the largest bucket's own fill ended, so that it repeats other rows.
-        start = (self._groups[self._largest] * self.total_batch) + self._tail[self._largest] * self.batch_size
-        places = start + np.arange(self._padding * self.batch_size)
-        tail.append(order[self._largest][places % self._counts[self._largest]])
+        i, own = self._largest, int(self._tail[self._largest])
+        tail.append(self._tail_rows(order[i], int(self._groups[i]), own + self._padding)[own * self.batch_size :])
         batches = np.concatenate(tail).reshape(-1, self.num_replicas, self.batch_size)
         return np.concatenate([mine, batches[:, self.rank]])
+
+    def _tail_rows(self, order: np.ndarray, groups: int, batches: int) -> np.ndarray:
+        """What `groups` leave of a bucket's `order`, filled up to `batches` with its other rows: (batches * B,)."""
+        grouped, left = np.split(order, [groups * self.total_batch])
+        fill = order
+        if self._repeats is not None:  # a row of the tail is the last to be shown in it again
+            fill = np.concatenate([_unique(grouped[~np.isin(grouped, left)]), _unique(left)])
+            left = _deal(left, self.batch_size, None)
+        return np.concatenate([left, np.resize(fill, batches * self.batch_size - len(left))])
+
+
+class _Repeats:
+    """How often each row comes in an epoch, where that is not once."""
+
+    def __init__(self, repeats: Sequence[float] | np.ndarray, ids: np.ndarray, seed: int, shuffle: bool) -> None:
+        wanted = np.asarray(repeats, dtype=np.float64)
+        if wanted.shape != ids.shape:
+            raise SciflowError(f"`repeats` has shape {wanted.shape}, but there are {len(ids)} rows.")
+        bad = np.flatnonzero(~(np.isfinite(wanted) & (wanted >= 1)))
+        if bad.size:
+            raise SciflowError(f"`repeats` of row {bad[0]} is {wanted[bad[0]]}, but must be at least 1.")
+        if wanted.sum() > 1 << 31:
+            raise SciflowError(f"`repeats` make an epoch of {wanted.sum():.3g} samples: use smaller ones.")
+        wanted = wanted.round(9)  # 2.9999999999 is 3
+        self._whole = wanted.astype(np.int64)
+        rng = np.random.Generator(np.random.PCG64(hash64(seed, "repeats")))
+        rows = rng.permutation(len(ids)) if shuffle else np.arange(len(ids))
+        rows = rows[np.lexsort([ids[rows], wanted[rows]])]  # value by value, in each bucket by bucket
+        starts = np.flatnonzero((np.diff(wanted[rows], prepend=-1) != 0) | (np.diff(ids[rows], prepend=-1) != 0))
+        self._turns: list[tuple[np.ndarray, int]] = []  # rows that take turns, and how many of them an epoch has
+        value, due, given = -1.0, 0.0, 0
+        for same in np.split(rows, starts[1:]):
+            if wanted[same[0]] != value:
+                value, due, given = wanted[same[0]], 0.0, 0
+            # Rounded in the sum over the buckets, so that the rows of one value get what is theirs together.
+            due += (value - int(value)) * len(same)
+            self._turns.append((same, round(due) - given))
+            given = round(due)
+        self.counts = np.bincount(ids, weights=self.of_epoch(0)).astype(np.int64)
+        """(buckets,) rows of any epoch."""
+
+    def of_epoch(self, epoch: int) -> np.ndarray:
+        """(N,) how often each row comes in that epoch."""
+        times = self._whole.copy()
+        for rows, extra in self._turns:
+            times[rows[(epoch * extra + np.arange(extra)) % len(rows)]] += 1
+        return times
+
+
+def _deal(rows: np.ndarray, size: int, rng: np.random.Generator | None) -> np.ndarray:
+    """`rows`, with equal ones side by side, ordered so that consecutive groups of `size` hold no row twice.
+
+    As cards are dealt: one to every group, round by round, in a random order of the groups (without `rng` from the
+    first to the last). What does not fill a group comes last. A row of more copies than groups must repeat.
+    """
+    groups, left = divmod(len(rows), size)
+    if not groups:
+        return rows
+    dealt = np.empty(len(rows), dtype=np.int64)  # group of each place
+    last, start = 0, 0  # where the round before began, and this one
+    for number in range(size):
+        count = groups + (number < left)
+        turns = np.arange(count) if rng is None else rng.permutation(count)
+        if start:  # copies of one row on both sides of the border between two rounds
+            taken = dealt[last:start][rows[last:start] == rows[start]]
+            here = np.isin(turns, taken)
+            turns = np.concatenate([turns[~here], turns[here]]) if taken.size else turns
+        dealt[start : start + count] = turns
+        last, start = start, start + count
+    return rows[np.argsort(dealt, kind="stable")]
+
+
+def _unique(rows: np.ndarray) -> np.ndarray:
+    """Each row once, in order of first appearance."""
+    return rows[np.sort(np.unique(rows, return_index=True)[1])]
 
 
 def aspect_ratio_buckets(resolution: int, step: int, *, max_aspect_ratio: float = 2.0) -> list[tuple[int, int]]:

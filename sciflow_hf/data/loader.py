@@ -1,32 +1,26 @@
 """From the sampler's order to batches: every sample gets its key, every batch its positions."""
 
+import functools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from sciflow_hf.diffusion.randomness import hash64, noise_keys, signed64, uniform
-from sciflow_hf.errors import SciflowError
+from sciflow_hf.diffusion.randomness import generator, hash64, noise_keys, signed64
 
 from .buckets import BucketBatchSampler
+from .samples import KeyedDataset, collate
+from .threads import Index, ThreadedReader
 
 
-def collate(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Stacks samples: {name: (...)} x B -> {name: (B, ...)}; names that only some samples have are left out."""
-    names = [name for name in samples[0] if all(name in sample for sample in samples)]
-    return {name: _stack([sample[name] for sample in samples]) for name in names}
+def batch_keys_of(dataset: Any, *, pads_text: bool = False) -> list[Any]:
+    """The batch key of every row: `batch_keys` of a cache, `buckets` of other data sets, else all alike.
 
-
-def _stack(values: list[Any]) -> torch.Tensor:
-    if isinstance(values[0], int | float):
-        return torch.tensor(values)
-    return torch.stack([torch.as_tensor(value) for value in values])
-
-
-def batch_keys_of(dataset: Any) -> list[Any]:
-    """The batch key of every row: `batch_keys` of a cache, `buckets` of other data sets, else all alike."""
-    for name in ("batch_keys", "buckets"):
+    With `pads_text` always `buckets`: (height, width) without the length of the text.
+    """
+    for name in ("buckets",) if pads_text else ("batch_keys", "buckets"):
         keys = getattr(dataset, name, None)
         if keys is not None:
             return list(keys)
@@ -39,51 +33,37 @@ def row_ids_of(dataset: Any) -> list[str]:
     return [str(i) for i in range(len(dataset))] if ids is None else list(ids)
 
 
-def training_sampler(dataset: Any, args: Any) -> BucketBatchSampler:
+def training_sampler(dataset: Any, args: Any, *, pads_text: bool = False) -> BucketBatchSampler:
     """The order of training for this rank; `args` is the `DiffusionTrainingArguments`."""
     return BucketBatchSampler(
-        batch_keys_of(dataset),
+        batch_keys_of(dataset, pads_text=pads_text),
         batch_size=args.train_batch_size,
         num_replicas=args.world_size,
         rank=args.process_index,
         accumulation_steps=args.gradient_accumulation_steps,
         seed=args.order_seed,
         drop_last=args.dataloader_drop_last,
+        repeats=getattr(dataset, "repeats", None),
     )
-
-
-class KeyedDataset(Dataset[dict[str, Any]]):
-    """Adds `row`, `position` and `noise_key` to samples, and drops captions. Indexed by (row, position, key)."""
-
-    def __init__(self, dataset: Any, *, caption_dropout: float = 0.0) -> None:
-        self.dataset, self.caption_dropout = dataset, caption_dropout
-        self.empty_prompt = getattr(dataset, "empty_prompt", None) if caption_dropout else None
-        if caption_dropout and self.empty_prompt is None:
-            raise SciflowError(
-                f"`caption_dropout` {caption_dropout}: this cache does not hold the empty prompt. "
-                "`sciflow-hf cache build` stores it; older caches must be built again, or train without dropout."
-            )
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: tuple[int, int, int]) -> dict[str, Any]:
-        row, position, key = index
-        sample = dict(self.dataset[row])
-        if self.empty_prompt is not None and uniform([key], stream="caption_dropout").item() < self.caption_dropout:
-            sample.update({k: v.to(sample[k].dtype) for k, v in self.empty_prompt.items() if k in sample})
-        return sample | {"row": row, "position": position, "noise_key": key}
 
 
 class BucketLoader:
     """Batches in the sampler's order, from any position on. It does its own sharding: accelerate must not touch it.
 
+    A data set that can be read into place is read ahead by threads into `buffers` reused buffers: give batches back
+    by `batch.release()` after use, or each costs new memory. Any other comes through a `torch.utils.data.DataLoader`.
+
     Args:
         dataset: map-style; a sample is a dict of tensors.
         sampler: of this rank.
         key_of: (epoch, row numbers, positions) -> int64 keys of a batch; by default from the sampler's seed.
-        caption_dropout: probability, by sample key.
-        num_workers, pin_memory, ...: of `torch.utils.data.DataLoader`.
+        caption_dropout, pads_text, posterior: see `KeyedDataset`.
+        collate_fn: another one than `collate` goes with the DataLoader.
+        threads: that read ahead; 0 for the DataLoader.
+        buffers: batches that are held at once (accumulation), and two to read into.
+        num_workers: processes of the DataLoader; more than 0 wins over `threads`.
+        pin_memory: batches in page-locked memory.
+        loader_options: of the DataLoader.
     """
 
     def __init__(
@@ -93,17 +73,24 @@ class BucketLoader:
         *,
         key_of: Callable[[int, Sequence[int], Sequence[int]], torch.Tensor] | None = None,
         caption_dropout: float = 0.0,
+        pads_text: bool = False,
+        posterior: bool = False,
         collate_fn: Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]] = collate,
+        threads: int = 2,
+        buffers: int = 3,
+        num_workers: int = 0,
+        pin_memory: bool = False,
         **loader_options: Any,
     ) -> None:
-        self.dataset, self.sampler, self.collate_fn, self.loader_options = (
-            dataset,
-            sampler,
-            collate_fn,
-            loader_options,
-        )
+        self.dataset, self.sampler, self.buffers, self.pin_memory = dataset, sampler, buffers, pin_memory
         self._key_of = key_of or (lambda epoch, rows, positions: noise_keys(sampler.seed, epoch, positions))
-        self._keyed = KeyedDataset(dataset, caption_dropout=caption_dropout)
+        self._keyed = KeyedDataset(dataset, caption_dropout=caption_dropout, pads_text=pads_text, posterior=posterior)
+        self.threads = threads if collate_fn is collate and self._keyed.reads_into_place and not num_workers else 0
+        self.collate_fn = (
+            functools.partial(collate, pads_text=True) if collate_fn is collate and pads_text else collate_fn
+        )
+        self.loader_options = loader_options | {"num_workers": num_workers, "pin_memory": pin_memory}
+        self._readers: weakref.WeakSet[ThreadedReader] = weakref.WeakSet()
         self._start = 0
 
     def __len__(self) -> int:
@@ -120,7 +107,28 @@ class BucketLoader:
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         start, self._start = self._start, 0
         batches = _IndexBatches(self.sampler, self._key_of, start)
-        return iter(DataLoader(self._keyed, batch_sampler=batches, collate_fn=self.collate_fn, **self.loader_options))
+        if self.threads:
+            reader = ThreadedReader(
+                self._keyed, batches, threads=self.threads, buffers=self.buffers, pin_memory=self.pin_memory
+            )
+            self._readers.add(reader)
+            return reader
+        # Its own generator: workers or not, the random numbers of the training process stay the same.
+        seeds = generator(hash64(self.sampler.seed, self.sampler.epoch), "workers")
+        loader = DataLoader(
+            self._keyed, batch_sampler=batches, collate_fn=self.collate_fn, generator=seeds, **self.loader_options
+        )
+        return self._completed(iter(loader))
+
+    def _completed(self, batches: Iterator[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+        for batch in batches:
+            self._keyed.complete(batch)
+            yield batch
+
+    def close(self) -> None:
+        """Ends the threads of iterations that were left in the middle."""
+        for reader in list(self._readers):
+            reader.close()
 
 
 class _IndexBatches:
@@ -128,14 +136,14 @@ class _IndexBatches:
 
     def __init__(self, sampler: BucketBatchSampler, key_of: Callable[..., torch.Tensor], start: int) -> None:
         self.sampler, self.key_of, self.start, self.epoch = sampler, key_of, start, sampler.epoch
-        self.batches = sampler.batches()
+        self.batches = sampler.epoch_batches()
 
     def __len__(self) -> int:
         return len(self.batches) - self.start
 
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+    def __iter__(self) -> Iterator[list[Index]]:
         for number in range(self.start, len(self.batches)):
-            rows, positions = self.batches[number], self.sampler.positions(number)
+            rows, positions = self.batches[number].tolist(), self.sampler.positions(number)
             yield list(zip(rows, positions, self.key_of(self.epoch, rows, positions).tolist(), strict=True))
 
 

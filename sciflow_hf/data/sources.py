@@ -1,4 +1,4 @@
-"""Captioned images from a folder, parquet files or a `datasets` data set, and their way into a bucket."""
+"""Captioned images from a folder, parquet files or a `datasets` data set, opened as 8-bit RGB."""
 
 import csv
 import json
@@ -24,6 +24,7 @@ _HOW_TO_CAPTION = (
     "Give each image a text file of the same name (fig_1.png, fig_1.txt), or put a metadata.jsonl "
     'beside the images with one line each: {"file_name": "fig_1.png", "caption": "..."}'
 )
+MASK_COLUMN = "loss_mask"
 _ORIENTATION = 0x0112  # EXIF tag; 5 to 8 are turned by a quarter
 
 
@@ -37,6 +38,8 @@ class Record:
         num_bytes: size of the encoded image: with the name, tells one version of it from another.
         open: opens it; reads no pixels yet.
         columns: further columns for the index.
+        open_mask: opens its loss mask; None if it has none.
+        mask_bytes: size of the encoded mask.
     """
 
     name: str
@@ -44,6 +47,8 @@ class Record:
     num_bytes: int
     open: Callable[[], "Image.Image"]
     columns: dict[str, Any] = field(default_factory=dict)
+    open_mask: Callable[[], "Image.Image"] | None = None
+    mask_bytes: int = 0
 
 
 def find_records(
@@ -54,7 +59,8 @@ def find_records(
     Args:
         source: a folder of images (captions in metadata.jsonl, metadata.csv or .txt files), a folder written
             by `datasets.Dataset.save_to_disk`, a parquet file or a folder of such, or a Hub data set's name.
-        caption_column: column with the captions; where there is no "caption", "text" is taken.
+        caption_column: column with the captions; where there is no "caption", "text" is taken. A column
+            `loss_mask` holds images, or paths of images relative to `source`: white counts, black does not.
         leave_out: folder below `source` that is not part of it (the cache that is being built).
 
     Raises:
@@ -107,6 +113,9 @@ def _folder_records(
     if rows:
         columns = list(dict.fromkeys(name for row in rows.values() for name in row))
         caption_column = _caption_column(columns, caption_column, " and ".join(map(str, notes)))
+    masks = {image: _inside(folder, row.get(MASK_COLUMN)) for image, row in rows.items() if row.get(MASK_COLUMN)}
+    only_masks = set(masks.values()) - rows.keys()
+    images = [file for file in images if Path(os.path.normpath(file)) not in only_masks]
     records, skipped = [], []
     for file in images:
         name = file.relative_to(folder).as_posix()
@@ -118,8 +127,9 @@ def _folder_records(
         if caption is None or not str(caption).strip():
             skipped.append((name, "no caption"))
             continue
-        rest = {key: value for key, value in row.items() if key not in ("file_name", caption_column)}
-        records.append(Record(name, str(caption).strip(), file.stat().st_size, _opener(file), rest))
+        rest = {key: value for key, value in row.items() if key not in ("file_name", caption_column, MASK_COLUMN)}
+        mask = _mask_file(masks.get(Path(os.path.normpath(file))))
+        records.append(Record(name, str(caption).strip(), file.stat().st_size, _opener(file), rest, *mask))
     missing = "listed in the metadata, but not an image file in the folder"
     skipped += [(os.path.relpath(file, folder), missing) for file in rows]
     if not records:
@@ -127,6 +137,15 @@ def _folder_records(
             f"`input_dir` is {str(folder)!r}: none of its {len(images)} images has a caption. {_HOW_TO_CAPTION}."
         )
     return records, skipped
+
+
+def _inside(folder: Path, path: Any) -> Path:
+    return Path(os.path.normpath(folder / str(path)))
+
+
+def _mask_file(file: Path | None) -> tuple[Callable[[], "Image.Image"] | None, int]:
+    """How to open a mask (that may be missing: it is noticed then), and its size in bytes."""
+    return (None, 0) if file is None else (_opener(file), file.stat().st_size if file.is_file() else 0)
 
 
 def _read_notes(file: Path) -> list[dict[str, Any]]:
@@ -205,19 +224,30 @@ def _dataset_records(
     if "image" not in data.column_names:
         raise SciflowError(f"`input_dir` is {where!r}: it has the columns {data.column_names}, but no `image`.")
     caption_column = _caption_column(data.column_names, caption_column, where)
-    data = data.cast_column("image", datasets.Image(decode=False))
+    pictures = [n for n in ("image", MASK_COLUMN) if isinstance(data.features.get(n), datasets.Image)]
+    if "image" not in pictures:
+        raise SciflowError(f"`input_dir` is {where!r}: its column `image` holds {data.features['image']}, not images.")
+    for name in pictures:
+        data = data.cast_column(name, datasets.Image(decode=False))
     plain = [
         name
         for name, feature in data.features.items()
         if name not in ("image", caption_column) and isinstance(feature, datasets.Value) and feature.dtype != "binary"
     ]
-    images = data.select_columns("image")
+    images = data.select_columns(pictures)
     rows = data.select_columns([caption_column, *plain]).to_list()
     found, sizes = [], []
-    for row in images:
-        stored = row["image"] or {}
-        found.append(os.path.basename(stored.get("path") or ""))
-        sizes.append(_stored_size(stored))
+    masks: list[tuple[Callable[[], Image.Image] | None, int]] = []
+    for i, stored in enumerate(images):
+        found.append(os.path.basename((stored["image"] or {}).get("path") or ""))
+        sizes.append(_stored_size(stored["image"]))
+        if MASK_COLUMN in pictures:
+            size = _stored_size(stored[MASK_COLUMN])
+            masks.append((_row_opener(images, i, MASK_COLUMN), size) if stored[MASK_COLUMN] else (None, 0))
+        else:
+            path = rows[i].pop(MASK_COLUMN, None)
+            folder = Path(where) if Path(where).is_dir() else Path(where).parent
+            masks.append(_mask_file(_inside(folder, path) if path else None))
     unique = all(found) and len(set(found)) == len(found)
     records, skipped = [], []
     for i, row in enumerate(rows):
@@ -226,16 +256,17 @@ def _dataset_records(
         if caption is None or not str(caption).strip():
             skipped.append((name, "no caption"))
         else:
-            records.append(Record(name, str(caption).strip(), sizes[i], _row_opener(images, i), row))
+            opener = _row_opener(images, i, "image")
+            records.append(Record(name, str(caption).strip(), sizes[i], opener, row, *masks[i]))
     if not records:
         raise SciflowError(f"`input_dir` is {where!r}: no row has a caption in the column {caption_column!r}.")
     return records, skipped
 
 
-def _stored_size(stored: dict[str, Any]) -> int:
-    if stored.get("bytes"):
+def _stored_size(stored: dict[str, Any] | None) -> int:
+    if stored and stored.get("bytes"):
         return len(stored["bytes"])
-    path = stored.get("path")
+    path = stored and stored.get("path")
     return os.path.getsize(path) if path and os.path.isfile(path) else 0
 
 
@@ -248,11 +279,11 @@ def _opener(file: Path) -> Callable[[], "Image.Image"]:
     return open_file
 
 
-def _row_opener(images: "datasets.Dataset", row: int) -> Callable[[], "Image.Image"]:
+def _row_opener(images: "datasets.Dataset", row: int, column: str) -> Callable[[], "Image.Image"]:
     def open_row() -> "Image.Image":
         from PIL import Image
 
-        stored = images[row]["image"] or {}
+        stored = images[row][column] or {}
         if not stored.get("bytes") and not stored.get("path"):
             raise OSError("no image in this row")
         return Image.open(BytesIO(stored["bytes"]) if stored.get("bytes") else stored["path"])
@@ -288,16 +319,3 @@ def to_rgb(image: "Image.Image") -> "Image.Image":
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
-
-
-def fit_pixels(image: "Image.Image", size: tuple[int, int]) -> np.ndarray:
-    """RGB image resized to cover `size` (height, width), centre-cropped: (3, H, W), float32 in [-1, 1]."""
-    from PIL import Image
-
-    height, width = size
-    scale = max(height / image.height, width / image.width)
-    crop_h, crop_w = min(height / scale, image.height), min(width / scale, image.width)
-    top, left = (image.height - crop_h) / 2, (image.width - crop_w) / 2
-    box = (left, top, left + crop_w, top + crop_h)
-    fitted = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
-    return np.asarray(fitted, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1

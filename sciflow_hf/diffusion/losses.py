@@ -9,12 +9,19 @@ LOSSES = ("mse", "l1", "huber")
 
 
 def sample_loss(
-    model_pred: torch.Tensor, target: torch.Tensor, *, loss_type: str = "mse", huber_delta: float = 1.0
+    model_pred: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    loss_type: str = "mse",
+    huber_delta: float = 1.0,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean loss of every sample: (B, ...) and (B, ...) -> (B,), float32.
 
     Args:
         loss_type: "mse", "l1" or "huber" (quadratic below `huber_delta`, linear above).
+        mask: weights of the elements, (B, ...) of the same shape, at least 0: the mean becomes
+            sum(mask * loss) / sum(mask), and 0 for a sample whose mask is 0 everywhere.
     """
     pred, target = model_pred.float(), target.float()
     if loss_type == "mse":
@@ -23,7 +30,10 @@ def sample_loss(
         loss = (pred - target).abs()
     else:
         loss = F.huber_loss(pred, target, reduction="none", delta=huber_delta)
-    return loss.flatten(1).mean(dim=1)
+    if mask is None:
+        return loss.flatten(1).mean(dim=1)
+    mask = mask.float().flatten(1)
+    return (mask * loss.flatten(1)).sum(dim=1) / mask.sum(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def flow_weight(

@@ -1,5 +1,6 @@
 """The contract of a model family: how one kind of network is loaded, encoded for, trained and sampled."""
 
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
     from ..training_args import DiffusionTrainingArguments
 
 
+logger = logging.getLogger(__name__)
+
+POSTERIORS = ("mode", "sample")
+
+
 @dataclass
 class ModelFamily(ABC):
     """One model family. The fields are its command-line flags; the methods are all that the rest needs of it.
@@ -26,12 +32,17 @@ class ModelFamily(ABC):
     Args:
         pretrained_model_name_or_path: folder or Hub repository in diffusers layout.
         revision: branch, tag or commit of the Hub repository.
+        posterior: "mode" stores the mean of the VAE's posterior as latents; "sample" its standard deviation, too
+            (twice the bytes of the latents), and training draws a fresh latent per step.
     """
 
     pretrained_model_name_or_path: str = field(
         metadata={"help": "Folder or Hub repository of the pipeline, in diffusers layout."}
     )
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the Hub repository."})
+    posterior: str = field(
+        default="mode", metadata={"help": "Latents of training: mode (the VAE's mean), or sample (drawn each step)."}
+    )
 
     name: ClassVar[str]
     """Command-line name; equals the file name."""
@@ -43,6 +54,10 @@ class ModelFamily(ABC):
     """True where the initial weights are random, so that there is no base model to compare with."""
     lora_presets: ClassVar[dict[str, str]] = {}
     """Names for `--lora_layers`, each a comma list of layer names."""
+
+    def __post_init__(self) -> None:
+        if self.posterior not in POSTERIORS:
+            raise SciflowError(f"`posterior` {self.posterior!r}: use one of {', '.join(POSTERIORS)}.")
 
     @abstractmethod
     def compute_loss(
@@ -58,7 +73,8 @@ class ModelFamily(ABC):
 
         Args:
             model: the network, possibly wrapped (DDP, compile, PEFT).
-            batch: collated samples; `noise_key` (B,) int64 where the loader gave keys.
+            batch: collated samples; `noise_key` (B,) int64 where the loader gave keys; `loss_mask` (B, h, w) where
+                the elements of the latents do not count alike.
             noise: shape of the normalised latents; drawn from the keys unless given.
             levels: final noise levels (B,), after any shift; drawn from the keys unless given.
         """
@@ -68,8 +84,14 @@ class ModelFamily(ABC):
         """The network to train, in `dtype`; with `meta` without weights, for `--dry_run`."""
 
     @abstractmethod
-    def load_encoders(self, *, device: torch.device | str, dtype: torch.dtype) -> Any:
-        """VAE and text encoder, for building caches."""
+    def load_encoders(
+        self, *, device: torch.device | str, dtype: torch.dtype, images: bool = True, text: bool = True
+    ) -> Any:
+        """VAE (with `images`) and text encoder (with `text`), frozen: for building caches."""
+
+    def load_text_encoder(self, *, device: torch.device | str, dtype: torch.dtype) -> Any:
+        """What `encode_prompts` needs and no more, for encoding prompts in training."""
+        return self.load_encoders(device=device, dtype=dtype, images=False)
 
     @abstractmethod
     def encode_images(self, pixel_values: torch.Tensor, encoders: Any) -> dict[str, torch.Tensor]:
@@ -125,6 +147,26 @@ class ModelFamily(ABC):
     def check_sample(self, model: Any, sample: dict[str, torch.Tensor]) -> None:
         """Raises SciflowError where a sample does not fit the network (channels, text width, ids)."""
 
+    def posterior_tensors(self, distribution: Any) -> dict[str, torch.Tensor]:
+        """What a cache stores of diffusers' `DiagonalGaussianDistribution`: (B, C, h, w) each.
+
+        `latents`, its mean, and with `posterior="sample"` `latents_std`, its standard deviation.
+        """
+        mean = {"latents": distribution.mode()}
+        return mean | {"latents_std": distribution.std} if self.posterior == "sample" else mean
+
+    def check_latent_extras(self, sample: dict[str, torch.Tensor]) -> None:
+        """Raises SciflowError where `latents_std` is missing or does not fit `latents`, or `loss_mask` does not."""
+        latents = tuple(sample["latents"].shape)
+        if self.posterior == "sample" and "latents_std" not in sample:
+            raise SciflowError(
+                "`posterior` 'sample': this cache holds no standard deviation (`latents_std`). Build it again by "
+                "`sciflow-hf cache build --posterior sample`, or train on the mode."
+            )
+        for name, expected in (("latents_std", latents), ("loss_mask", latents[-2:])):
+            if name in sample and tuple(sample[name].shape) != expected:
+                raise SciflowError(f"`{name}` {tuple(sample[name].shape)}: `latents` {latents} need {expected}.")
+
     def resolution_mu(self, image_seq_len: int) -> float:
         """Logarithm of the resolution-dependent shift for that many image tokens; 0 where a family has none."""
         return 0.0
@@ -149,6 +191,123 @@ class ModelFamily(ABC):
     def evaluation_levels(self, num_levels: int) -> torch.Tensor:
         """The fixed grid of `eval_loss`, (num_levels,); the same in every run."""
         return timesteps.level_grid(num_levels)
+
+
+@dataclass
+class PipelineFamily(ModelFamily):
+    """A family whose parts diffusers loads and saves as one pipeline folder. Its files name the classes."""
+
+    text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
+    """Parts of the pipeline that encode prompts."""
+
+    @abstractmethod
+    def network_class(self) -> Any:
+        """The diffusers class of the trained network."""
+
+    def config(self, subfolder: str = "") -> dict[str, Any]:
+        """The configuration of one part of the pipeline ("vae", "transformer", "scheduler"), or of the pipeline."""
+        from diffusers import ConfigMixin
+
+        with explain_loading(self.pretrained_model_name_or_path, f"{subfolder or 'pipeline'} configuration"):
+            names = {"": "model_index.json", "scheduler": "scheduler_config.json"}
+            reader: Any = type("Reader", (ConfigMixin,), {"config_name": names.get(subfolder, "config.json")})
+            found: dict[str, Any] = reader.load_config(
+                self.pretrained_model_name_or_path, subfolder=subfolder or None, revision=self.revision
+            )
+            return found
+
+    def load_model(self, *, dtype: torch.dtype, meta: bool = False) -> torch.nn.Module:
+        if meta:
+            with torch.device("meta"):
+                network = self.network_class().from_config(self.config(self.component))
+                return torch.nn.Module.to(network, dtype)
+        with explain_loading(self.pretrained_model_name_or_path, self.component):
+            return self.network_class().from_pretrained(
+                self.pretrained_model_name_or_path, subfolder=self.component, revision=self.revision, dtype=dtype
+            )
+
+    def load_encoders(
+        self, *, device: torch.device | str, dtype: torch.dtype, images: bool = True, text: bool = True
+    ) -> Any:
+        without = [self.component, *(() if images else ("vae",)), *(() if text else self.text_parts)]
+        with explain_loading(self.pretrained_model_name_or_path, "VAE and text encoder"), quiet_loading():
+            pipeline = self.pipeline_class().from_pretrained(
+                self.pretrained_model_name_or_path, revision=self.revision, dtype=dtype, **dict.fromkeys(without)
+            )
+        if text:
+            self.shorten_text_encoder(pipeline)
+        for part in pipeline.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.requires_grad_(False).eval()
+        return pipeline.to(device)
+
+    def shorten_text_encoder(self, pipeline: Any) -> None:
+        """Takes away the parts of the text encoder that `encode_prompts` does not need."""
+
+    def encode_images(self, pixel_values: torch.Tensor, encoders: Any) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            pixel_values = pixel_values.to(encoders.vae.device, encoders.vae.dtype)
+            return self.posterior_tensors(encoders.vae.encode(pixel_values).latent_dist)
+
+    def load_pipeline(
+        self,
+        model: torch.nn.Module | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        with_text_encoder: bool = False,
+    ) -> Any:
+        without: dict[str, Any] = {} if with_text_encoder else dict.fromkeys(self.text_parts)
+        given = {} if model is None else {self.component: model, "dtype": network_dtype(model)}
+        with explain_loading(self.pretrained_model_name_or_path, "pipeline"), quiet_loading():
+            pipeline = self.pipeline_class().from_pretrained(
+                self.pretrained_model_name_or_path, revision=self.revision, **without, **given
+            )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline.to(device)
+
+    def encode_validation_prompts(
+        self, prompts: Sequence[str], *, device: torch.device | str, dtype: torch.dtype
+    ) -> list[dict[str, torch.Tensor]]:
+        encoders = self.load_text_encoder(device=device, dtype=dtype)
+        encoded = self.encode_prompts([*prompts, ""], encoders)
+        rows = [{name: value[i : i + 1].cpu() for name, value in encoded.items()} for i in range(len(prompts) + 1)]
+        return [self.pipeline_inputs(row, rows[-1]) for row in rows[:-1]]
+
+    @abstractmethod
+    def pipeline_inputs(
+        self, prompt: dict[str, torch.Tensor], empty: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Arguments of the pipeline's call from rows (1, ...) of `encode_prompts`: a prompt's and the empty one's."""
+
+    guidance_argument: ClassVar[str] = "guidance_scale"
+    """What the pipeline's call names the guidance of `--validation_guidance_scale`."""
+
+    def generate(
+        self,
+        pipeline: Any,
+        prompt_inputs: dict[str, torch.Tensor],
+        *,
+        height: int,
+        width: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        generator: torch.Generator,
+    ) -> list["Image"]:
+        network = getattr(pipeline, self.component)
+        dtype, device = network_dtype(network), next(network.parameters()).device
+        inputs = {
+            name: value.to(device, dtype if value.is_floating_point() else value.dtype)
+            for name, value in prompt_inputs.items()
+        }
+        images: list[Image] = pipeline(
+            **inputs,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            generator=generator,
+            **{self.guidance_argument: guidance_scale},
+        ).images
+        return images
 
 
 def network_dtype(model: torch.nn.Module) -> torch.dtype:

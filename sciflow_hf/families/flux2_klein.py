@@ -11,7 +11,7 @@ import torch
 from ..diffusion.losses import flow_weight, sample_loss
 from ..diffusion.randomness import batch_keys, randn
 from ..errors import SciflowError
-from .base import ModelFamily, explain_loading, network_dtype, quiet_loading
+from .base import PipelineFamily, explain_loading, network_dtype
 
 if TYPE_CHECKING:
     from ..training_args import DiffusionTrainingArguments
@@ -23,7 +23,7 @@ PATCH = 2
 
 
 @dataclass
-class Flux2Klein(ModelFamily):
+class Flux2Klein(PipelineFamily):
     """FLUX.2 klein.
 
     Args:
@@ -49,7 +49,8 @@ class Flux2Klein(ModelFamily):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rectified flow (Liu et al. 2022; Esser et al. 2024, equation 13): the network predicts noise - latents.
 
-        Batch: `latents` (B, 32, h, w) raw, `prompt_embeds` (B, L, D). Noise: (B, 128, h/2, w/2). Levels: sigmas.
+        Batch: `latents` (B, 32, h, w) raw, `prompt_embeds` (B, L, D), perhaps `loss_mask` (B, h, w).
+        Noise: (B, 128, h/2, w/2). Levels: sigmas.
         """
         latents = self.normalise(patchify(batch["latents"].float()))  # (B, 128, h/2, w/2)
         batch_size, _, height, width = latents.shape
@@ -77,7 +78,9 @@ class Flux2Klein(ModelFamily):
         )[0]
 
         target = pack(noise - latents)
-        loss = sample_loss(model_pred, target, loss_type=args.loss_type, huber_delta=args.huber_delta)
+        mask = batch.get("loss_mask")  # (B, h, w): every channel of a latent pixel counts alike
+        mask = None if mask is None else pack(patchify(mask[:, None].expand_as(batch["latents"])))
+        loss = sample_loss(model_pred, target, loss_type=args.loss_type, huber_delta=args.huber_delta, mask=mask)
         weight = flow_weight(sigmas, weighting_scheme=args.weighting_scheme, min_snr_gamma=args.min_snr_gamma)
         return weight * loss, sigmas
 
@@ -114,52 +117,32 @@ class Flux2Klein(ModelFamily):
                 self.pretrained_model_name_or_path, subfolder="vae", revision=self.revision
             )
 
-    def _config(self, subfolder: str) -> dict[str, Any]:
-        """The configuration of one part of the pipeline; of the pipeline itself for ""."""
-        from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
-
-        loaders = {"": Flux2KleinPipeline, "vae": AutoencoderKLFlux2, "transformer": Flux2Transformer2DModel}
-        with explain_loading(self.pretrained_model_name_or_path, f"{subfolder or 'pipeline'} configuration"):
-            return loaders[subfolder].load_config(
-                self.pretrained_model_name_or_path, subfolder=subfolder or None, revision=self.revision
-            )
-
-    def load_model(self, *, dtype: torch.dtype, meta: bool = False) -> torch.nn.Module:
-        from diffusers import Flux2Transformer2DModel
-
-        if self._config("").get("is_distilled", False):
-            logger.warning(
-                "`%s` is step-distilled: training moves it away from its few-step sampler. Train the base weights "
-                "(FLUX.2-klein-base-*) and use the LoRA on the distilled ones if you like.",
-                self.pretrained_model_name_or_path,
-            )
-        if meta:
-            with torch.device("meta"):
-                return torch.nn.Module.to(Flux2Transformer2DModel.from_config(self._config("transformer")), dtype)
-        with explain_loading(self.pretrained_model_name_or_path, "transformer"):
-            return Flux2Transformer2DModel.from_pretrained(
-                self.pretrained_model_name_or_path,
-                subfolder="transformer",
-                revision=self.revision,
-                dtype=dtype,
-            )
-
     def pipeline_class(self) -> Any:
         from diffusers import Flux2KleinPipeline
 
         return Flux2KleinPipeline
 
-    def load_encoders(self, *, device: torch.device | str, dtype: torch.dtype) -> Any:
-        with explain_loading(self.pretrained_model_name_or_path, "VAE and text encoder"):
-            pipeline = self.pipeline_class().from_pretrained(
-                self.pretrained_model_name_or_path, revision=self.revision, transformer=None, dtype=dtype
-            )
-        return pipeline.to(device)
+    def network_class(self) -> Any:
+        from diffusers import Flux2Transformer2DModel
 
-    def encode_images(self, pixel_values: torch.Tensor, encoders: Any) -> dict[str, torch.Tensor]:
-        with torch.no_grad():
-            pixel_values = pixel_values.to(encoders.vae.device, encoders.vae.dtype)
-            return {"latents": encoders.vae.encode(pixel_values).latent_dist.mode()}
+        return Flux2Transformer2DModel
+
+    def load_model(self, *, dtype: torch.dtype, meta: bool = False) -> torch.nn.Module:
+        if self.config().get("is_distilled", False):
+            logger.warning(
+                "`%s` is step-distilled: training moves it away from its few-step sampler. Train the base weights "
+                "(FLUX.2-klein-base-*) and use the LoRA on the distilled ones if you like.",
+                self.pretrained_model_name_or_path,
+            )
+        return super().load_model(dtype=dtype, meta=meta)
+
+    def shorten_text_encoder(self, pipeline: Any) -> None:
+        truncate(pipeline.text_encoder, max(TEXT_ENCODER_LAYERS))
+
+    def pipeline_inputs(
+        self, prompt: dict[str, torch.Tensor], empty: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        return {"prompt_embeds": prompt["prompt_embeds"], "negative_prompt_embeds": empty["prompt_embeds"]}
 
     def encode_prompts(self, prompts: Sequence[str], encoders: Any) -> dict[str, torch.Tensor]:
         with torch.no_grad():
@@ -178,59 +161,15 @@ class Flux2Klein(ModelFamily):
             "max_sequence_length": self.max_sequence_length,
             "text_encoder_layers": list(TEXT_ENCODER_LAYERS),
             "padding_side": "right",
+            **({"posterior": self.posterior} if self.posterior != "mode" else {}),
         }
 
     def bucket_step(self) -> int:
-        return PATCH * 2 ** (len(self._config("vae")["block_out_channels"]) - 1)
+        return PATCH * 2 ** (len(self.config("vae")["block_out_channels"]) - 1)
 
     def resolution_mu(self, image_seq_len: int) -> float:
         """The line of BFL's sampler for many steps, `compute_empirical_mu` in diffusers; training has no steps."""
         return 0.00016927 * image_seq_len + 0.45666666
-
-    def load_pipeline(
-        self,
-        model: torch.nn.Module | None = None,
-        *,
-        device: torch.device | str = "cpu",
-        with_text_encoder: bool = False,
-    ) -> Any:
-        without = {} if with_text_encoder else {"text_encoder": None, "tokenizer": None}
-        given = {} if model is None else {"transformer": model, "dtype": network_dtype(model)}
-        with explain_loading(self.pretrained_model_name_or_path, "pipeline"), quiet_loading():
-            pipeline = self.pipeline_class().from_pretrained(
-                self.pretrained_model_name_or_path, revision=self.revision, **without, **given
-            )
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline.to(device)
-
-    def encode_validation_prompts(
-        self, prompts: Sequence[str], *, device: torch.device | str, dtype: torch.dtype
-    ) -> list[dict[str, torch.Tensor]]:
-        encoders = self.load_encoders(device=device, dtype=dtype)
-        embeds = self.encode_prompts([*prompts, ""], encoders)["prompt_embeds"].cpu()
-        return [{"prompt_embeds": e[None], "negative_prompt_embeds": embeds[-1:]} for e in embeds[:-1]]
-
-    def generate(
-        self,
-        pipeline: Any,
-        prompt_inputs: dict[str, torch.Tensor],
-        *,
-        height: int,
-        width: int,
-        num_inference_steps: int,
-        guidance_scale: float,
-        generator: torch.Generator,
-    ) -> list[Any]:
-        dtype = network_dtype(pipeline.transformer)
-        inputs = {key: value.to(pipeline.transformer.device, dtype) for key, value in prompt_inputs.items()}
-        return pipeline(
-            **inputs,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            generator=generator,
-        ).images
 
     def check_sample(self, model: Any, sample: dict[str, torch.Tensor]) -> None:
         missing = [key for key in ("latents", "prompt_embeds") if key not in sample]
@@ -243,6 +182,7 @@ class Flux2Klein(ModelFamily):
                 f"`latents` {tuple(latents.shape)}: `{self.name}` takes ({channels}, h, w) with even h and w, "
                 "before patchify. Was the cache built by another family or VAE?"
             )
+        self.check_latent_extras(sample)
         if prompt_embeds.ndim != 2 or prompt_embeds.shape[1] != dim:
             raise SciflowError(
                 f"`prompt_embeds` {tuple(prompt_embeds.shape)}: this network takes (L, {dim}). klein 4B and 9B differ "
@@ -263,6 +203,17 @@ def patchify(latents: torch.Tensor) -> torch.Tensor:
 def pack(latents: torch.Tensor) -> torch.Tensor:
     """(B, C, H, W) -> (B, H*W, C)."""
     return latents.flatten(2).transpose(1, 2)
+
+
+def truncate(text_encoder: Any, depth: int) -> None:
+    """Takes away what hidden state `depth` of a Qwen3 does not need: the layers above, vocabulary projection, norm.
+
+    The norm must go: a model's last hidden state is the normed one, an inner one is not.
+    """
+    text_encoder.model.layers = text_encoder.model.layers[:depth]
+    text_encoder.model.norm = text_encoder.lm_head = torch.nn.Identity()
+    text_encoder.config.num_hidden_layers = len(text_encoder.model.layers)
+    text_encoder.config.layer_types = text_encoder.config.layer_types[:depth]
 
 
 @functools.lru_cache(maxsize=256)

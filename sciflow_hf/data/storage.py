@@ -1,0 +1,290 @@
+"""Files of a cache, on a local disk or behind any fsspec URL: ranges of bytes straight into a buffer."""
+
+import functools
+import io
+import logging
+import os
+import re
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sciflow_hf.errors import CacheError
+
+from .disk_cache import DiskCache
+
+logger = logging.getLogger(__name__)
+
+TRIES = 4
+PAUSE = 1.0  # seconds before the second try; doubles before each further one
+_OPEN_FILES = 64
+_READ_AHEAD = 1 << 18  # bytes: all light columns of a row group at once
+_Buffer = Any  # memoryview or array of bytes; on Python 3.11 mypy does not know that arrays are buffers
+T = TypeVar("T")
+
+
+def is_url(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is an fsspec URL ("hf://...", "s3://...") and not a local path."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", os.fspath(path)) is not None
+
+
+def join(root: str, path: str) -> str:
+    """`path` below `root`; both local, or both of one URL."""
+    return f"{root.rstrip('/')}/{path}" if is_url(root) else os.path.normpath(os.path.join(root, path))
+
+
+def exists(path: str) -> bool:
+    """Whether there is such a file."""
+    if not is_url(path):
+        return os.path.isfile(path)
+    fs, name = _filesystem(path)
+    try:
+        return bool(_try(path, lambda: fs.info(name))["type"] == "file")
+    except FileNotFoundError:
+        return False
+
+
+def size(path: str) -> int:
+    """Bytes of a file. Raises FileNotFoundError."""
+    if not is_url(path):
+        return os.stat(path).st_size
+    fs, name = _filesystem(path)
+    return int(_try(path, lambda: fs.size(name)))
+
+
+def read_into(path: str, offset: int, buffer: _Buffer) -> None:
+    """Fills `buffer` (bytes) from `offset` of a file on; see `reader`."""
+    reader(path)(offset, buffer)
+
+
+def reader(path: str) -> Callable[[int, _Buffer], None]:
+    """A function (offset, buffer) that fills `buffer` with the bytes of the file from `offset` on.
+
+    Raises:
+        FileNotFoundError: no such file.
+        EOFError: the file ends before.
+        CacheError: a remote that does not answer, or does not let us in.
+    """
+    return _UrlFile(path).read_into if is_url(path) else _open_files.get(path).read_into
+
+
+def read(path: str, offset: int, nbytes: int) -> bytes:
+    """`nbytes` bytes of a file; see `read_into`."""
+    buffer = bytearray(nbytes)
+    read_into(path, offset, memoryview(buffer))
+    return bytes(buffer)
+
+
+def open_file(path: str) -> Any:
+    """A seekable binary file, for libraries that want one."""
+    if not is_url(path):
+        return open(path, "rb")
+    return io.BufferedReader(_Raw(path), _READ_AHEAD)
+
+
+def find_files(folder: str, suffix: str) -> list[str]:
+    """Files below `folder` whose names end so, sorted; hidden files and folders are left out."""
+    if is_url(folder):
+        fs, name = _filesystem(folder)
+        protocol = folder.partition("://")[0]
+        below = sorted(str(path) for path in _try(folder, lambda: fs.find(name)))
+        visible = [p for p in below if not any(part.startswith(".") for part in p[len(name) :].split("/"))]
+        return [f"{protocol}://{path.lstrip('/')}" for path in visible if path.endswith(suffix)]
+    found = []
+    for parent, subfolders, files in os.walk(folder):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        found += [Path(parent, name) for name in files if name.endswith(suffix) and not name.startswith(".")]
+    return [str(file) for file in sorted(found)]
+
+
+def use_disk_cache(folder: str | os.PathLike[str] | None, max_bytes: int = 0) -> None:
+    """From now on, what is read from URLs is kept in `folder`, `max_bytes` at most; None: not any more."""
+    global _disk
+    _disk = None if folder is None else DiskCache(folder, max_bytes)
+
+
+_disk: DiskCache | None = None
+
+
+# -- URLs ------------------------------------------------------------------------------------------------------
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the file's name there."""
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise CacheError(
+            f"{url} cannot be opened: {error}. Install what is missing, or copy the cache here."
+        ) from error
+
+
+def _try(url: str, action: Callable[[], T]) -> T:
+    """`action()`, tried again after a pause where the remote fails in a way that may pass.
+
+    Raises:
+        FileNotFoundError, EOFError: at once.
+        CacheError: no access; or no success in `TRIES` tries, with the last reason.
+    """
+    number = 0
+    while True:
+        number += 1
+        try:
+            return action()
+        except EOFError:
+            raise
+        except Exception as error:
+            if denied := _denied(error):
+                raise CacheError(
+                    f"{url}: no access ({denied}). If it is private or gated, ask its owner for access, and log in "
+                    "(`hf auth login` or `HF_TOKEN` for a Hub, the credentials of its own for other storage)."
+                ) from error
+            if isinstance(error, FileNotFoundError):
+                raise
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            if number >= TRIES:
+                raise CacheError(
+                    f"{url} could not be read in {TRIES} tries; the last one ended with {reason}. Look at the network "
+                    "and at the remote's state and go on from the last checkpoint, or copy the cache to a local disk."
+                ) from error
+            logger.warning("%s: %s; try %d of %d follows.", url, reason, number + 1, TRIES)
+            time.sleep(PAUSE * 2 ** (number - 1))
+
+
+def _denied(error: BaseException) -> str:
+    """Why the remote does not let us in; "" if that is not what went wrong."""
+    cause = error.__cause__ or error
+    status = getattr(getattr(cause, "response", None), "status_code", None) or getattr(cause, "status", None)
+    names = {cls.__name__ for cls in type(cause).__mro__}
+    if "RepositoryNotFoundError" in names and status != 403:  # the Hub does not tell strangers what is private
+        return "there is no such repository, or this token may not see it"
+    if status in (401, 403) or isinstance(error, PermissionError):
+        return str(cause).strip().partition("\n")[0] or "permission denied"
+    return ""
+
+
+class _UrlFile:
+    """A file behind a URL."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.filesystem, self.name = _filesystem(url)
+
+    def read_into(self, offset: int, buffer: _Buffer) -> None:
+        view = memoryview(buffer)
+        view[:] = self.fetch(offset, view.nbytes)
+
+    def fetch(self, offset: int, nbytes: int) -> bytes:
+        """Exactly these bytes, from the disk cache where they are known."""
+        if not nbytes:
+            return b""
+        if _disk is None:
+            return self._fetch(offset, nbytes)
+        version = _version(self.url)
+        key = f"{self.url} {version} {offset} {nbytes}"
+        data = _disk.get(key, nbytes)
+        if data is None:
+            data = self._fetch(offset, nbytes)
+            _disk.put(key, data)
+        return data
+
+    def _fetch(self, offset: int, nbytes: int) -> bytes:
+        import fsspec
+
+        # The generic `cat_file` opens a file, which would read 5 MB ahead.
+        generic = type(self.filesystem).cat_file is fsspec.AbstractFileSystem.cat_file
+        options = {"cache_type": "none"} if generic else {}
+
+        def fetch() -> bytes:
+            data = self.filesystem.cat_file(self.name, start=offset, end=offset + nbytes, **options)
+            if len(data) != nbytes:
+                raise EOFError(f"it ends {nbytes - len(data)} bytes early")
+            return bytes(data)
+
+        return _try(self.url, fetch)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _version(url: str) -> str:
+    """Changes when the file behind `url` does: a hash of its size, time and entity tag, as far as they are known."""
+    fs, name = _filesystem(url)
+    return str(_try(url, lambda: fs.ukey(name)))
+
+
+class _Raw(io.RawIOBase):
+    """A file behind a URL as Python's own kind of file, whose reads are retried and kept like all others."""
+
+    def __init__(self, url: str) -> None:
+        self._file, self._size, self._position = _UrlFile(url), size(url), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + (0, self._position, self._size)[whence]
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)[: max(0, self._size - self._position)]
+        self._file.read_into(self._position, view)
+        self._position += len(view)
+        return len(view)
+
+
+# -- local files -----------------------------------------------------------------------------------------------
+
+
+class _OpenFile:
+    """A descriptor that is closed when the last reader lets go of it."""
+
+    __slots__ = ("descriptor", "identity")
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+        self.identity = _identity(os.fstat(self.descriptor))
+
+    def read_into(self, offset: int, buffer: _Buffer) -> None:
+        done, nbytes = 0, buffer.nbytes
+        while done < nbytes:
+            rest = memoryview(buffer)[done:] if done else buffer
+            got = os.preadv(self.descriptor, [rest], offset + done)
+            if not got:
+                raise EOFError(f"it ends {nbytes - done} bytes early")
+            done += got
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        close(self.descriptor)
+
+
+class _OpenFiles:
+    """The files read last, kept open. A file that was replaced on disk is opened anew."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._files: OrderedDict[str, _OpenFile] = OrderedDict()
+
+    def get(self, path: str) -> _OpenFile:
+        identity = _identity(os.stat(path))
+        with self._lock:
+            file = self._files.pop(path, None)
+            if file is None or file.identity != identity:
+                file = _OpenFile(path)
+            self._files[path] = file
+            if len(self._files) > _OPEN_FILES:
+                self._files.popitem(last=False)
+        return file
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+_open_files = _OpenFiles()
