@@ -85,6 +85,7 @@ def add_adapter(model: Any, args: AdapterArguments, *, family: "ModelFamily", se
     """
     if args.no_adapter:
         model.requires_grad_(True)
+        _freeze_idle(model, family)
         return model
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
@@ -94,22 +95,41 @@ def add_adapter(model: Any, args: AdapterArguments, *, family: "ModelFamily", se
         else:
             from peft import LoraConfig
 
+            idle = _inside(family.idle_layers(model))
             config = LoraConfig(
                 r=args.rank,
                 lora_alpha=args.lora_alpha,
                 lora_dropout=args.lora_dropout,
                 use_dora=args.adapter_type == "dora",
                 init_lora_weights="gaussian",
-                target_modules=match_layers(model, args.lora_layers, family.lora_presets),
+                target_modules=[
+                    name
+                    for name in match_layers(model, args.lora_layers, family.lora_presets)
+                    if not f"{name}.".startswith(idle)
+                ],
             )
             model.add_adapter(config, adapter_name=ADAPTER_NAME)
     _to_float32(model)
+    _freeze_idle(model, family)
     facts = adapter_facts(model) or {}
     logger.info(
         "%s on %d layers: rank %s, alpha %s, %s trained parameters (float32).",
         facts["type"], facts["matched"], facts["rank"], facts["alpha"], f"{facts['trainable_parameters']:,}",
     )  # fmt: skip
     return model
+
+
+def _inside(layers: tuple[str, ...]) -> tuple[str, ...]:
+    """How the paths of these layers' parameters begin."""
+    return tuple(f"{layer}." for layer in layers)
+
+
+def _freeze_idle(model: torch.nn.Module, family: "ModelFamily") -> None:
+    """A trained parameter without a gradient is an error in DistributedDataParallel."""
+    idle = _inside(family.idle_layers(model))
+    for name, parameter in model.named_parameters():
+        if name.startswith(idle):
+            parameter.requires_grad_(False)
 
 
 def match_layers(model: torch.nn.Module, layers: str, presets: dict[str, str]) -> list[str]:

@@ -81,7 +81,7 @@ def resolve_demo(family: ModelFamily, data_args: DataArguments, output_dir: str)
     if family.pretrained_model_name_or_path == DEMO:
         from .demo import demo_pipeline
 
-        family.pretrained_model_name_or_path = str(demo_pipeline(folder))
+        family.pretrained_model_name_or_path = str(demo_pipeline(folder, family.name))
     if data_args.input_dir == DEMO:
         from .demo import demo_figures
 

@@ -80,3 +80,12 @@ def assert_resume_is_exact(tmp_path, family, data):
     one, two = weights(whole), weights(again)
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert sum(torch.equal(start[name], two[name]) for name in one) < len(one) / 10
+
+
+def assert_folders_equal(one, two, *, other):
+    """The same bytes in every file; weights that differ in `other`."""
+    files = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(two) for path in two.rglob("*") if path.is_file()) and len(files) > 8
+    assert all((one / file).read_bytes() == (two / file).read_bytes() for file in files)
+    network = "transformer/diffusion_pytorch_model.safetensors"
+    assert (one / network).read_bytes() != (other / network).read_bytes()

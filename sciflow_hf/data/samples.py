@@ -36,6 +36,22 @@ def collate(samples: Sequence[dict[str, Any]], *, pads_text: bool = False) -> di
     return {name: _stack(name, samples) for name in names} | padded
 
 
+def text_rows(texts: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """Encoded prompts, {name: (B, ...)}, one by one and without their padding.
+
+    `prompt_embeds` end with the last token that `prompt_embeds_mask` lets through; a mask that is then all ones is
+    left out, so that a row looks the same whatever prompts it was encoded with.
+    """
+    rows = [{name: value[i] for name, value in texts.items()} for i in range(len(texts["prompt_embeds"]))]
+    for row in rows:
+        if MASK in row:
+            mask = row.pop(MASK).bool()
+            length = int(mask.nonzero()[-1]) + 1 if mask.any() else len(mask)
+            row["prompt_embeds"] = row["prompt_embeds"][:length]
+            row |= {} if mask[:length].all() else {MASK: mask[:length]}
+    return rows
+
+
 def _stack(name: str, samples: Sequence[dict[str, Any]]) -> torch.Tensor:
     values = [torch.as_tensor(sample[name]) for sample in samples]
     shapes = [tuple(value.shape) for value in values]

@@ -17,6 +17,7 @@ from sciflow_hf import __version__
 
 from .index import EMPTY_PROMPT_FILE
 from .jobs import Batch, Job, in_batches, reason
+from .samples import text_rows
 from .sources import to_rgb
 from .stores import STAGING, Skips, Store
 from .views import average_mask, fit_mask, fit_pixels
@@ -137,7 +138,7 @@ class Work:
         self.store.clean()
         file = self.output / EMPTY_PROMPT_FILE
         if self.with_embeds and not file.is_file():  # for caption dropout
-            write_payload(file, {k: v[0] for k, v in self.encode_prompts([""]).items()}, self.dtype)
+            write_payload(file, text_rows(self.encode_prompts([""]))[0], self.dtype)
         if size is None and not self.store.with_text:
             self._write_settings(self._measure())
 
@@ -209,7 +210,7 @@ class Work:
         new = [prompt for prompt in prompts if prompt not in self.texts]
         texts = self.encode_prompts(new) if new else {}
         known = {prompt: self.texts[prompt] for prompt in prompts if prompt in self.texts}
-        self.texts = known | {p: {name: value[i] for name, value in texts.items()} for i, p in enumerate(new)}
+        self.texts = known | dict(zip(new, text_rows(texts) if new else [], strict=True))
         if self.store.with_text:
             return
         for prompt, text in self.texts.items():

@@ -1,5 +1,6 @@
-"""What the recipes' demo needs and no download gives: drawn figures and a tiny klein pipeline."""
+"""What the recipes' demo needs and no download gives: drawn figures and a tiny pipeline of each family."""
 
+from importlib import import_module
 from pathlib import Path
 
 from .figures import make_figures
@@ -17,7 +18,12 @@ def demo_figures(folder: str | Path) -> Path:
     return target if target.is_dir() else make_figures(target)
 
 
-def demo_pipeline(folder: str | Path) -> Path:
-    """The demo's pipeline (`pretrained_model_name_or_path: demo`): made below `folder` at first use."""
-    target = Path(folder) / f"tiny-klein-v{_VERSION}"
-    return target if target.is_dir() else make_tiny_klein(target, size="demo")
+def demo_pipeline(folder: str | Path, family: str = "flux2_klein") -> Path:
+    """A family's tiny pipeline (`pretrained_model_name_or_path: demo`): made below `folder` at first use."""
+    target = Path(folder) / f"tiny-{family.replace('_', '-')}-v{_VERSION}"
+    if target.is_dir():
+        return target
+    if family == "flux2_klein":
+        return make_tiny_klein(target, size="demo")
+    made: Path = import_module(f".tiny_{family}", __name__).make_tiny(target, size="demo")
+    return made

@@ -147,6 +147,10 @@ class ModelFamily(ABC):
     def check_sample(self, model: Any, sample: dict[str, torch.Tensor]) -> None:
         """Raises SciflowError where a sample does not fit the network (channels, text width, ids)."""
 
+    def idle_layers(self, model: Any) -> tuple[str, ...]:
+        """Paths of layers whose output is read by nothing: without a gradient, so neither adapted nor trained."""
+        return ()
+
     def posterior_tensors(self, distribution: Any) -> dict[str, torch.Tensor]:
         """What a cache stores of diffusers' `DiagonalGaussianDistribution`: (B, C, h, w) each.
 
