@@ -1,6 +1,7 @@
 """LoRA and DoRA by PEFT: which layers, added in float32, saved and loaded as diffusers files."""
 
 import difflib
+import fnmatch
 import logging
 import os
 import re
@@ -136,12 +137,12 @@ def match_layers(model: torch.nn.Module, layers: str, presets: dict[str, str]) -
     """Full paths of the linear and convolution layers whose path ends in one of the names.
 
     Args:
-        layers: a preset's name or a comma list. `attn.to_out` means linear layers only, so on FLUX.2 it finds
-            the single blocks', not the ModuleList of the double blocks.
+        layers: a preset's name or a comma list; `*` stands for anything. `attn.to_out` means linear layers only, so
+            on FLUX.2 it finds the single blocks', not the ModuleList of the double blocks.
     """
     names = [name.strip() for name in presets.get(layers, layers).split(",") if name.strip()]
     candidates = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
-    found = {name: [c for c in candidates if c == name or c.endswith("." + name)] for name in names}
+    found = {name: [c for c in candidates if fnmatch.fnmatchcase(f".{c}", f"*.{name}")] for name in names}
     unmatched = [name for name, paths in found.items() if not paths]
     matched = set().union(*found.values()) if found else set()
     if not matched:

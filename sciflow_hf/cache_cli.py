@@ -46,6 +46,7 @@ def add_commands(cache: argparse.ArgumentParser) -> None:
     add("--resolution", type=int, default=1024, help="images become about N x N pixels (default 1024)")
     add("--caption_column", default="caption", help="metadata column with the captions (default caption)")
     add("--max_sequence_length", type=int, help="text tokens per prompt (default: the family's)")
+    add("--no_use_t5", dest="use_t5", action="store_const", const=False, help="sd3: without its third text encoder")
     add("--posterior", choices=("mode", "sample"), help="sample: store the VAE's standard deviation, too")
     add("--batch_size", type=int, default=1, help="images encoded at once (default 1)")
     add("--dtype", choices=_DTYPES, default="bf16", help="of the stored arrays (default bf16)")
@@ -100,6 +101,7 @@ def _build(args: argparse.Namespace) -> None:
         revision=args.revision,
         max_sequence_length=args.max_sequence_length,
         posterior=args.posterior,
+        use_t5=args.use_t5,
     )
     with _processes(args.device) as (device, ranks):
         report = build_cache_for(
@@ -307,6 +309,7 @@ def _comparison(args: argparse.Namespace, cache: "LatentCache") -> Any:
         revision=args.revision or facts.get("revision"),
         max_sequence_length=facts.get("max_sequence_length"),
         posterior=facts.get("posterior"),
+        use_t5=facts.get("use_t5"),
     )
     cache.check_family(family.encoder_settings())
     device = _device(args.device)

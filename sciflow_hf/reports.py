@@ -78,7 +78,10 @@ def _estimate(
     optimizer = trained * 4 * (1 + states)  # gradients and states, float32
     blocks = getattr(model, "_no_split_modules", None) or []
     depth = sum(type(m).__name__ in blocks for m in model.modules())
-    width = max((m.out_features for n, m in model.named_modules() if n.endswith(("x_embedder", "img_in"))), default=0)
+    width = max(
+        (m.out_features for n, m in model.named_modules() if n.endswith(("x_embedder", "context_embedder", "img_in"))),
+        default=0,
+    )
     per_block = tokens * width * 2 * args.train_batch_size
     kept = per_block * (
         depth + ACTIVATIONS_PER_BLOCK if args.activation_checkpointing else depth * ACTIVATIONS_PER_BLOCK

@@ -13,6 +13,7 @@ from transformers.trainer_utils import TrainOutput
 from . import checkpoints, run_facts
 from .adapters import adapter_disabled, adapter_layers
 from .data.buckets import BucketBatchSampler
+from .data.cache import LatentCache
 from .data.loader import BucketLoader, batch_keys_of, evaluation_keys, row_ids_of, training_sampler
 from .data.samples import collate, describe_row
 from .data.stream_loader import StreamLoader
@@ -125,9 +126,13 @@ class DiffusionTrainer(HookedTrainer):
             raise SciflowError("the data set is empty.")
         if callable(getattr(dataset, "check_family", None)):
             dataset.check_family(self.family.encoder_settings())
-        if self.model is not None:
-            streams = isinstance(dataset, StreamingCache)
-            self.family.check_sample(self.model, dataset.first_sample() if streams else dataset[0])
+        if self.model is None:
+            return
+        streams = isinstance(dataset, StreamingCache)
+        self.family.check_sample(self.model, dataset.first_sample() if streams else dataset[0])
+        if isinstance(dataset, LatentCache) and dataset.online_text is None:  # of every bucket the shapes
+            for row in {key[:2]: i for i, key in enumerate(dataset.batch_keys)}.values():
+                self.family.check_sample(self.model, dataset.shapes(row))
 
     def call_model_init(self, trial: Any = None) -> torch.nn.Module:
         model = super().call_model_init(trial)

@@ -94,6 +94,11 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         self._check(row, members, where)
         return members
 
+    def shapes(self, i: int) -> dict[str, torch.Tensor]:
+        """The floating arrays of row `i` without their values: tensors on the `meta` device."""
+        floats = {n: m.shape for n, m in self.members(i).items() if target_dtype(m, self.dtype) == self.dtype}
+        return {name: torch.empty(shape, dtype=self.dtype, device="meta") for name, shape in floats.items()}
+
     def read_into(self, i: int, out: Mapping[str, torch.Tensor], members: Mapping[str, Member] | None = None) -> None:
         """Reads arrays of row `i` (`members`, if they are known already) into contiguous CPU tensors of their shape."""
         self._read(i, self.members(i) if members is None else members, out)

@@ -309,6 +309,8 @@ class PipelineFamily(ModelFamily):
             width=width,
             num_inference_steps=num_inference_steps,
             generator=generator,
+            # Mixed precision returns float32, in which the scheduler goes on; the VAE takes its own dtype.
+            callback_on_step_end=lambda pipe, step, timestep, state: {"latents": state["latents"].to(dtype)},
             **{self.guidance_argument: guidance_scale},
         ).images
         return images

@@ -1,0 +1,258 @@
+"""FLUX.1 [dev] (Black Forest Labs): rectified flow on packed latents, guidance-distilled; CLIP and T5 for the text."""
+
+import functools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from ..diffusion.losses import flow_weight, sample_loss
+from ..diffusion.randomness import batch_keys, randn
+from ..errors import SciflowError
+from .base import PipelineFamily, network_dtype
+
+if TYPE_CHECKING:
+    from ..training_args import DiffusionTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+PATCH = 2
+LONGEST_TEXT = 512  # T5 tokens that the pipeline takes
+
+
+@dataclass
+class Flux(PipelineFamily):
+    """FLUX.1.
+
+    Args:
+        pretrained_model_name_or_path: `black-forest-labs/FLUX.1-dev`, or a folder. Train dev, not the step-distilled
+            schnell; networks that take further channels (Fill, Depth, Canny) are not trained here.
+        posterior: as in the published training, a fresh latent is drawn each step.
+        max_sequence_length: tokens that T5 reads, at most 512. Padding is not masked, so sampling must use the same
+            length. CLIP reads the first 77 tokens and gives the pooled embedding.
+        guidance_scale: what the guidance embedding is told in training. At 1.0 the network's own guidance stays as
+            it is in sampling (3.5 there). Networks without the embedding are told nothing.
+    """
+
+    posterior: str = field(
+        default="sample", metadata={"help": "Latents of training: sample (drawn each step), or mode (the VAE's mean)."}
+    )
+    max_sequence_length: int = field(
+        default=512, metadata={"help": "T5 tokens per prompt. Padding is not masked: sample with the same length."}
+    )
+    guidance_scale: float = field(
+        default=1.0, metadata={"help": "Input of the guidance embedding in training, where the network has one."}
+    )
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        batch: dict[str, torch.Tensor],
+        args: "DiffusionTrainingArguments",
+        *,
+        noise: torch.Tensor | None = None,
+        levels: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rectified flow (Liu et al. 2022; Esser et al. 2024, equation 13): the network predicts noise - latents.
+
+        Batch: `latents` (B, 16, h, w) raw, `prompt_embeds` (B, L, D), `pooled_prompt_embeds` (B, P), perhaps
+        `loss_mask` (B, h, w). Noise: as `latents`. Levels: sigmas.
+        """
+        latents = (batch["latents"].float() - self.latents_shift) * self.latents_scale  # (B, 16, h, w)
+        size, height, width = len(latents), latents.shape[2] // PATCH, latents.shape[3] // PATCH
+
+        keys = batch_keys(batch, size)
+        if noise is None:
+            noise = randn(keys, latents.shape, device=latents.device, draw_on_cpu=not model.training)
+        if levels is None:
+            levels = self.sample_levels(keys, args, image_seq_len=height * width)
+        sigmas = levels.to(latents.device, non_blocking=True)
+        sigma = sigmas.view(-1, 1, 1, 1)
+
+        noisy_latents = (1 - sigma) * latents + sigma * noise
+
+        dtype = network_dtype(model)
+        model_pred = model(
+            hidden_states=pack(noisy_latents).to(dtype),
+            timestep=sigmas,  # the network multiplies by 1000 itself
+            guidance=self.guidance(sigmas),
+            pooled_projections=batch["pooled_prompt_embeds"].to(dtype),
+            encoder_hidden_states=batch["prompt_embeds"].to(dtype),
+            txt_ids=text_ids(batch["prompt_embeds"].shape[1], latents.device),
+            img_ids=image_ids(height, width, latents.device),
+            return_dict=False,
+        )[0]
+
+        target = pack(noise - latents)
+        mask = batch.get("loss_mask")  # (B, h, w): every channel of a latent pixel counts alike
+        mask = None if mask is None else pack(mask[:, None].expand_as(latents))
+        loss = sample_loss(model_pred, target, loss_type=args.loss_type, huber_delta=args.huber_delta, mask=mask)
+        weight = flow_weight(sigmas, weighting_scheme=args.weighting_scheme, min_snr_gamma=args.min_snr_gamma)
+        return weight * loss, sigmas
+
+    name: ClassVar[str] = "flux"
+    text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    lora_presets: ClassVar[dict[str, str]] = {
+        "attention": "to_k,to_q,to_v,to_out.0",
+        "standard": "to_k,to_q,to_v,add_q_proj,add_k_proj,add_v_proj,to_out.0,to_add_out",
+        # `proj_out` alone would be the last layer of the network, too.
+        "full": "to_k,to_q,to_v,add_q_proj,add_k_proj,add_v_proj,to_out.0,to_add_out,ff.net.0.proj,ff.net.2,"
+        "ff_context.net.0.proj,ff_context.net.2,proj_mlp,single_transformer_blocks.*.proj_out",
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.max_sequence_length <= LONGEST_TEXT:
+            raise SciflowError(
+                f"`max_sequence_length` {self.max_sequence_length}: the pipeline of `{self.name}` takes 1 to "
+                f"{LONGEST_TEXT} T5 tokens."
+            )
+
+    def guidance(self, sigmas: torch.Tensor) -> torch.Tensor | None:
+        """(B,), float32: `guidance_scale` for each sample, or None where the network has no guidance embedding."""
+        return torch.full_like(sigmas, self.guidance_scale) if self._has_guidance else None
+
+    def setting(self, part: str, name: str) -> Any:
+        """A value of the configuration of one part; SciflowError where the checkpoint does not say it."""
+        value = self.config(part).get(name)
+        if value is None:
+            raise SciflowError(
+                f"`pretrained_model_name_or_path` {self.pretrained_model_name_or_path!r}: the configuration of its "
+                f"{part} has no `{name}`, which `{self.name}` needs. Is it another kind of model?"
+            )
+        return value
+
+    @functools.cached_property
+    def latents_shift(self) -> float:
+        return float(self.setting("vae", "shift_factor"))
+
+    @functools.cached_property
+    def latents_scale(self) -> float:
+        return float(self.setting("vae", "scaling_factor"))
+
+    @functools.cached_property
+    def _has_guidance(self) -> bool:
+        return bool(self.setting(self.component, "guidance_embeds"))
+
+    def resolution_mu(self, image_seq_len: int) -> float:
+        """The line of BFL's sampler: 0.5 for 256 image tokens, 1.15 for 4096 (`calculate_shift` in diffusers)."""
+        return 0.00016927 * image_seq_len + 0.45666666
+
+    def pipeline_class(self) -> Any:
+        from diffusers import FluxPipeline
+
+        return FluxPipeline
+
+    def network_class(self) -> Any:
+        from diffusers import FluxTransformer2DModel
+
+        return FluxTransformer2DModel
+
+    def load_model(self, *, dtype: torch.dtype, meta: bool = False) -> torch.nn.Module:
+        path, config = self.pretrained_model_name_or_path, self.config(self.component)
+        found, wanted = config.get("_class_name"), self.network_class().__name__
+        if found != wanted:
+            raise SciflowError(
+                f"`pretrained_model_name_or_path` {path!r} holds a {found}, and `{self.name}` trains a {wanted}. Take "
+                "the family of that model."
+            )
+        channels = config.get("out_channels") or config.get("in_channels")
+        if channels != config.get("in_channels"):
+            raise SciflowError(
+                f"`pretrained_model_name_or_path` {path!r}: its network takes `in_channels` "
+                f"{config.get('in_channels')} and returns `out_channels` {channels}, so it sees a second image (Fill, "
+                f"Depth, Canny). `{self.name}` trains text-to-image networks such as FLUX.1-dev."
+            )
+        if not self._has_guidance and not self.config("scheduler").get("use_dynamic_shifting", False):
+            logger.warning(
+                "`%s` looks like FLUX.1-schnell (no guidance embedding, no resolution shift), which is step-distilled: "
+                "training moves it away from its few-step sampler. Train FLUX.1-dev.",
+                path,
+            )
+        return super().load_model(dtype=dtype, meta=meta)
+
+    def encode_prompts(self, prompts: Sequence[str], encoders: Any) -> dict[str, torch.Tensor]:
+        """As the pipeline's `encode_prompt`, without its warning for every caption beyond CLIP's 77 tokens.
+
+        `prompt_embeds` (B, max_sequence_length, D) of T5, `pooled_prompt_embeds` (B, P) of CLIP.
+        """
+        clip, t5 = encoders.text_encoder, encoders.text_encoder_2
+        clip_ids = token_ids(prompts, encoders.tokenizer, encoders.tokenizer.model_max_length)
+        t5_ids = token_ids(prompts, encoders.tokenizer_2, self.max_sequence_length)
+        with torch.no_grad():
+            return {
+                "prompt_embeds": t5(t5_ids.to(t5.device)).last_hidden_state,
+                "pooled_prompt_embeds": clip(clip_ids.to(clip.device)).pooler_output,
+            }
+
+    def pipeline_inputs(
+        self, prompt: dict[str, torch.Tensor], empty: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The empty prompt counts only where the pipeline's `true_cfg_scale` is above 1; its default is off."""
+        return prompt | {f"negative_{name}": value for name, value in empty.items()}
+
+    def encoder_settings(self) -> dict[str, Any]:
+        return {
+            "family": self.name,
+            "pretrained_model_name_or_path": self.pretrained_model_name_or_path,
+            "revision": self.revision,
+            "max_sequence_length": self.max_sequence_length,
+            "padding_side": "right",
+            "posterior": self.posterior,
+        }
+
+    def bucket_step(self) -> int:
+        return PATCH * 2 ** (len(self.setting("vae", "block_out_channels")) - 1)
+
+    def check_sample(self, model: Any, sample: dict[str, torch.Tensor]) -> None:
+        missing = [key for key in ("latents", "prompt_embeds", "pooled_prompt_embeds") if key not in sample]
+        if missing:
+            raise SciflowError(f"a sample of `{self.name}` needs {missing}; it has {sorted(sample)}.")
+        config, latents, prompt_embeds = model.config, sample["latents"], sample["prompt_embeds"]
+        channels = config.in_channels // PATCH**2
+        if latents.ndim != 3 or latents.shape[0] != channels or latents.shape[1] % PATCH or latents.shape[2] % PATCH:
+            raise SciflowError(
+                f"`latents` {tuple(latents.shape)}: `{self.name}` takes ({channels}, h, w) with even h and w, before "
+                "packing. Was the cache built by another family or VAE?"
+            )
+        self.check_latent_extras(sample)
+        widths = {"prompt_embeds": (2, config.joint_attention_dim)}
+        widths["pooled_prompt_embeds"] = (1, config.pooled_projection_dim)
+        for name, (ndim, width) in widths.items():
+            if sample[name].ndim != ndim or sample[name].shape[-1] != width:
+                raise SciflowError(
+                    f"`{name}` {tuple(sample[name].shape)}: this network takes ({'L, ' * (ndim - 1)}{width}). Build "
+                    "the cache with the model that you train."
+                )
+        if "txt_ids" in sample and not torch.equal(
+            sample["txt_ids"].long(), text_ids(prompt_embeds.shape[0], prompt_embeds.device)
+        ):
+            raise SciflowError("`text_ids`: FLUX.1 takes (0, 0, 0) for every text token; the cache stores other ids.")
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """2x2 pixels become a token, in the order (c, ph, pw): (B, C, h, w) -> (B, h/2 * w/2, 4C)."""
+    size, channels, height, width = latents.shape
+    patches = latents.reshape(size, channels, height // PATCH, PATCH, width // PATCH, PATCH)
+    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+@functools.lru_cache(maxsize=256)
+def image_ids(height: int, width: int, device: torch.device) -> torch.Tensor:
+    """Rotary position ids (0, h, w) of the image tokens: (height * width, 3), int64, without a batch axis."""
+    return torch.cartesian_prod(*(torch.arange(size, device=device) for size in (1, height, width)))
+
+
+def text_ids(length: int, device: torch.device) -> torch.Tensor:
+    """(length, 3), int64: text tokens have no position of their own."""
+    return torch.zeros(length, 3, dtype=torch.int64, device=device)
+
+
+def token_ids(prompts: Sequence[str], tokenizer: Any, length: int) -> torch.Tensor:
+    """(B, length): padded or cut; the end token stays."""
+    ids: torch.Tensor = tokenizer(
+        list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
+    return ids

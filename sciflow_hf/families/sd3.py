@@ -1,0 +1,285 @@
+"""Stable Diffusion 3 and 3.5 (Stability AI): rectified flow, a joint transformer, two CLIP text encoders and T5."""
+
+import functools
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from ..diffusion.losses import flow_weight, sample_loss
+from ..diffusion.randomness import batch_keys, randn
+from ..errors import SciflowError
+from .base import PipelineFamily, explain_loading, network_dtype, quiet_loading
+
+if TYPE_CHECKING:
+    from ..training_args import DiffusionTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+PATCH = 2
+LONGEST_TEXT = 512  # T5 tokens that the pipeline takes
+# What `prompt_embeds` is made of: inner states of both CLIPs, the last of T5.
+TEXT_STATES = ("text_encoder -2", "text_encoder_2 -2", "text_encoder_3 -1")
+T5 = ("text_encoder_3", "tokenizer_3")
+
+
+@dataclass
+class SD3(PipelineFamily):
+    """Stable Diffusion 3 medium, 3.5 medium and 3.5 large.
+
+    Args:
+        pretrained_model_name_or_path: `stabilityai/stable-diffusion-3.5-large` or `-medium`, or a folder. Train these,
+            not the distilled `-turbo`.
+        posterior: as in the published training, a fresh latent is drawn each step.
+        max_sequence_length: tokens that T5 reads, at most 512. Padding is not masked, so sampling must use the same
+            length. CLIP always reads the first 77 tokens.
+        use_t5: off, T5 (4.8 billion parameters) is not loaded, and zeros stand for its tokens, as in the pipeline
+            without `text_encoder_3`. What a caption says after CLIP's 77 tokens is then lost.
+        precondition_outputs: compare x0 = noisy_latents - sigma * prediction with the latents, the default of
+            diffusers' scripts. With `mse` that weighs the loss on the velocity by sigma^2.
+    """
+
+    posterior: str = field(
+        default="sample", metadata={"help": "Latents of training: sample (drawn each step), or mode (the VAE's mean)."}
+    )
+    max_sequence_length: int = field(
+        default=256, metadata={"help": "T5 tokens per prompt. Padding is not masked: sample with the same length."}
+    )
+    use_t5: bool = field(default=True, metadata={"help": "Encode prompts by T5, too; zeros in its place without."})
+    precondition_outputs: bool = field(
+        default=False, metadata={"help": "Loss on x0 in place of the velocity: weighs mse by sigma^2."}
+    )
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        batch: dict[str, torch.Tensor],
+        args: "DiffusionTrainingArguments",
+        *,
+        noise: torch.Tensor | None = None,
+        levels: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rectified flow (Esser et al. 2024, equation 13): the network predicts noise - latents.
+
+        Batch: `latents` (B, 16, h, w) raw, `prompt_embeds` (B, L, D), `pooled_prompt_embeds` (B, P), perhaps
+        `loss_mask` (B, h, w). Noise: as `latents`. Levels: sigmas.
+        """
+        latents = (batch["latents"].float() - self.latents_shift) * self.latents_scale  # (B, 16, h, w)
+        batch_size, _, height, width = latents.shape
+
+        keys = batch_keys(batch, batch_size)
+        if noise is None:
+            noise = randn(keys, latents.shape, device=latents.device, draw_on_cpu=not model.training)
+        if levels is None:
+            levels = self.sample_levels(keys, args, image_seq_len=height * width // PATCH**2)
+        sigmas = levels.to(latents.device, non_blocking=True)
+        sigma = sigmas.view(-1, 1, 1, 1)
+
+        noisy_latents = (1 - sigma) * latents + sigma * noise
+
+        dtype = network_dtype(model)
+        model_pred = model(
+            hidden_states=noisy_latents.to(dtype),
+            timestep=1000 * sigmas,  # float32; the network takes 0 to 1000
+            encoder_hidden_states=batch["prompt_embeds"].to(dtype),
+            pooled_projections=batch["pooled_prompt_embeds"].to(dtype),
+            return_dict=False,
+        )[0]
+
+        target = noise - latents
+        if self.precondition_outputs:
+            model_pred, target = noisy_latents - sigma * model_pred.float(), latents
+        mask = batch.get("loss_mask")  # (B, h, w): every channel of a latent pixel counts alike
+        mask = None if mask is None else mask[:, None].expand_as(latents)
+        loss = sample_loss(model_pred, target, loss_type=args.loss_type, huber_delta=args.huber_delta, mask=mask)
+        return self.loss_weight(sigmas, args) * loss, sigmas
+
+    name: ClassVar[str] = "sd3"
+    text_parts: ClassVar[tuple[str, ...]] = (
+        *("text_encoder", "text_encoder_2", "text_encoder_3"),
+        *("tokenizer", "tokenizer_2", "tokenizer_3"),
+    )
+    lora_presets: ClassVar[dict[str, str]] = {
+        "attention": "to_k,to_q,to_v,to_out.0",
+        "standard": "to_k,to_q,to_v,add_q_proj,add_k_proj,add_v_proj,to_out.0,to_add_out",
+        "full": "to_k,to_q,to_v,add_q_proj,add_k_proj,add_v_proj,to_out.0,to_add_out,"
+        "ff.net.0.proj,ff.net.2,ff_context.net.0.proj,ff_context.net.2",
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.max_sequence_length <= LONGEST_TEXT:
+            raise SciflowError(
+                f"`max_sequence_length` {self.max_sequence_length}: the pipeline of `{self.name}` takes 1 to "
+                f"{LONGEST_TEXT} T5 tokens."
+            )
+
+    def loss_weight(self, sigmas: torch.Tensor, args: "DiffusionTrainingArguments") -> torch.Tensor:
+        """Weight of the noise levels, (B,) -> (B,)."""
+        if self.precondition_outputs and args.min_snr_gamma is not None:
+            raise SciflowError(
+                f"`min_snr_gamma` {args.min_snr_gamma} does not go with `precondition_outputs`: it is a weight of the "
+                "loss on the velocity. Leave one of them out."
+            )
+        return flow_weight(sigmas, weighting_scheme=args.weighting_scheme, min_snr_gamma=args.min_snr_gamma)
+
+    def setting(self, part: str, name: str) -> Any:
+        """A value of the configuration of one part; SciflowError where the checkpoint does not say it."""
+        value = self.config(part).get(name)
+        if value is None:
+            raise SciflowError(
+                f"`pretrained_model_name_or_path` {self.pretrained_model_name_or_path!r}: the configuration of its "
+                f"{part} has no `{name}`, which `{self.name}` needs. Is it another kind of model?"
+            )
+        return value
+
+    @functools.cached_property
+    def latents_shift(self) -> float:
+        return float(self.setting("vae", "shift_factor"))
+
+    @functools.cached_property
+    def latents_scale(self) -> float:
+        return float(self.setting("vae", "scaling_factor"))
+
+    @functools.cached_property
+    def _mu(self) -> float:
+        return math.log(self.setting("scheduler", "shift"))
+
+    def resolution_mu(self, image_seq_len: int) -> float:
+        """SD3's shift does not depend on the resolution: that of the scheduler's configuration, 3.0."""
+        return self._mu
+
+    def pipeline_class(self) -> Any:
+        from diffusers import StableDiffusion3Pipeline
+
+        return StableDiffusion3Pipeline
+
+    def network_class(self) -> Any:
+        from diffusers import SD3Transformer2DModel
+
+        return SD3Transformer2DModel
+
+    def load_model(self, *, dtype: torch.dtype, meta: bool = False) -> torch.nn.Module:
+        found, wanted = self.setting(self.component, "_class_name"), self.network_class().__name__
+        if found != wanted:
+            raise SciflowError(
+                f"`pretrained_model_name_or_path` {self.pretrained_model_name_or_path!r} holds a {found}, and "
+                f"`{self.name}` trains a {wanted}. Take the family of that model."
+            )
+        if "turbo" in self.pretrained_model_name_or_path.lower():  # its configuration does not say so
+            logger.warning(
+                "`%s` is step-distilled: training moves it away from its few-step sampler. Train "
+                "stable-diffusion-3.5-large and use the LoRA on turbo if you like.",
+                self.pretrained_model_name_or_path,
+            )
+        return super().load_model(dtype=dtype, meta=meta)
+
+    def idle_layers(self, model: Any) -> tuple[str, ...]:
+        """Of the last block the queries of the text: what they find is thrown away."""
+        last = f"transformer_blocks.{len(model.transformer_blocks) - 1}.attn"
+        return f"{last}.add_q_proj", f"{last}.norm_added_q"
+
+    def load_encoders(
+        self, *, device: torch.device | str, dtype: torch.dtype, images: bool = True, text: bool = True
+    ) -> Any:
+        if text and self.use_t5 and self.config().get(T5[0], [None])[0] is None:
+            raise SciflowError(
+                f"`use_t5`: {self.pretrained_model_name_or_path!r} holds no `{T5[0]}`. Give `--no_use_t5`."
+            )
+        if self.use_t5 or not text:
+            return super().load_encoders(device=device, dtype=dtype, images=images, text=text)
+        without = [self.component, *T5, *(() if images else ("vae",))]
+        with explain_loading(self.pretrained_model_name_or_path, "VAE and text encoders"), quiet_loading():
+            pipeline = self.pipeline_class().from_pretrained(
+                self.pretrained_model_name_or_path, revision=self.revision, dtype=dtype, **dict.fromkeys(without)
+            )
+        for part in pipeline.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.requires_grad_(False).eval()
+        return pipeline.to(device)
+
+    def encode_prompts(self, prompts: Sequence[str], encoders: Any) -> dict[str, torch.Tensor]:
+        """As the pipeline's `encode_prompt`, without its warning for every caption beyond CLIP's 77 tokens.
+
+        `prompt_embeds` (B, 77 + max_sequence_length, D): CLIP's states, padded with zeros to the width of T5's, then
+        T5's. `pooled_prompt_embeds` (B, P): of both CLIPs.
+        """
+        length = encoders.tokenizer.model_max_length
+        with torch.no_grad():
+            one, two = (
+                encoder(token_ids(prompts, tokenizer, length).to(encoder.device), output_hidden_states=True)
+                for tokenizer, encoder in (
+                    (encoders.tokenizer, encoders.text_encoder),
+                    (encoders.tokenizer_2, encoders.text_encoder_2),
+                )
+            )
+            clip = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1)
+            if self.use_t5:
+                ids = token_ids(prompts, encoders.tokenizer_3, self.max_sequence_length)
+                t5 = encoders.text_encoder_3(ids.to(encoders.text_encoder_3.device))[0]
+            else:
+                width = self.setting(self.component, "joint_attention_dim")
+                t5 = clip.new_zeros(len(prompts), self.max_sequence_length, width)
+        clip = torch.nn.functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
+        return {
+            "prompt_embeds": torch.cat([clip, t5], dim=1),
+            "pooled_prompt_embeds": torch.cat([one.text_embeds, two.text_embeds], dim=-1),
+        }
+
+    def pipeline_inputs(
+        self, prompt: dict[str, torch.Tensor], empty: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        return prompt | {f"negative_{name}": value for name, value in empty.items()}
+
+    def encoder_settings(self) -> dict[str, Any]:
+        return {
+            "family": self.name,
+            "pretrained_model_name_or_path": self.pretrained_model_name_or_path,
+            "revision": self.revision,
+            "max_sequence_length": self.max_sequence_length,
+            "text_encoder_layers": list(TEXT_STATES if self.use_t5 else TEXT_STATES[:2]),
+            "padding_side": "right",
+            "posterior": self.posterior,
+            "use_t5": self.use_t5,
+        }
+
+    def bucket_step(self) -> int:
+        return PATCH * 2 ** (len(self.setting("vae", "block_out_channels")) - 1)
+
+    def check_sample(self, model: Any, sample: dict[str, torch.Tensor]) -> None:
+        missing = [key for key in ("latents", "prompt_embeds", "pooled_prompt_embeds") if key not in sample]
+        if missing:
+            raise SciflowError(f"a sample of `{self.name}` needs {missing}; it has {sorted(sample)}.")
+        config, latents = model.config, sample["latents"]
+        channels, tokens = config.in_channels, config.pos_embed_max_size
+        if latents.ndim != 3 or latents.shape[0] != channels or latents.shape[1] % PATCH or latents.shape[2] % PATCH:
+            raise SciflowError(
+                f"`latents` {tuple(latents.shape)}: `{self.name}` takes ({channels}, h, w) with even h and w. Was the "
+                "cache built by another family or VAE?"
+            )
+        if max(latents.shape[1:]) > PATCH * tokens:
+            raise SciflowError(
+                f"`latents` {tuple(latents.shape)}: this network has positions for {tokens} x {tokens} tokens of 2x2 "
+                f"(`pos_embed_max_size`), so for sides of at most {tokens * self.bucket_step()} pixels. Build the "
+                "cache with a smaller `--resolution`."
+            )
+        self.check_latent_extras(sample)
+        widths = {"prompt_embeds": (2, config.joint_attention_dim)}
+        widths["pooled_prompt_embeds"] = (1, config.pooled_projection_dim)
+        for name, (ndim, width) in widths.items():
+            if sample[name].ndim != ndim or sample[name].shape[-1] != width:
+                raise SciflowError(
+                    f"`{name}` {tuple(sample[name].shape)}: this network takes ({'L, ' * (ndim - 1)}{width}). Build "
+                    "the cache with the model that you train."
+                )
+
+
+def token_ids(prompts: Sequence[str], tokenizer: Any, length: int) -> torch.Tensor:
+    """(B, length): padded or cut; the end token stays."""
+    ids: torch.Tensor = tokenizer(
+        list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
+    return ids
