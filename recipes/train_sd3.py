@@ -16,7 +16,7 @@ import sciflow_hf as sf
 
 def main() -> None:
     family, data_args, adapter_args, args = sf.parse_args(
-        sf.load_family("sd3"),
+        sf.SD3,
         sf.DataArguments,
         sf.AdapterArguments,
         sf.DiffusionTrainingArguments,

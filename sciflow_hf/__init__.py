@@ -13,8 +13,13 @@ _PUBLIC = {
     "DataArguments": "data.arguments",
     "DiffusionTrainer": "trainer",
     "DiffusionTrainingArguments": "training_args",
+    "Flux": "families.flux",
     "Flux2Klein": "families.flux2_klein",
     "ModelFamily": "families.base",
+    "PipelineFamily": "families.base",
+    "QwenImage": "families.qwen_image",
+    "SD3": "families.sd3",
+    "SDXL": "families.sdxl",
     "SciflowError": "errors",
     "add_adapter": "adapters",
     "build_cache": "data.build",
@@ -40,8 +45,12 @@ if TYPE_CHECKING:
     from .data.cache import load_cache
     from .errors import CacheError, SciflowError
     from .families import load_family
-    from .families.base import ModelFamily
+    from .families.base import ModelFamily, PipelineFamily
+    from .families.flux import Flux
     from .families.flux2_klein import Flux2Klein
+    from .families.qwen_image import QwenImage
+    from .families.sd3 import SD3
+    from .families.sdxl import SDXL
     from .prepare import prepare_data
     from .reports import debug_batch, plan
     from .run_facts import summary

@@ -211,6 +211,8 @@ def save_adapter(model: Any, folder: str | os.PathLike, *, family: "ModelFamily"
     options = model.peft_config[ADAPTER_NAME].to_dict()
     config = {k: sorted(v) if isinstance(v, set) else v for k, v in options.items()}
     state = get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME)
+    if family.component == "unet":  # the names that LoRA files of UNets have had since before PEFT
+        state = {k.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up."): v for k, v in state.items()}
     state = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     target = Path(folder) / WEIGHT_NAME
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -228,7 +230,7 @@ def save_adapter(model: Any, folder: str | os.PathLike, *, family: "ModelFamily"
 
 def load_adapter_weights(model: torch.nn.Module, folder: str | os.PathLike, *, family: "ModelFamily") -> None:
     """Puts the saved weights into the adapter that `model` already has, bit for bit."""
-    state, _ = _read(str(Path(folder) / WEIGHT_NAME), family)
+    state, _ = _read(str(Path(folder) / WEIGHT_NAME), model, family)
     try:
         _put(model, state, family)
     except (ValueError, RuntimeError) as error:
@@ -256,10 +258,21 @@ def _brief(error: Exception) -> str:
     return text if len(text) <= 300 else f"{text[:300]} ..."
 
 
-def _read(path: str, family: "ModelFamily") -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
-    """State dict and metadata of a LoRA in any layout that the family's pipeline reads; safetensors only."""
+def _read(path: str, model: Any, family: "ModelFamily") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """State dict in PEFT's names, and what `load_lora_adapter` needs beside it: metadata, or alphas by layer.
+
+    Takes any layout that the family's pipeline reads; safetensors only.
+    """
+    from diffusers.utils import convert_unet_state_dict_to_peft
+
+    unet = {"unet_config": model.config} if family.component == "unet" else {}  # for the block numbers of kohya's files
     try:
-        return family.pipeline_class().lora_state_dict(path, use_safetensors=True, return_lora_metadata=True)
+        state, *alphas, metadata = family.pipeline_class().lora_state_dict(
+            path, use_safetensors=True, return_lora_metadata=True, **unet
+        )
+        if unet:
+            state = convert_unet_state_dict_to_peft(state)
+        return state, {"metadata": metadata or None, "network_alphas": alphas[0] if alphas and not metadata else None}
     except Exception as error:  # the Hub's HTTP client has errors of its own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SciflowError(
@@ -285,14 +298,12 @@ def _load_from(path: str, model: Any, family: "ModelFamily") -> None:
                 raise SciflowError(f"`adapter_path` {path!r} cannot be read: {_brief(error)}") from error
         elif not os.path.exists(local) and not _HUB_NAME.fullmatch(path):
             raise SciflowError(f"`adapter_path` {path!r}: there is no such file, folder or Hub repository.")
-        state, metadata = _read(local, family)
+        state, options = _read(local, model, family)
     with warnings.catch_warnings():
         # Without weights (`--dry_run`) torch warns of every tensor that there is nothing to copy to.
         warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter.*")
         try:
-            model.load_lora_adapter(
-                dict(state), prefix=family.component, metadata=metadata or None, adapter_name=ADAPTER_NAME
-            )
+            model.load_lora_adapter(dict(state), prefix=family.component, adapter_name=ADAPTER_NAME, **options)
             if adapter_layers(model):
                 _to_float32(model)
                 _put(model, state, family)  # again: into a 16-bit base PEFT loads the weights rounded

@@ -53,6 +53,7 @@ def build_cache_for(
         encode_prompts=lambda prompts: family.encode_prompts(prompts, encoders()),
         settings=family.encoder_settings(),
         bucket_step=family.bucket_step(),
+        time_ids=family.stores_time_ids,
         **options,
     )
 

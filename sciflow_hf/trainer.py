@@ -178,8 +178,7 @@ class DiffusionTrainer(HookedTrainer):
         both = self.accelerator.pad_across_processes(torch.stack([losses.float(), levels.float()], 1), pad_index=-1)
         pairs = self.accelerator.gather(both).cpu().numpy()
         pairs = pairs[pairs[:, 1] >= 0]
-        scale = max(float(pairs[:, 1].max()), 1.0)  # integer timesteps of DDPM families
-        return quarter_means(pairs[:, 0], pairs[:, 1] / scale)
+        return quarter_means(pairs[:, 0], pairs[:, 1] / self.family.level_range())
 
     def _check_finite(self) -> None:
         if not self._noted:
@@ -281,8 +280,7 @@ class DiffusionTrainer(HookedTrainer):
         losses, base = both[:, : both.shape[1] // 2], both[:, both.shape[1] // 2 :]
         if self._measure_base:
             self._eval_base.update({row: values.tolist() for row, values in zip(rows, base, strict=True)})
-        levels = self.family.evaluation_levels(self.args.eval_levels).numpy()
-        levels = levels / max(float(levels.max()), 1.0)
+        levels = self.family.evaluation_levels(self.args.eval_levels).numpy() / self.family.level_range()
         known = self._eval_base if all(row in self._eval_base for row in rows) else None
         metrics = summarise(losses, levels, rows, self._eval_groups, known)
         if self._user_metrics is not None:

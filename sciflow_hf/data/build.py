@@ -70,6 +70,7 @@ def build_cache(
     codec: str = "none",
     crops: int = 0,
     flip: bool = False,
+    time_ids: bool = False,
     rank: int = 0,
     world_size: int = 1,
     barrier: Callable[[], None] = lambda: None,
@@ -101,6 +102,8 @@ def build_cache(
         codec: "none" or "zstd" (lossless).
         crops: windows at fixed random places of each image, as rows beside the whole image's.
         flip: a mirror image of each row, as a row.
+        time_ids: store `time_ids` (6,) with each row: original height and width, top and left of the crop in the
+            resized image, height and width, in pixels, as SDXL is told them.
         rank: which of `world_size` processes this is; each encodes its share.
         world_size: processes that call this with the same arguments.
         barrier: waits for all of them.
@@ -154,7 +157,7 @@ def build_cache(
     work = Work(
         store, jobs, encode_images, encode_prompts, skips,
         settings=fixed, batch_size=batch_size, samples_per_part=samples_per_part,
-        rank=rank, world_size=world_size, barrier=barrier,
+        time_ids=time_ids, rank=rank, world_size=world_size, barrier=barrier,
     )  # fmt: skip
     with locked(output) if rank == 0 else contextlib.nullcontext():
         work.run()

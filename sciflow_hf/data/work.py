@@ -54,6 +54,7 @@ class Work:
         settings: Mapping[str, Any],
         batch_size: int,
         samples_per_part: int,
+        time_ids: bool = False,
         rank: int,
         world_size: int,
         barrier: Callable[[], None],
@@ -64,6 +65,7 @@ class Work:
         self.rank, self.world_size, self.barrier = rank, world_size, barrier
         self.output, self.dtype, self.with_embeds = store.output, store.layout.dtype, store.layout.embeds != "none"
         self.uses = Counter(job.caption for job in jobs)
+        self.time_ids = time_ids
         self.masked = any(job.record.open_mask is not None for job in jobs)
         self.texts: dict[str, _Tensors] = {}  # of the last batch
         self.samples = self.encoded = self.reused = self.bytes = 0
@@ -192,6 +194,8 @@ class Work:
             if self.masked:
                 height, width = sample["latents"].shape[-2:]
                 sample["loss_mask"] = torch.from_numpy(average_mask(masks[i], (height, width)))
+            if self.time_ids:
+                sample["time_ids"] = torch.tensor([*job.view.original, *job.view.crop, *job.view.size])
             if self.store.with_text:
                 sample |= self.texts.get(job.caption, {})
             if bad := self._not_finite(sample):

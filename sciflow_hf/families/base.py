@@ -50,6 +50,8 @@ class ModelFamily(ABC):
     """Name of the trained network in the pipeline: prefix of LoRA keys, subfolder of full checkpoints."""
     pads_text: ClassVar[bool] = False
     """False: text of different lengths never shares a batch. True: padded to the longest, with a mask."""
+    stores_time_ids: ClassVar[bool] = False
+    """True: a cache has `time_ids` (6,) for each sample: original size, crop, size (see `build_cache`)."""
     from_scratch: ClassVar[bool] = False
     """True where the initial weights are random, so that there is no base model to compare with."""
     lora_presets: ClassVar[dict[str, str]] = {}
@@ -191,6 +193,10 @@ class ModelFamily(ABC):
         if args.timestep_shift == "resolution":
             return self.resolution_mu(image_seq_len)
         return 0.0 if args.timestep_shift == "none" else math.log(float(args.timestep_shift))
+
+    def level_range(self) -> float:
+        """The level of pure noise, by which logs divide levels: 1 for sigmas, the timesteps for DDPM."""
+        return 1.0
 
     def evaluation_levels(self, num_levels: int) -> torch.Tensor:
         """The fixed grid of `eval_loss`, (num_levels,); the same in every run."""

@@ -1,0 +1,60 @@
+"""Fine-tune Stable Diffusion XL base, and checkpoints made of it, on figures: LoRA, DoRA or the whole UNet.
+
+The demo, on any CPU, nothing downloaded:
+    python recipes/train_sdxl.py --config recipes/configs/sdxl_demo.yaml
+Your own figures (a folder of images with metadata.jsonl or .txt captions):
+    python recipes/train_sdxl.py --config recipes/configs/sdxl_lora.yaml \
+        --input_dir my_figures --dataset_dir my_cache --output_dir my_lora
+Several GPUs: put `accelerate launch` (or `torchrun --nproc_per_node N`) in place of `python`.
+First look: add --dry_run (options, layers, buckets, memory) or --debug_batch (shapes, gradients of one batch).
+
+Epsilon or v prediction and the noise schedule are those of the checkpoint's scheduler configuration.
+Hardware: see the header of each file in recipes/configs.
+"""
+
+import sciflow_hf as sf
+
+
+def main() -> None:
+    family, data_args, adapter_args, args = sf.parse_args(
+        sf.SDXL,
+        sf.DataArguments,
+        sf.AdapterArguments,
+        sf.DiffusionTrainingArguments,
+        description=__doc__,
+    )
+    train_dataset, eval_dataset = sf.prepare_data(data_args, family, args)
+
+    model = family.load_model(dtype=args.load_dtype(trained=adapter_args.no_adapter), meta=args.dry_run)
+    sf.add_adapter(model, adapter_args, family=family, seed=args.seed)
+    if args.dry_run:
+        print(sf.plan(model, family, args, train_dataset, eval_dataset))
+        return
+
+    trainer = sf.DiffusionTrainer(
+        model,
+        args,
+        family=family,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        caption_dropout=data_args.caption_dropout,
+        dataset_names=data_args.names(),
+    )
+    if args.debug_batch:
+        print(sf.debug_batch(trainer))
+        return
+
+    trainer.train()
+    if eval_dataset is not None:
+        trainer.evaluate()
+    if args.push_to_hub:
+        trainer.push_to_hub()  # saves and writes the card, too
+    else:
+        trainer.save_model()
+        trainer.create_model_card()
+    if trainer.is_world_process_zero():
+        print(sf.summary(trainer))
+
+
+if __name__ == "__main__":
+    sf.run(main)

@@ -1,0 +1,348 @@
+"""Stable Diffusion XL (Podell et al. 2023): DDPM with a UNet on scaled latents, told of sizes and crops."""
+
+import functools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from ..diffusion import objectives
+from ..diffusion.losses import sample_loss
+from ..diffusion.objectives import add_noise, ddpm_target, ddpm_weight
+from ..diffusion.randomness import batch_keys, randn, uniform
+from ..errors import SciflowError
+from .base import PipelineFamily, network_dtype
+
+if TYPE_CHECKING:
+    from ..training_args import DiffusionTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+PIPELINE_STEP = 8  # pixels: the pipeline takes no other heights and widths
+TIME_IDS = ("original height", "original width", "crop top", "crop left", "height", "width")
+
+
+@dataclass
+class SDXL(PipelineFamily):
+    """Stable Diffusion XL base, and fine-tuned ones: epsilon or v prediction, as the checkpoint's scheduler says.
+
+    Timesteps are integers, drawn uniformly, and the loss has weight 1 or `--min_snr_gamma`'s: the densities, weights
+    and shifts of flow matching have no meaning here. `--weighting_scheme none` says so; its default, logit_normal,
+    is passed over with a warning, any other value is refused, and so is a number for `--timestep_shift`.
+
+    Args:
+        pretrained_model_name_or_path: `stabilityai/stable-diffusion-xl-base-1.0`, a fine-tuned one, or a folder.
+        posterior: "sample", as SDXL was trained, or "mode".
+        max_sequence_length: tokens of a prompt. The text encoders read 77; fewer mean less padding, which takes part
+            in attention, and the pipeline's own encoding always has 77.
+    """
+
+    posterior: str = field(
+        default="sample", metadata={"help": "Latents of training: sample (drawn each step), or mode (the VAE's mean)."}
+    )
+    max_sequence_length: int = field(
+        default=77, metadata={"help": "Tokens per prompt, at most 77. Padding is not masked: sample with the same."}
+    )
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        batch: dict[str, torch.Tensor],
+        args: "DiffusionTrainingArguments",
+        *,
+        noise: torch.Tensor | None = None,
+        levels: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """DDPM (Ho et al. 2020): the network predicts the noise, or v = sqrt(a) noise - sqrt(1 - a) latents.
+
+        Batch: `latents` (B, 4, h, w) raw, `prompt_embeds` (B, L, D), `pooled_prompt_embeds` (B, P), perhaps
+        `time_ids` (B, 6) and `loss_mask` (B, h, w). Noise: (B, 4, h, w). Levels: whole timesteps, 0 to 999.
+        """
+        latents = self.normalise(batch["latents"].float())
+
+        keys = batch_keys(batch, len(latents))
+        if noise is None:
+            noise = randn(keys, latents.shape, device=latents.device, draw_on_cpu=not model.training)
+        if levels is None:
+            levels = self.sample_levels(keys, args, image_seq_len=latents[0, 0].numel())
+        timesteps = levels.to(latents.device, torch.int64, non_blocking=True)
+        alpha_bar = self.alpha_bar_on(latents.device)[timesteps]
+
+        noisy_latents = add_noise(latents, noise, alpha_bar)  # sqrt(a) latents + sqrt(1 - a) noise
+
+        dtype = network_dtype(model)
+        model_pred = model(
+            sample=noisy_latents.to(dtype),
+            timestep=timesteps,
+            encoder_hidden_states=batch["prompt_embeds"].to(dtype),
+            added_cond_kwargs={
+                "text_embeds": batch["pooled_prompt_embeds"].to(dtype),
+                "time_ids": self.time_ids(batch).float(),  # 1024 + 1 is 1024 in bfloat16
+            },
+            return_dict=False,
+        )[0]
+
+        kind = self.prediction_type
+        target = ddpm_target(latents, noise, alpha_bar, prediction_type=kind)
+        mask = batch.get("loss_mask")  # (B, h, w): every channel of a latent pixel counts alike
+        mask = None if mask is None else mask[:, None].expand_as(latents)
+        loss = sample_loss(model_pred, target, loss_type=args.loss_type, huber_delta=args.huber_delta, mask=mask)
+        weight = ddpm_weight(alpha_bar, prediction_type=kind, min_snr_gamma=args.min_snr_gamma)
+        return weight * loss, timesteps.float()
+
+    name: ClassVar[str] = "sdxl"
+    component: ClassVar[str] = "unet"
+    stores_time_ids: ClassVar[bool] = True
+    text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    # standard: all of the attention blocks, which is what kohya's scripts train; full: the convolutions, too.
+    lora_presets: ClassVar[dict[str, str]] = {
+        "attention": "to_k,to_q,to_v,to_out.0",
+        "standard": "to_k,to_q,to_v,to_out.0,proj_in,proj_out,ff.net.0.proj,ff.net.2",
+        "full": "to_k,to_q,to_v,to_out.0,proj_in,proj_out,ff.net.0.proj,ff.net.2,"
+        "conv1,conv2,conv_shortcut,time_emb_proj,downsamplers.0.conv,upsamplers.0.conv",
+    }
+
+    def normalise(self, latents: torch.Tensor) -> torch.Tensor:
+        """(B, 4, h, w): times the VAE's scaling factor, after its mean and deviation per channel where it has them."""
+        vae = self._vae_config
+        if vae.get("latents_mean") is not None and vae.get("latents_std") is not None:
+            mean, std = (torch.tensor(vae[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
+            latents = (latents - mean.to(latents)) / std.to(latents)
+        return latents * vae["scaling_factor"]
+
+    def time_ids(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """(B, 6) in pixels: original height and width, top and left of the crop, height and width.
+
+        A batch without has images that were neither resized nor cropped.
+        """
+        if "time_ids" in batch:
+            return batch["time_ids"]
+        latents, scale = batch["latents"], self._pixels_per_latent
+        height, width = (side * scale for side in latents.shape[-2:])
+        ids = torch.tensor([height, width, 0, 0, height, width])
+        return ids.to(latents.device, non_blocking=True).expand(len(latents), -1)
+
+    # -- the noise schedule ----------------------------------------------------------------------------------------
+
+    def sample_levels(self, keys: torch.Tensor, args: "DiffusionTrainingArguments", image_seq_len: int) -> torch.Tensor:
+        """Timesteps of a batch, uniform in [0, num_train_timesteps): (B,), int64, on the CPU."""
+        check_density(args.weighting_scheme, args.timestep_shift)
+        return (uniform(keys, stream="level") * len(self._alpha_bar)).long()
+
+    def evaluation_levels(self, num_levels: int) -> torch.Tensor:
+        """Midpoints of `num_levels` equal parts of the timesteps, (num_levels,), int64."""
+        return (super().evaluation_levels(num_levels) * len(self._alpha_bar)).long()
+
+    def level_range(self) -> float:
+        """Timesteps, by which logs divide levels."""
+        return float(len(self._alpha_bar))
+
+    @functools.cached_property
+    def prediction_type(self) -> str:
+        """epsilon, v_prediction or sample."""
+        kind: str = self._setting("scheduler", "prediction_type")
+        if kind not in objectives.PREDICTION_TYPES:
+            raise self._cannot("scheduler", "prediction_type", kind, objectives.PREDICTION_TYPES)
+        return kind
+
+    @functools.cached_property
+    def _alpha_bar(self) -> torch.Tensor:
+        """(num_train_timesteps,), float32: DDPM's schedule by the scheduler's configuration, whatever its class."""
+        config = self.config("scheduler")
+        if config.get("trained_betas") is not None:
+            betas = torch.tensor(config["trained_betas"], dtype=torch.float32)
+        else:
+            schedule = self._setting("scheduler", "beta_schedule")
+            if schedule not in objectives.BETA_SCHEDULES:
+                raise self._cannot("scheduler", "beta_schedule", schedule, objectives.BETA_SCHEDULES)
+            betas = objectives.beta_schedule(
+                schedule,
+                self._setting("scheduler", "num_train_timesteps"),
+                beta_start=self._setting("scheduler", "beta_start"),
+                beta_end=self._setting("scheduler", "beta_end"),
+            )
+        return objectives.alphas_cumprod(betas, zero_terminal_snr=config.get("rescale_betas_zero_snr", False))
+
+    def alpha_bar_on(self, device: torch.device) -> torch.Tensor:
+        """The signal's share of the variance at each timestep, (num_train_timesteps,), float32, kept on `device`."""
+        if self._alpha_bar.device != device:
+            self.__dict__["_alpha_bar"] = self._alpha_bar.to(device)
+        return self._alpha_bar
+
+    # -- the checkpoint --------------------------------------------------------------------------------------------
+
+    def _setting(self, part: str, name: str) -> Any:
+        """A value that the configuration of a part must have."""
+        value = self.config(part).get(name)
+        if value is None:
+            raise SciflowError(
+                f"`pretrained_model_name_or_path` {self.pretrained_model_name_or_path!r}: its {part} configuration "
+                f"lacks `{name}`, which `{self.name}` needs. Is it a checkpoint of Stable Diffusion XL?"
+            )
+        return value
+
+    def _cannot(self, part: str, name: str, value: Any, allowed: Sequence[Any]) -> SciflowError:
+        return SciflowError(
+            f"`pretrained_model_name_or_path` {self.pretrained_model_name_or_path!r}: `{name}` in its {part} "
+            f"configuration is {value!r}, but `{self.name}` takes {' or '.join(map(repr, allowed))}."
+        )
+
+    @functools.cached_property
+    def _vae_config(self) -> dict[str, Any]:
+        vae = self.config("vae")
+        if vae.get("shift_factor") is not None:  # the pipeline would decode without it
+            raise self._cannot("vae", "shift_factor", vae["shift_factor"], (None,))
+        return vae | {"scaling_factor": self._setting("vae", "scaling_factor")}
+
+    @functools.cached_property
+    def _pixels_per_latent(self) -> int:
+        return 2 ** (len(self._setting("vae", "block_out_channels")) - 1)
+
+    def pipeline_class(self) -> Any:
+        from diffusers import StableDiffusionXLPipeline
+
+        return StableDiffusionXLPipeline
+
+    def network_class(self) -> Any:
+        from diffusers import UNet2DConditionModel
+
+        return UNet2DConditionModel
+
+    def _check_kind(self) -> None:
+        """Refuses relatives of SDXL: the refiner, inpainting networks (9 channels), UNets that take no sizes."""
+        if self.config().get("requires_aesthetics_score", False):
+            raise self._cannot("pipeline", "requires_aesthetics_score", True, (False,))
+        channels = self._setting("vae", "latent_channels")
+        for name, allowed in (("addition_embed_type", "text_time"), ("in_channels", channels)):
+            value = self._setting("unet", name)
+            if value != allowed:
+                raise self._cannot("unet", name, value, (allowed,))
+
+    def load_model(self, *, dtype: torch.dtype, meta: bool = False) -> torch.nn.Module:
+        self._check_kind()
+        kind, steps, scale = self.prediction_type, len(self._alpha_bar), self._vae_config["scaling_factor"]
+        logger.info("The network predicts %s at %d timesteps; latents are scaled by %g.", kind, steps, scale)
+        return super().load_model(dtype=dtype, meta=meta)
+
+    def load_encoders(
+        self, *, device: torch.device | str, dtype: torch.dtype, images: bool = True, text: bool = True
+    ) -> Any:
+        self._check_kind()
+        dtypes: Any = dtype
+        if images and self.config("vae").get("force_upcast", True):  # its activations overflow in float16
+            dtypes = {"default": dtype, "vae": torch.float32}
+        pipeline = super().load_encoders(device=device, dtype=dtypes, images=images, text=text)
+        if text:
+            self._set_length(pipeline)
+        return pipeline
+
+    def _set_length(self, pipeline: Any) -> None:
+        """The prompts' length, which the pipeline takes from its tokenizers."""
+        tokenizers = (pipeline.tokenizer, pipeline.tokenizer_2)
+        longest = min(tokenizer.model_max_length for tokenizer in tokenizers)
+        if not 3 <= self.max_sequence_length <= longest:
+            raise SciflowError(
+                f"`max_sequence_length` {self.max_sequence_length}: the text encoders of this checkpoint read 3 to "
+                f"{longest} tokens."
+            )
+        for tokenizer in tokenizers:
+            tokenizer.model_max_length = self.max_sequence_length
+
+    def encode_prompts(self, prompts: Sequence[str], encoders: Any) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            prompt_embeds, _, pooled_prompt_embeds, _ = encoders.encode_prompt(
+                list(prompts), do_classifier_free_guidance=False
+            )
+        return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
+
+    def load_pipeline(
+        self,
+        model: torch.nn.Module | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        with_text_encoder: bool = False,
+    ) -> Any:
+        pipeline = super().load_pipeline(model, device=device, with_text_encoder=with_text_encoder)
+        vae, decode = pipeline.vae, pipeline.vae.decode
+        # In mixed precision the network answers in float32, and the pipeline gives that to a bfloat16 VAE.
+        vae.decode = lambda latents, **options: decode(latents.to(vae.dtype), **options)
+        return pipeline
+
+    def pipeline_inputs(
+        self, prompt: dict[str, torch.Tensor], empty: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Guidance away from nothing: zeros where the pipeline is set to `force_zeros_for_empty_prompt`, as SDXL is."""
+        if self.config().get("force_zeros_for_empty_prompt", True):
+            empty = {name: torch.zeros_like(value) for name, value in empty.items()}
+        return prompt | {f"negative_{name}": value for name, value in empty.items()}
+
+    def encoder_settings(self) -> dict[str, Any]:
+        return {
+            "family": self.name,
+            "pretrained_model_name_or_path": self.pretrained_model_name_or_path,
+            "revision": self.revision,
+            "max_sequence_length": self.max_sequence_length,
+            "padding_side": "right",
+            "posterior": self.posterior,
+        }
+
+    def bucket_step(self) -> int:
+        """The UNet halves the latents, too: SDXL's sides are multiples of 32 pixels."""
+        halvings = len(self._setting("unet", "block_out_channels")) - 1
+        return max(self._pixels_per_latent * 2**halvings, PIPELINE_STEP)
+
+    def check_sample(self, model: Any, sample: dict[str, torch.Tensor]) -> None:
+        missing = [key for key in ("latents", "prompt_embeds", "pooled_prompt_embeds") if key not in sample]
+        if missing:
+            raise SciflowError(f"a sample of `{self.name}` needs {missing}; it has {sorted(sample)}.")
+        config = model.config
+        pooled = config.projection_class_embeddings_input_dim - len(TIME_IDS) * config.addition_time_embed_dim
+        latents, prompt_embeds = sample["latents"], sample["prompt_embeds"]
+        if latents.ndim != 3 or latents.shape[0] != config.in_channels:
+            raise SciflowError(
+                f"`latents` {tuple(latents.shape)}: `{self.name}` takes ({config.in_channels}, h, w). Was the cache "
+                "built by another family or VAE?"
+            )
+        self.check_latent_extras(sample)
+        if prompt_embeds.ndim != 2 or prompt_embeds.shape[1] != config.cross_attention_dim:
+            raise SciflowError(
+                f"`prompt_embeds` {tuple(prompt_embeds.shape)}: this network takes (L, {config.cross_attention_dim}), "
+                "both text encoders side by side. Build the cache with the model that you train."
+            )
+        if tuple(sample["pooled_prompt_embeds"].shape) != (pooled,):
+            raise SciflowError(
+                f"`pooled_prompt_embeds` {tuple(sample['pooled_prompt_embeds'].shape)}: this network takes ({pooled},)"
+                ", of the second text encoder. Build the cache with the model that you train."
+            )
+        if "time_ids" not in sample:
+            logger.warning(
+                "This cache has no `time_ids`: every image counts as one that was neither resized nor cropped. "
+                "`sciflow-hf cache build` stores them."
+            )
+        elif tuple(sample["time_ids"].shape) != (len(TIME_IDS),):
+            raise SciflowError(
+                f"`time_ids` {tuple(sample['time_ids'].shape)}: `{self.name}` takes ({len(TIME_IDS)},) numbers, "
+                f"{', '.join(TIME_IDS)}."
+            )
+
+
+@functools.cache  # a warning a process is enough
+def check_density(weighting_scheme: str, timestep_shift: str) -> None:
+    """Refuses what belongs to flow matching; its default, logit_normal, is passed over with a warning."""
+    if weighting_scheme not in ("none", "logit_normal"):
+        raise SciflowError(
+            f"`weighting_scheme` {weighting_scheme!r} is for flow matching. `sdxl` draws timesteps uniformly: use "
+            "none, with `--min_snr_gamma 5` if the loss is to have a weight."
+        )
+    if timestep_shift not in ("none", "resolution"):
+        raise SciflowError(
+            f"`timestep_shift` {timestep_shift!r} is for flow matching. `sdxl` takes the noise schedule of its "
+            "checkpoint as it is: use none."
+        )
+    if weighting_scheme == "logit_normal":
+        logger.warning(
+            "`weighting_scheme` logit_normal, the default, is for flow matching: `sdxl` draws timesteps uniformly. "
+            "`--weighting_scheme none` says the same without this warning."
+        )

@@ -1,0 +1,142 @@
+"""DDPM's schedules, mixing, targets and weights against diffusers' scheduler and against closed forms."""
+
+import math
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
+
+from sciflow_hf.diffusion.objectives import (
+    BETA_SCHEDULES,
+    PREDICTION_TYPES,
+    add_noise,
+    alphas_cumprod,
+    beta_schedule,
+    ddpm_target,
+    ddpm_weight,
+    signal_to_noise,
+)
+
+TIMESTEPS = torch.tensor([0, 40, 500, 999])
+
+
+@pytest.fixture(scope="module")
+def latents():
+    return torch.randn(4, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def noise():
+    return torch.randn(4, 3, 5, 7, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", BETA_SCHEDULES)
+@pytest.mark.parametrize("options", [{}, {"beta_start": 0.00085, "beta_end": 0.012}])
+@pytest.mark.parametrize("num_timesteps", [100, 1000])
+def test_betas_are_diffusers(name, options, num_timesteps):
+    scheduler = DDPMScheduler(beta_schedule=name, num_train_timesteps=num_timesteps, **options)
+    betas = beta_schedule(name, num_timesteps, **options)
+    assert betas.shape == (num_timesteps,) and betas.dtype == torch.float32
+    assert torch.equal(betas, scheduler.betas)
+    assert torch.equal(alphas_cumprod(betas), scheduler.alphas_cumprod)
+
+
+def test_betas_in_closed_form():
+    linear = beta_schedule("linear", 5, beta_start=0.1, beta_end=0.5)
+    torch.testing.assert_close(linear, torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5]))
+    torch.testing.assert_close(alphas_cumprod(linear)[:3], torch.tensor([0.9, 0.9 * 0.8, 0.9 * 0.8 * 0.7]))
+    scaled = beta_schedule("scaled_linear", 3, beta_start=0.01, beta_end=0.09)
+    torch.testing.assert_close(scaled, torch.tensor([0.01, 0.04, 0.09]))
+    # alpha_bar of the cosine schedule is cos^2 itself, relative to step 0, as long as no beta is capped.
+    cosine = alphas_cumprod(beta_schedule("squaredcos_cap_v2", 1000))
+    at = [math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for t in (0, 1, 500, 900)]
+    torch.testing.assert_close(cosine[[0, 499, 899]], torch.tensor([a / at[0] for a in at[1:]]), rtol=1e-4, atol=0)
+    assert beta_schedule("squaredcos_cap_v2", 1000).max() == pytest.approx(0.999)
+    sigmoid = beta_schedule("sigmoid", 3, beta_start=0.0, beta_end=1.0)
+    torch.testing.assert_close(sigmoid, torch.tensor([1 / (1 + math.exp(6)), 0.5, 1 / (1 + math.exp(-6))]))
+
+
+@pytest.mark.parametrize("name", BETA_SCHEDULES)
+def test_zero_terminal_snr(name):
+    """The last step is pure noise, the first as before; between them, diffusers up to its rounding."""
+    betas = beta_schedule(name, 1000)
+    rescaled = alphas_cumprod(betas, zero_terminal_snr=True)
+    assert rescaled[-1] == 0 and signal_to_noise(rescaled)[-1] == 0
+    torch.testing.assert_close(rescaled[0], alphas_cumprod(betas)[0])
+    assert (rescaled.diff() < 0).all()
+    theirs = DDPMScheduler(beta_schedule=name, rescale_betas_zero_snr=True).alphas_cumprod
+    torch.testing.assert_close(rescaled, theirs, rtol=0, atol=1e-6)
+
+
+def test_mixing_and_targets_are_diffusers(latents, noise):
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear")
+    alpha_bar = alphas_cumprod(beta_schedule("scaled_linear", 1000))[TIMESTEPS]
+    noisy = add_noise(latents, noise, alpha_bar)
+    torch.testing.assert_close(noisy, scheduler.add_noise(latents, noise, TIMESTEPS), rtol=1e-6, atol=0)
+    velocity = ddpm_target(latents, noise, alpha_bar, prediction_type="v_prediction")
+    torch.testing.assert_close(velocity, scheduler.get_velocity(latents, noise, TIMESTEPS), rtol=1e-6, atol=1e-6)
+    assert torch.equal(ddpm_target(latents, noise, alpha_bar, prediction_type="epsilon"), noise)
+    assert torch.equal(ddpm_target(latents, noise, alpha_bar, prediction_type="sample"), latents)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_the_sampler_recovers_the_latents_from_each_target(prediction_type, latents, noise):
+    """diffusers' step, given the target as the prediction, finds the clean latents."""
+    scheduler = DDPMScheduler(prediction_type=prediction_type, clip_sample=False)
+    for i, timestep in enumerate(TIMESTEPS[:3]):
+        alpha_bar = scheduler.alphas_cumprod[timestep].expand(1)
+        x0, epsilon = latents[i : i + 1], noise[i : i + 1]
+        target = ddpm_target(x0, epsilon, alpha_bar, prediction_type=prediction_type)
+        found = scheduler.step(target, int(timestep), add_noise(x0, epsilon, alpha_bar)).pred_original_sample
+        torch.testing.assert_close(found, x0, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+def test_min_snr_weights(gamma):
+    """diffusers' scripts divide min(SNR, gamma) by SNR, for v by SNR + 1."""
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear")
+    snr = compute_snr(scheduler, TIMESTEPS)
+    alpha_bar = scheduler.alphas_cumprod[TIMESTEPS]
+    torch.testing.assert_close(signal_to_noise(alpha_bar), snr)
+    least = torch.minimum(snr, torch.tensor(gamma))
+    for kind, expected in (("epsilon", least / snr), ("v_prediction", least / (snr + 1)), ("sample", least)):
+        weight = ddpm_weight(alpha_bar, prediction_type=kind, min_snr_gamma=gamma)
+        torch.testing.assert_close(weight, expected)
+        assert torch.equal(ddpm_weight(alpha_bar, prediction_type=kind), torch.ones(4))
+
+
+def test_min_snr_is_one_loss_on_the_latents(latents, noise):
+    """However the network is parametrised, the weighted loss is min(SNR, gamma) times the error of its latents."""
+    alpha_bar = alphas_cumprod(beta_schedule("linear", 1000))[TIMESTEPS[:3]]
+    x0, epsilon = latents[:3].double(), noise[:3].double()
+    wrong = x0 + 0.1 * latents[1:].double()  # predicted latents
+    a = alpha_bar.double().view(-1, 1, 1, 1)
+    noisy = a.sqrt() * x0 + (1 - a).sqrt() * epsilon
+    implied = {
+        "sample": wrong,
+        "epsilon": (noisy - a.sqrt() * wrong) / (1 - a).sqrt(),
+        "v_prediction": (a.sqrt() * noisy - wrong) / (1 - a).sqrt(),
+    }
+    losses = []
+    for kind, prediction in implied.items():
+        target = ddpm_target(x0, epsilon, alpha_bar.double(), prediction_type=kind)
+        loss = (prediction - target).square().flatten(1).mean(1)
+        losses.append(loss * ddpm_weight(alpha_bar.double(), prediction_type=kind, min_snr_gamma=5.0))
+    torch.testing.assert_close(losses[1], losses[0])
+    torch.testing.assert_close(losses[2], losses[0])
+
+
+def test_pure_noise_has_finite_weights():
+    alpha_bar = torch.tensor([0.0])
+    weights = {k: float(ddpm_weight(alpha_bar, prediction_type=k, min_snr_gamma=5.0)) for k in PREDICTION_TYPES}
+    assert weights == {"epsilon": 1.0, "v_prediction": 0.0, "sample": 0.0}
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match=r"beta_schedule.*'cosinus'.*squaredcos_cap_v2"):
+        beta_schedule("cosinus", 10)
+    with pytest.raises(ValueError, match="num_timesteps"):
+        beta_schedule("linear", 0)
+    with pytest.raises(ValueError, match=r"prediction_type.*'flow'.*v_prediction"):
+        ddpm_target(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1), prediction_type="flow")
