@@ -346,7 +346,7 @@ def test_checkpoints_that_lack_something_are_named(tiny_qwen, tiny_klein, tmp_pa
     for option in ("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope"):
         with pytest.raises(SciflowError, match=f"`{option}` in its transformer's configuration"):
             family_of("transformer", **{option: True}).load_model(dtype=torch.float32)
-    with pytest.raises(SciflowError, match="its transformer is a Flux2Transformer2DModel, but `qwen_image`"):
+    with pytest.raises(SciflowError, match="holds a Flux2Transformer2DModel, but `qwen_image`"):
         QwenImage(pretrained_model_name_or_path=str(tiny_klein)).load_model(dtype=torch.float32, meta=True)
     with pytest.raises(SciflowError, match="cannot load its transformer configuration"):
         QwenImage(pretrained_model_name_or_path=str(tmp_path / "nowhere")).load_model(dtype=torch.float32)

@@ -226,7 +226,23 @@ class PipelineFamily(ModelFamily):
             )
             return found
 
+    def setting(self, part: str, name: str) -> Any:
+        """A value of the configuration of one part; SciflowError where the checkpoint does not say it."""
+        value = self.config(part).get(name)
+        if value is None:
+            raise SciflowError(
+                f"`pretrained_model_name_or_path` {self.pretrained_model_name_or_path!r}: the configuration of its "
+                f"{part} has no `{name}`, which `{self.name}` needs. Is it another kind of model?"
+            )
+        return value
+
     def load_model(self, *, dtype: torch.dtype, meta: bool = False) -> torch.nn.Module:
+        found, wanted = self.setting(self.component, "_class_name"), self.network_class().__name__
+        if found != wanted:
+            raise SciflowError(
+                f"`pretrained_model_name_or_path` {self.pretrained_model_name_or_path!r} holds a {found}, but "
+                f"`{self.name}` trains a {wanted}. Take the family of that model."
+            )
         if meta:
             with torch.device("meta"):
                 network = self.network_class().from_config(self.config(self.component))

@@ -146,12 +146,6 @@ class QwenImage(PipelineFamily):
     def load_model(self, *, dtype: torch.dtype, meta: bool = False) -> torch.nn.Module:
         config = self.config(self.component)
         where = f"`pretrained_model_name_or_path` {self.pretrained_model_name_or_path!r}"
-        kind = config.get("_class_name")
-        if kind != self.network_class().__name__:
-            raise SciflowError(
-                f"{where}: its {self.component} is a {kind}, but `{self.name}` trains a "
-                f"{self.network_class().__name__}. Choose the family of this checkpoint."
-            )
         for option, what in _OTHER_NETWORKS.items():
             if config.get(option):
                 raise SciflowError(f"{where}: `{option}` in its {self.component}'s configuration asks for {what}.")

@@ -126,16 +126,6 @@ class SD3(PipelineFamily):
             )
         return flow_weight(sigmas, weighting_scheme=args.weighting_scheme, min_snr_gamma=args.min_snr_gamma)
 
-    def setting(self, part: str, name: str) -> Any:
-        """A value of the configuration of one part; SciflowError where the checkpoint does not say it."""
-        value = self.config(part).get(name)
-        if value is None:
-            raise SciflowError(
-                f"`pretrained_model_name_or_path` {self.pretrained_model_name_or_path!r}: the configuration of its "
-                f"{part} has no `{name}`, which `{self.name}` needs. Is it another kind of model?"
-            )
-        return value
-
     @functools.cached_property
     def latents_shift(self) -> float:
         return float(self.setting("vae", "shift_factor"))
@@ -163,12 +153,6 @@ class SD3(PipelineFamily):
         return SD3Transformer2DModel
 
     def load_model(self, *, dtype: torch.dtype, meta: bool = False) -> torch.nn.Module:
-        found, wanted = self.setting(self.component, "_class_name"), self.network_class().__name__
-        if found != wanted:
-            raise SciflowError(
-                f"`pretrained_model_name_or_path` {self.pretrained_model_name_or_path!r} holds a {found}, and "
-                f"`{self.name}` trains a {wanted}. Take the family of that model."
-            )
         if "turbo" in self.pretrained_model_name_or_path.lower():  # its configuration does not say so
             logger.warning(
                 "`%s` is step-distilled: training moves it away from its few-step sampler. Train "

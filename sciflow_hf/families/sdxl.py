@@ -142,7 +142,7 @@ class SDXL(PipelineFamily):
     @functools.cached_property
     def prediction_type(self) -> str:
         """epsilon, v_prediction or sample."""
-        kind: str = self._setting("scheduler", "prediction_type")
+        kind: str = self.setting("scheduler", "prediction_type")
         if kind not in objectives.PREDICTION_TYPES:
             raise self._cannot("scheduler", "prediction_type", kind, objectives.PREDICTION_TYPES)
         return kind
@@ -154,14 +154,14 @@ class SDXL(PipelineFamily):
         if config.get("trained_betas") is not None:
             betas = torch.tensor(config["trained_betas"], dtype=torch.float32)
         else:
-            schedule = self._setting("scheduler", "beta_schedule")
+            schedule = self.setting("scheduler", "beta_schedule")
             if schedule not in objectives.BETA_SCHEDULES:
                 raise self._cannot("scheduler", "beta_schedule", schedule, objectives.BETA_SCHEDULES)
             betas = objectives.beta_schedule(
                 schedule,
-                self._setting("scheduler", "num_train_timesteps"),
-                beta_start=self._setting("scheduler", "beta_start"),
-                beta_end=self._setting("scheduler", "beta_end"),
+                self.setting("scheduler", "num_train_timesteps"),
+                beta_start=self.setting("scheduler", "beta_start"),
+                beta_end=self.setting("scheduler", "beta_end"),
             )
         return objectives.alphas_cumprod(betas, zero_terminal_snr=config.get("rescale_betas_zero_snr", False))
 
@@ -172,16 +172,6 @@ class SDXL(PipelineFamily):
         return self._alpha_bar
 
     # -- the checkpoint --------------------------------------------------------------------------------------------
-
-    def _setting(self, part: str, name: str) -> Any:
-        """A value that the configuration of a part must have."""
-        value = self.config(part).get(name)
-        if value is None:
-            raise SciflowError(
-                f"`pretrained_model_name_or_path` {self.pretrained_model_name_or_path!r}: its {part} configuration "
-                f"lacks `{name}`, which `{self.name}` needs. Is it a checkpoint of Stable Diffusion XL?"
-            )
-        return value
 
     def _cannot(self, part: str, name: str, value: Any, allowed: Sequence[Any]) -> SciflowError:
         return SciflowError(
@@ -194,11 +184,11 @@ class SDXL(PipelineFamily):
         vae = self.config("vae")
         if vae.get("shift_factor") is not None:  # the pipeline would decode without it
             raise self._cannot("vae", "shift_factor", vae["shift_factor"], (None,))
-        return vae | {"scaling_factor": self._setting("vae", "scaling_factor")}
+        return vae | {"scaling_factor": self.setting("vae", "scaling_factor")}
 
     @functools.cached_property
     def _pixels_per_latent(self) -> int:
-        return 2 ** (len(self._setting("vae", "block_out_channels")) - 1)
+        return 2 ** (len(self.setting("vae", "block_out_channels")) - 1)
 
     def pipeline_class(self) -> Any:
         from diffusers import StableDiffusionXLPipeline
@@ -214,9 +204,9 @@ class SDXL(PipelineFamily):
         """Refuses relatives of SDXL: the refiner, inpainting networks (9 channels), UNets that take no sizes."""
         if self.config().get("requires_aesthetics_score", False):
             raise self._cannot("pipeline", "requires_aesthetics_score", True, (False,))
-        channels = self._setting("vae", "latent_channels")
+        channels = self.setting("vae", "latent_channels")
         for name, allowed in (("addition_embed_type", "text_time"), ("in_channels", channels)):
-            value = self._setting("unet", name)
+            value = self.setting("unet", name)
             if value != allowed:
                 raise self._cannot("unet", name, value, (allowed,))
 
@@ -290,7 +280,7 @@ class SDXL(PipelineFamily):
 
     def bucket_step(self) -> int:
         """The UNet halves the latents, too: SDXL's sides are multiples of 32 pixels."""
-        halvings = len(self._setting("unet", "block_out_channels")) - 1
+        halvings = len(self.setting("unet", "block_out_channels")) - 1
         return max(self._pixels_per_latent * 2**halvings, PIPELINE_STEP)
 
     def check_sample(self, model: Any, sample: dict[str, torch.Tensor]) -> None:
