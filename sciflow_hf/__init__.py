@@ -13,6 +13,7 @@ _PUBLIC = {
     "DataArguments": "data.arguments",
     "DiffusionTrainer": "trainer",
     "DiffusionTrainingArguments": "training_args",
+    "EMACallback": "callbacks.ema",
     "Flux": "families.flux",
     "Flux2Klein": "families.flux2_klein",
     "ModelFamily": "families.base",
@@ -38,6 +39,7 @@ __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
     from .adapters import AdapterArguments, add_adapter
+    from .callbacks.ema import EMACallback
     from .config import parse_args, run
     from .data.arguments import DataArguments, load_data
     from .data.buckets import BucketBatchSampler

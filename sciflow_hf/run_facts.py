@@ -95,6 +95,7 @@ def validation_callback(trainer: "DiffusionTrainer") -> "ValidationCallback":
         size=(int(size[0]), int(size[1])),
         output_dir=args.output_dir,
         trackers=lambda: trainer.callback_handler.callbacks,
+        weights=trainer.averaged_weights,
     )
 
 

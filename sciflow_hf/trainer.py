@@ -12,6 +12,7 @@ from transformers.trainer_utils import TrainOutput
 
 from . import checkpoints, run_facts
 from .adapters import adapter_disabled, adapter_layers
+from .callbacks.ema import EMACallback
 from .data.buckets import BucketBatchSampler
 from .data.cache import LatentCache
 from .data.loader import BucketLoader, batch_keys_of, evaluation_keys, row_ids_of, training_sampler
@@ -81,6 +82,8 @@ class DiffusionTrainer(HookedTrainer):
         if isinstance(train_dataset, StreamingCache) and args.max_steps <= 0:
             raise SciflowError("`max_steps` is missing: a stream has no end. Say after how many steps to stop.")
         run_facts.prepare_wandb(args)
+        if args.ema_decay is not None:  # before those that look at weights
+            callbacks = [EMACallback(args.ema_decay, args.ema_warmup), *(callbacks or [])]
         if model is not None:
             self._check_model(model)
         super().__init__(

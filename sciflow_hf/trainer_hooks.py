@@ -7,7 +7,7 @@ import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import Trainer
 
 from . import run_facts
 from .adapters import adapter_layers, load_adapter_weights, save_adapter
+from .callbacks.ema import EMACallback
 from .checkpoints import RUN_FACTS, rotate, write_json, write_manifest
 from .data.loader import BucketLoader
 from .data.stream_loader import StreamLoader
@@ -83,8 +84,8 @@ class HookedTrainer(Trainer):
             super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
-        """The parent's; no reader thread outlives it."""
-        with _closed_after(dataloader):
+        """The parent's, of the averaged weights where there are any; no reader thread outlives it."""
+        with _closed_after(dataloader), self.averaged_weights():
             return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def _prepare_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,6 +150,16 @@ class HookedTrainer(Trainer):
             return cls, kwargs
         return Trainer.get_optimizer_cls_and_kwargs(args, model)
 
+    # -- averaged weights ----------------------------------------------------------------------------------------
+
+    @property
+    def _ema(self) -> EMACallback | None:
+        return next((c for c in self.callback_handler.callbacks if isinstance(c, EMACallback)), None)
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """Inside, the network has its averaged weights, if `--ema_decay` asks for them and training has begun."""
+        return nullcontext() if self._ema is None else self._ema.swapped()
+
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
@@ -172,19 +183,29 @@ class HookedTrainer(Trainer):
             rotate(run_dir, limit=limit, newest=folder, best=self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """The adapter as the family's LoRA file, or the network in diffusers layout. Never the frozen base."""
+        """The adapter as the family's LoRA file, or the network in diffusers layout. Never the frozen base.
+
+        A checkpoint gets the weights as trained and the average beside them, any other folder the averaged weights.
+        """
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
+        is_checkpoint = folder.name.startswith("checkpoint-")
+        with nullcontext() if is_checkpoint else self.averaged_weights():
+            self._save_weights(folder)
+        if is_checkpoint and self._ema is not None:
+            self._ema.save(folder)
+        write_json(folder / RUN_FACTS, run_facts.identity(self))
+        if self._eval_base and is_checkpoint:
+            write_json(folder / EVAL_BASE, self._eval_base)
+
+    def _save_weights(self, folder: Path) -> None:
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if adapter_layers(model):
             save_adapter(model, folder, family=self.family)
         else:
             model.save_pretrained(folder / self.family.component)
-        write_json(folder / RUN_FACTS, run_facts.identity(self))
-        if self._eval_base and folder.name.startswith("checkpoint-"):
-            write_json(folder / EVAL_BASE, self._eval_base)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         network: Any = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
@@ -194,6 +215,8 @@ class HookedTrainer(Trainer):
         else:
             saved = type(network).from_pretrained(folder / self.family.component, dtype=network_dtype(network))
             network.load_state_dict(saved.state_dict())
+        if self._ema is not None:
+            self._ema.load(folder, network)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -42,6 +42,9 @@ class DiffusionTrainingArguments(TrainingArguments):
         huber_delta: where `huber` turns linear.
         min_snr_gamma: weight by min(SNR, gamma) on the x0 loss (Hang et al. 2023); None for no such weight.
         eval_levels: noise levels at which every evaluation sample is measured.
+        ema_decay: keep an exponential moving average of the trained weights, which is evaluated, drawn with and saved
+            in `output_dir`; None for none. See `EMACallback`.
+        ema_warmup: let its decay grow with the updates up to `ema_decay`.
         validation_prompts: prompts drawn at the start, every `validation_steps` and at the end.
         validation_size: height and width of those images in pixels; the commonest bucket by default.
         dataloader_threads: threads that read a cache ahead into reused buffers; 0 reads in the main thread, and
@@ -81,6 +84,10 @@ class DiffusionTrainingArguments(TrainingArguments):
     huber_delta: float = field(default=1.0, metadata={"help": "Where the huber loss turns linear."})
     min_snr_gamma: float | None = field(default=None, metadata={"help": "min-SNR weighting (Hang et al. 2023)."})
     eval_levels: int = field(default=4, metadata={"help": "Noise levels at which each evaluation sample is measured."})
+    ema_decay: float | None = field(
+        default=None, metadata={"help": "Decay of the moving average of the trained weights; none when not given."}
+    )
+    ema_warmup: bool = field(default=True, metadata={"help": "Let that decay grow as (1 + n) / (10 + n) up to it."})
 
     validation_prompts: list[str] = field(
         default_factory=list,

@@ -4,7 +4,7 @@ import logging
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,7 @@ class ValidationCallback(TrainerCallback):
         output_dir: the run's folder.
         trackers: returns the trainer's callbacks (`lambda: trainer.callback_handler.callbacks`); those of W&B
             and TensorBoard are given the images.
+        weights: makes a context in which the network has the weights to draw with (`trainer.averaged_weights`).
 
     Raises:
         SciflowError: no prompts, equal seeds, a size that the network cannot draw, or that encoding or
@@ -67,6 +68,7 @@ class ValidationCallback(TrainerCallback):
         size: tuple[int, int],
         output_dir: str | Path,
         trackers: Callable[[], Iterable[TrainerCallback]] | None = None,
+        weights: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         if not prompts or not all(prompt.strip() for prompt in prompts):
             raise SciflowError(f"`validation_prompts` {list(prompts)}: give at least one and no empty one.")
@@ -90,6 +92,7 @@ class ValidationCallback(TrainerCallback):
         self.size = size
         self.folder = Path(output_dir) / "validation"
         self.trackers = trackers
+        self.weights = weights
         self._pairs = [(prompt, seed) for prompt in range(len(self.prompts)) for seed in self.seeds]
         self._prompt_inputs: dict[int, dict[str, torch.Tensor]] = {}
         self._last_step: int | None = None
@@ -128,7 +131,7 @@ class ValidationCallback(TrainerCallback):
         """Draws, writes and logs the images of now under `step` (default: the current one). All ranks."""
         step = state.global_step if step is None else step
         self._encode(args, model)
-        with _at_rest(model) as network:
+        with self.weights(), _at_rest(model) as network:
             sharded = _is_sharded(network)
             share = _share(self._pairs, sharded)
             with self._explained(f"validation at step {step}: cannot load the pipeline"):

@@ -1,6 +1,7 @@
 """One stored array of a sample: where its bytes lie, what they mean, and how they become a tensor."""
 
 import contextlib
+import math
 import struct
 import threading
 import zipfile
@@ -43,7 +44,8 @@ BROKEN = (
 numpy_reader = threading.Lock()
 """numpy reads the headers of arrays by `ast`, which in Python 3.11 may fail in two threads at once."""
 REBUILD = "Run `sciflow-hf cache build` again"
-_CHUNK = 1 << 17  # values: what fits into the processor's cache while a dtype is changed
+_CHUNK = 1 << 17  # values read at once: what fits into the processor's cache while their dtype is changed
+_PIECE = 1 << 15  # values changed at once: torch would start threads of its own for more
 _FP8_MAX = 448.0
 _SIGN_EXPONENT_MANTISSA = 0x87F0 - (1 << 16)  # bits of an int16
 
@@ -75,7 +77,7 @@ class Member:
 
     @property
     def numel(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
 
 def target_dtype(member: Member, dtype: torch.dtype) -> torch.dtype:
@@ -100,9 +102,13 @@ def read_member(member: Member, out: torch.Tensor, where: str) -> None:
         if member.codec == "numpy":
             out.copy_(_from_numpy(member))
         elif member.codec == "zstd":
-            values = torch.empty(member.shape, dtype=DTYPES[member.dtype])
-            _unpack(storage.read(member.file, member.offset, member.nbytes), values)
-            _convert(values, out, _read_scale(member, where))
+            data = np.empty(member.nbytes, dtype=np.uint8)
+            storage.read_into(member.file, member.offset, data)
+            same = DTYPES[member.dtype] == out.dtype
+            values = out if same else torch.empty(member.shape, dtype=DTYPES[member.dtype])
+            _unpack(data, values)
+            if not same:
+                _convert(values, out, _read_scale(member, where))
         elif member.nbytes != member.numel * DTYPES[member.dtype].itemsize:
             raise ValueError(f"{member.nbytes} bytes cannot be {member.dtype} of shape {member.shape}")
         elif DTYPES[member.dtype] == out.dtype:
@@ -167,7 +173,7 @@ class _Scratch(threading.local):
 
     def __init__(self) -> None:
         self.stored = torch.empty(_CHUNK * 8, dtype=torch.uint8)
-        self.floats = torch.empty(_CHUNK, dtype=torch.float32)
+        self.floats = torch.empty(_PIECE, dtype=torch.float32)
 
 
 _scratch = _Scratch()
@@ -198,18 +204,17 @@ def _convert(values: torch.Tensor, out: torch.Tensor, scale: torch.Tensor | None
     elif values.dtype == out.dtype:
         out.copy_(values)
     else:
-        source, target = values.view(-1), out.view(-1)
-        for start in range(0, source.numel(), _CHUNK):
-            _cast(source[start : start + _CHUNK], target[start : start + _CHUNK])
+        _cast(values.view(-1), out.view(-1))
 
 
 def _cast(values: torch.Tensor, out: torch.Tensor) -> None:
     """float16 to bfloat16 goes through float32: 3 times faster, equal."""
-    if values.dtype == torch.float16 and out.dtype == torch.bfloat16:
-        floats = _scratch.floats[: len(values)]
-        out.copy_(floats.copy_(values))
-    else:
-        out.copy_(values)
+    floats = _scratch.floats
+    for piece, target in zip(values.split(_PIECE), out.split(_PIECE), strict=True):
+        if values.dtype == torch.float16 and out.dtype == torch.bfloat16:
+            target.copy_(floats[: len(piece)].copy_(piece))
+        else:
+            target.copy_(piece)
 
 
 def _from_numpy(member: Member) -> torch.Tensor:
@@ -253,7 +258,7 @@ def _dequantise(values: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) ->
     torch's own cast of float8.
     """
     codes, target = values.reshape(len(scale), -1).view(torch.int8), out.view(len(scale), -1)
-    rows = max(1, _CHUNK // max(1, codes.shape[1]))
+    rows = max(1, _PIECE // max(1, codes.shape[1]))
     for start in range(0, len(scale), rows):
         bits = codes[start : start + rows].to(torch.int16)  # the sign comes along
         bits.bitwise_left_shift_(4).bitwise_and_(_SIGN_EXPONENT_MANTISSA)
@@ -261,7 +266,7 @@ def _dequantise(values: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) ->
         target[start : start + rows].copy_(floats.mul_(scale[start : start + rows, None]))
 
 
-def _unpack(data: bytes, out: torch.Tensor) -> None:
+def _unpack(data: np.ndarray, out: torch.Tensor) -> None:
     """The inverse of `_pack`."""
     import pyarrow as pa
 
@@ -269,19 +274,19 @@ def _unpack(data: bytes, out: torch.Tensor) -> None:
     raw = out.numel() if high_bytes else 0
     if len(data) < raw:
         raise ValueError(f"{len(data)} bytes cannot hold {out.numel()} values")
-    packed, size = memoryview(data)[: len(data) - raw], out.numel() * out.dtype.itemsize - raw
+    packed, size = pa.py_buffer(data[: len(data) - raw]), out.numel() * out.dtype.itemsize - raw
     try:
         plain = np.frombuffer(pa.Codec("zstd").decompress(packed, decompressed_size=size), dtype=np.uint8)
     except pa.ArrowException as error:
         raise ValueError(f"zstd: {error}") from error
     if len(plain) != size:
         raise ValueError(f"zstd: {len(plain)} bytes in place of {size}")
-    target = as_bytes(out)
     if high_bytes:
-        target[1::2] = plain
-        target[0::2] = np.frombuffer(data, dtype=np.uint8, offset=len(data) - raw)
+        words = as_bytes(out).view("<u2")
+        np.left_shift(plain, 8, out=words, dtype=np.uint16)
+        np.bitwise_or(words, np.frombuffer(data, dtype=np.uint8, offset=len(data) - raw), out=words)
     else:
-        target[:] = plain
+        as_bytes(out)[:] = plain
 
 
 def _pack(values: torch.Tensor) -> bytes:

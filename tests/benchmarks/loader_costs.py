@@ -1,0 +1,247 @@
+"""Parts 3 to 5 of the loader benchmark: memory, bytes on disk, and building on two processes."""
+
+import gc
+import itertools
+import multiprocessing
+import os
+import shutil
+import statistics
+import time
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image
+
+from sciflow_hf.data.buckets import BucketBatchSampler
+from sciflow_hf.data.build import build_cache
+from sciflow_hf.data.cache import load_cache
+from sciflow_hf.data.convert import convert_cache
+from sciflow_hf.data.loader import BucketLoader
+
+from .klein import quiet
+from .loader_data import Data, disk_bytes, in_new_process, index_row, write_index
+
+INDEX_ROWS = 1_000_000
+MIB = 1 << 20
+LOADER_MEMORY_GOAL, INDEX_SECONDS_GOAL, INDEX_MEMORY_GOAL, BUILD_GOAL = 50, 2.0, 300, 1.7  # MB, s, MB, times
+BYTES_SAMPLES, ROWS_PER_PROMPT = 12, 3
+IMAGES, IMAGE_SECONDS = 100, 0.05  # of the stub encoder
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+# -- memory ------------------------------------------------------------------------------------------------------
+
+
+def loader_memory(folder: str, batch_size: int, accumulation: int, threads: int) -> tuple[int, int]:
+    """Growth of a fresh process at its largest while it trains, and bytes of a batch."""
+    cache = load_cache(folder)
+    cache.read_into(0, {n: torch.empty(m.shape, dtype=torch.bfloat16) for n, m in cache.members(0).items()
+                        if n in ("latents", "prompt_embeds")})  # fmt: skip
+    sampler = BucketBatchSampler(cache.batch_keys, batch_size=batch_size, accumulation_steps=accumulation)
+    gc.collect()
+    before, largest, nbytes = resident(), 0, 0
+    loader = BucketLoader(cache, sampler, threads=threads, buffers=accumulation + 2)
+    held: list[Any] = []
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        batches = iter(loader)
+        # As the Trainer does: all batches of a step at once, while it still has its hands on those of the last one.
+        for _ in range(len(sampler) // accumulation):
+            held = list(itertools.islice(batches, accumulation))
+            nbytes = max(nbytes, sum(value.nbytes for value in held[0].values()))
+            time.sleep(0.02 * accumulation)  # so that the threads fill what they may
+            largest = max(largest, resident())
+            for number in range(len(held)):
+                held[number].release()
+    return largest - before, nbytes
+
+
+def open_index_process(folder: str) -> dict[str, float]:
+    """Seconds and growth of a fresh process as it opens an index, and as it gets an epoch's order ready."""
+    before, start = resident(), time.perf_counter()
+    cache = load_cache(folder)
+    opened = {"open_s": time.perf_counter() - start, "open_mb": (resident() - before) / 1e6}
+    sampler = BucketBatchSampler(cache.batch_keys, batch_size=2)
+    next(iter(sampler))
+    return opened | {"ready_s": time.perf_counter() - start, "ready_mb": (resident() - before) / 1e6}
+
+
+def write_large_index(data: Data, folder: Path) -> None:
+    """A million rows in the npz layout, and one (empty) payload a part, so that the folder is taken for a cache."""
+    (folder / "2015").mkdir(parents=True, exist_ok=True)
+    for part, rows in enumerate(np.array_split(np.arange(INDEX_ROWS), 4)):
+        papers = [f"2015/15{row // 8 % 12 + 1:02d}.{row // 8:06d}" for row in rows]
+        one = index_row(data, 0, "", "")
+        columns = {name: pa.array([one[name]] * len(rows)) for name in one}
+        columns["image_path"] = pa.array([f"{paper}/{row}.png" for paper, row in zip(papers, rows, strict=True)])
+        columns["cache_path"] = pa.array([f"{p}/{row}_flux_latents.npz" for p, row in zip(papers, rows, strict=True)])
+        columns["caption"] = pa.array([f"Figure {row}: an architecture with {row % 7} blocks." for row in rows])
+        write_index(pa.table(columns), folder / f"2015/2015_rank0_part{part}.parquet")
+        first = folder / columns["cache_path"][0].as_py()
+        first.parent.mkdir(parents=True, exist_ok=True)
+        first.touch()
+
+
+def measure_memory(data: Data, *, batch_size: int) -> dict[str, Any]:
+    result: dict[str, Any] = {"loader": [], "goal_mb": LOADER_MEMORY_GOAL}
+    for source in ("shards", "npz fp16"):
+        for accumulation in (n for n in (1, 4, 8) if n * batch_size <= data.samples):
+            grown, nbytes = in_new_process(loader_memory, str(data.path(source)), batch_size, accumulation, 2)
+            above = grown - (accumulation + 2) * nbytes
+            result["loader"].append({
+                "source": source, "accumulation": accumulation, "batch_mb": nbytes / 1e6,
+                "grown_mb": grown / 1e6, "above_mb": above / 1e6,
+            })  # fmt: skip
+    folder = data.folder.parent / "index"
+    if not folder.exists():
+        partial = folder.with_name(".index")
+        shutil.rmtree(partial, ignore_errors=True)
+        write_large_index(data, partial)
+        partial.rename(folder)
+    runs = [in_new_process(open_index_process, str(folder)) for _ in range(3)]
+    result["index"] = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+    return result
+
+
+def print_memory(result: dict[str, Any]) -> None:
+    print(f"  {'':<12}{'accumulation':>13}{'batch MB':>10}{'grown MB':>10}{'above (accumulation + 2) batches':>36}")
+    for row in result["loader"]:
+        figures = f"{row['accumulation']:>13}{row['batch_mb']:>10.1f}{row['grown_mb']:>10.1f}{row['above_mb']:>36.1f}"
+        print(f"  {row['source']:<12}{figures}")
+    print(f"  goal: at most {LOADER_MEMORY_GOAL} MB above")
+    found = result["index"]
+    print(
+        f"  an index of {INDEX_ROWS:,} rows: open in {found['open_s']:.2f} s and {found['open_mb']:.0f} MB (goals: "
+        f"{INDEX_SECONDS_GOAL:g} s, {INDEX_MEMORY_GOAL} MB); with an epoch's order {found['ready_s']:.2f} s and "
+        f"{found['ready_mb']:.0f} MB"
+    )
+
+
+# -- bytes -------------------------------------------------------------------------------------------------------
+
+
+def measure_bytes(data: Data) -> list[dict[str, Any]]:
+    """Payload bytes a sample of each way to store the same float32 npz files."""
+    count = min(BYTES_SAMPLES, data.samples)
+    folder = data.folder / "bytes"
+    shutil.rmtree(folder, ignore_errors=True)
+    whole = sum((data.path("npz fp32") / f"2015/p/{i}_flux_latents.npz").stat().st_size for i in range(count)) / count
+    rows = [{"stored": "npz fp32", "bytes": whole, "times_smaller": 1.0, "over_bf16": None, "error": None}]
+    plain = 0.0
+    for title, per_prompt, options, goal in (
+        ("bf16 shards, every prompt distinct", 1, {}, 2.0),
+        (f"bf16 shards, 1 in {ROWS_PER_PROMPT} prompts distinct", ROWS_PER_PROMPT, {}, None),
+        ("zstd shards", 1, {"codec": "zstd"}, 1.4),
+        ("fp8 shards", 1, {"embeds": "fp8"}, 1.9),
+        ("fp8 and zstd shards", 1, {"embeds": "fp8", "codec": "zstd"}, None),
+        ("online: latents alone", 1, {"embeds": "none"}, 13.0),
+    ):
+        write_float_cache(data, folder, count, per_prompt)
+        with quiet():
+            report = convert_cache(folder / "in", folder / "out", **options)
+        stored = disk_bytes(folder / "out") / count
+        plain = plain or stored
+        rows.append({
+            "stored": title, "bytes": stored, "times_smaller": whole / stored, "over_bf16": plain / stored,
+            "goal": goal, "error": report.fp8_error_mean, "error_max": report.fp8_error_max,
+        })  # fmt: skip
+        shutil.rmtree(folder)
+    return rows
+
+
+def write_float_cache(data: Data, folder: Path, count: int, per_prompt: int) -> None:
+    """float32 npz files in which `per_prompt` rows share a caption and its embedding."""
+    (folder / "in/2015").mkdir(parents=True)
+    rows = []
+    for i in range(count):
+        first = i - i % per_prompt
+        path = f"2015/{i}_flux_latents.npz"
+        arrays = {"latents": data.halves(i)["latents"], "prompt_embeds": data.halves(first)["prompt_embeds"]}
+        np.savez(folder / "in" / path, **{name: value.astype(np.float32) for name, value in arrays.items()})
+        rows.append(index_row(data, i, path, f"caption {first}"))
+    write_index(pa.Table.from_pylist(rows), folder / "in/2015/2015_rank0_part0.parquet")
+
+
+def print_bytes(rows: list[dict[str, Any]]) -> None:
+    print("  embeddings: normal values, log-normal scale per channel (deviation 0.7), so that exponents repeat as in")
+    print("  a text encoder's output; all files of the cache count, per sample")
+    print(f"  {'':<38}{'MB':>8}{'smaller than fp32':>19}{'than bf16':>11}")
+    for row in rows:
+        over = "" if row["over_bf16"] is None else f"{row['over_bf16']:.2f}"
+        note = f"   goal {row['goal']:g}" if row.get("goal") else ""
+        note += (
+            f"   relative error of a token {row['error']:.3f}, at most {row['error_max']:.3f}" if row["error"] else ""
+        )
+        print(f"  {row['stored']:<38}{row['bytes'] / 1e6:>8.2f}{row['times_smaller']:>19.2f}{over:>11}{note}")
+
+
+# -- building ----------------------------------------------------------------------------------------------------
+
+
+def sleepy_images(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    time.sleep(IMAGE_SECONDS * len(pixels))
+    return {"latents": pixels[:, :, ::8, ::8].contiguous()}
+
+
+def quick_prompts(prompts: list[str]) -> dict[str, torch.Tensor]:
+    return {"prompt_embeds": torch.ones(len(prompts), 16, 64)}
+
+
+def build_rank(source: str, output: str, rank: int, world_size: int, barrier: Barrier, taken: Any) -> None:
+    torch.set_num_threads(1)
+    barrier.wait()
+    start = time.perf_counter()
+    with quiet():
+        build_cache(
+            source, output, encode_images=sleepy_images, encode_prompts=quick_prompts, settings={"family": "stub"},
+            bucket_step=8, resolution=64, rank=rank, world_size=world_size, barrier=barrier.wait,
+        )  # fmt: skip
+    barrier.wait()
+    taken.put(time.perf_counter() - start)
+
+
+def measure_build(data: Data, *, rounds: int) -> dict[str, Any]:
+    """Seconds of a build on one and on two processes, with an encoder that does nothing but take its time."""
+    folder, context = data.folder / "build", multiprocessing.get_context("spawn")
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "images").mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 255, (IMAGES, 64, 64, 3), dtype=np.uint8)
+    for i, picture in enumerate(pixels):
+        Image.fromarray(picture).save(folder / f"images/{i}.png")
+        (folder / f"images/{i}.txt").write_text(f"figure {i}")
+    times: dict[int, list[float]] = {1: [], 2: []}
+    for number in range(rounds):
+        for world_size in times:
+            barrier, taken, output = context.Barrier(world_size), context.Queue(), folder / f"{number}_{world_size}"
+            ranks = [
+                context.Process(
+                    target=build_rank, args=(str(folder / "images"), str(output), rank, world_size, barrier, taken)
+                )
+                for rank in range(world_size)
+            ]
+            for process in ranks:
+                process.start()
+            times[world_size].append(max(taken.get() for _ in ranks))
+            for process in ranks:
+                process.join()
+            if len(load_cache(output)) != IMAGES:
+                raise ValueError(f"{world_size} processes built {len(load_cache(output))} samples of {IMAGES}")
+    shutil.rmtree(folder)
+    ratio = statistics.median(one / two for one, two in zip(times[1], times[2], strict=True))
+    return {"one_s": statistics.median(times[1]), "two_s": statistics.median(times[2]), "ratio": ratio}
+
+
+def print_build(found: dict[str, Any]) -> None:
+    print(
+        f"  {IMAGES} images of {1e3 * IMAGE_SECONDS:.0f} ms: one process {found['one_s']:.2f} s, two "
+        f"{found['two_s']:.2f} s: {found['ratio']:.2f} times as fast (goal {BUILD_GOAL})"
+    )
