@@ -129,11 +129,16 @@ def test_files_and_flags_exist(path: Path) -> None:
     missing += [t for t in named_paths(text) if not (ROOT / t).exists()]
     assert missing == []
     known = {flag for recipe in RECIPES for flag in option_strings(recipe)} | OTHER_FLAGS | command_flags()
+    known |= {flag for file in (ROOT / "tests/benchmarks").glob("*.py") for flag in benchmark_flags(file)}
     assert mentioned_flags(text) - known == set()
 
 
 # Flags of other programs that documents may name.
-OTHER_FLAGS = {"--json", "--minimum", "--nproc_per_node", "--peak_tflops", "--rounds", "--steps"}
+OTHER_FLAGS = {"--minimum", "--nproc_per_node"}
+
+
+def benchmark_flags(file: Path) -> list[str]:
+    return re.findall(r'"(--[a-z_]+)"', file.read_text(encoding="utf-8"))
 
 
 def command_flags() -> set[str]:

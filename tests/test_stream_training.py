@@ -45,10 +45,11 @@ def layouts(tmp_path_factory, cache):
     }
 
 
-def test_npz_shards_and_a_stream_log_identical_losses(tmp_path, family, cache, layouts):  # noqa: F811
+def test_every_layout_and_a_stream_log_identical_losses(tmp_path, family, cache, layouts):  # noqa: F811
     runs = {
         "npz": cache,
         "shards": sf.load_cache(layouts["shards"], dtype=torch.float32),
+        "inline": sf.load_cache(convert_cache(cache, tmp_path / "c", payload="inline").output_dir, dtype=torch.float32),
         "stream": open_stream(layouts["inline"], dtype=torch.float32, shuffle_buffer=0),
     }
     found = {}
@@ -56,7 +57,7 @@ def test_npz_shards_and_a_stream_log_identical_losses(tmp_path, family, cache, l
         trainer = make_trainer(tmp_path / name, family, data, gradient_accumulation_steps=2, max_steps=6)
         trainer.train()
         found[name] = losses(trainer), trained(trainer)
-    for name in ("shards", "stream"):
+    for name in ("shards", "inline", "stream"):
         assert found[name][0] == found["npz"][0] and len(found[name][0]) == 6
         assert all(torch.equal(value, found["npz"][1][key]) for key, value in found[name][1].items())
 
