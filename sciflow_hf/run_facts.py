@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from .adapters import WEIGHT_NAME, adapter_facts, adapter_layers
 from .data.loader import batch_keys_of, row_ids_of
+from .data.streaming import StreamingCache
 from .diffusion.randomness import hash64
 from .errors import SciflowError
 from .optimizers import effective_learning_rate
@@ -48,6 +49,10 @@ def _fingerprint(dataset: Any) -> str | None:
         return None
     own = getattr(dataset, "fingerprint", None)
     return own if isinstance(own, str) else f"{hash64(*row_ids_of(dataset), str(batch_keys_of(dataset))):016x}"
+
+
+def _count_groups(datasets: list[Any]) -> int:
+    return len({group for dataset in datasets for group in getattr(dataset, "groups", row_ids_of(dataset))})
 
 
 def prepare_wandb(args: "DiffusionTrainingArguments") -> None:
@@ -137,7 +142,7 @@ def save_model_card(trainer: "DiffusionTrainer") -> None:
             "names": trainer.dataset_names,
             "samples": len(train) if train is not None else 0,
             "eval_samples": len(held_out) if held_out is not None else 0,
-            "groups": len({g for d in sets for g in getattr(d, "groups", row_ids_of(d))}),
+            "groups": None if isinstance(train, StreamingCache) else _count_groups(sets),
             "buckets": dict(buckets),
         },
         non_default_args=args.changed_options(),

@@ -15,7 +15,7 @@ from .adapters import adapter_disabled, adapter_layers
 from .callbacks.ema import EMACallback
 from .data.buckets import BucketBatchSampler
 from .data.cache import LatentCache
-from .data.loader import BucketLoader, batch_keys_of, evaluation_keys, row_ids_of, training_sampler
+from .data.loader import BucketLoader, batch_keys_of, evaluation_keys, row_ids_of
 from .data.samples import collate, describe_row
 from .data.stream_loader import StreamLoader
 from .data.streaming import StreamingCache
@@ -213,10 +213,6 @@ class DiffusionTrainer(HookedTrainer):
             if self._stream_state is not None:
                 loader.load_state_dict(self._stream_state)
         return loader
-
-    def bucket_sampler(self) -> BucketBatchSampler:
-        """The order of training for this rank."""
-        return training_sampler(self.train_dataset, self.args, pads_text=self.family.pads_text)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Evaluation batches in row order, their noise keyed by the row's name."""

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from sciflow_hf.data import blocks, inline, shards, stored
-from sciflow_hf.data.blocks import Layout, cut_blocks, first_rows, locked, prompt_hash, write_block
+from sciflow_hf.data.blocks import Layout, cut_blocks, first_rows, locked, prompt_hash, write_part, write_payloads
 from sciflow_hf.data.cache import load_cache
 from sciflow_hf.data.shards import read_header
 from sciflow_hf.errors import CacheError, SciflowError
@@ -23,6 +23,12 @@ from sciflow_hf.errors import CacheError, SciflowError
 ROWS = 6
 NAMES = ("latents", "prompt_embeds", "txt_ids", "prompt_embeds_mask", "loss_mask", "time_ids")
 SETTINGS = {"family": "x", "max_sequence_length": 12}
+
+
+def write_block(folder, name, rows, tensors, layout, **prompts):
+    """The payloads of some rows, then their index."""
+    write_payloads(folder, name, rows, tensors, layout, **prompts)
+    write_part(folder, name, rows, layout, **prompts)
 
 
 def samples(rows: int = ROWS) -> list[dict[str, torch.Tensor]]:

@@ -175,7 +175,7 @@ def trainer(tmp_path, family, tiny_cache):
 
 def test_one_batch_is_printed_with_its_ids(trainer):
     text = sf.debug_batch(trainer)
-    rows = trainer.bucket_sampler().batches()[0]
+    rows = trainer.get_train_dataloader().sampler.batches()[0]
     height, width, length = trainer.train_dataset.batch_keys[rows[0]]
     assert f"  latents: (2, 4, {height // 4}, {width // 4}) torch.float32" in text
     assert f"  prompt_embeds: (2, {length}, 48) torch.float32" in text
@@ -188,7 +188,7 @@ def test_gradient_norms_are_autograds(trainer):
     """Of the first batch of training, collated by hand."""
     text = sf.debug_batch(trainer, largest=10_000)
     printed = {name: float(value) for value, name in re.findall(r"^  (\d\.\d{3}e[+-]\d+)  (\S+)$", text, flags=re.M)}
-    rows = trainer.bucket_sampler().batches()[0]
+    rows = trainer.get_train_dataloader().sampler.batches()[0]
     batch = collate([trainer.train_dataset[row] for row in rows]) | {"noise_key": noise_keys(3, 0, range(len(rows)))}
     model = trainer.model.train()
     loss, levels = trainer.family.compute_loss(model, batch, trainer.args)

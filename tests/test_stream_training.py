@@ -57,6 +57,8 @@ def test_every_layout_and_a_stream_log_identical_losses(tmp_path, family, cache,
         trainer = make_trainer(tmp_path / name, family, data, gradient_accumulation_steps=2, max_steps=6)
         trainer.train()
         found[name] = losses(trainer), trained(trainer)
+        trainer.create_model_card()  # a stream does not know how many papers it comes from
+        assert ("groups (papers)" in (tmp_path / name / "README.md").read_text()) == (name != "stream")
     for name in ("shards", "inline", "stream"):
         assert found[name][0] == found["npz"][0] and len(found[name][0]) == 6
         assert all(torch.equal(value, found["npz"][1][key]) for key, value in found[name][1].items())

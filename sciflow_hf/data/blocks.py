@@ -165,21 +165,6 @@ def write_part(
     write_whole(output / index_file(name), lambda handle: pq.write_table(table, handle))
 
 
-def write_block(
-    output: Path,
-    name: str,
-    rows: "pa.Table",
-    samples: Iterable[Mapping[str, torch.Tensor]],
-    layout: Layout,
-    *,
-    prompts: Sequence[str] | None = None,
-    owners: Sequence[str] | None = None,
-) -> None:
-    """`write_payloads`, then `write_part`."""
-    write_payloads(output, name, rows, samples, layout, prompts=prompts, owners=owners)
-    write_part(output, name, rows, layout, prompts=prompts, owners=owners)
-
-
 def index_file(name: str) -> str:
     """The index of block `name`, relative to the cache."""
     return f"data_{name}.parquet"

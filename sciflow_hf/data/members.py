@@ -201,8 +201,6 @@ def _read_converted(member: Member, out: torch.Tensor, scale: torch.Tensor | Non
 def _convert(values: torch.Tensor, out: torch.Tensor, scale: torch.Tensor | None) -> None:
     if scale is not None:
         _dequantise(values, scale, out)
-    elif values.dtype == out.dtype:
-        out.copy_(values)
     else:
         for piece, target in zip(values.view(-1).split(_PIECE), out.view(-1).split(_PIECE), strict=True):
             _cast(piece, target)
