@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from .adapters import WEIGHT_NAME, adapter_facts, adapter_layers
+from .adapter_files import WEIGHT_NAME
+from .adapters import adapter_facts, adapter_layers
 from .data.loader import batch_keys_of, row_ids_of
 from .data.streaming import StreamingCache
 from .diffusion.randomness import hash64

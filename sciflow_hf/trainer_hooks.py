@@ -18,7 +18,8 @@ from accelerate.utils import DistributedType
 from transformers import Trainer
 
 from . import run_facts
-from .adapters import adapter_layers, load_adapter_weights, save_adapter
+from .adapter_files import load_adapter_weights, save_adapter
+from .adapters import adapter_layers
 from .callbacks.ema import EMACallback
 from .checkpoints import RUN_FACTS, rotate, write_json, write_manifest
 from .data.loader import BucketLoader

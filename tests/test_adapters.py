@@ -12,15 +12,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sciflow_hf as sf
+from sciflow_hf.adapter_files import WEIGHT_NAME, load_adapter_weights, save_adapter
 from sciflow_hf.adapters import (
-    WEIGHT_NAME,
     adapter_disabled,
     adapter_facts,
     adapter_layers,
     adapter_parameters,
-    load_adapter_weights,
     match_layers,
-    save_adapter,
 )
 
 # The two strings that the older code recommended for klein; plain PEFT fails on both.

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from test_trainer import make_trainer, same, trained
 
 import sciflow_hf as sf
-from sciflow_hf.adapters import WEIGHT_NAME
+from sciflow_hf.adapter_files import WEIGHT_NAME
 from sciflow_hf.checkpoints import (
     MANIFEST,
     check_output_dir,

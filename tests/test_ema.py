@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 import sciflow_hf as sf
-from sciflow_hf.adapters import WEIGHT_NAME
+from sciflow_hf.adapter_files import WEIGHT_NAME
 from sciflow_hf.callbacks.ema import EMA_NAME, EMACallback
 from sciflow_hf.checkpoints import MANIFEST
 

@@ -10,7 +10,8 @@ from diffusers import StableDiffusionXLPipeline
 from test_sdxl import adapted
 
 import sciflow_hf as sf
-from sciflow_hf.adapters import AdapterArguments, add_adapter, load_adapter_weights, save_adapter
+from sciflow_hf.adapter_files import load_adapter_weights, save_adapter
+from sciflow_hf.adapters import AdapterArguments, add_adapter
 from sciflow_hf.data.loader import collate
 from sciflow_hf.demo.tiny_sdxl import make_tiny
 from sciflow_hf.errors import SciflowError

@@ -9,7 +9,7 @@ from test_trainer import even_cache, family, losses, make_args, make_trainer, sa
 from transformers import EarlyStoppingCallback
 
 import sciflow_hf as sf
-from sciflow_hf.adapters import WEIGHT_NAME
+from sciflow_hf.adapter_files import WEIGHT_NAME
 from sciflow_hf.checkpoints import checkpoint_fault, list_checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
