@@ -3,7 +3,7 @@
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -298,6 +298,17 @@ class PipelineFamily(ModelFamily):
         encoded = self.encode_prompts([*prompts, ""], encoders)
         rows = [{name: value[i : i + 1].cpu() for name, value in encoded.items()} for i in range(len(prompts) + 1)]
         return [self.pipeline_inputs(row, rows[-1]) for row in rows[:-1]]
+
+    trained_text_parts: ClassVar[tuple[str, ...]] = ()
+    """Text encoders whose LoRA the pipeline can load: what `--train_text_encoder` trains."""
+
+    def text_inputs(self, batch: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+        """Arguments of `model` that hold the text; of `NetworkWithText`, which encodes captions itself, the batch."""
+        return {"batch": batch, "dtype": dtype} if "captions" in batch else self.text_arguments(batch, dtype)
+
+    def text_arguments(self, batch: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+        """Arguments of the network that hold the text of `batch`. Needed where `trained_text_parts` are named."""
+        raise NotImplementedError
 
     @abstractmethod
     def pipeline_inputs(

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -78,11 +78,9 @@ class Flux(PipelineFamily):
             hidden_states=pack(noisy_latents).to(dtype),
             timestep=sigmas,  # the network multiplies by 1000 itself
             guidance=self.guidance(sigmas),
-            pooled_projections=batch["pooled_prompt_embeds"].to(dtype),
-            encoder_hidden_states=batch["prompt_embeds"].to(dtype),
-            txt_ids=text_ids(batch["prompt_embeds"].shape[1], latents.device),
             img_ids=image_ids(height, width, latents.device),
             return_dict=False,
+            **self.text_inputs(batch, dtype),
         )[0]
 
         target = pack(noise - latents)
@@ -92,7 +90,16 @@ class Flux(PipelineFamily):
         weight = flow_weight(sigmas, weighting_scheme=args.weighting_scheme, min_snr_gamma=args.min_snr_gamma)
         return weight * loss, sigmas
 
+    def text_arguments(self, batch: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+        prompt_embeds = batch["prompt_embeds"].to(dtype)
+        return {
+            "encoder_hidden_states": prompt_embeds,
+            "pooled_projections": batch["pooled_prompt_embeds"].to(dtype),
+            "txt_ids": text_ids(prompt_embeds.shape[1], prompt_embeds.device),
+        }
+
     name: ClassVar[str] = "flux"
+    trained_text_parts: ClassVar[tuple[str, ...]] = ("text_encoder",)
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     lora_presets: ClassVar[dict[str, str]] = {
         "attention": "to_k,to_q,to_v,to_out.0",
@@ -165,11 +172,10 @@ class Flux(PipelineFamily):
         clip, t5 = encoders.text_encoder, encoders.text_encoder_2
         clip_ids = token_ids(prompts, encoders.tokenizer, encoders.tokenizer.model_max_length)
         t5_ids = token_ids(prompts, encoders.tokenizer_2, self.max_sequence_length)
-        with torch.no_grad():
-            return {
-                "prompt_embeds": t5(t5_ids.to(t5.device)).last_hidden_state,
-                "pooled_prompt_embeds": clip(clip_ids.to(clip.device)).pooler_output,
-            }
+        return {
+            "prompt_embeds": t5(t5_ids.to(t5.device)).last_hidden_state,
+            "pooled_prompt_embeds": clip(clip_ids.to(clip.device)).pooler_output,
+        }
 
     def pipeline_inputs(
         self, prompt: dict[str, torch.Tensor], empty: dict[str, torch.Tensor]

@@ -3,7 +3,7 @@
 import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -84,9 +84,8 @@ class SD3(PipelineFamily):
         model_pred = model(
             hidden_states=noisy_latents.to(dtype),
             timestep=1000 * sigmas,  # float32; the network takes 0 to 1000
-            encoder_hidden_states=batch["prompt_embeds"].to(dtype),
-            pooled_projections=batch["pooled_prompt_embeds"].to(dtype),
             return_dict=False,
+            **self.text_inputs(batch, dtype),
         )[0]
 
         target = noise - latents
@@ -97,7 +96,14 @@ class SD3(PipelineFamily):
         loss = sample_loss(model_pred, target, loss_type=args.loss_type, huber_delta=args.huber_delta, mask=mask)
         return self.loss_weight(sigmas, args) * loss, sigmas
 
+    def text_arguments(self, batch: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+        return {
+            "encoder_hidden_states": batch["prompt_embeds"].to(dtype),
+            "pooled_projections": batch["pooled_prompt_embeds"].to(dtype),
+        }
+
     name: ClassVar[str] = "sd3"
+    trained_text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
     text_parts: ClassVar[tuple[str, ...]] = (
         *("text_encoder", "text_encoder_2", "text_encoder_3"),
         *("tokenizer", "tokenizer_2", "tokenizer_3"),
@@ -192,21 +198,20 @@ class SD3(PipelineFamily):
         T5's. `pooled_prompt_embeds` (B, P): of both CLIPs.
         """
         length = encoders.tokenizer.model_max_length
-        with torch.no_grad():
-            one, two = (
-                encoder(token_ids(prompts, tokenizer, length).to(encoder.device), output_hidden_states=True)
-                for tokenizer, encoder in (
-                    (encoders.tokenizer, encoders.text_encoder),
-                    (encoders.tokenizer_2, encoders.text_encoder_2),
-                )
+        one, two = (
+            encoder(token_ids(prompts, tokenizer, length).to(encoder.device), output_hidden_states=True)
+            for tokenizer, encoder in (
+                (encoders.tokenizer, encoders.text_encoder),
+                (encoders.tokenizer_2, encoders.text_encoder_2),
             )
-            clip = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1)
-            if self.use_t5:
-                ids = token_ids(prompts, encoders.tokenizer_3, self.max_sequence_length)
-                t5 = encoders.text_encoder_3(ids.to(encoders.text_encoder_3.device))[0]
-            else:
-                width = self.setting(self.component, "joint_attention_dim")
-                t5 = clip.new_zeros(len(prompts), self.max_sequence_length, width)
+        )
+        clip = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1)
+        if self.use_t5:
+            ids = token_ids(prompts, encoders.tokenizer_3, self.max_sequence_length)
+            t5 = encoders.text_encoder_3(ids.to(encoders.text_encoder_3.device))[0]
+        else:
+            width = self.setting(self.component, "joint_attention_dim")
+            t5 = clip.new_zeros(len(prompts), self.max_sequence_length, width)
         clip = torch.nn.functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
         return {
             "prompt_embeds": torch.cat([clip, t5], dim=1),

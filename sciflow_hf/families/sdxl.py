@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -76,12 +76,8 @@ class SDXL(PipelineFamily):
         model_pred = model(
             sample=noisy_latents.to(dtype),
             timestep=timesteps,
-            encoder_hidden_states=batch["prompt_embeds"].to(dtype),
-            added_cond_kwargs={
-                "text_embeds": batch["pooled_prompt_embeds"].to(dtype),
-                "time_ids": self.time_ids(batch).float(),  # 1024 + 1 is 1024 in bfloat16
-            },
             return_dict=False,
+            **self.text_inputs(batch, dtype),
         )[0]
 
         kind = self.prediction_type
@@ -92,7 +88,17 @@ class SDXL(PipelineFamily):
         weight = ddpm_weight(alpha_bar, prediction_type=kind, min_snr_gamma=args.min_snr_gamma)
         return weight * loss, timesteps.float()
 
+    def text_arguments(self, batch: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+        return {
+            "encoder_hidden_states": batch["prompt_embeds"].to(dtype),
+            "added_cond_kwargs": {
+                "text_embeds": batch["pooled_prompt_embeds"].to(dtype),
+                "time_ids": self.time_ids(batch).float(),  # 1024 + 1 is 1024 in bfloat16
+            },
+        }
+
     name: ClassVar[str] = "sdxl"
+    trained_text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
     component: ClassVar[str] = "unet"
     stores_time_ids: ClassVar[bool] = True
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
@@ -241,10 +247,9 @@ class SDXL(PipelineFamily):
             tokenizer.model_max_length = self.max_sequence_length
 
     def encode_prompts(self, prompts: Sequence[str], encoders: Any) -> dict[str, torch.Tensor]:
-        with torch.no_grad():
-            prompt_embeds, _, pooled_prompt_embeds, _ = encoders.encode_prompt(
-                list(prompts), do_classifier_free_guidance=False
-            )
+        prompt_embeds, _, pooled_prompt_embeds, _ = encoders.encode_prompt(
+            list(prompts), do_classifier_free_guidance=False
+        )
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
 
     def load_pipeline(
