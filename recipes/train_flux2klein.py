@@ -24,8 +24,9 @@ def main() -> None:
     )
     train_dataset, eval_dataset = sf.prepare_data(data_args, family, args)
 
-    model = family.load_model(dtype=args.load_dtype(trained=adapter_args.no_adapter), meta=args.dry_run)
-    sf.add_adapter(model, adapter_args, family=family, seed=args.seed)
+    dtype = args.load_dtype(trained=adapter_args.no_adapter)
+    model = family.load_model(dtype=dtype, meta=args.dry_run, quantize=args.quantize_base)
+    model = sf.add_adapter(model, adapter_args, family=family, seed=args.seed)
     if args.dry_run:
         print(sf.plan(model, family, args, train_dataset, eval_dataset))
         return

@@ -1,7 +1,6 @@
-"""Adapters as files: saved in the layout of the family's pipeline, loaded bit for bit."""
+"""Adapters as files: in the layout of the family's pipeline, or of PEFT where it has none; loaded bit for bit."""
 
 import os
-import re
 import tempfile
 import warnings
 from pathlib import Path
@@ -9,45 +8,66 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .adapters import ADAPTER_NAME, adapter_layers, to_float32
+from .adapter_import import read_tools_file
+from .adapter_init import INITIAL, plain_lora, split_state
+from .adapter_sources import PEFT_CONFIG_NAME, PEFT_WEIGHT_NAME, WEIGHT_NAME, local_adapter
+from .adapter_types import FROM_BASE, PIPELINE_TYPES, check_weights, type_of
+from .adapters import ADAPTER_NAME, adapter_layers, adapter_parameters, to_float32
 from .errors import SciflowError
+from .peft_files import is_peft, read_peft, save_peft
+from .text_training import network_of, put_text_states, text_states, trained_parts
 
 if TYPE_CHECKING:
     from .families.base import ModelFamily
 
-WEIGHT_NAME = "pytorch_lora_weights.safetensors"
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(?<!\.safetensors)")  # user/repository
+
+def weight_name(adapter_type: str) -> str:
+    """Name of the file that holds an adapter of this type."""
+    return WEIGHT_NAME if adapter_type in PIPELINE_TYPES else PEFT_WEIGHT_NAME
 
 
 def save_adapter(model: Any, folder: str | os.PathLike, *, family: "ModelFamily") -> Path:
-    """Writes `pytorch_lora_weights.safetensors` as the family's pipeline does, alpha in it; whole or not."""
-    from peft.utils import get_peft_model_state_dict
+    """Writes the adapter, whole or not: a folder holds one. Returns the file of the weights.
 
-    options = model.peft_config[ADAPTER_NAME].to_dict()
+    LoRA and DoRA are `pytorch_lora_weights.safetensors` as the family's pipeline writes it, alpha in it; the other
+    types `adapter_model.safetensors` and `adapter_config.json` as PEFT does.
+    """
+    network, folder = network_of(model), Path(folder)
+    if type_of(network.peft_config[ADAPTER_NAME]) not in PIPELINE_TYPES:
+        saved = save_peft(network, ADAPTER_NAME, folder)
+        (folder / WEIGHT_NAME).unlink(missing_ok=True)
+        return saved
+    state, options = plain_lora(network, ADAPTER_NAME)
     config = {k: sorted(v) if isinstance(v, set) else v for k, v in options.items()}
-    state = get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME)
     if family.component == "unet":  # the names that LoRA files of UNets have had since before PEFT
         state = {k.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up."): v for k, v in state.items()}
     state = {k: v.detach().cpu().contiguous() for k, v in state.items()}
-    target = Path(folder) / WEIGHT_NAME
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".saving-") as temporary:
+    target = folder / WEIGHT_NAME
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
         family.pipeline_class().save_lora_weights(
             temporary,
             **{
                 f"{family.component}_lora_layers": state,
                 f"{family.component}_lora_adapter_metadata": config,
+                **text_states(model),
             },
         )
         os.replace(Path(temporary) / WEIGHT_NAME, target)
+    for other in (PEFT_CONFIG_NAME, PEFT_WEIGHT_NAME):
+        (folder / other).unlink(missing_ok=True)
     return target
 
 
 def load_adapter_weights(model: torch.nn.Module, folder: str | os.PathLike, *, family: "ModelFamily") -> None:
     """Puts the saved weights into the adapter that `model` already has, bit for bit."""
-    state, _ = _read(str(Path(folder) / WEIGHT_NAME), model, family)
+    network, *encoders = trained_parts(model, family).items()
+    kind = type_of(network[1].peft_config[ADAPTER_NAME])
+    state, _ = _read(Path(folder) / weight_name(kind), str(folder), network[1], family)
     try:
-        _put(model, state, family)
+        _put(network[1], state, family)
+        for name, encoder in encoders:
+            put_text_states(encoder, name, state)
     except (ValueError, RuntimeError) as error:
         raise SciflowError(
             f"{folder}: its adapter does not fit this one: {_brief(error)}. Resume with the same adapter "
@@ -55,17 +75,21 @@ def load_adapter_weights(model: torch.nn.Module, folder: str | os.PathLike, *, f
         ) from error
 
 
-def _put(model: torch.nn.Module, state: dict[str, torch.Tensor], family: "ModelFamily") -> None:
+def _put(model: Any, state: dict[str, torch.Tensor], family: "ModelFamily") -> None:
     """Fills the adapter of `model`; ValueError where a tensor is left over or left out."""
     from peft.utils import set_peft_model_state_dict
 
     prefix = family.component + "."
     own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    result = set_peft_model_state_dict(model, own, adapter_name=ADAPTER_NAME)
-    missing = [key for key in result.missing_keys if "lora_" in key]
-    for what, keys in (("the network has no layer for", result.unexpected_keys), ("the file lacks", missing)):
-        if keys:
-            raise ValueError(f"{what} {len(keys)} of its tensors, such as {keys[0]}")
+    parts = {ADAPTER_NAME: own}
+    if INITIAL in model.peft_config:
+        parts = dict(zip((ADAPTER_NAME, INITIAL), split_state(own), strict=True))
+    for name, part in parts.items():
+        result = set_peft_model_state_dict(model, part, adapter_name=name)
+        missing = sorted(adapter_parameters(model, name).keys() & set(result.missing_keys))
+        for what, keys in (("the network has no layer for", result.unexpected_keys), ("the file lacks", missing)):
+            if keys:
+                raise ValueError(f"{what} {len(keys)} of its tensors, such as {keys[0]}")
 
 
 def _brief(error: Exception) -> str:
@@ -73,17 +97,26 @@ def _brief(error: Exception) -> str:
     return text if len(text) <= 300 else f"{text[:300]} ..."
 
 
-def _read(path: str, model: Any, family: "ModelFamily") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _read(file: Path, path: str, model: Any, family: "ModelFamily") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """State dict in PEFT's names, and what `load_lora_adapter` needs beside it: metadata, or alphas by layer.
 
-    Takes any layout that the family's pipeline reads; safetensors only.
+    Takes any layout that the family's pipeline reads; safetensors only. Of a file in PEFT's layout the second is
+    `config`, which says it all.
+
+    Args:
+        path: what the user calls `file`.
     """
     from diffusers.utils import convert_unet_state_dict_to_peft
 
+    if not is_peft(file) and (found := read_tools_file(file, path, model, family)) is not None:
+        return found
     unet = {"unet_config": model.config} if family.component == "unet" else {}  # for the block numbers of kohya's files
     try:
+        if is_peft(file):
+            state, config = read_peft(file, family.component)
+            return state, {"config": config}
         state, *alphas, metadata = family.pipeline_class().lora_state_dict(
-            path, use_safetensors=True, return_lora_metadata=True, **unet
+            str(file), use_safetensors=True, return_lora_metadata=True, **unet
         )
         if unet:
             state = convert_unet_state_dict_to_peft(state)
@@ -92,34 +125,40 @@ def _read(path: str, model: Any, family: "ModelFamily") -> tuple[dict[str, torch
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SciflowError(
             f"`adapter_path` {path!r} cannot be read ({reason}). It is a safetensors file, a folder with "
-            f"{WEIGHT_NAME}, a Hub repository, or an fsspec URL of a file."
+            f"{WEIGHT_NAME} or with PEFT's two files, a Hub repository, or an fsspec URL."
         ) from error
 
 
-def load_from(path: str, model: Any, family: "ModelFamily") -> None:
-    """Adds the adapter of an existing LoRA file, its rank, alpha and layers included."""
-    if Path(path).suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
-        raise SciflowError(f"`adapter_path` {path!r}: a pickle can run code, so only safetensors are loaded.")
-    with tempfile.TemporaryDirectory() as temporary:
-        local = os.path.expanduser(path)
-        if "://" in path:
-            import fsspec
+def _check_base_is_meant(path: str, options: dict[str, Any], family: "ModelFamily") -> None:
+    """Refuses an adapter of another program that goes with changed base weights, which PEFT would make at loading."""
+    metadata = options.get("metadata") or {}
+    config = options.get("config")
+    init = metadata.get(f"{family.component}.init_lora_weights") or getattr(config, "init_lora_weights", None)
+    if isinstance(init, str) and init.startswith((*FROM_BASE, "corda", "loftq", "lora_ga")):
+        raise SciflowError(
+            f"`adapter_path` {path!r} belongs to base weights that its training changed (`init_lora_weights` "
+            f"{init!r}). Convert it to a plain LoRA first: PEFT's `save_pretrained` does, with "
+            "`path_initial_model_for_weight_conversion`."
+        )
 
-            local = str(Path(temporary) / WEIGHT_NAME)
-            try:
-                with fsspec.open(path, "rb") as source:
-                    Path(local).write_bytes(source.read())
-            except (OSError, ValueError, ImportError) as error:
-                raise SciflowError(f"`adapter_path` {path!r} cannot be read: {_brief(error)}") from error
-        elif not os.path.exists(local) and not _HUB_NAME.fullmatch(path):
-            raise SciflowError(f"`adapter_path` {path!r}: there is no such file, folder or Hub repository.")
-        state, options = _read(local, model, family)
+
+def load_from(path: str, model: Any, family: "ModelFamily") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Adds the adapter of an existing file, its type, rank and layers included. Returns what the file holds."""
+    with local_adapter(path) as file:
+        state, options = _read(file, path, model, family)
+    _check_base_is_meant(path, options, family)
     with warnings.catch_warnings():
         # Without weights (`--dry_run`) torch warns of every tensor that there is nothing to copy to.
         warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter.*")
         try:
-            model.load_lora_adapter(dict(state), prefix=family.component, adapter_name=ADAPTER_NAME, **options)
-            if adapter_layers(model):
+            if "config" in options:
+                model.add_adapter(options["config"], adapter_name=ADAPTER_NAME)
+            else:
+                model.load_lora_adapter(dict(state), prefix=family.component, adapter_name=ADAPTER_NAME, **options)
+            layers = adapter_layers(model)
+            if layers:
+                bases = {name: layer.get_base_layer() for name, layer in layers.items()}
+                check_weights(type_of(model.peft_config[ADAPTER_NAME]), bases)
                 to_float32(model)
                 _put(model, state, family)  # again: into a 16-bit base PEFT loads the weights rounded
         except (ValueError, RuntimeError, KeyError) as error:
@@ -127,3 +166,4 @@ def load_from(path: str, model: Any, family: "ModelFamily") -> None:
             raise SciflowError(f"`adapter_path` {path!r} does not fit this network: {reason}") from error
     if not adapter_layers(model):
         raise SciflowError(f"`adapter_path` {path!r} holds no layer of this network (`{family.name}`).")
+    return state, options

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import SciflowError
 
 if TYPE_CHECKING:
+    from .data.build import BuildReport
     from .data.cache import LatentCache
     from .data.convert import ConvertReport
     from .data.recheck import Difference
@@ -39,12 +40,16 @@ def add_commands(cache: argparse.ArgumentParser) -> None:
 
     add = action("build", _build, "encode captioned images; the same command goes on after a kill")
     add("--family", required=True, help="model family, such as flux2_klein, or a dotted path to a class")
-    add("--pretrained_model_name_or_path", required=True, help="folder or Hub repository of the pipeline")
+    add("--pretrained_model_name_or_path", help="folder or Hub repository of the pipeline")
+    add("--vae_name_or_path", help="dit: folder or Hub repository of the VAE, in place of a pipeline")
     add("--revision", help="branch, tag or commit of the Hub repository")
     add("--input_dir", required=True, help="folder of captioned images, parquet files, or a data set")
     add("--output_dir", required=True, help="the cache")
     add("--resolution", type=int, default=1024, help="images become about N x N pixels (default 1024)")
     add("--caption_column", default="caption", help="metadata column with the captions (default caption)")
+    add("--image_column", default="image", help="dit: column with the images (default image)")
+    add("--label_column", default="label", help="dit: column with the classes (default label)")
+    add("--split", default="train", help="dit: split of the data set (default train)")
     add("--max_sequence_length", type=int, help="text tokens per prompt (default: the family's)")
     add("--no_use_t5", dest="use_t5", action="store_const", const=False, help="sd3: without its third text encoder")
     add("--posterior", choices=("mode", "sample"), help="sample: store the VAE's standard deviation, too")
@@ -95,6 +100,10 @@ def _add_layout(add: Any) -> None:
 def _build(args: argparse.Namespace) -> None:
     from .prepare import build_cache_for
 
+    if args.family == "dit":
+        return _build_classes(args)
+    if not args.pretrained_model_name_or_path:
+        raise SciflowError("`pretrained_model_name_or_path` is missing: the pipeline whose encoders make the cache.")
     family = _family(
         args.family,
         pretrained_model_name_or_path=args.pretrained_model_name_or_path,
@@ -123,10 +132,36 @@ def _build(args: argparse.Namespace) -> None:
             **ranks,
         )
     if ranks.get("rank", 0) == 0:
-        if report.skipped:
-            sys.stdout.write(f"{len(report.skipped)} images skipped:\n")
-            sys.stdout.writelines(f"  {name}: {reason}\n" for name, reason in report.skipped)
-        sys.stdout.write(f"{report.samples} samples in {report.output_dir}\n")
+        _say(report)
+
+
+def _build_classes(args: argparse.Namespace) -> None:
+    """A cache of VAE latents with classes, for `dit`."""
+    from .data.class_source import ClassImageArguments
+    from .prepare_classes import build_class_cache
+
+    if not args.vae_name_or_path:
+        raise SciflowError("`vae_name_or_path` is missing: `dit` needs a cache only for the latents of a VAE.")
+    options = {"vae_name_or_path": args.vae_name_or_path, "image_size": args.resolution, "posterior": args.posterior}
+    family: Any = _family("dit", **options)
+    data_args = ClassImageArguments(
+        input_dir=args.input_dir, image_column=args.image_column, label_column=args.label_column
+    )
+    with _processes(args.device) as (device, ranks):
+        report = build_class_cache(
+            data_args, family, args.output_dir, split=args.split, device=device, encoder_dtype=_encoder_dtype(device),
+            batch_size=args.batch_size, strict=args.strict, dtype=args.dtype, payload=args.payload, codec=args.codec,
+            flip=args.flip, **ranks,
+        )  # fmt: skip
+    if ranks.get("rank", 0) == 0:
+        _say(report)
+
+
+def _say(report: "BuildReport") -> None:
+    if report.skipped:
+        sys.stdout.write(f"{len(report.skipped)} images skipped:\n")
+        sys.stdout.writelines(f"  {name}: {reason}\n" for name, reason in report.skipped)
+    sys.stdout.write(f"{report.samples} samples in {report.output_dir}\n")
 
 
 def _convert(args: argparse.Namespace) -> None:

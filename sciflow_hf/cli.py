@@ -1,4 +1,4 @@
-"""`sciflow-hf`: build, convert and verify caches of latents and text embeddings, and report the environment."""
+"""`sciflow-hf`: caches of latents and text embeddings, images of trained networks, LoRA files, and the environment."""
 
 import argparse
 import logging
@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import cache_cli
+from . import cache_cli, export_cli, sample_cli
 from .errors import SciflowError
 
 PACKAGES = (
@@ -47,6 +47,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     cache_cli.add_commands(
         commands.add_parser("cache", help="caches of latents and text embeddings", allow_abbrev=False)
+    )
+    sample_cli.add_command(commands.add_parser("sample", help="draw images of classes or prompts", allow_abbrev=False))
+    export_cli.add_command(
+        commands.add_parser("export", help="an adapter as a file of another program", allow_abbrev=False)
     )
     env = commands.add_parser("env", help="versions and devices, for bug reports", allow_abbrev=False)
     env.set_defaults(run=_env)

@@ -29,20 +29,23 @@ RETRY_WAITS = (2.0, 8.0, 30.0)  # seconds before the second, third and last try
 _CARD_IMAGE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
 _IMAGE = re.compile(r"(\w[\w -]*/)*\w[\w. -]*\.png")
 _WEIGHTS = re.compile(
-    r"pytorch_lora_weights\.safetensors"
-    r"|(transformer|unet)/(config\.json|[\w.-]+\.safetensors|[\w.-]+\.safetensors\.index\.json)"
+    r"pytorch_lora_weights\.safetensors|adapter_model\.safetensors|adapter_config\.json"
+    r"|lora_(diffusers|kohya|comfy)\.safetensors"
+    r"|model_index\.json|pipeline\.py|scheduler/scheduler_config\.json"  # of what is a pipeline by itself
+    r"|(transformer|unet|vae)/(config\.json|[\w.-]+\.safetensors|[\w.-]+\.safetensors\.index\.json|modeling_\w+\.py)"
 )
 
 
 def publishable_files(folder: str | Path) -> list[str]:
     """What of a run's folder may go to the Hub, as sorted relative paths with "/".
 
-    The LoRA file or the `transformer/` folder, the card, the images that the card shows, and the run facts.
-    Not checkpoints, optimizer or trainer state, logs, arguments, or anything else that lies there.
+    The adapter's files, the `transformer/` folder or the whole pipeline, the card, the images that the card shows, and
+    the run facts. Not checkpoints, optimizer or trainer state, logs, arguments, or anything else that lies there.
     """
     folder = Path(folder)
     found = {p.relative_to(folder).as_posix() for p in folder.glob("*") if p.is_file()}
-    found |= {p.relative_to(folder).as_posix() for name in ("transformer", "unet") for p in folder.glob(f"{name}/*")}
+    parts = ("transformer", "unet", "vae", "scheduler")
+    found |= {p.relative_to(folder).as_posix() for name in parts for p in folder.glob(f"{name}/*")}
     wanted = {path for path in found if _WEIGHTS.fullmatch(path) or path in ("README.md", RUN_FACTS_NAME)}
     if "README.md" in wanted:
         shown = map(unquote, _CARD_IMAGE.findall((folder / "README.md").read_text(encoding="utf-8")))

@@ -49,6 +49,7 @@ def training_loader(
     """
     options = loader_options(args, family, collate_fn)
     options |= {"caption_dropout": caption_dropout, "buffers": args.gradient_accumulation_steps + 2}
+    options["step_keys"] = args.stratified_levels
     if not isinstance(dataset, StreamingCache):
         sampler = training_sampler(dataset, args, pads_text=family.pads_text)
         logger.info("Buckets of an epoch:\n%s", sampler.table())

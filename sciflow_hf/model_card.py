@@ -12,6 +12,8 @@ from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .adapter_types import PIPELINE_TYPES, option_text
+
 RUN_FACTS_NAME = "run_facts.json"
 MASK = "***"
 SECRET_VALUE = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
@@ -29,13 +31,16 @@ class CardFacts:
         family: name of the model family.
         base_model: Hub id or local folder of the base pipeline.
         pipeline_class: name of the diffusers pipeline that loads the result.
-        weight_name: the LoRA file; None for full fine-tuning.
+        weight_name: the adapter's file; None for full fine-tuning.
         component: name of the trained network in the pipeline.
+        call_arguments: code of further arguments in the pipeline's call.
+        task: of the Hub's tasks.
+        whole_pipeline: the folder loads by itself, with the code that it carries.
         revision: revision of the base model.
-        adapter: `type`, `rank`, `alpha`, `layers`, `matched`, `trainable_parameters`; None for full
+        adapter: `type`, its options, `layers`, `matched`, `trainable_parameters` (see `adapter_facts`); None for full
             fine-tuning.
-        dataset: `names` (or `name`), `samples` (trained on), `eval_samples`, `groups`, and `buckets` as
-            {"HxW" or (H, W): samples}.
+        dataset: `names` (or `name`), `samples` (trained on), `eval_samples`, `groups`, `buckets` as
+            {"HxW" or (H, W): samples}, and where there is a prior `prior_samples` and `prior_weight`.
         non_default_args: hyper-parameters that differ from their defaults.
         metrics: `eval_loss`, `eval_base_loss`, `eval_gain`, `eval_gain_low`, `eval_gain_high`, and
             `eval_loss_q1` to `eval_loss_q4` (q1: the quarter with the least noise).
@@ -45,6 +50,7 @@ class CardFacts:
         versions: package -> version.
         sample_images: paths inside the folder, with "/".
         sample_prompts: prompt of each sample image, in the same order; may be shorter.
+        exports: file name -> the programs it is for, of LoRA files beside diffusers' own.
     """
 
     repo_name: str
@@ -53,6 +59,9 @@ class CardFacts:
     pipeline_class: str
     weight_name: str | None = "pytorch_lora_weights.safetensors"
     component: str = "transformer"
+    call_arguments: list[str] = field(default_factory=list)
+    task: str = "text-to-image"
+    whole_pipeline: bool = False
     revision: str | None = None
     adapter: dict[str, Any] | None = None
     dataset: dict[str, Any] = field(default_factory=dict)
@@ -64,6 +73,7 @@ class CardFacts:
     versions: dict[str, str] = field(default_factory=dict)
     sample_images: list[str] = field(default_factory=list)
     sample_prompts: list[str] = field(default_factory=list)
+    exports: dict[str, str] = field(default_factory=dict)
 
 
 def public_value(value: Any, *, key: str = "") -> Any:
@@ -93,13 +103,13 @@ def is_hub_id(name: str) -> bool:
 def model_card(facts: CardFacts) -> ModelCard:
     """The card of a run; `data.eval_results` has the losses of base and result, and the gain's interval."""
     on_hub = is_hub_id(facts.base_model)
-    relation, lora = ("finetune", []) if facts.adapter is None else ("adapter", ["lora"])
+    relation, kind = ("finetune", []) if facts.adapter is None else ("adapter", [_adapter_tag(facts)])
     data = ModelCardData(
         base_model=facts.base_model if on_hub else None,
         base_model_relation=relation if on_hub else None,
         library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=[*lora, "text-to-image", facts.family, "sciflow_hf", "scientific-figures"],
+        pipeline_tag=facts.task,
+        tags=[*kind, facts.task, facts.family, "sciflow_hf", "scientific-figures"],
         model_name=facts.repo_name.split("/")[-1],
         eval_results=_eval_results(facts) or None,
     )
@@ -166,7 +176,7 @@ def _eval_results(facts: CardFacts) -> list[EvalResult]:
     }
     return [
         EvalResult(
-            task_type="text-to-image",
+            task_type=facts.task,
             dataset_type="custom",
             dataset_name=_data_names(facts) or "training data",
             dataset_split="held out",
@@ -180,10 +190,31 @@ def _eval_results(facts: CardFacts) -> list[EvalResult]:
     ]
 
 
+def _other_metrics(facts: CardFacts) -> dict[str, float]:
+    """What a run measured beside losses: `eval_fid` as "fid"."""
+    known = ("loss", "base_loss", "gain", "runtime", "samples_per_second", "steps_per_second")
+    names = {key: key.removeprefix("eval_") for key in _measured(facts) if key.startswith("eval_")}
+    return {
+        name: _measured(facts)[key] for key, name in names.items() if not name.startswith("loss_q")
+        and not name.startswith("gain_") and name not in known
+    }  # fmt: skip
+
+
+def _samples_word(facts: CardFacts) -> str:
+    return "figures" if facts.task == "text-to-image" else "images"
+
+
 def _kind(facts: CardFacts) -> str:
     if facts.adapter is None:
-        return "fine-tuned network"
-    return {"lora": "LoRA", "dora": "DoRA"}.get(str(facts.adapter.get("type", "lora")), "adapter")
+        return "fine-tuned network" if facts.base_model else "network"
+    kinds = {"lora": "LoRA", "dora": "DoRA", "lokr": "LoKr", "loha": "LoHa", "oft": "OFT adapter"}
+    return kinds.get(str(facts.adapter.get("type", "lora")), "adapter")
+
+
+def _adapter_tag(facts: CardFacts) -> str:
+    """`lora` is what the Hub knows LoRA and DoRA by."""
+    kind = str((facts.adapter or {}).get("type", "lora"))
+    return "lora" if kind == "dora" else kind
 
 
 def _base(facts: CardFacts) -> str:
@@ -193,9 +224,15 @@ def _base(facts: CardFacts) -> str:
 
 
 def _introduction(facts: CardFacts) -> str:
-    article = "A" if facts.adapter is None or _kind(facts) != "adapter" else "An"
+    article = "An" if _kind(facts) in ("adapter", "OFT adapter") else "A"
     samples = facts.dataset.get("samples")
-    figures = f"{samples:,} captioned figures" if isinstance(samples, int) else "captioned figures"
+    figures = "captioned figures" if facts.task == "text-to-image" else "images"
+    figures = f"{samples:,} {figures}" if isinstance(samples, int) else figures
+    if not facts.base_model:
+        return (
+            f"# {facts.repo_name.split('/')[-1]}\n\nA network of the family `{facts.family}`, trained from scratch on "
+            f"{figures} with `sciflow_hf` for {facts.global_step:,} steps."
+        )
     return (
         f"# {facts.repo_name.split('/')[-1]}\n\n"
         f"{article} {_kind(facts)} for {_base(facts)}, trained on {figures} with `sciflow_hf` for "
@@ -204,6 +241,8 @@ def _introduction(facts: CardFacts) -> str:
 
 
 def _usage(facts: CardFacts) -> str:
+    if facts.whole_pipeline:
+        return _usage_of_pipeline(facts)
     on_hub = is_hub_id(facts.base_model)
     base = facts.base_model if on_hub else f"path/to/{_inline(facts.base_model)}"
     here = facts.repo_name if "/" in facts.repo_name else f"path/to/{facts.repo_name}"
@@ -212,18 +251,33 @@ def _usage(facts: CardFacts) -> str:
     if facts.adapter is not None:
         classes, before, argument = pipeline, "", ""
         after = f'pipeline.load_lora_weights("{here}")\n'
+        if facts.adapter.get("type", "lora") not in PIPELINE_TYPES:
+            classes += "\nfrom peft import PeftModel"
+            after = f'PeftModel.from_pretrained(pipeline.{part}, "{here}")  # puts the adapter into pipeline.{part}\n'
     else:
         classes, after, argument = f"AutoModel, {pipeline}", "", f", {part}=network"
         before = f'network = AutoModel.from_pretrained("{here}", subfolder="{part}", {dtype})\n'
     size = _largest_bucket(facts)
-    call = "prompt" + (f", height={size[0]}, width={size[1]}" if size else "")
+    call = "prompt=prompt" + (f", height={size[0]}, width={size[1]}" if size else "")
     if "max_sequence_length" in facts.non_default_args:
         call += f", max_sequence_length={facts.non_default_args['max_sequence_length']}"
+    call += "".join(f", {argument}" for argument in facts.call_arguments)
+    exports = "".join(f"\n- `{name}`: for {programs}" for name, programs in facts.exports.items())
     return (
         f"## Use\n\n```python\nimport torch\nfrom diffusers import {classes}\n\n{before}"
         f'pipeline = {pipeline}.from_pretrained("{base}"{revision}{argument}, {dtype}).to("cuda")\n'
         f'{after}prompt = "..."  # a caption in the style of the training data\n'
-        f"image = pipeline({call}).images[0]\n```"
+        f"image = pipeline({call}).images[0]\n```" + (f"\n\nFor other programs:\n{exports}" if exports else "")
+    )
+
+
+def _usage_of_pipeline(facts: CardFacts) -> str:
+    here = facts.repo_name if "/" in facts.repo_name else f"path/to/{facts.repo_name}"
+    return (
+        "## Use\n\nThe repository is a pipeline with its code, `pipeline.py`, which runs with `trust_remote_code`.\n\n"
+        "```python\nfrom diffusers import DiffusionPipeline\n\n"
+        f'pipeline = DiffusionPipeline.from_pretrained("{here}", trust_remote_code=True).to("cuda")\n'
+        f"output = pipeline({', '.join(facts.call_arguments)})\n```"
     )
 
 
@@ -257,33 +311,37 @@ def _results(facts: CardFacts) -> str:
         for i, name in enumerate(names, start=1)
         if f"eval_loss_q{i}" in measured
     ]
-    if not cells and not quarters:
+    others = [(name.replace("_", " "), f"{value:.4g}") for name, value in _other_metrics(facts).items()]
+    if not cells and not quarters and not others:
         return ""
     held_out = facts.dataset.get("eval_samples")
-    figures = f"{held_out:,} held-out figures" if isinstance(held_out, int) else "held-out figures"
+    figures = f"held-out {_samples_word(facts)}"
+    figures = f"{held_out:,} {figures}" if isinstance(held_out, int) else figures
     text = (
         f"## Results\n\nTraining loss on {figures}, at a fixed grid of noise levels with fixed noise; lower "
         "is better.\n\n" + _table(("", "held-out loss"), cells)
     )
-    return text + ("\n\n" + _table(("noise range", "held-out loss"), quarters) if quarters else "")
+    text += "\n\n" + _table(("noise range", "held-out loss"), quarters) if quarters else ""
+    return text + ("\n\n" + _table(("measured on samples", ""), others) if others else "")
 
 
 def _training(facts: CardFacts) -> str:
     rows: list[tuple[str, str]] = [("optimizer steps", f"{facts.global_step:,}")]
     if facts.train_loss is not None and math.isfinite(facts.train_loss):
         rows.append(("mean training loss", f"{facts.train_loss:.4f}"))
-    for key in ("type", "rank", "alpha", "layers", "matched", "trainable_parameters"):
-        value = (facts.adapter or {}).get(key)
+    for key, value in (facts.adapter or {}).items():
         renamed = {"matched": "matched layers", "trainable_parameters": "trained parameters"}
         label = renamed.get(key, f"adapter {key}")
-        if value is not None:
-            text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-            rows.append((label, f"{text:,}" if isinstance(text, int) else f"`{_inline(text, 1000)}`"))
+        if value:
+            text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else option_text(value)
+            rows.append((label, f"{value:,}" if type(value) is int else f"`{_inline(text, 1000)}`"))
     if _data_names(facts):
         rows.append(("data", f"`{_data_names(facts)}`"))
-    for key, label in (("samples", "figures"), ("eval_samples", "held out"), ("groups", "groups (papers)")):
+    for key, label in (("samples", _samples_word(facts)), ("eval_samples", "held out"), ("groups", "groups (papers)")):
         if isinstance(facts.dataset.get(key), int):
             rows.append((label, f"{facts.dataset[key]:,}"))
+    if isinstance(prior := facts.dataset.get("prior_samples"), int):
+        rows.append(("prior preservation", f"{prior:,} figures, weight {facts.dataset.get('prior_weight', 1):g}"))
     if _buckets(facts):
         counts = ", ".join(f"{size}: {number:,}" for size, number in _buckets(facts).items())
         rows.append(("buckets (height x width: figures)", counts))

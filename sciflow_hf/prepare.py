@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEMO = "demo"
+DEMO_NIGHT = "demo_night"  # small figures that `mini_klein` is fine-tuned on
 
 
 def build_cache_for(
@@ -77,16 +78,16 @@ def online_text(family: ModelFamily, *, device: Any, dtype: Any) -> "Callable[[l
 
 
 def resolve_demo(family: ModelFamily, data_args: DataArguments, output_dir: str) -> None:
-    """Replaces `demo` in the options by figures and a network made below `output_dir` at first use."""
+    """Replaces `demo` (figures: or `demo_night`) in the options by what is made below `output_dir` at first use."""
     folder = Path(output_dir) / "demo"
     if family.pretrained_model_name_or_path == DEMO:
         from .demo import demo_pipeline
 
         family.pretrained_model_name_or_path = str(demo_pipeline(folder, family.name))
-    if data_args.input_dir == DEMO:
+    if data_args.input_dir in (DEMO, DEMO_NIGHT):
         from .demo import demo_figures
 
-        data_args.input_dir = str(demo_figures(folder))
+        data_args.input_dir = str(demo_figures(folder, data_args.input_dir))
 
 
 def prepare_data(

@@ -1,5 +1,6 @@
 """What a run knows of itself: identity for resuming, facts for the card, access to trackers and the Hub."""
 
+import dataclasses
 import importlib.metadata
 import logging
 import os
@@ -9,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from .adapter_files import WEIGHT_NAME
-from .adapters import adapter_facts, adapter_layers
+from .adapter_files import weight_name
+from .adapters import adapter_facts
 from .data.loader import batch_keys_of, row_ids_of
+from .data.prior import without_prior
 from .data.streaming import StreamingCache
 from .diffusion.randomness import hash64
 from .errors import SciflowError
@@ -34,6 +36,7 @@ def identity(trainer: "DiffusionTrainer") -> dict[str, Any]:
     adapter = adapter_facts(trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False))
     return {
         "family": family.name,
+        "network": dataclasses.asdict(family) if family.from_scratch else None,
         "pretrained_model_name_or_path": Path(path).name if os.path.isdir(path) else path,
         "revision": family.revision,
         "adapter": adapter,
@@ -41,6 +44,9 @@ def identity(trainer: "DiffusionTrainer") -> dict[str, Any]:
         "total_train_batch_size": trainer.get_total_train_batch_size(args),
         "seed": args.order_seed,
         "optim": str(getattr(args.optim, "value", args.optim)),
+        "lora_plus_ratio": args.lora_plus_ratio,
+        "text_encoder_learning_rate": args.text_encoder_learning_rate,
+        "quantize_base": args.quantize_base,
     }
 
 
@@ -88,12 +94,13 @@ def validation_callback(trainer: "DiffusionTrainer") -> "ValidationCallback":
     from .callbacks.validation import ValidationCallback
 
     args = trainer.args
-    size = tuple(args.validation_size) or commonest_size(trainer.train_dataset)
+    size = tuple(args.validation_size) or commonest_size(without_prior(trainer.train_dataset))
     if size is None:
         raise SciflowError("`validation_size`: give height and width, the data has no buckets to take them from.")
     return ValidationCallback(
         family=trainer.family,
-        prompts=args.validation_prompts,
+        prompts=args.validation_prompts or args.validation_class_labels,
+        negative_prompts=args.validation_negative_prompt,
         seeds=args.validation_seeds,
         steps=args.validation_steps,
         num_inference_steps=args.num_inference_steps,
@@ -119,7 +126,8 @@ def save_model_card(trainer: "DiffusionTrainer") -> None:
     from .callbacks.validation import final_step, sample_images
     from .hub import CardFacts, save_card
 
-    args, family, train, held_out = trainer.args, trainer.family, trainer.train_dataset, trainer.eval_dataset
+    args, family, held_out = trainer.args, trainer.family, trainer.eval_dataset
+    train, prior = without_prior(trainer.train_dataset), getattr(trainer.train_dataset, "prior", None)
     metrics = last_metrics(trainer)
     folder = Path(args.output_dir)
     samples = sample_images(folder, step=final_step(args, trainer.state))
@@ -136,8 +144,11 @@ def save_model_card(trainer: "DiffusionTrainer") -> None:
         base_model=family.pretrained_model_name_or_path,
         revision=family.revision,
         pipeline_class=family.pipeline_class().__name__,
-        weight_name=WEIGHT_NAME if adapter else None,
+        weight_name=weight_name(adapter["type"]) if adapter else None,
         component=family.component,
+        call_arguments=family.call_arguments(args),
+        task=family.task,
+        whole_pipeline=family.whole_pipeline and not adapter,
         adapter=adapter,
         dataset={
             "names": trainer.dataset_names,
@@ -145,6 +156,7 @@ def save_model_card(trainer: "DiffusionTrainer") -> None:
             "eval_samples": len(held_out) if held_out is not None else 0,
             "groups": None if isinstance(train, StreamingCache) else _count_groups(sets),
             "buckets": dict(buckets),
+            **({} if prior is None else {"prior_samples": int(prior.rows.sum()), "prior_weight": prior.loss_weight}),
         },
         non_default_args=args.changed_options(),
         metrics=metrics,
@@ -154,6 +166,7 @@ def save_model_card(trainer: "DiffusionTrainer") -> None:
         versions={name: importlib.metadata.version(name) for name in PACKAGES},
         sample_images=[path for path, _ in samples],
         sample_prompts=[prompt for _, prompt in samples],
+        exports={done.file.name: done.readers for done in trainer.exported},
     )
     save_card(facts, folder)
 
@@ -227,7 +240,8 @@ def summary(trainer: "DiffusionTrainer") -> str:
     rate = effective_learning_rate(trainer.optimizer.param_groups) if trainer.optimizer is not None else None
     if rate is not None:
         lines.append(f"Prodigy's step size at the end: {rate:.2e}; it starts at 1e-06 and grows for some 100 steps.")
-    weights = WEIGHT_NAME if adapter_layers(trainer.model) else trainer.family.component
+    adapter = adapter_facts(trainer.model)
+    weights = weight_name(adapter["type"]) if adapter else trainer.family.component
     for what, path in (
         ("Weights", weights),
         ("Model card", "README.md"),

@@ -16,16 +16,22 @@ from .callbacks.ema import EMACallback
 from .data.buckets import BucketBatchSampler
 from .data.cache import LatentCache
 from .data.loader import BucketLoader, batch_keys_of, evaluation_keys, row_ids_of
+from .data.prior import loss_weights
 from .data.samples import collate, describe_row
 from .data.stream_loader import StreamLoader
 from .data.streaming import StreamingCache
 from .data.threads import release
 from .diffusion.randomness import hash64
 from .errors import SciflowError
-from .evaluation import quarter_means, summarise
+from .evaluation import summarise
+from .export import check_run
 from .families.base import ModelFamily
 from .loaders import loader_options, training_loader
-from .optimizers import effective_learning_rate
+from .loss_log import LossLog
+from .offload import offload_blocks
+from .optimizers import effective_learning_rate, group_rates, rates_of
+from .quantisation import check_loaded, keep_from_broadcast
+from .text_training import NetworkWithText, network_of, use_captions, with_text
 from .trainer_hooks import EVAL_BASE, STREAM, HookedTrainer
 from .training_args import DiffusionTrainingArguments
 
@@ -75,7 +81,9 @@ class DiffusionTrainer(HookedTrainer):
         self.family, self.caption_dropout, self.dataset_names = family, caption_dropout, list(dataset_names)
         self.running_push: Any = None
         self._user_metrics = compute_metrics
-        self._noted: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
+        prior, weights = getattr(train_dataset, "prior", None), loss_weights(train_dataset)
+        self._losses = LossLog(None if prior is None else prior.rows)
+        self._loss_weights = None if weights is None else torch.from_numpy(weights)
         self._eval_base: dict[str, list[float]] = {}  # row id -> losses of the base model
         self._eval_rows: list[str] = []
         self._measure_base = False
@@ -85,7 +93,7 @@ class DiffusionTrainer(HookedTrainer):
         if args.ema_decay is not None:  # before those that look at weights
             callbacks = [EMACallback(args.ema_decay, args.ema_warmup), *(callbacks or [])]
         if model is not None:
-            self._check_model(model)
+            self._check_model(model, args)
         super().__init__(
             model=model,
             args=args,
@@ -100,10 +108,11 @@ class DiffusionTrainer(HookedTrainer):
         )
         for dataset in (train_dataset, *_as_datasets(eval_dataset)):
             self._check_data(dataset)
-        if args.validation_prompts:
+        if args.validation_prompts or args.validation_class_labels:
             self.add_callback(run_facts.validation_callback(self))
 
-    def _check_model(self, model: Any) -> None:
+    def _check_model(self, model: Any, args: DiffusionTrainingArguments) -> None:
+        check_run(model, args.export_formats, self.family)
         trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         if not trained:
             raise SciflowError("`model` has no parameter that requires a gradient: call `add_adapter` first.")
@@ -119,8 +128,14 @@ class DiffusionTrainer(HookedTrainer):
             model.enable_gradient_checkpointing()
 
         model.activation_checkpointing_enable = activation_checkpointing_enable
-        if isinstance(model, ConfigMixin):  # transformers' TensorBoardCallback asks the configuration for it
-            vars(model.config)["to_json_string"] = model.to_json_string
+        network = network_of(model)
+        if isinstance(network, ConfigMixin):  # transformers' TensorBoardCallback asks the configuration for it
+            vars(network.config)["to_json_string"] = network.to_json_string
+        rates_of(model, args, learning_rate=args.learning_rate or 0.0)
+        check_loaded(network, args.quantize_base)
+        keep_from_broadcast(model)
+        if args.offload:
+            offload_blocks(network, args.device)
 
     def _check_data(self, dataset: Any) -> None:
         if dataset is None:
@@ -131,15 +146,17 @@ class DiffusionTrainer(HookedTrainer):
             dataset.check_family(self.family.encoder_settings())
         if self.model is None:
             return
-        streams = isinstance(dataset, StreamingCache)
-        self.family.check_sample(self.model, dataset.first_sample() if streams else dataset[0])
+        if isinstance(self.model, NetworkWithText):
+            use_captions(dataset)
+        sample = dataset.first_sample() if isinstance(dataset, StreamingCache) else dataset[0]
+        self.family.check_sample(self.model, with_text(self.model, sample))
         if isinstance(dataset, LatentCache) and dataset.online_text is None:  # of every bucket the shapes
             for row in {key[:2]: i for i, key in enumerate(dataset.batch_keys)}.values():
                 self.family.check_sample(self.model, dataset.shapes(row))
 
     def call_model_init(self, trial: Any = None) -> torch.nn.Module:
         model = super().call_model_init(trial)
-        self._check_model(model)
+        self._check_model(model, self.args)
         return model
 
     # -- the step ------------------------------------------------------------------------------------------------
@@ -154,43 +171,32 @@ class DiffusionTrainer(HookedTrainer):
         """Mean loss of a batch by the family's step; the losses per sample are kept until the next log."""
         loss, levels = self.family.compute_loss(model, inputs, self.args)
         if model.training:
-            self._noted.append((loss.detach(), levels, inputs.get("row")))
-            if len(self._noted) >= 512:
-                self._noted = [self._gather_notes()]
-        return (loss.mean(), {"loss": loss, "levels": levels}) if return_outputs else loss.mean()
+            self._losses.note(loss, levels, inputs.get("row"))
+        mean = self.mean_loss(loss, inputs.get("row"))
+        return (mean, {"loss": loss, "levels": levels}) if return_outputs else mean
 
-    def _gather_notes(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        losses, levels, rows = zip(*self._noted, strict=True)
-        return torch.cat(losses), torch.cat(levels), None if rows[0] is None else torch.cat(rows)
+    def mean_loss(self, loss: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+        """The mean of losses (B,); with prior preservation weighted by the kind of each row."""
+        if self._loss_weights is None or rows is None:
+            return loss.mean()
+        return (self._loss_weights[rows].to(loss.device, non_blocking=True) * loss).mean()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the loss per quarter of the noise range and Prodigy's step size; stops at a loss that is not finite."""
+        """Adds the loss per quarter of the noise range and other learning rates; stops at a loss that is not finite."""
         if "loss" in logs:
             self._check_finite()
-            logs.update(self._quarter_logs())
+            logs.update(self._losses.means(self.accelerator, self.family.level_range()))
             rate = effective_learning_rate(self.optimizer.param_groups) if self.optimizer is not None else None
             if rate is not None:
                 logs["effective_learning_rate"] = rate
+            if self.optimizer is not None and "learning_rate" in logs:
+                logs.update(group_rates(self.optimizer.param_groups, logs["learning_rate"]))
         super().log(logs, start_time)
 
-    def _quarter_logs(self) -> dict[str, float]:
-        if not self._noted:
-            return {}
-        losses, levels, _ = self._gather_notes()
-        self._noted = []
-        both = self.accelerator.pad_across_processes(torch.stack([losses.float(), levels.float()], 1), pad_index=-1)
-        pairs = self.accelerator.gather(both).cpu().numpy()
-        pairs = pairs[pairs[:, 1] >= 0]
-        return quarter_means(pairs[:, 0], pairs[:, 1] / self.family.level_range())
-
     def _check_finite(self) -> None:
-        if not self._noted:
+        bad_rows = self._losses.bad_rows(self.accelerator)
+        if bad_rows is None:
             return
-        losses, _, rows = self._gather_notes()
-        bad = ~torch.isfinite(losses)
-        if not self.accelerator.reduce(bad.any().float(), "sum").item():
-            return
-        bad_rows = [] if rows is None else rows[bad.cpu()].tolist()
         names = sorted({describe_row(self.train_dataset, row) for row in bad_rows})
         raise SciflowError(
             f"the loss was not finite before step {self.state.global_step}. "

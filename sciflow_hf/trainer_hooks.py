@@ -6,7 +6,7 @@
 import functools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,14 @@ from .checkpoints import RUN_FACTS, rotate, write_json, write_manifest
 from .data.loader import BucketLoader
 from .data.stream_loader import StreamLoader
 from .data.threads import release
+from .export import Exported, export_run
 from .families.base import ModelFamily, network_dtype
-from .optimizers import OPTIMIZERS, optimizer_class
+from .optimizers import OPTIMIZERS, optimizer_class, rates_of, split_groups
+from .text_training import network_of
 
 EVAL_BASE = "eval_base.json"
 STREAM = "stream.json"
-HOST_KEYS = ("noise_key", "position", "row")
+HOST_KEYS = ("noise_key", "step_key", "position", "row")
 """Entries of a batch that stay on the host: they seed generators and name rows, which on a GPU would be a sync."""
 
 
@@ -77,6 +79,7 @@ class HookedTrainer(Trainer):
 
     family: ModelFamily
     _eval_base: dict[str, list[float]]
+    exported: Sequence[Exported] = ()
     _stream: StreamLoader | None = None
     _stream_state: dict[str, Any] | None = None
 
@@ -103,7 +106,7 @@ class HookedTrainer(Trainer):
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         model, loader = super()._prepare_for_training(*args, **kwargs)
         trained = self._trained = [p for p in model.parameters() if p.requires_grad]
-        self._set_train_mode(model)
+        model.train()
 
         def zero_grad(set_to_none: bool = True) -> None:
             for parameter in trained:
@@ -111,11 +114,6 @@ class HookedTrainer(Trainer):
 
         model.zero_grad = zero_grad  # on the instance; `train` removes it
         return model, loader
-
-    def _set_train_mode(self, model: torch.nn.Module) -> None:
-        model.train()
-        if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers
-            self.optimizer.train()
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -125,7 +123,9 @@ class HookedTrainer(Trainer):
         Gives the batch back to its loader, which empties it.
         """
         if not (model.training and self.model.training):
-            self._set_train_mode(model)
+            model.train()
+        if callable(getattr(self.optimizer, "train", None)):  # schedule-free: back from the average
+            self.optimizer.train()
         batch = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
             loss = self.compute_loss(model, batch) / self.current_gradient_accumulation_steps
@@ -151,6 +151,14 @@ class HookedTrainer(Trainer):
             return cls, kwargs
         return Trainer.get_optimizer_cls_and_kwargs(args, model)
 
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> Any:
+        """The parent's, its groups divided where `--lora_plus_ratio` or `--text_encoder_learning_rate` ask for it."""
+        is_new, trained = self.optimizer is None, self.model if model is None else model
+        optimizer = super().create_optimizer(model)
+        if is_new and (self.args.lora_plus_ratio or self.args.text_encoder_learning_rate):
+            split_groups(optimizer, trained, rates_of(trained, self.args, learning_rate=optimizer.defaults["lr"]))
+        return optimizer
+
     # -- averaged weights ----------------------------------------------------------------------------------------
 
     @property
@@ -158,14 +166,25 @@ class HookedTrainer(Trainer):
         return next((c for c in self.callback_handler.callbacks if isinstance(c, EMACallback)), None)
 
     def averaged_weights(self) -> AbstractContextManager[None]:
-        """Inside, the network has its averaged weights, if `--ema_decay` asks for them and training has begun."""
+        """Inside, the network has its averaged weights, if there are any and training has begun."""
+        self._to_average()
         return nullcontext() if self._ema is None else self._ema.swapped()
+
+    def _to_average(self) -> None:
+        """A schedule-free optimizer puts its average in place, where it stays until the next step."""
+        if callable(getattr(self.optimizer, "eval", None)):
+            self.optimizer.eval()
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._to_average()
+        return super()._finalize_training(*args, **kwargs)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """The parent's, but old checkpoints go only once the new one is whole: its manifest is written last."""
         self._check_finite()
+        self._to_average()  # on every rank, so that all go on from the same bits
         run_dir = self._get_output_dir(trial=trial)
         folder = Path(run_dir) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and folder.exists():  # left over from a save that was killed
@@ -195,6 +214,9 @@ class HookedTrainer(Trainer):
         is_checkpoint = folder.name.startswith("checkpoint-")
         with nullcontext() if is_checkpoint else self.averaged_weights():
             self._save_weights(folder)
+        if not is_checkpoint:
+            network = network_of(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
+            self.exported = export_run(folder, self.args.export_formats, self.family, network)
         if is_checkpoint and self._ema is not None:
             self._ema.save(folder)
         write_json(folder / RUN_FACTS, run_facts.identity(self))
@@ -206,7 +228,7 @@ class HookedTrainer(Trainer):
         if adapter_layers(model):
             save_adapter(model, folder, family=self.family)
         else:
-            model.save_pretrained(folder / self.family.component)
+            self.family.save_network(model, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         network: Any = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)

@@ -34,10 +34,12 @@ def command(*flags: object, ranks: int = 1, script: Path = RECIPE) -> list[str]:
     return words + [str(flag) for flag in flags]
 
 
-def run(*flags: object, ranks: int = 1, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *flags: object, ranks: int = 1, check: bool = True, script: Path = RECIPE, **env: str
+) -> subprocess.CompletedProcess[str]:
     """Runs the recipe to its end."""
     done = subprocess.run(
-        command(*flags, ranks=ranks), env=environment(**env), capture_output=True, text=True, timeout=600
+        command(*flags, ranks=ranks, script=script), env=environment(**env), capture_output=True, text=True, timeout=600
     )
     if check and done.returncode:
         raise AssertionError(f"exit status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")

@@ -10,6 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 
 from sciflow_hf.diffusion.losses import LOSSES, flow_weight, sample_loss
+from sciflow_hf.diffusion.objectives import ddpm_weight
 from sciflow_hf.diffusion.randomness import batch_keys, generator, hash64, noise_keys, randn, uniform
 from sciflow_hf.diffusion.timesteps import (
     level_grid,
@@ -159,6 +160,29 @@ def test_min_snr_weights_the_loss_on_the_clean_image(gamma):
     assert (snr.min() < 1) and (snr.max() > 5)  # both sides of the minimum are there
     both = flow_weight(SIGMAS, weighting_scheme="cosmap", min_snr_gamma=gamma)
     torch.testing.assert_close(both, weight * compute_loss_weighting_for_sd3("cosmap", SIGMAS))
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 5.0, math.inf])
+def test_flow_weights_in_numpy(gamma):
+    """With SNR = ((1 - sigma) / sigma)^2: sigma^2 min(SNR, gamma), on the velocity; gamma infinite is plain SNR."""
+    snr = ((1 - LEVELS) / LEVELS) ** 2
+    found = flow_weight(torch.from_numpy(LEVELS), min_snr_gamma=gamma)
+    np.testing.assert_allclose(found, np.where(snr < gamma, (1 - LEVELS) ** 2, min(gamma, 1e9) * LEVELS**2), rtol=1e-12)
+    np.testing.assert_allclose(found, LEVELS**2 * np.minimum(snr, gamma), rtol=1e-12)
+    both = flow_weight(torch.from_numpy(LEVELS), min_snr_gamma=gamma, weighting_scheme="sigma_sqrt")
+    np.testing.assert_allclose(both, np.minimum(snr, gamma), rtol=1e-12)
+    cosmap = flow_weight(torch.from_numpy(LEVELS), weighting_scheme="cosmap")
+    np.testing.assert_allclose(cosmap, 2 / (np.pi * (LEVELS**2 + (1 - LEVELS) ** 2)), rtol=1e-12)
+
+
+def test_min_snr_of_flow_is_that_of_ddpm():
+    """At equal SNR both weigh the error of the latents alike: it is the velocity's / sigma^2, the noise's x SNR."""
+    sigma = torch.tensor([0.1, 0.3, 0.5, 0.9], dtype=torch.float64)
+    snr = ((1 - sigma) / sigma) ** 2
+    of_flow = flow_weight(sigma, min_snr_gamma=5.0) / sigma**2
+    of_ddpm = ddpm_weight(snr / (1 + snr), prediction_type="epsilon", min_snr_gamma=5.0) * snr
+    torch.testing.assert_close(of_flow, of_ddpm)
+    torch.testing.assert_close(of_flow, torch.tensor([5.0, 5.0, 1.0, 1 / 81], dtype=torch.float64))
 
 
 # -- hash ----------------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def test_card_parses_back_with_its_metrics(tmp_path: Path) -> None:
         'pipeline = Flux2KleinPipeline.from_pretrained("black-forest-labs/FLUX.2-klein-base-9B", '
         'revision="abc123", torch_dtype=torch.bfloat16).to("cuda")',
         'pipeline.load_lora_weights("user/figures-lora")',
-        "image = pipeline(prompt, height=768, width=1024).images[0]",
+        "image = pipeline(prompt=prompt, height=768, width=1024).images[0]",
         "| gain (base - this) | 0.3750 (95 % interval: 0.2500 to 0.5000) |",
         "| quarter 1 (least noise) | 2.0000 |",
         "| adapter rank | 128 |",

@@ -23,8 +23,18 @@ NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
 # What may be imported at run time from below `sciflow_hf`; what is not listed here may use everything.
 MAY_IMPORT = {
     "diffusion": ("sciflow_hf.diffusion",),
-    "data": ("sciflow_hf.__version__", "sciflow_hf.errors", "sciflow_hf.diffusion", "sciflow_hf.data"),
-    "families": ("sciflow_hf.errors", "sciflow_hf.diffusion", "sciflow_hf.families.base"),
+    "data": (
+        *("sciflow_hf.__version__", "sciflow_hf.errors", "sciflow_hf.diffusion", "sciflow_hf.microscopy"),
+        "sciflow_hf.data",
+    ),
+    "microscopy": ("sciflow_hf.errors", "sciflow_hf.diffusion", "sciflow_hf.microscopy"),
+    "families": (
+        *("sciflow_hf.errors", "sciflow_hf.loading", "sciflow_hf.quantisation"),
+        *("sciflow_hf.diffusion", "sciflow_hf.families.base"),
+        *("sciflow_hf.networks", "sciflow_hf.pipelines", "sciflow_hf.microscopy"),
+    ),
+    "networks": (),
+    "formats": ("sciflow_hf.errors", "sciflow_hf.formats"),
 }
 
 TOP_LEVEL = {
@@ -84,7 +94,7 @@ def private_names(source: str) -> list[str]:
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases
     ]
-    public = {"sciflow_hf", *(f"sciflow_hf.{name}" for name in sciflow_hf.__all__)}
+    public = {"sciflow_hf", "sciflow_hf.demo", *(f"sciflow_hf.{name}" for name in sciflow_hf.__all__)}
     return [name for name in used if name not in public]
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from diffusers.schedulers.scheduling_ddpm import betas_for_alpha_bar
 from diffusers.training_utils import compute_snr
 
 from sciflow_hf.diffusion.objectives import (
@@ -13,12 +14,14 @@ from sciflow_hf.diffusion.objectives import (
     add_noise,
     alphas_cumprod,
     beta_schedule,
+    convert_prediction,
     ddpm_target,
     ddpm_weight,
     signal_to_noise,
 )
 
 TIMESTEPS = torch.tensor([0, 40, 500, 999])
+DIFFUSERS_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,7 @@ def noise():
     return torch.randn(4, 3, 5, 7, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("name", BETA_SCHEDULES)
+@pytest.mark.parametrize("name", DIFFUSERS_SCHEDULES)
 @pytest.mark.parametrize("options", [{}, {"beta_start": 0.00085, "beta_end": 0.012}])
 @pytest.mark.parametrize("num_timesteps", [100, 1000])
 def test_betas_are_diffusers(name, options, num_timesteps):
@@ -40,6 +43,16 @@ def test_betas_are_diffusers(name, options, num_timesteps):
     assert betas.shape == (num_timesteps,) and betas.dtype == torch.float32
     assert torch.equal(betas, scheduler.betas)
     assert torch.equal(alphas_cumprod(betas), scheduler.alphas_cumprod)
+
+
+@pytest.mark.parametrize("num_timesteps", [100, 1000])
+def test_our_names_are_diffusers_functions(num_timesteps):
+    assert torch.equal(beta_schedule("cosine", num_timesteps), betas_for_alpha_bar(num_timesteps))
+    exponential = betas_for_alpha_bar(num_timesteps, alpha_transform_type="exp")
+    torch.testing.assert_close(beta_schedule("exponential", num_timesteps), exponential)
+    bars = alphas_cumprod(beta_schedule("exponential", num_timesteps))
+    assert float(bars[num_timesteps // 4 - 1]) == pytest.approx(math.exp(-3), rel=1e-4)
+    assert set(BETA_SCHEDULES) == {*DIFFUSERS_SCHEDULES, "cosine", "exponential"}
 
 
 def test_betas_in_closed_form():
@@ -57,7 +70,7 @@ def test_betas_in_closed_form():
     torch.testing.assert_close(sigmoid, torch.tensor([1 / (1 + math.exp(6)), 0.5, 1 / (1 + math.exp(-6))]))
 
 
-@pytest.mark.parametrize("name", BETA_SCHEDULES)
+@pytest.mark.parametrize("name", DIFFUSERS_SCHEDULES)
 def test_zero_terminal_snr(name):
     """The last step is pure noise, the first as before; between them, diffusers up to its rounding."""
     betas = beta_schedule(name, 1000)
@@ -90,6 +103,45 @@ def test_the_sampler_recovers_the_latents_from_each_target(prediction_type, late
         target = ddpm_target(x0, epsilon, alpha_bar, prediction_type=prediction_type)
         found = scheduler.step(target, int(timestep), add_noise(x0, epsilon, alpha_bar)).pred_original_sample
         torch.testing.assert_close(found, x0, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("signal", ["flow", "ddpm"])
+@pytest.mark.parametrize("source", [*PREDICTION_TYPES, "velocity"])
+def test_every_conversion_goes_there_and_back(source, signal, latents, noise):
+    """Each word for the same network, from its definition; then back to the word it came from."""
+    sigma = torch.tensor([0.05, 0.3, 0.7, 0.95])
+    a, b = (1 - sigma, sigma) if signal == "flow" else ((1 - sigma).sqrt(), sigma.sqrt())
+    wide_a, wide_b = a.view(-1, 1, 1, 1), b.view(-1, 1, 1, 1)
+    noisy = wide_a * latents + wide_b * noise
+    meant = {
+        "epsilon": noise,
+        "sample": latents,
+        "v_prediction": wide_a * noise - wide_b * latents,
+        "velocity": noise - latents,
+    }
+    for target, expected in meant.items():
+        options = {"noisy": noisy, "signal": a, "noise_scale": b}
+        found = convert_prediction(meant[source], source=source, target=target, **options)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        again = convert_prediction(found, source=target, target=source, **options)
+        torch.testing.assert_close(again, meant[source], rtol=1e-4, atol=1e-4)
+
+
+def test_conversion_at_the_ends_is_finite(latents, noise):
+    """At pure noise the noise says nothing of the latents, and on data the data nothing of the noise."""
+    zero, one = torch.zeros(4), torch.ones(4)
+    assert (
+        convert_prediction(noise, noise, signal=zero, noise_scale=one, source="epsilon", target="sample").abs().max()
+        == 0
+    )
+    assert (
+        convert_prediction(latents, latents, signal=one, noise_scale=zero, source="sample", target="epsilon")
+        .abs()
+        .max()
+        == 0
+    )
+    with pytest.raises(ValueError, match=r"'flow'.*velocity"):
+        convert_prediction(noise, noise, signal=one, noise_scale=zero, source="flow", target="sample")
 
 
 @pytest.mark.parametrize("gamma", [1.0, 5.0])

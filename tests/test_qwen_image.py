@@ -348,7 +348,7 @@ def test_checkpoints_that_lack_something_are_named(tiny_qwen, tiny_klein, tmp_pa
             family_of("transformer", **{option: True}).load_model(dtype=torch.float32)
     with pytest.raises(SciflowError, match="holds a Flux2Transformer2DModel, but `qwen_image`"):
         QwenImage(pretrained_model_name_or_path=str(tiny_klein)).load_model(dtype=torch.float32, meta=True)
-    with pytest.raises(SciflowError, match="cannot load its transformer configuration"):
+    with pytest.raises(SciflowError, match="cannot load its pipeline configuration"):
         QwenImage(pretrained_model_name_or_path=str(tmp_path / "nowhere")).load_model(dtype=torch.float32)
     for length in (0, 1025):
         with pytest.raises(SciflowError, match=f"`max_sequence_length` {length}"):

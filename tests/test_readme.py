@@ -5,6 +5,7 @@ import contextlib
 import io
 import itertools
 import re
+import runpy
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -65,7 +66,8 @@ def parser_of(recipe: Path) -> RecipeParser:
     calls = [node for node in ast.walk(ast.parse(read(recipe))) if isinstance(node, ast.Call)]
     call = next(c for c in calls if ast.unparse(c.func).endswith("parse_args"))
     names = [ast.unparse(argument).removeprefix("sf.") for argument in call.args]
-    return RecipeParser([getattr(sciflow_hf, name) for name in names])
+    own = {} if all(name in sciflow_hf.__all__ for name in names) else runpy.run_path(str(recipe))
+    return RecipeParser([own.get(name) or getattr(sciflow_hf, name) for name in names])
 
 
 def faults(words: list[str]) -> list[str]:

@@ -111,9 +111,9 @@ def test_steps_are_those_of_training(tmp_path, family, tiny_cache, options):
 )
 def test_disk_is_what_checkpoints_take(tmp_path, family, tiny_cache, options, saves):
     """Their number by training; their size to a tenth, with an adapter big enough for headers not to matter."""
-    sections, *_ = plan_of(tmp_path, family, tiny_cache, rank=64, **options)
+    sections, *_ = plan_of(tmp_path, family, tiny_cache, rank=32, **options)
     line = sections["Memory and disk, on paper"].splitlines()[1]
-    trainer = make_trainer(tmp_path, family, tiny_cache, rank=64, **options)
+    trainer = make_trainer(tmp_path, family, tiny_cache, rank=32, **options)
     trainer.train()
     found = list_checkpoints(tmp_path)
     assert len(found) == saves

@@ -304,7 +304,7 @@ def test_prompts_equal_the_pipeline(prompts, family, pipeline):
     embeds, negative, pooled, negative_pooled = pipeline.encode_prompt(prompts)
     assert torch.equal(ours["prompt_embeds"], embeds) and torch.equal(ours["pooled_prompt_embeds"], pooled)
     assert embeds.shape == (len(prompts), 77, 20) and encoders.unet is None and encoders.vae is None
-    inputs = family.pipeline_inputs(ours, family.encode_prompts([""], encoders))
+    inputs = family.pipeline_inputs(ours, family.unconditional(family.encode_prompts([""], encoders)))
     assert not negative.any() and not inputs["negative_prompt_embeds"].any()
     assert not negative_pooled.any() and not inputs["negative_pooled_prompt_embeds"].any()
 

@@ -60,7 +60,7 @@ def trainer(family, cache, folder, *, eval_dataset=None, **options):
         per_device_eval_batch_size=4, **options,
     )  # fmt: skip
     model = family.load_model(dtype=torch.float32)
-    add_adapter(model, AdapterArguments(rank=16, lora_layers="full"), family=family)
+    add_adapter(model, AdapterArguments(rank=8, lora_layers="full"), family=family)
     return sf.DiffusionTrainer(model, args, family=family, train_dataset=cache, eval_dataset=eval_dataset)
 
 

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import sciflow_hf as sf
-from sciflow_hf.adapter_files import WEIGHT_NAME, adapter_disabled, adapter_parameters
+from sciflow_hf.adapter_files import WEIGHT_NAME
+from sciflow_hf.adapters import adapter_disabled, adapter_parameters
 from sciflow_hf.checkpoints import checkpoint_fault
 from sciflow_hf.diffusion.randomness import hash64, noise_keys
 

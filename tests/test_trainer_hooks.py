@@ -35,6 +35,7 @@ PRIVATE = {
     "_load_best_model": [],
     "_push_from_checkpoint": ["checkpoint_folder"],
     "_finish_current_push": [],
+    "_finalize_training": ["trial", "num_train_samples", "start_time"],
 }  # fmt: skip
 PUBLIC = {
     "training_step": ["model", "inputs", "num_items_in_batch"],
@@ -45,6 +46,7 @@ PUBLIC = {
     "get_eval_dataloader": ["eval_dataset"],
     "get_test_dataloader": ["test_dataset"],
     "get_optimizer_cls_and_kwargs": ["args", "model"],
+    "create_optimizer": ["model"],
     "call_model_init": ["trial"],
     "log": ["logs", "start_time"],
     "train": ["resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
@@ -60,6 +62,7 @@ CALLED_BY = {  # who of the Trainer calls them, so that an override is not left 
         "skip_first_batches", "training_step", "_clip_grad_norm", "_get_grad_norm", "zero_grad",
         "current_gradient_accumulation_steps", "set_epoch",
     ],
+    "_prepare_for_training": ["create_optimizer", "_load_optimizer_and_scheduler"],
     "_finalize_training": ["_load_best_model", "_finish_current_push"],
     "evaluate": ["evaluation_loop", "get_eval_dataloader"],
     "evaluation_loop": ["prediction_step"],
@@ -287,7 +290,7 @@ def test_a_step_equals_the_parents(make, accumulation):
 
 def test_keys_stay_on_the_host(make, monkeypatch):
     """Moving them to a GPU and reading them there would be a sync per micro-batch."""
-    trainer = make()
+    trainer = make(stratified_levels=True)
     batch = next(iter(trainer.get_train_dataloader()))
     copied = []
 

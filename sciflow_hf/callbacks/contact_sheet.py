@@ -36,7 +36,8 @@ def save_image(image: "Image", path: Path, about: dict[str, str]) -> None:
         fields.add_itxt(key, value)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    image.convert("RGB").save(temporary, format="PNG", pnginfo=fields)
+    kept = image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGB")
+    kept.save(temporary, format="PNG", pnginfo=fields)
     os.replace(temporary, path)
 
 

@@ -15,6 +15,7 @@ from accelerate.utils import extract_model_from_parallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import SciflowError
+from ..text_training import NetworkWithText, network_of
 from .contact_sheet import STEP_FOLDER, image_name, read_image, save_image, step_folders, write_contact_sheet
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class ValidationCallback(TrainerCallback):
     Args:
         family: loads the pipeline and encodes the prompts.
         prompts: at least one.
+        negative_prompts: what guidance leads away from: one for all prompts, or one each; by default what the family
+            takes where there is none.
         seeds: distinct integers; every prompt is drawn with each of them.
         steps: optimizer steps between validations.
         num_inference_steps: sampling steps of one image.
@@ -61,6 +64,7 @@ class ValidationCallback(TrainerCallback):
         *,
         family: "ModelFamily",
         prompts: Sequence[str],
+        negative_prompts: Sequence[str] = (),
         seeds: Sequence[int],
         steps: int = 500,
         num_inference_steps: int = 28,
@@ -72,6 +76,13 @@ class ValidationCallback(TrainerCallback):
     ) -> None:
         if not prompts or not all(prompt.strip() for prompt in prompts):
             raise SciflowError(f"`validation_prompts` {list(prompts)}: give at least one and no empty one.")
+        if negative_prompts and len(negative_prompts) not in (1, len(prompts)):
+            raise SciflowError(
+                f"`validation_negative_prompt` {list(negative_prompts)}: {len(negative_prompts)} for {len(prompts)} "
+                "`validation_prompts`. Give one for all, or one for each."
+            )
+        if negative_prompts:
+            family.check_negative_prompt(guidance_scale)
         if not seeds or len(set(seeds)) != len(seeds):
             raise SciflowError(f"`validation_seeds` {list(seeds)}: give at least one and none twice.")
         for name, value in (("validation_steps", steps), ("num_inference_steps", num_inference_steps)):
@@ -85,6 +96,7 @@ class ValidationCallback(TrainerCallback):
             )
         self.family = family
         self.prompts = list(prompts)
+        self.negative_prompts = list(negative_prompts) * (len(prompts) if len(negative_prompts) == 1 else 1)
         self.seeds = list(seeds)
         self.steps = steps
         self.num_inference_steps = num_inference_steps
@@ -132,14 +144,17 @@ class ValidationCallback(TrainerCallback):
         step = state.global_step if step is None else step
         self._encode(args, model)
         with self.weights(), _at_rest(model) as network:
+            if isinstance(network, NetworkWithText):
+                self._encode_with(network)
             sharded = _is_sharded(network)
             share = _share(self._pairs, sharded)
             with self._explained(f"validation at step {step}: cannot load the pipeline"):
-                pipeline = self.family.load_pipeline(network, device=next(network.parameters()).device)
+                pipeline = self.family.load_pipeline(network_of(network), device=next(network.parameters()).device)
             for prompt, seed in share:
                 image = self._draw(pipeline, prompt, seed, step)
                 if state.is_world_process_zero or not sharded:
                     about = {"prompt": self.prompts[prompt], "seed": str(seed), "step": str(step)}
+                    about |= {"negative_prompt": self.negative_prompts[prompt]} if self.negative_prompts else {}
                     save_image(image, self._path(step, prompt, seed), about)
             del pipeline
         if torch.cuda.is_available():
@@ -166,10 +181,12 @@ class ValidationCallback(TrainerCallback):
         return complete
 
     def _encode(self, args: TrainingArguments, model: torch.nn.Module) -> None:
-        """Encodes this rank's prompts, once; what is kept lies on the CPU."""
+        """Encodes this rank's prompts, once; what is kept lies on the CPU. Not where text encoders are trained."""
         if self._prompt_inputs:
             return
         with _at_rest(model) as network:
+            if isinstance(network, NetworkWithText):
+                return
             wanted = sorted({prompt for prompt, _ in _share(self._pairs, _is_sharded(network))})
             if not wanted:
                 return
@@ -177,10 +194,30 @@ class ValidationCallback(TrainerCallback):
             dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else weights.dtype
             with self._explained("cannot encode `validation_prompts`"):
                 encoded = self.family.encode_validation_prompts(
-                    [self.prompts[prompt] for prompt in wanted], device=weights.device, dtype=dtype
+                    [self.prompts[prompt] for prompt in wanted],
+                    device=weights.device,
+                    dtype=dtype,
+                    **self._negatives(wanted),
                 )
         for prompt, inputs in zip(wanted, encoded, strict=True):
             self._prompt_inputs[prompt] = {key: value.cpu() for key, value in inputs.items()}
+
+    def _encode_with(self, model: NetworkWithText) -> None:
+        """Encodes all prompts by the text encoders that are being trained, as they are now."""
+        weights = next(model.parameters())
+        with self._explained("cannot encode `validation_prompts`"):
+            encoded = self.family.encode_validation_prompts(
+                self.prompts,
+                device=weights.device,
+                dtype=weights.dtype,
+                encoders=model.encoders,
+                **self._negatives(range(len(self.prompts))),
+            )
+        self._prompt_inputs = dict(enumerate(encoded))
+
+    def _negatives(self, prompts: Iterable[int]) -> dict[str, Any]:
+        """The negative prompts of some prompts, as an argument; nothing where there are none."""
+        return {"negative_prompts": [self.negative_prompts[i] for i in prompts]} if self.negative_prompts else {}
 
     def _draw(self, pipeline: Any, prompt: int, seed: int, step: int) -> "Image":
         with self._explained(f"validation at step {step}, prompt {self.prompts[prompt]!r}, seed {seed}"):

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,10 @@ class DataArguments:
         strict: a broken image of `input_dir` is an error, not a skip.
         eval_fraction: share of the groups (`paper_id`, else image) held out; by hash, so it never moves.
         caption_dropout: share of samples trained with the empty prompt.
+        prior_dataset_dir: a cache of images of the general kind that the network is to keep drawing as it did (prior
+            preservation, Ruiz et al. 2023). An epoch draws as many of them as of the others; none is held out.
+        prior_loss_weight: the loss is the mean over the other samples + this x the mean over those, as in diffusers'
+            scripts.
         max_train_samples: use that many rows only, spread over the cache; for a first try.
         streaming: read the index as it goes by, too; for caches on a Hub or in object storage.
         shuffle_buffer: index rows that a stream holds to shuffle them; 0 keeps the order of the files.
@@ -70,6 +75,10 @@ class DataArguments:
     strict: bool = field(default=False, metadata={"help": "Stop at a broken image instead of skipping it."})
     eval_fraction: float = field(default=0.05, metadata={"help": "Share of the groups held out for eval_loss."})
     caption_dropout: float = field(default=0.0, metadata={"help": "Share of samples with the empty prompt."})
+    prior_dataset_dir: str | None = field(
+        default=None, metadata={"help": "A cache for prior preservation: images that the network shall not unlearn."}
+    )
+    prior_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the mean loss on that cache."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many samples only."})
     streaming: bool = field(default=False, metadata={"help": "Read the index as it goes by; needs --max_steps."})
     shuffle_buffer: int = field(default=10_000, metadata={"help": "Index rows that a stream holds to shuffle."})
@@ -92,6 +101,7 @@ class DataArguments:
         if not self.remote_cache_gb > 0:
             raise SciflowError(f"`remote_cache_gb` {self.remote_cache_gb}: above 0.")
         self._check_weights()
+        self._check_prior()
         if self.streaming and self.max_train_samples:
             raise SciflowError("`max_train_samples` does not go with `--streaming`, which sees no row before it comes.")
 
@@ -106,6 +116,24 @@ class DataArguments:
             raise SciflowError(
                 f"`dataset_weights` {self.dataset_weights}: numbers above 0. Leave a cache out of `--dataset_dir` "
                 "where none of it is wanted."
+            )
+
+    def _check_prior(self) -> None:
+        if not 0 <= self.prior_loss_weight < math.inf:
+            raise SciflowError(f"`prior_loss_weight` {self.prior_loss_weight}: at least 0.")
+        if self.prior_dataset_dir is None:
+            if self.prior_loss_weight != 1:
+                raise SciflowError(
+                    f"`prior_loss_weight` {self.prior_loss_weight:g} weighs nothing: name the cache of prior "
+                    "preservation by `--prior_dataset_dir`."
+                )
+            return
+        if self.streaming:
+            raise SciflowError("`prior_dataset_dir` does not go with `--streaming`: read the index whole.")
+        if any(same_place(self.prior_dataset_dir, folder) for folder in self.dataset_dir):
+            raise SciflowError(
+                f"`prior_dataset_dir` {self.prior_dataset_dir!r} is in `--dataset_dir`, too. It is to hold other "
+                "images: of the general kind that the network shall not unlearn."
             )
 
     def names(self) -> list[str]:
@@ -130,25 +158,32 @@ def load_data(
     Raises:
         CacheError: for a broken cache, or one without the embeddings that are to be read.
     """
+    import numpy as np
     import torch
 
     from .cache import LatentCache, load_cache
+    from .prior import with_prior
     from .storage import use_disk_cache
     from .streaming import open_stream
 
     if args.remote_cache_dir:
         use_disk_cache(args.remote_cache_dir, int(args.remote_cache_gb * 1e9))
     where: dict[str, Any] = {"payload_dir": args.payload_dir, "dtype": dtype or torch.bfloat16}
+    folders = [*args.dataset_dir, *([] if args.prior_dataset_dir is None else [args.prior_dataset_dir])]
     cache: LatentCache | StreamingCache
     if args.streaming:
         weights = args.dataset_weights or None
         cache = open_stream(args.dataset_dir, shuffle_buffer=args.shuffle_buffer, weights=weights, **where)
     else:
-        cache = load_cache(args.dataset_dir, **where)
+        cache = load_cache(folders, **where)
     cache.online_text = online_text
     if online_text is None:
-        _check_text(cache, args.dataset_dir)
+        _check_text(cache, folders)
     train: LatentCache | StreamingCache
+    prior: LatentCache | None = None
+    if isinstance(cache, LatentCache) and args.prior_dataset_dir is not None:
+        is_prior = cache.source_of_row == len(args.dataset_dir)
+        cache, prior = cache.select(np.flatnonzero(~is_prior)), cache.select(np.flatnonzero(is_prior))
     train, held_out = cache.split(args.eval_fraction) if args.eval_fraction else (cache, None)
     if args.eval_fraction and (len(train) == 0 or held_out is None or len(held_out) == 0):
         raise SciflowError(
@@ -157,8 +192,14 @@ def load_data(
         )
     if isinstance(train, LatentCache):
         train = _chosen(train, args)
-    logger.info("%d samples to train on, %d held out.", len(train), len(held_out or []))
+        train = train if prior is None else with_prior(train, prior, loss_weight=args.prior_loss_weight)
+    logger.info("%d samples to train on, %d held out.", len(train) - len(prior or []), len(held_out or []))
     return train, held_out
+
+
+def same_place(one: str, other: str) -> bool:
+    """Whether two folders or URLs are the same."""
+    return one == other or os.path.realpath(one) == os.path.realpath(other)
 
 
 def _chosen(train: "LatentCache", args: DataArguments) -> "LatentCache":

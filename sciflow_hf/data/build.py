@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from .blocks import Layout, locked
 from .buckets import aspect_ratio_buckets
 from .jobs import by_bucket, find_jobs
 from .packing import InlineStore, ShardStore
-from .sources import find_records
+from .sources import Record, find_records
 from .stores import NpzStore, Skips, Store
 from .work import Work
 from .writing import check_output, readable_bytes
@@ -71,6 +71,8 @@ def build_cache(
     crops: int = 0,
     flip: bool = False,
     time_ids: bool = False,
+    records: Sequence[Record] | None = None,
+    buckets: Sequence[tuple[int, int]] | None = None,
     rank: int = 0,
     world_size: int = 1,
     barrier: Callable[[], None] = lambda: None,
@@ -104,6 +106,8 @@ def build_cache(
         flip: a mirror image of each row, as a row.
         time_ids: store `time_ids` (6,) with each row: original height and width, top and left of the crop in the
             resized image, height and width, in pixels, as SDXL is told them.
+        records: the images themselves, in place of those found in `input_dir`.
+        buckets: (height, width) in pixels; by default aspect ratios of about resolution**2 pixels.
         rank: which of `world_size` processes this is; each encodes its share.
         world_size: processes that call this with the same arguments.
         barrier: waits for all of them.
@@ -138,8 +142,10 @@ def build_cache(
 
     # Steps of 1/16 of the resolution, as in SDXL (64 at 1024): few enough buckets for full batches.
     step = bucket_step * max(1, resolution // (16 * bucket_step))
-    buckets = aspect_ratio_buckets(resolution, step)
-    records, skipped = find_records(input_dir, caption_column=caption_column, leave_out=output)
+    buckets = aspect_ratio_buckets(resolution, step) if buckets is None else buckets
+    skipped: list[tuple[str, str]] = []
+    if records is None:
+        records, skipped = find_records(input_dir, caption_column=caption_column, leave_out=output)
     skips = Skips(strict, first_rank=rank == 0)
     for name, reason in skipped:
         skips.on_every_rank(name, reason)

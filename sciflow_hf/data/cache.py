@@ -23,6 +23,7 @@ from .parquet import same_setting
 if TYPE_CHECKING:
     import datasets
 
+    from .prior import Prior
     from .streaming import StreamingCache
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ TEXT_KEYS = ("prompt_embeds", "pooled_prompt_embeds", "prompt_embeds_mask", "txt
 ENCODER_KEYS = (
     "family",
     "pretrained_model_name_or_path",
+    "vae_name_or_path",
     "revision",
     "max_sequence_length",
     "text_encoder_layers",
@@ -52,10 +54,12 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         dtype: of the floating tensors.
         online_text: captions -> text tensors (B, ...); where it is set, stored embeddings are not read.
         repeats: how often an epoch of training shows each row, at least 1; None for once.
+        prior: which rows are there for prior preservation; None for none.
     """
 
     online_text: Callable[[list[str]], dict[str, torch.Tensor]] | None = None
     repeats: np.ndarray | None = None
+    prior: "Prior | None" = None
 
     def __init__(
         self, index: CacheIndex, *, dtype: torch.dtype = torch.bfloat16, rows: np.ndarray | None = None
@@ -151,6 +155,7 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         view = type(self)(self._index, dtype=self.dtype, rows=self._rows[chosen])
         view.online_text = self.online_text
         view.repeats = None if self.repeats is None else self.repeats[chosen]
+        view.prior = None if self.prior is None else self.prior.select(chosen)
         return view
 
     def split(self, eval_fraction: float) -> tuple["LatentCache", "LatentCache"]:

@@ -148,8 +148,9 @@ class CacheIndex:
         for name, rows in first.items():
             seen: dict[Any, int] = {}
             for count, row in enumerate(rows if len(rows) > 1 else []):
-                place = tuple(column[row].as_py() for column in places)
-                if any(value is not None for value in place) and place in seen:
+                found = [column[row].as_py() for column in places]
+                place = (self.part_roots[self.part_number(row)], *found)  # several caches may have equal names
+                if any(value is not None for value in found) and place in seen:
                     raise CacheError(
                         f"Rows {seen[place]} and {row} ({self.part_of(row)}) are the same sample twice: {name!r}, "
                         f"payload {self.payload_file(row)}. Remove one of them, or run "

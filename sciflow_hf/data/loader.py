@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from sciflow_hf.diffusion.randomness import generator, hash64, noise_keys, signed64
+from sciflow_hf.diffusion.randomness import generator, hash64, noise_keys, signed64, step_keys
 
 from .buckets import BucketBatchSampler
 from .samples import KeyedDataset, collate
@@ -57,6 +57,7 @@ class BucketLoader:
         dataset: map-style; a sample is a dict of tensors.
         sampler: of this rank.
         key_of: (epoch, row numbers, positions) -> int64 keys of a batch; by default from the sampler's seed.
+        step_keys: batches have a `step_key` (B,), too, alike in all samples of an optimizer step.
         caption_dropout, pads_text, posterior: see `KeyedDataset`.
         collate_fn: another one than `collate` goes with the DataLoader.
         threads: that read ahead; 0 for the DataLoader.
@@ -72,6 +73,7 @@ class BucketLoader:
         sampler: BucketBatchSampler,
         *,
         key_of: Callable[[int, Sequence[int], Sequence[int]], torch.Tensor] | None = None,
+        step_keys: bool = False,
         caption_dropout: float = 0.0,
         pads_text: bool = False,
         posterior: bool = False,
@@ -84,6 +86,7 @@ class BucketLoader:
     ) -> None:
         self.dataset, self.sampler, self.buffers, self.pin_memory = dataset, sampler, buffers, pin_memory
         self._key_of = key_of or (lambda epoch, rows, positions: noise_keys(sampler.seed, epoch, positions))
+        self._step_keys = step_keys
         self._keyed = KeyedDataset(dataset, caption_dropout=caption_dropout, pads_text=pads_text, posterior=posterior)
         self.threads = threads if collate_fn is collate and self._keyed.reads_into_place and not num_workers else 0
         self.collate_fn = (
@@ -106,7 +109,7 @@ class BucketLoader:
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         start, self._start = self._start, 0
-        batches = _IndexBatches(self.sampler, self._key_of, start)
+        batches = _IndexBatches(self.sampler, self._key_of, start, self._step_keys)
         if self.threads:
             reader = ThreadedReader(
                 self._keyed, batches, threads=self.threads, buffers=self.buffers, pin_memory=self.pin_memory
@@ -132,10 +135,13 @@ class BucketLoader:
 
 
 class _IndexBatches:
-    """(row, position, key) of every sample, batch by batch, from micro-batch `start` of the sampler's epoch."""
+    """The index of every sample, batch by batch, from micro-batch `start` of the sampler's epoch."""
 
-    def __init__(self, sampler: BucketBatchSampler, key_of: Callable[..., torch.Tensor], start: int) -> None:
+    def __init__(
+        self, sampler: BucketBatchSampler, key_of: Callable[..., torch.Tensor], start: int, with_step_keys: bool
+    ) -> None:
         self.sampler, self.key_of, self.start, self.epoch = sampler, key_of, start, sampler.epoch
+        self.with_step_keys = with_step_keys
         self.batches = sampler.epoch_batches()
 
     def __len__(self) -> int:
@@ -144,7 +150,11 @@ class _IndexBatches:
     def __iter__(self) -> Iterator[list[Index]]:
         for number in range(self.start, len(self.batches)):
             rows, positions = self.batches[number].tolist(), self.sampler.positions(number)
-            yield list(zip(rows, positions, self.key_of(self.epoch, rows, positions).tolist(), strict=True))
+            columns = [rows, positions, self.key_of(self.epoch, rows, positions).tolist()]
+            if self.with_step_keys:
+                total = self.sampler.total_batch
+                columns.append(step_keys(self.sampler.seed, self.epoch, positions, total).tolist())
+            yield list(zip(*columns, strict=True))
 
 
 def evaluation_keys(row_ids: Sequence[str]) -> Callable[[int, Sequence[int], Sequence[int]], torch.Tensor]:

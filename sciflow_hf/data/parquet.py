@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 METADATA_KEY = b"sciflow_hf"
-# What describes a build and not what was encoded: parts may differ in it.
-_OF_THE_BUILD = ("version", "payload", "embeds", "dtype")
+# What describes a build and not what was encoded: parts may differ in it, as caches of several resolutions do.
+_OF_THE_BUILD = ("version", "payload", "embeds", "dtype", "resolution")
 BUILD = "`sciflow-hf cache build` makes a cache from a folder of captioned images"
 
 
@@ -110,7 +110,7 @@ def portable(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def same_setting(key: str, one: Any, other: Any) -> bool:
     """Whether two encoder settings are equal. Of a model folder only the name counts: it may lie elsewhere here."""
-    if key == "pretrained_model_name_or_path" and (_is_folder(one) or _is_folder(other)):
+    if key.endswith("_name_or_path") and (_is_folder(one) or _is_folder(other)):
         return PurePath(str(one)).name == PurePath(str(other)).name
     plain = [list(value) if isinstance(value, tuple) else value for value in (one, other)]
     return plain[0] == plain[1]

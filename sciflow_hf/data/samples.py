@@ -17,6 +17,8 @@ from .threads import Carve, Index
 
 MASK = "prompt_embeds_mask"
 IDS = ("txt_ids", "text_ids")
+INDEX = ("row", "position", "noise_key", "step_key")
+"""What an `Index` is called in a batch."""
 
 
 def collate(samples: Sequence[dict[str, Any]], *, pads_text: bool = False) -> dict[str, torch.Tensor]:
@@ -97,6 +99,7 @@ class KeyedDataset(Dataset[dict[str, Any]]):
         dataset: of dicts of tensors. One that has `members(row)`, `read_into(row, out, members)` and `dtype`, as
             `LatentCache`, is read into place, and only what is needed. Where its `online_text` is set, no text is
             read: `complete` makes it of `captions[row]`.
+            One that has `keyed(row, key)`, as `MicroscopyTiles`, is asked for the sample of a key.
         caption_dropout: probability of the empty prompt, by key.
         pads_text: a batch may hold texts of different lengths; see `collate`.
         posterior: draw latents, by key, from the normal distribution of mean `latents` and deviation `latents_std`,
@@ -112,6 +115,7 @@ class KeyedDataset(Dataset[dict[str, Any]]):
     ) -> None:
         self.dataset, self.caption_dropout, self.pads_text = dataset, caption_dropout, pads_text
         self.reads_into_place = callable(getattr(dataset, "read_into", None))
+        self.is_keyed = callable(getattr(dataset, "keyed", None))
         self.online = getattr(dataset, "online_text", None) is not None
         self.empty_prompt = getattr(dataset, "empty_prompt", None) if caption_dropout and not self.online else None
         if caption_dropout and not self.online and self.empty_prompt is None:
@@ -128,21 +132,22 @@ class KeyedDataset(Dataset[dict[str, Any]]):
         return len(self.dataset)
 
     def __getitem__(self, index: Index) -> dict[str, Any]:
-        row, position, key = index
+        row, _, key, *_ = index
         if self.reads_into_place:
             plan = self._plan(row, key)
             sample = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in plan.layout.items()}
             self._read(plan, sample)
         else:
-            sample = {name: value for name, value in self.dataset[row].items() if name not in self.left_out}
+            stored = self.dataset.keyed(row, key) if self.is_keyed else self.dataset[row]
+            sample = {name: value for name, value in stored.items() if name not in self.left_out}
             sample |= {n: v.to(sample[n].dtype) for n, v in self._empty_text(row, key, sample).items()}
             if "latents_std" in sample:
                 sample["latents"] = _draw(sample["latents"], sample.pop("latents_std"), key)
-        return sample | {"row": row, "position": position, "noise_key": key}
+        return sample | dict(zip(INDEX, index, strict=False))
 
     def read_batch(self, indices: Sequence[Index], carve: Carve) -> dict[str, torch.Tensor]:
         """As `collate` of the samples, but read into tensors that `carve` makes of {name: (shape, dtype)}."""
-        plans = [self._plan(row, key) for row, _, key in indices]
+        plans = [self._plan(row, key) for row, _, key, *_ in indices]
         apart = {"latents_std", MASK} if self.pads_text else {"latents_std"}
         names = [n for n in plans[0].layout if n not in apart and all(n in plan.layout for plan in plans)]
         batch = carve({name: self._stacked(name, plans) for name in names})
@@ -158,11 +163,13 @@ class KeyedDataset(Dataset[dict[str, Any]]):
             masks.append(out.get(MASK))
         if pads:
             batch |= _text_mask([plan.layout["prompt_embeds"][0][0] for plan in plans], masks)
-        rows, positions, keys = (torch.tensor(column) for column in zip(*indices, strict=True))
-        return batch | {"row": rows, "position": positions, "noise_key": keys}
+        columns = (torch.tensor(column) for column in zip(*indices, strict=True))
+        return batch | dict(zip(INDEX, columns, strict=False))
 
     def complete(self, batch: dict[str, torch.Tensor]) -> None:
-        """Adds the text of a batch where it is encoded online."""
+        """Adds the classes of a batch of latents, and its text where that is encoded online."""
+        if (labels := getattr(self.dataset, "class_labels", None)) is not None:
+            batch["class_labels"] = labels[batch["row"]]
         if not self.online:
             return
         dropped = (uniform(batch["noise_key"], stream="caption_dropout") < self.caption_dropout).tolist()

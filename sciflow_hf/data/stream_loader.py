@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 
-from sciflow_hf.diffusion.randomness import noise_keys
+from sciflow_hf.diffusion.randomness import noise_keys, step_keys
 from sciflow_hf.errors import CacheError, SciflowError
 
 from .samples import KeyedDataset, collate
@@ -16,8 +16,8 @@ from .stream_order import EpochRows, Row, row_from_json
 from .streaming import StreamingCache
 from .threads import Carve, Layout, ThreadedReader
 
-_Place = tuple[Row, int, int]
-"""A row, its position in the epoch's order, and its key."""
+_Place = tuple[Any, ...]
+"""A row, its position in the epoch's order, its key, and perhaps that of its optimizer step."""
 _SNAPSHOT = 1000  # rows between two
 
 
@@ -32,6 +32,7 @@ class StreamLoader:
     Args:
         stream: see `load_cache`.
         batch_size, num_replicas, rank, accumulation_steps, seed, drop_last: as of `BucketBatchSampler`.
+        step_keys: as of `BucketLoader`.
         caption_dropout, pads_text, posterior: as of `KeyedDataset`.
         collate_fn: of samples, in place of reading into reused buffers.
         threads: that read ahead; 0 reads in the thread of the caller.
@@ -49,6 +50,7 @@ class StreamLoader:
         accumulation_steps: int = 1,
         seed: int = 0,
         drop_last: bool = False,
+        step_keys: bool = False,
         caption_dropout: float = 0.0,
         pads_text: bool = False,
         posterior: bool = False,
@@ -59,7 +61,7 @@ class StreamLoader:
     ) -> None:
         self.dataset, self.seed, self.drop_last, self.pads_text = stream, seed, drop_last, pads_text
         self.batch_size, self.num_replicas, self.rank = batch_size, num_replicas, rank
-        self.accumulation_steps = accumulation_steps
+        self.accumulation_steps, self.step_keys = accumulation_steps, step_keys
         self.total_batch = batch_size * num_replicas * accumulation_steps
         self.threads, self.buffers, self.pin_memory = threads, buffers, pin_memory
         options = {"caption_dropout": caption_dropout, "pads_text": pads_text, "posterior": posterior}
@@ -155,7 +157,10 @@ class StreamLoader:
                     rows = group[offset : offset + self.batch_size]
                     first_position = number * self.total_batch + offset
                     positions = range(first_position, first_position + len(rows))
-                    yield list(zip(rows, positions, noise_keys(self.seed, epoch, positions).tolist(), strict=True))
+                    columns = [rows, positions, noise_keys(self.seed, epoch, positions).tolist()]
+                    if self.step_keys:
+                        columns.append(step_keys(self.seed, epoch, positions, self.total_batch).tolist())
+                    yield list(zip(*columns, strict=True))
                 step += 1
             if step == first and not groups.resumed:
                 raise SciflowError(
@@ -258,11 +263,11 @@ class _Samples:
         return self.stream.empty_prompt
 
     def read_batch(self, places: Sequence[_Place], carve: Carve) -> dict[str, Any]:
-        view = self.stream.view([row for row, _, _ in places])
+        view = self.stream.view([row for row, *_ in places])
         if self.options["caption_dropout"]:
             view.empty_prompt = self.stream.empty_prompt
         keyed = KeyedDataset(view, **self.options)
-        indices = [(i, position, key) for i, (_, position, key) in enumerate(places)]
+        indices = [(i, *rest) for i, (_, *rest) in enumerate(places)]
         if self.collate_fn is collate:
             batch: dict[str, Any] = keyed.read_batch(indices, carve)
         else:

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
-Index = tuple[int, int, int]
-"""(row, position, key) of a sample."""
+Index = tuple[int, ...]
+"""(row, position, key) of a sample, perhaps with the key of its optimizer step."""
 Layout = Mapping[str, tuple[Sequence[int], torch.dtype]]
 """{name: (shape, dtype)}."""
 Carve = Callable[[Layout], dict[str, torch.Tensor]]

@@ -4,18 +4,38 @@ from importlib import import_module
 from pathlib import Path
 
 from .figures import make_figures
+from .mini_figures import SIZES, make_mini_figures, mini_figures, night_figures
+from .mini_klein import TEXT_LENGTH, start_mini_klein
+from .mini_vae import train_mini_vae
 from .tiny_klein import make_tiny_klein
 
-__all__ = ["demo_figures", "demo_pipeline", "make_figures", "make_tiny_klein"]
+__all__ = [
+    "SIZES",
+    "TEXT_LENGTH",
+    "demo_figures",
+    "demo_pipeline",
+    "make_figures",
+    "make_mini_figures",
+    "make_tiny_klein",
+    "mini_figures",
+    "night_figures",
+    "start_mini_klein",
+    "train_mini_vae",
+]
 
 # Part of the folders' names: raise it when figures or weights change, so that an old folder is not used.
 _VERSION = 1
 
 
-def demo_figures(folder: str | Path) -> Path:
-    """The demo's 100 figures (`input_dir: demo`): drawn below `folder` at first use, then found."""
-    target = Path(folder) / f"figures-v{_VERSION}"
-    return target if target.is_dir() else make_figures(target)
+def demo_figures(folder: str | Path, name: str = "demo") -> Path:
+    """The demo's figures (`input_dir: demo` or `demo_night`): drawn below `folder` at first use, then found.
+
+    "demo" has 100 of twelve kinds, "demo_night" 60 small ones, 42 of them in a style that `mini_klein` has never seen.
+    """
+    target = Path(folder) / f"{name.replace('demo', 'figures').replace('_', '-')}-v{_VERSION}"
+    if target.is_dir():
+        return target
+    return make_figures(target) if name == "demo" else make_mini_figures(target, night_figures())
 
 
 def demo_pipeline(folder: str | Path, family: str = "flux2_klein") -> Path:

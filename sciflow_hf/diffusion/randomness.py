@@ -40,6 +40,11 @@ def noise_keys(seed: int, epoch: int, positions: Iterable[int]) -> torch.Tensor:
     return torch.tensor([signed64(hash64(seed, epoch, p)) for p in positions], dtype=torch.int64)
 
 
+def step_keys(seed: int, epoch: int, positions: Iterable[int], total_batch: int) -> torch.Tensor:
+    """Keys of the optimizer steps that hold the samples at `positions`: (B,), int64; one step, one key."""
+    return torch.tensor([signed64(hash64(seed, epoch, "step", p // total_batch)) for p in positions])
+
+
 def signed64(key: int) -> int:
     """The same 64 bits as an int64 tensor holds them."""
     return key - (1 << 64) if key >> 63 else key

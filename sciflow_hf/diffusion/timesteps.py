@@ -5,6 +5,23 @@ import math
 import torch
 
 
+def stratify(jitter: torch.Tensor, positions: torch.Tensor, step_keys: torch.Tensor, total_batch: int) -> torch.Tensor:
+    """u = frac((position + turn + jitter) / total_batch): (B,), float64, in [0, 1); the `u` of the densities below.
+
+    The `total_batch` samples of an optimizer step get one number in each of `total_batch` equal parts of [0, 1). The
+    turn, a whole number that they share, makes each number alone uniform: a sample that comes at the same place of a
+    step every epoch sees all levels, and so does a step of fewer samples. (One jitter for the whole step, as in
+    Kingma et al. 2021, appendix I.1, does the same, but leaves more variance: of order T^-2, and not T^-3.)
+
+    Args:
+        jitter: independent uniform numbers in [0, 1), (B,), float64.
+        positions: in the order of the epoch, whose steps begin at multiples of `total_batch`, (B,).
+        step_keys: random 64-bit integers, alike in all samples of a step, (B,).
+    """
+    part = (positions % total_batch + step_keys % total_batch) % total_batch
+    return ((part + jitter) / total_batch).clamp_max(1 - 2.0**-53)
+
+
 def uniform_density(u: torch.Tensor) -> torch.Tensor:
     """sigma = u: every noise level equally often."""
     return u
@@ -25,6 +42,15 @@ def logit_normal_density(u: torch.Tensor, *, logit_mean: float = 0.0, logit_std:
 def mode_density(u: torch.Tensor, *, mode_scale: float = 1.29) -> torch.Tensor:
     """Heavy in the middle (s > 0) or at the ends (s < 0): equation 20 of Esser et al. 2024, with s = `mode_scale`."""
     return 1 - u - mode_scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
+
+
+def density(
+    u: torch.Tensor, weighting_scheme: str, *, logit_mean: float = 0.0, logit_std: float = 1.0, mode_scale: float = 1.29
+) -> torch.Tensor:
+    """sigma of uniform numbers: "logit_normal", "mode", or uniform for any other `weighting_scheme` (a weight then)."""
+    if weighting_scheme == "logit_normal":
+        return logit_normal_density(u, logit_mean=logit_mean, logit_std=logit_std)
+    return mode_density(u, mode_scale=mode_scale) if weighting_scheme == "mode" else uniform_density(u)
 
 
 def shift_sigmas(sigmas: torch.Tensor, mu: float) -> torch.Tensor:

@@ -1,18 +1,20 @@
 """The contract of a model family: how one kind of network is loaded, encoded for, trained and sampled."""
 
+import functools
+import inspect
 import logging
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from ..diffusion import timesteps
-from ..diffusion.randomness import uniform
+from ..diffusion.levels import NoiseLevels
 from ..errors import SciflowError
+from ..loading import check_kind, explain_loading, network_dtype, quiet_loading, read_config, read_index
+from ..quantisation import check_quantization, load_quantized
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,7 +28,7 @@ POSTERIORS = ("mode", "sample")
 
 
 @dataclass
-class ModelFamily(ABC):
+class ModelFamily(NoiseLevels, ABC):
     """One model family. The fields are its command-line flags; the methods are all that the rest needs of it.
 
     Args:
@@ -52,12 +54,16 @@ class ModelFamily(ABC):
     """False: text of different lengths never shares a batch. True: padded to the longest, with a mask."""
     stores_time_ids: ClassVar[bool] = False
     """True: a cache has `time_ids` (6,) for each sample: original size, crop, size (see `build_cache`)."""
-    from_scratch: ClassVar[bool] = False
-    """True where the initial weights are random, so that there is no base model to compare with."""
+    task: ClassVar[str] = "text-to-image"
+    """Of the Hub's tasks, for model cards."""
+    whole_pipeline: ClassVar[bool] = False
+    """True where `save_network` writes a pipeline that loads by itself."""
     lora_presets: ClassVar[dict[str, str]] = {}
     """Names for `--lora_layers`, each a comma list of layer names."""
 
     def __post_init__(self) -> None:
+        if self.pretrained_model_name_or_path == "mini_klein":  # comes with the package
+            self.pretrained_model_name_or_path = str(Path(__file__).parents[1] / "assets" / "mini_klein")
         if self.posterior not in POSTERIORS:
             raise SciflowError(f"`posterior` {self.posterior!r}: use one of {', '.join(POSTERIORS)}.")
 
@@ -85,23 +91,30 @@ class ModelFamily(ABC):
     def load_model(self, *, dtype: torch.dtype, meta: bool = False) -> torch.nn.Module:
         """The network to train, in `dtype`; with `meta` without weights, for `--dry_run`."""
 
-    @abstractmethod
+    @property
+    def from_scratch(self) -> bool:
+        """True where the initial weights are random, so that there is no base model to compare with."""
+        return False
+
     def load_encoders(
         self, *, device: torch.device | str, dtype: torch.dtype, images: bool = True, text: bool = True
     ) -> Any:
         """VAE (with `images`) and text encoder (with `text`), frozen: for building caches."""
+        raise SciflowError(f"`{self.name}` trains on images as they are: it takes no cache of latents.")
 
     def load_text_encoder(self, *, device: torch.device | str, dtype: torch.dtype) -> Any:
         """What `encode_prompts` needs and no more, for encoding prompts in training."""
         return self.load_encoders(device=device, dtype=dtype, images=False)
 
-    @abstractmethod
     def encode_images(self, pixel_values: torch.Tensor, encoders: Any) -> dict[str, torch.Tensor]:
         """Images (B, 3, H, W) in [-1, 1] -> what a cache stores of them."""
+        with torch.no_grad():
+            pixel_values = pixel_values.to(encoders.vae.device, encoders.vae.dtype)
+            return self.posterior_tensors(encoders.vae.encode(pixel_values).latent_dist)
 
-    @abstractmethod
     def encode_prompts(self, prompts: Sequence[str], encoders: Any) -> dict[str, torch.Tensor]:
         """Prompts -> `prompt_embeds` (B, L, D) and the family's extras."""
+        raise SciflowError(f"`{self.name}` takes no prompts.")
 
     @abstractmethod
     def encoder_settings(self) -> dict[str, Any]:
@@ -127,9 +140,16 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def encode_validation_prompts(
-        self, prompts: Sequence[str], *, device: torch.device | str, dtype: torch.dtype
+        self, prompts: Sequence[str], *, device: torch.device | str, dtype: torch.dtype, encoders: Any = None
     ) -> list[dict[str, torch.Tensor]]:
-        """Text inputs of `generate`, one dict a prompt; the encoders are freed before it returns."""
+        """Text inputs of `generate`, one dict a prompt, by `encoders`, or by some that are loaded and freed again.
+
+        Where `check_negative_prompt` lets them pass, it takes `negative_prompts`, too: one a prompt.
+        """
+
+    def check_negative_prompt(self, guidance_scale: float) -> None:
+        """Raises SciflowError where `--validation_negative_prompt` would change nothing."""
+        raise SciflowError(f"`validation_negative_prompt`: `{self.name}` takes no negative prompt. Leave it out.")
 
     @abstractmethod
     def generate(
@@ -145,9 +165,17 @@ class ModelFamily(ABC):
     ) -> list["Image"]:
         """Images of one prompt."""
 
+    def call_arguments(self, args: "DiffusionTrainingArguments") -> list[str]:
+        """Code of further arguments in the pipeline's call, for the model card."""
+        return []
+
     @abstractmethod
     def check_sample(self, model: Any, sample: dict[str, torch.Tensor]) -> None:
         """Raises SciflowError where a sample does not fit the network (channels, text width, ids)."""
+
+    def save_network(self, model: Any, folder: Path) -> None:
+        """Writes the trained network in diffusers layout below `folder`."""
+        model.save_pretrained(folder / self.component)
 
     def idle_layers(self, model: Any) -> tuple[str, ...]:
         """Paths of layers whose output is read by nothing: without a gradient, so neither adapted nor trained."""
@@ -173,35 +201,6 @@ class ModelFamily(ABC):
             if name in sample and tuple(sample[name].shape) != expected:
                 raise SciflowError(f"`{name}` {tuple(sample[name].shape)}: `latents` {latents} need {expected}.")
 
-    def resolution_mu(self, image_seq_len: int) -> float:
-        """Logarithm of the resolution-dependent shift for that many image tokens; 0 where a family has none."""
-        return 0.0
-
-    def sample_levels(self, keys: torch.Tensor, args: "DiffusionTrainingArguments", image_seq_len: int) -> torch.Tensor:
-        """Noise levels of a batch, after the shift: sigmas in [0, 1], (B,), float32, on the CPU."""
-        u = uniform(keys, stream="level")
-        if args.weighting_scheme == "logit_normal":
-            sigmas = timesteps.logit_normal_density(u, logit_mean=args.logit_mean, logit_std=args.logit_std)
-        elif args.weighting_scheme == "mode":
-            sigmas = timesteps.mode_density(u, mode_scale=args.mode_scale)
-        else:
-            sigmas = timesteps.uniform_density(u)
-        return timesteps.shift_sigmas(sigmas, self.shift_mu(args, image_seq_len)).float()
-
-    def shift_mu(self, args: "DiffusionTrainingArguments", image_seq_len: int) -> float:
-        """mu of `--timestep_shift`: "resolution" asks the family, "none" is 0, a number is the shift e^mu."""
-        if args.timestep_shift == "resolution":
-            return self.resolution_mu(image_seq_len)
-        return 0.0 if args.timestep_shift == "none" else math.log(float(args.timestep_shift))
-
-    def level_range(self) -> float:
-        """The level of pure noise, by which logs divide levels: 1 for sigmas, the timesteps for DDPM."""
-        return 1.0
-
-    def evaluation_levels(self, num_levels: int) -> torch.Tensor:
-        """The fixed grid of `eval_loss`, (num_levels,); the same in every run."""
-        return timesteps.level_grid(num_levels)
-
 
 @dataclass
 class PipelineFamily(ModelFamily):
@@ -215,16 +214,18 @@ class PipelineFamily(ModelFamily):
         """The diffusers class of the trained network."""
 
     def config(self, subfolder: str = "") -> dict[str, Any]:
-        """The configuration of one part of the pipeline ("vae", "transformer", "scheduler"), or of the pipeline."""
-        from diffusers import ConfigMixin
+        """The configuration of one part of the pipeline ("vae", "transformer", "scheduler"), or of the pipeline.
 
-        with explain_loading(self.pretrained_model_name_or_path, f"{subfolder or 'pipeline'} configuration"):
-            names = {"": "model_index.json", "scheduler": "scheduler_config.json"}
-            reader: Any = type("Reader", (ConfigMixin,), {"config_name": names.get(subfolder, "config.json")})
-            found: dict[str, Any] = reader.load_config(
-                self.pretrained_model_name_or_path, subfolder=subfolder or None, revision=self.revision
-            )
-            return found
+        Raises:
+            SciflowError: it cannot be read, or belongs to another kind of network.
+        """
+        whole, path = self._index, self.pretrained_model_name_or_path
+        return read_config(path, subfolder, revision=self.revision) if subfolder else whole
+
+    @functools.cached_property
+    def _index(self) -> dict[str, Any]:
+        path, what = self.pretrained_model_name_or_path, {"family": self.name, "network": self.network_class().__name__}
+        return read_index(path, self.component, revision=self.revision, **what)
 
     def setting(self, part: str, name: str) -> Any:
         """A value of the configuration of one part; SciflowError where the checkpoint does not say it."""
@@ -236,25 +237,26 @@ class PipelineFamily(ModelFamily):
             )
         return value
 
-    def load_model(self, *, dtype: torch.dtype, meta: bool = False) -> torch.nn.Module:
-        found, wanted = self.setting(self.component, "_class_name"), self.network_class().__name__
-        if found != wanted:
-            raise SciflowError(
-                f"`pretrained_model_name_or_path` {self.pretrained_model_name_or_path!r} holds a {found}, but "
-                f"`{self.name}` trains a {wanted}. Take the family of that model."
-            )
+    def load_model(self, *, dtype: torch.dtype, meta: bool = False, quantize: str | None = None) -> torch.nn.Module:
+        path, found = self.pretrained_model_name_or_path, self.setting(self.component, "_class_name")
+        check_kind(path, found, family=self.name, network=self.network_class().__name__)
         if meta:
             with torch.device("meta"):
                 network = self.network_class().from_config(self.config(self.component))
                 return torch.nn.Module.to(network, dtype)
-        with explain_loading(self.pretrained_model_name_or_path, self.component):
-            return self.network_class().from_pretrained(
-                self.pretrained_model_name_or_path, subfolder=self.component, revision=self.revision, dtype=dtype
-            )
+        options = {"subfolder": self.component, "revision": self.revision}
+        load = functools.partial(self.network_class().from_pretrained, path, dtype=dtype, **options)
+        if quantize is not None:
+            check_quantization(quantize)
+            empty = PipelineFamily.load_model(self, dtype=dtype, meta=True)
+            load = functools.partial(load_quantized, load, quantize, empty=empty, dtype=dtype)
+        with explain_loading(path, self.component):
+            return load()
 
     def load_encoders(
         self, *, device: torch.device | str, dtype: torch.dtype, images: bool = True, text: bool = True
     ) -> Any:
+        self.config()  # refuses another kind of pipeline
         without = [self.component, *(() if images else ("vae",)), *(() if text else self.text_parts)]
         with explain_loading(self.pretrained_model_name_or_path, "VAE and text encoder"), quiet_loading():
             pipeline = self.pipeline_class().from_pretrained(
@@ -270,10 +272,8 @@ class PipelineFamily(ModelFamily):
     def shorten_text_encoder(self, pipeline: Any) -> None:
         """Takes away the parts of the text encoder that `encode_prompts` does not need."""
 
-    def encode_images(self, pixel_values: torch.Tensor, encoders: Any) -> dict[str, torch.Tensor]:
-        with torch.no_grad():
-            pixel_values = pixel_values.to(encoders.vae.device, encoders.vae.dtype)
-            return self.posterior_tensors(encoders.vae.encode(pixel_values).latent_dist)
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str], encoders: Any) -> dict[str, torch.Tensor]: ...
 
     def load_pipeline(
         self,
@@ -282,6 +282,7 @@ class PipelineFamily(ModelFamily):
         device: torch.device | str = "cpu",
         with_text_encoder: bool = False,
     ) -> Any:
+        self.config()  # refuses another kind of pipeline
         without: dict[str, Any] = {} if with_text_encoder else dict.fromkeys(self.text_parts)
         given = {} if model is None else {self.component: model, "dtype": network_dtype(model)}
         with explain_loading(self.pretrained_model_name_or_path, "pipeline"), quiet_loading():
@@ -291,16 +292,43 @@ class PipelineFamily(ModelFamily):
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(device)
 
+    no_prompt: ClassVar[str] = ""
+    """What guidance leads away from where there is no `--validation_negative_prompt`."""
+
     def encode_validation_prompts(
-        self, prompts: Sequence[str], *, device: torch.device | str, dtype: torch.dtype
+        self,
+        prompts: Sequence[str],
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        encoders: Any = None,
+        negative_prompts: Sequence[str] | None = None,
     ) -> list[dict[str, torch.Tensor]]:
-        encoders = self.load_text_encoder(device=device, dtype=dtype)
-        encoded = self.encode_prompts([*prompts, ""], encoders)
-        rows = [{name: value[i : i + 1].cpu() for name, value in encoded.items()} for i in range(len(prompts) + 1)]
-        return [self.pipeline_inputs(row, rows[-1]) for row in rows[:-1]]
+        encoders = encoders or self.load_text_encoder(device=device, dtype=dtype)
+        texts = list(dict.fromkeys([*prompts, *([self.no_prompt] if negative_prompts is None else negative_prompts)]))
+        encoded = self.encode_prompts(texts, encoders)
+        rows = {text: {k: v[i : i + 1].cpu() for k, v in encoded.items()} for i, text in enumerate(texts)}
+        if negative_prompts is None:
+            negatives = [self.unconditional(rows[self.no_prompt])] * len(prompts)
+        else:
+            negatives = [rows[text] for text in negative_prompts]
+        return [self.pipeline_inputs(rows[text], row) for text, row in zip(prompts, negatives, strict=True)]
+
+    def unconditional(self, row: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What guidance leads away from without a negative prompt, of the row (1, ...) of `no_prompt`."""
+        return row
+
+    def check_negative_prompt(self, guidance_scale: float) -> None:
+        if guidance_scale <= 1:
+            raise SciflowError(
+                f"`validation_negative_prompt` does nothing at `validation_guidance_scale` {guidance_scale:g}: there "
+                f"`{self.name}` draws without. Give more than 1, or leave the negative prompt out."
+            )
 
     trained_text_parts: ClassVar[tuple[str, ...]] = ()
     """Text encoders whose LoRA the pipeline can load: what `--train_text_encoder` trains."""
+    idle_text_layers: ClassVar[dict[str, int]] = {}
+    """How many of the last layers of a text encoder nothing reads."""
 
     def text_inputs(self, batch: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         """Arguments of `model` that hold the text; of `NetworkWithText`, which encodes captions itself, the batch."""
@@ -312,12 +340,33 @@ class PipelineFamily(ModelFamily):
 
     @abstractmethod
     def pipeline_inputs(
-        self, prompt: dict[str, torch.Tensor], empty: dict[str, torch.Tensor]
+        self, prompt: dict[str, torch.Tensor], negative: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Arguments of the pipeline's call from rows (1, ...) of `encode_prompts`: a prompt's and the empty one's."""
+        """Arguments of the pipeline's call from rows (1, ...) of `encode_prompts`: a prompt's and a negative one's."""
 
     guidance_argument: ClassVar[str] = "guidance_scale"
     """What the pipeline's call names the guidance of `--validation_guidance_scale`."""
+    negative_argument: ClassVar[str] = "negative_prompt={!r}"
+    """How a user gives the pipeline's call a negative prompt; `length` is that of the prompts."""
+
+    def call_options(self) -> dict[str, Any]:
+        """Further arguments of the pipeline's call in validation, plain values."""
+        return {}
+
+    def needs_negative_prompt(self) -> bool:
+        """Whether the pipeline's call has guidance only where it is given a negative prompt."""
+        return False
+
+    def call_arguments(self, args: "DiffusionTrainingArguments") -> list[str]:
+        """The length of text where it is not the usual one, and what validation images were drawn with."""
+        found, length = [], vars(self).get("max_sequence_length")
+        takes_length = "max_sequence_length" in inspect.signature(self.pipeline_class().__call__).parameters
+        if takes_length and length != vars(type(self)).get("max_sequence_length"):
+            found = [f"max_sequence_length={length}"]
+        options = {self.guidance_argument: args.validation_guidance_scale, **self.call_options()}
+        found += [f"{name}={value!r}" for name, value in options.items() if args.validation_prompts]
+        negative = [*args.validation_negative_prompt, *([self.no_prompt] if self.needs_negative_prompt() else [])]
+        return found + [self.negative_argument.format(text, length=length) for text in negative[:1]]
 
     def generate(
         self,
@@ -345,37 +394,6 @@ class PipelineFamily(ModelFamily):
             # Mixed precision returns float32, in which the scheduler goes on; the VAE takes its own dtype.
             callback_on_step_end=lambda pipe, step, timestep, state: {"latents": state["latents"].to(dtype)},
             **{self.guidance_argument: guidance_scale},
+            **self.call_options(),
         ).images
         return images
-
-
-def network_dtype(model: torch.nn.Module) -> torch.dtype:
-    """dtype of the network's own weights, through any wrapper (`model.dtype` fails under DDP)."""
-    return next(p for p in model.parameters() if p.is_floating_point()).dtype
-
-
-@contextmanager
-def explain_loading(path: str, what: str) -> Iterator[None]:
-    """Turns the many errors of a missing or gated repository into one that says what to do."""
-    try:
-        yield
-    except Exception as error:  # every layer below has errors of its own, the HTTP client's included
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SciflowError(
-            f"`pretrained_model_name_or_path` {path!r}: cannot load its {what} ({reason}). It must be a folder "
-            "or a Hub repository in diffusers layout; for a gated one accept its licence and run `hf auth login`."
-        ) from error
-
-
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """No progress bar of diffusers for a while: validation loads a small VAE again and again."""
-    from diffusers.utils import logging as diffusers_logging
-
-    shown = diffusers_logging.is_progress_bar_enabled()
-    diffusers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            diffusers_logging.enable_progress_bar()

@@ -34,6 +34,9 @@ class Flux(PipelineFamily):
             length. CLIP reads the first 77 tokens and gives the pooled embedding.
         guidance_scale: what the guidance embedding is told in training. At 1.0 the network's own guidance stays as
             it is in sampling (3.5 there). Networks without the embedding are told nothing.
+        validation_true_cfg_scale: above 1, validation images are drawn with true classifier-free guidance away from
+            `--validation_negative_prompt` (default: the empty prompt), too. `--validation_guidance_scale` stays what
+            the embedding is told.
     """
 
     posterior: str = field(
@@ -44,6 +47,9 @@ class Flux(PipelineFamily):
     )
     guidance_scale: float = field(
         default=1.0, metadata={"help": "Input of the guidance embedding in training, where the network has one."}
+    )
+    validation_true_cfg_scale: float = field(
+        default=1.0, metadata={"help": "Above 1: validation images with true guidance, in twice the time."}
     )
 
     def compute_loss(
@@ -67,7 +73,7 @@ class Flux(PipelineFamily):
         if noise is None:
             noise = randn(keys, latents.shape, device=latents.device, draw_on_cpu=not model.training)
         if levels is None:
-            levels = self.sample_levels(keys, args, image_seq_len=height * width)
+            levels = self.sample_levels(keys, args, image_seq_len=height * width, batch=batch)
         sigmas = levels.to(latents.device, non_blocking=True)
         sigma = sigmas.view(-1, 1, 1, 1)
 
@@ -147,7 +153,7 @@ class Flux(PipelineFamily):
 
         return FluxTransformer2DModel
 
-    def load_model(self, *, dtype: torch.dtype, meta: bool = False) -> torch.nn.Module:
+    def load_model(self, *, dtype: torch.dtype, meta: bool = False, quantize: str | None = None) -> torch.nn.Module:
         path, config = self.pretrained_model_name_or_path, self.config(self.component)
         channels = config.get("out_channels") or config.get("in_channels")
         if channels != config.get("in_channels"):
@@ -162,7 +168,7 @@ class Flux(PipelineFamily):
                 "training moves it away from its few-step sampler. Train FLUX.1-dev.",
                 path,
             )
-        return super().load_model(dtype=dtype, meta=meta)
+        return super().load_model(dtype=dtype, meta=meta, quantize=quantize)
 
     def encode_prompts(self, prompts: Sequence[str], encoders: Any) -> dict[str, torch.Tensor]:
         """As the pipeline's `encode_prompt`, without its warning for every caption beyond CLIP's 77 tokens.
@@ -178,10 +184,25 @@ class Flux(PipelineFamily):
         }
 
     def pipeline_inputs(
-        self, prompt: dict[str, torch.Tensor], empty: dict[str, torch.Tensor]
+        self, prompt: dict[str, torch.Tensor], negative: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """The empty prompt counts only where the pipeline's `true_cfg_scale` is above 1; its default is off."""
-        return prompt | {f"negative_{name}": value for name, value in empty.items()}
+        """The negative prompt counts only with `validation_true_cfg_scale` above 1."""
+        return prompt | {f"negative_{name}": value for name, value in negative.items()}
+
+    def call_options(self) -> dict[str, Any]:
+        return {"true_cfg_scale": self.validation_true_cfg_scale} if self.validation_true_cfg_scale > 1 else {}
+
+    def needs_negative_prompt(self) -> bool:
+        return self.validation_true_cfg_scale > 1
+
+    def check_negative_prompt(self, guidance_scale: float) -> None:
+        """The embedded guidance has no second side: only true guidance has."""
+        if self.validation_true_cfg_scale <= 1:
+            raise SciflowError(
+                f"`validation_negative_prompt` does nothing at `validation_true_cfg_scale` "
+                f"{self.validation_true_cfg_scale:g}: `{self.name}` has its guidance embedded. Give more than 1 for "
+                "true guidance, which takes twice the time, or leave the negative prompt out."
+            )
 
     def encoder_settings(self) -> dict[str, Any]:
         return {

@@ -59,7 +59,7 @@ class Flux2Klein(PipelineFamily):
         if noise is None:
             noise = randn(keys, latents.shape, device=latents.device, draw_on_cpu=not model.training)
         if levels is None:
-            levels = self.sample_levels(keys, args, image_seq_len=height * width)
+            levels = self.sample_levels(keys, args, image_seq_len=height * width, batch=batch)
         sigmas = levels.to(latents.device, non_blocking=True)
         sigma = sigmas.view(-1, 1, 1, 1)
 
@@ -127,22 +127,35 @@ class Flux2Klein(PipelineFamily):
 
         return Flux2Transformer2DModel
 
-    def load_model(self, *, dtype: torch.dtype, meta: bool = False) -> torch.nn.Module:
+    def load_model(self, *, dtype: torch.dtype, meta: bool = False, quantize: str | None = None) -> torch.nn.Module:
         if self.config().get("is_distilled", False):
             logger.warning(
                 "`%s` is step-distilled: training moves it away from its few-step sampler. Train the base weights "
                 "(FLUX.2-klein-base-*) and use the LoRA on the distilled ones if you like.",
                 self.pretrained_model_name_or_path,
             )
-        return super().load_model(dtype=dtype, meta=meta)
+        return super().load_model(dtype=dtype, meta=meta, quantize=quantize)
 
     def shorten_text_encoder(self, pipeline: Any) -> None:
         truncate(pipeline.text_encoder, max(TEXT_ENCODER_LAYERS))
 
     def pipeline_inputs(
-        self, prompt: dict[str, torch.Tensor], empty: dict[str, torch.Tensor]
+        self, prompt: dict[str, torch.Tensor], negative: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        return {"prompt_embeds": prompt["prompt_embeds"], "negative_prompt_embeds": empty["prompt_embeds"]}
+        return {"prompt_embeds": prompt["prompt_embeds"], "negative_prompt_embeds": negative["prompt_embeds"]}
+
+    # The pipeline's call takes no text.
+    negative_argument: ClassVar[str] = (
+        "negative_prompt_embeds=pipeline.encode_prompt({!r}, max_sequence_length={length})[0]"
+    )
+
+    def check_negative_prompt(self, guidance_scale: float) -> None:
+        if self.config().get("is_distilled", False):
+            raise SciflowError(
+                f"`validation_negative_prompt`: {self.pretrained_model_name_or_path!r} is step-distilled and draws "
+                "without guidance, so it takes no negative prompt. Leave it out, or train the base weights."
+            )
+        super().check_negative_prompt(guidance_scale)
 
     def encode_prompts(self, prompts: Sequence[str], encoders: Any) -> dict[str, torch.Tensor]:
         with torch.no_grad():
@@ -165,7 +178,7 @@ class Flux2Klein(PipelineFamily):
         }
 
     def bucket_step(self) -> int:
-        return PATCH * 2 ** (len(self.config("vae")["block_out_channels"]) - 1)
+        return PATCH * 2 ** (len(self.setting("vae", "block_out_channels")) - 1)
 
     def resolution_mu(self, image_seq_len: int) -> float:
         """The line of BFL's sampler for many steps, `compute_empirical_mu` in diffusers; training has no steps."""

@@ -68,7 +68,7 @@ class QwenImage(PipelineFamily):
             noise = randn(keys, latents.shape, device=latents.device, draw_on_cpu=not model.training)
         noise = with_frame(noise)
         if levels is None:
-            levels = self.sample_levels(keys, args, image_seq_len=tokens[1] * tokens[2])
+            levels = self.sample_levels(keys, args, image_seq_len=tokens[1] * tokens[2], batch=batch)
         sigmas = levels.to(latents.device, non_blocking=True)
         sigma = sigmas.view(-1, 1, 1, 1, 1)
 
@@ -94,6 +94,7 @@ class QwenImage(PipelineFamily):
     name: ClassVar[str] = "qwen_image"
     pads_text: ClassVar[bool] = True
     guidance_argument: ClassVar[str] = "true_cfg_scale"
+    no_prompt: ClassVar[str] = " "  # as the model's own examples have it
     lora_presets: ClassVar[dict[str, str]] = {
         "attention": "to_q,to_k,to_v,to_out.0",
         "standard": "to_q,to_k,to_v,to_out.0,add_q_proj,add_k_proj,add_v_proj,to_add_out",
@@ -143,13 +144,13 @@ class QwenImage(PipelineFamily):
 
         return QwenImageTransformer2DModel
 
-    def load_model(self, *, dtype: torch.dtype, meta: bool = False) -> torch.nn.Module:
+    def load_model(self, *, dtype: torch.dtype, meta: bool = False, quantize: str | None = None) -> torch.nn.Module:
         config = self.config(self.component)
         where = f"`pretrained_model_name_or_path` {self.pretrained_model_name_or_path!r}"
         for option, what in _OTHER_NETWORKS.items():
             if config.get(option):
                 raise SciflowError(f"{where}: `{option}` in its {self.component}'s configuration asks for {what}.")
-        return super().load_model(dtype=dtype, meta=meta)
+        return super().load_model(dtype=dtype, meta=meta, quantize=quantize)
 
     def idle_layers(self, model: Any) -> tuple[str, ...]:
         """The last block's text branch after its keys and values: what it makes is read by nothing."""
@@ -171,10 +172,13 @@ class QwenImage(PipelineFamily):
             prompt_embeds, mask = encoders.encode_prompt(list(prompts), max_sequence_length=self.max_sequence_length)
         return {"prompt_embeds": prompt_embeds} | ({} if mask is None else {"prompt_embeds_mask": mask})
 
+    def needs_negative_prompt(self) -> bool:
+        return True
+
     def pipeline_inputs(
-        self, prompt: dict[str, torch.Tensor], empty: dict[str, torch.Tensor]
+        self, prompt: dict[str, torch.Tensor], negative: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        (embeds, mask), (negative_embeds, negative_mask) = without_padding(prompt), without_padding(empty)
+        (embeds, mask), (negative_embeds, negative_mask) = without_padding(prompt), without_padding(negative)
         return {
             "prompt_embeds": embeds,
             "prompt_embeds_mask": mask,
@@ -223,7 +227,7 @@ class QwenImage(PipelineFamily):
         }
 
     def bucket_step(self) -> int:
-        return PATCH * 2 ** len(self.config("vae")["temperal_downsample"])
+        return PATCH * 2 ** len(self.setting("vae", "temperal_downsample"))
 
     @functools.cached_property
     def _shift_line(self) -> tuple[float, float]:

@@ -74,7 +74,7 @@ class SD3(PipelineFamily):
         if noise is None:
             noise = randn(keys, latents.shape, device=latents.device, draw_on_cpu=not model.training)
         if levels is None:
-            levels = self.sample_levels(keys, args, image_seq_len=height * width // PATCH**2)
+            levels = self.sample_levels(keys, args, image_seq_len=height * width // PATCH**2, batch=batch)
         sigmas = levels.to(latents.device, non_blocking=True)
         sigma = sigmas.view(-1, 1, 1, 1)
 
@@ -158,14 +158,14 @@ class SD3(PipelineFamily):
 
         return SD3Transformer2DModel
 
-    def load_model(self, *, dtype: torch.dtype, meta: bool = False) -> torch.nn.Module:
+    def load_model(self, *, dtype: torch.dtype, meta: bool = False, quantize: str | None = None) -> torch.nn.Module:
         if "turbo" in self.pretrained_model_name_or_path.lower():  # its configuration does not say so
             logger.warning(
                 "`%s` is step-distilled: training moves it away from its few-step sampler. Train "
                 "stable-diffusion-3.5-large and use the LoRA on turbo if you like.",
                 self.pretrained_model_name_or_path,
             )
-        return super().load_model(dtype=dtype, meta=meta)
+        return super().load_model(dtype=dtype, meta=meta, quantize=quantize)
 
     def idle_layers(self, model: Any) -> tuple[str, ...]:
         """Of the last block the queries of the text: what they find is thrown away."""
@@ -219,9 +219,9 @@ class SD3(PipelineFamily):
         }
 
     def pipeline_inputs(
-        self, prompt: dict[str, torch.Tensor], empty: dict[str, torch.Tensor]
+        self, prompt: dict[str, torch.Tensor], negative: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        return prompt | {f"negative_{name}": value for name, value in empty.items()}
+        return prompt | {f"negative_{name}": value for name, value in negative.items()}
 
     def encoder_settings(self) -> dict[str, Any]:
         return {

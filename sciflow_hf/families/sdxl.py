@@ -11,7 +11,7 @@ import torch
 from ..diffusion import objectives
 from ..diffusion.losses import sample_loss
 from ..diffusion.objectives import add_noise, ddpm_target, ddpm_weight
-from ..diffusion.randomness import batch_keys, randn, uniform
+from ..diffusion.randomness import batch_keys, randn
 from ..errors import SciflowError
 from .base import PipelineFamily, network_dtype
 
@@ -66,7 +66,7 @@ class SDXL(PipelineFamily):
         if noise is None:
             noise = randn(keys, latents.shape, device=latents.device, draw_on_cpu=not model.training)
         if levels is None:
-            levels = self.sample_levels(keys, args, image_seq_len=latents[0, 0].numel())
+            levels = self.sample_levels(keys, args, image_seq_len=latents[0, 0].numel(), batch=batch)
         timesteps = levels.to(latents.device, torch.int64, non_blocking=True)
         alpha_bar = self.alpha_bar_on(latents.device)[timesteps]
 
@@ -99,6 +99,7 @@ class SDXL(PipelineFamily):
 
     name: ClassVar[str] = "sdxl"
     trained_text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
+    idle_text_layers: ClassVar[dict[str, int]] = {"text_encoder": 1}  # its penultimate state alone is read
     component: ClassVar[str] = "unet"
     stores_time_ids: ClassVar[bool] = True
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
@@ -118,7 +119,7 @@ class SDXL(PipelineFamily):
             latents = (latents - mean.to(latents)) / std.to(latents)
         return latents * vae["scaling_factor"]
 
-    def time_ids(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def time_ids(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """(B, 6) in pixels: original height and width, top and left of the crop, height and width.
 
         A batch without has images that were neither resized nor cropped.
@@ -132,10 +133,16 @@ class SDXL(PipelineFamily):
 
     # -- the noise schedule ----------------------------------------------------------------------------------------
 
-    def sample_levels(self, keys: torch.Tensor, args: "DiffusionTrainingArguments", image_seq_len: int) -> torch.Tensor:
+    def sample_levels(
+        self,
+        keys: torch.Tensor,
+        args: "DiffusionTrainingArguments",
+        image_seq_len: int,
+        batch: Mapping[str, Any] | None = None,
+    ) -> torch.Tensor:
         """Timesteps of a batch, uniform in [0, num_train_timesteps): (B,), int64, on the CPU."""
         check_density(args.weighting_scheme, args.timestep_shift)
-        return (uniform(keys, stream="level") * len(self._alpha_bar)).long()
+        return (self.level_quantiles(keys, args, batch) * len(self._alpha_bar)).long()
 
     def evaluation_levels(self, num_levels: int) -> torch.Tensor:
         """Midpoints of `num_levels` equal parts of the timesteps, (num_levels,), int64."""
@@ -216,11 +223,11 @@ class SDXL(PipelineFamily):
             if value != allowed:
                 raise self._cannot("unet", name, value, (allowed,))
 
-    def load_model(self, *, dtype: torch.dtype, meta: bool = False) -> torch.nn.Module:
+    def load_model(self, *, dtype: torch.dtype, meta: bool = False, quantize: str | None = None) -> torch.nn.Module:
         self._check_kind()
         kind, steps, scale = self.prediction_type, len(self._alpha_bar), self._vae_config["scaling_factor"]
         logger.info("The network predicts %s at %d timesteps; latents are scaled by %g.", kind, steps, scale)
-        return super().load_model(dtype=dtype, meta=meta)
+        return super().load_model(dtype=dtype, meta=meta, quantize=quantize)
 
     def load_encoders(
         self, *, device: torch.device | str, dtype: torch.dtype, images: bool = True, text: bool = True
@@ -265,13 +272,15 @@ class SDXL(PipelineFamily):
         vae.decode = lambda latents, **options: decode(latents.to(vae.dtype), **options)
         return pipeline
 
-    def pipeline_inputs(
-        self, prompt: dict[str, torch.Tensor], empty: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
+    def unconditional(self, row: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Guidance away from nothing: zeros where the pipeline is set to `force_zeros_for_empty_prompt`, as SDXL is."""
-        if self.config().get("force_zeros_for_empty_prompt", True):
-            empty = {name: torch.zeros_like(value) for name, value in empty.items()}
-        return prompt | {f"negative_{name}": value for name, value in empty.items()}
+        zeros = self.config().get("force_zeros_for_empty_prompt", True)
+        return {name: torch.zeros_like(value) if zeros else value for name, value in row.items()}
+
+    def pipeline_inputs(
+        self, prompt: dict[str, torch.Tensor], negative: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        return prompt | {f"negative_{name}": value for name, value in negative.items()}
 
     def encoder_settings(self) -> dict[str, Any]:
         return {

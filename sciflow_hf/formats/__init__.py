@@ -1,0 +1,1 @@
+"""LoRA files: names of layers (`names`), layers (`layers`), files of diffusers and PEFT (`plain`), others (`tools`)."""

@@ -1,0 +1,73 @@
+"""One step of each family on its tiny pipeline: what the network was given, and what is right."""
+
+from importlib import import_module
+
+import torch
+
+import sciflow_hf as sf
+from sciflow_hf.demo import make_tiny_klein
+
+FAMILIES = ("flux2_klein", "qwen_image", "sd3", "flux", "sdxl")
+PACKED = ("flux2_klein", "qwen_image", "flux")
+
+
+def make_pipelines(folder):
+    """The smallest pipeline of each family, by its name."""
+    made = {
+        name: import_module(f"sciflow_hf.demo.tiny_{name}").make_tiny(folder / name, size="test")
+        for name in FAMILIES
+        if name != "flux2_klein"
+    }
+    return made | {"flux2_klein": make_tiny_klein(folder / "flux2_klein", size="test")}
+
+
+class Step:
+    """A family's step: what the network was given, for which batch, and what the perfect answer is."""
+
+    def __init__(self, name, path, args):
+        options = {} if name == "sdxl" else {"max_sequence_length": 7}
+        self.family = sf.load_family(name)(pretrained_model_name_or_path=str(path), posterior="mode", **options)
+        self.default = sf.load_family(name)(pretrained_model_name_or_path=str(path))
+        self.model = self.family.load_model(dtype=torch.float32)
+        config, rng = self.model.config, torch.Generator().manual_seed(0)
+        self.channels = config.in_channels // (4 if name in PACKED else 1)
+        width = config.cross_attention_dim if name == "sdxl" else config.joint_attention_dim
+        sizes = {"latents": (2, self.channels, 12, 8), "prompt_embeds": (2, 7, width)}
+        if name in ("sd3", "flux"):
+            sizes["pooled_prompt_embeds"] = (2, config.pooled_projection_dim)
+        if name == "sdxl":
+            pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            sizes["pooled_prompt_embeds"] = (2, pooled)
+        self.batch = {key: torch.randn(size, generator=rng) for key, size in sizes.items()}
+        shape = (2, 4 * self.channels, 6, 4) if name == "flux2_klein" else sizes["latents"]
+        self.noise = torch.randn(shape, generator=rng)
+        self.levels = torch.tensor([100, 900]) if name == "sdxl" else torch.tensor([0.25, 0.75])
+        self.seen = {}
+        hook = self.model.register_forward_pre_hook(lambda m, a, k: self.seen.update(k), with_kwargs=True)
+        self.args = args
+        self.loss, self.found = self.run(self.model)
+        hook.remove()
+
+    def run(self, model, **options):
+        return self.family.compute_loss(model, self.batch, self.args, noise=self.noise, levels=self.levels, **options)
+
+    @property
+    def image(self):
+        """What the network sees of the noised latents."""
+        return self.seen["sample"] if self.family.name == "sdxl" else self.seen["hidden_states"]
+
+    def answered(self, answer):
+        """Losses where the network answers that."""
+        network = self.model
+
+        class Answers(torch.nn.Module):
+            config = network.config
+
+            def __init__(self):
+                super().__init__()
+                self.weight = torch.nn.Parameter(torch.zeros(()))
+
+            def forward(self, **inputs):
+                return (answer + 0 * self.weight,)
+
+        return self.run(Answers())[0]
