@@ -100,7 +100,7 @@ def _configuration(kind: str, empty: torch.nn.Module, dtype: torch.dtype) -> Any
 
 @contextmanager
 def _bitsandbytes_on_cpu() -> Iterator[None]:
-    """diffusers 0.42 asks for a GPU, which bitsandbytes itself has not needed since 0.46."""
+    """diffusers 0.42 asks for a GPU, which bitsandbytes 0.50 itself does not need."""
     from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer
 
     kinds: tuple[Any, ...] = (BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer)
