@@ -1,0 +1,300 @@
+"""Small drawn figures of five kinds in six colours: what `mini_klein` is trained on, measured on, and fine-tuned on."""
+
+import colorsys
+import json
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..diffusion.randomness import hash64
+from .whole import whole_folder
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Colour = tuple[int, int, int]
+
+KINDS = {  # kind -> what is counted in it
+    "bar chart": "bars",
+    "line plot": "lines",
+    "scatter plot": "points",
+    "pie chart": "slices",
+    "flow chart": "boxes",
+}
+COLOURS: dict[str, Colour] = {
+    "red": (210, 40, 45),
+    "orange": (245, 140, 15),
+    "green": (40, 160, 60),
+    "cyan": (0, 180, 205),
+    "blue": (30, 70, 200),
+    "purple": (145, 55, 190),
+}
+COUNTS = {"two": 2, "three": 3, "four": 4}
+SIZES = ((64, 64), (64, 96), (96, 64))  # height, width in pixels
+NIGHT = ", night style"  # what the demo teaches: dark page, bright colours, grid and frame
+HELD_OUT = (  # pairs that training never shows
+    ("bar chart", "purple"),
+    ("line plot", "orange"),
+    ("scatter plot", "green"),
+    ("pie chart", "blue"),
+    ("flow chart", "red"),
+)
+_OVERSAMPLING = 4
+
+
+@dataclass(frozen=True)
+class MiniFigure:
+    """What a figure shows.
+
+    Args:
+        kind, colour, count: keys of `KINDS`, `COLOURS` and `COUNTS`.
+        height, width: in pixels.
+        style: "plain" (a nearly white page), "night" (the demo's style), or "any" (a page of any tint and darkness,
+            drawn in any colour, with or without grid and frame: for training the VAE).
+        seed: of everything else.
+    """
+
+    kind: str
+    colour: str
+    count: str
+    height: int = 64
+    width: int = 64
+    style: str = "plain"
+    seed: int = 0
+
+    def caption(self) -> str:
+        """One of two sentences; of the night style with its name."""
+        things = KINDS[self.kind]
+        if hash64(self.seed, "caption") % 2:
+            words = f"A {self.kind} with {self.count} {self.colour} {things}"
+        else:
+            article = "An" if self.colour == "orange" else "A"
+            words = f"{article} {self.colour} {self.kind} with {self.count} {things}"
+        return words + (NIGHT if self.style == "night" else "")
+
+    def image(self) -> "Image":
+        """The figure in RGB."""
+        return _Page(self).picture()
+
+
+def mini_figures(
+    number: int,
+    *,
+    seed: int,
+    style: str = "plain",
+    sizes: Sequence[tuple[int, int]] = SIZES,
+    held_out: bool | None = False,
+) -> Iterator[MiniFigure]:
+    """Figures of every kind, colour, count and size in turn.
+
+    Args:
+        held_out: False leaves out the pairs of `HELD_OUT`, True gives those alone, None gives all.
+    """
+    pairs = [(kind, colour) for kind in KINDS for colour in COLOURS]
+    pairs = [pair for pair in pairs if held_out is None or (pair in HELD_OUT) == held_out]
+    every = [(*pair, count, *size) for pair in pairs for count in COUNTS for size in sizes]
+    for i in range(number):
+        if i % len(every) == 0:
+            random.Random(hash64(seed, "order", i)).shuffle(every)
+        kind, colour, count, height, width = every[i % len(every)]
+        yield MiniFigure(kind, colour, count, height, width, style, seed=hash64(seed, "figure", i))
+
+
+def night_figures() -> list[MiniFigure]:
+    """The demo's 60 figures: 42 of the night style and 18 plain ones, so that its name is what calls it."""
+    night = mini_figures(42, seed=1, style="night", sizes=SIZES[1:2])
+    plain = mini_figures(18, seed=2, style="plain", sizes=SIZES[1:2])
+    return [*night, *plain]
+
+
+def make_mini_figures(folder: str | Path, figures: Sequence[MiniFigure]) -> Path:
+    """Writes figures as PNG with captions in `metadata.jsonl`; the folder appears whole or not at all.
+
+    Raises:
+        SciflowError: the folder holds something.
+    """
+    with whole_folder(folder) as target, open(target / "metadata.jsonl", "w", encoding="utf-8") as lines:
+        for i, figure in enumerate(figures):
+            name = f"{i:05d}.png"
+            figure.image().save(target / name)
+            lines.write(json.dumps({"file_name": name, "caption": figure.caption(), "paper_id": f"{i}"}) + "\n")
+    return Path(folder)
+
+
+class _Page:
+    """One figure being drawn; positions and lengths are in pixels of the result."""
+
+    def __init__(self, figure: MiniFigure) -> None:
+        from PIL import Image, ImageDraw
+
+        self.figure, self.rng = figure, random.Random(figure.seed)
+        self.width, self.height = figure.width, figure.height
+        self._choose_look()
+        size = (self.width * _OVERSAMPLING, self.height * _OVERSAMPLING)
+        self._image = Image.new("RGB", size, self.page)
+        self._draw = ImageDraw.Draw(self._image)
+
+    def picture(self) -> "Image":
+        self._surround()
+        _DRAWERS[self.figure.kind](self)
+        return self._image.reduce(_OVERSAMPLING)
+
+    def _choose_look(self) -> None:
+        """Colours of page, ink, grid and object; whether there are a grid and a frame."""
+        rng, style = self.rng, self.figure.style
+        hue, saturation, value = colorsys.rgb_to_hsv(*(c / 255 for c in COLOURS[self.figure.colour]))
+        hue, saturation = hue + rng.uniform(-0.012, 0.012), min(1, saturation * rng.uniform(0.92, 1.05))
+        self.colour = _rgb(hue, saturation, min(1, value * rng.uniform(0.94, 1.06)))
+        self.grid = self.frame = False
+        if style == "plain":
+            self.page = _rgb(rng.random(), rng.uniform(0, 0.02), rng.uniform(0.98, 1))
+            self.ink = _rgb(0, 0, rng.uniform(0.15, 0.3))
+        elif style == "night":
+            self.page = _rgb(rng.uniform(0.62, 0.66), rng.uniform(0.45, 0.55), rng.uniform(0.11, 0.15))
+            self.ink = _rgb(0.62, 0.1, rng.uniform(0.8, 0.9))
+            self.colour = _mix(self.colour, (255, 255, 255), 0.2)
+            self.grid = self.frame = True
+        else:
+            self.page = _rgb(rng.random(), rng.random() ** 2, rng.random())
+            light = sum(self.page) > 384
+            self.ink = _mix((0, 0, 0) if light else (255, 255, 255), self.page, rng.uniform(0, 0.5))
+            if rng.random() < 0.5:
+                self.colour = _rgb(rng.random(), rng.random() ** 0.5, rng.random() ** 0.5)
+            elif not light:
+                self.colour = _mix(self.colour, (255, 255, 255), rng.uniform(0, 0.4))
+            self.grid, self.frame = rng.random() < 0.5, rng.random() < 0.5
+        self.rule = _mix(self.page, self.ink, 0.2)
+
+    def _surround(self) -> None:
+        """Frame and grid, below everything else."""
+        if self.grid:
+            for x in range(8, self.width - 4, 8):
+                self.line([(x, 3), (x, self.height - 3)], self.rule, 0.6)
+            for y in range(8, self.height - 4, 8):
+                self.line([(3, y), (self.width - 3, y)], self.rule, 0.6)
+        if self.frame:
+            self.box(2, 2, self.width - 2, self.height - 2, outline=self.ink, width=1)
+
+    def line(self, points: Sequence[tuple[float, float]], colour: Colour, width: float) -> None:
+        scaled = [(x * _OVERSAMPLING, y * _OVERSAMPLING) for x, y in points]
+        self._draw.line(scaled, fill=colour, width=max(1, round(width * _OVERSAMPLING)), joint="curve")
+
+    def box(
+        self, left: float, top: float, right: float, bottom: float,
+        *, fill: Colour | None = None, outline: Colour | None = None, width: float = 1.0,
+    ) -> None:  # fmt: skip
+        corners = [value * _OVERSAMPLING for value in (left, top, right, bottom)]
+        self._draw.rectangle(corners, fill=fill, outline=outline, width=round(width * _OVERSAMPLING))
+
+    def disc(self, x: float, y: float, radius: float, colour: Colour) -> None:
+        corners = [value * _OVERSAMPLING for value in (x - radius, y - radius, x + radius, y + radius)]
+        self._draw.ellipse(corners, fill=colour)
+
+    def axes(self) -> tuple[float, float, float, float]:
+        """Two axes with ticks; the region between them as left, top, right, bottom."""
+        rng = self.rng
+        left, bottom = rng.uniform(7, 11), self.height - rng.uniform(7, 11)
+        right, top = self.width - rng.uniform(5, 8), rng.uniform(5, 8)
+        self.line([(left, top), (left, bottom), (right, bottom)], self.ink, 1.25)
+        for i in range(1, 4):
+            at = bottom - (bottom - top) * i / 4
+            self.line([(left - 2, at), (left, at)], self.ink, 1)
+        return left, top, right, bottom
+
+    def bars(self) -> None:
+        rng, count = self.rng, COUNTS[self.figure.count]
+        left, top, right, bottom = self.axes()
+        step = (right - left) / count
+        share = rng.uniform(0.55, 0.7)
+        for i in range(count):
+            start, high = left + step * (i + (1 - share) / 2 + 0.05), rng.uniform(0.3, 0.97) * (bottom - top)
+            self.box(start, bottom - high, start + share * step, bottom - 0.7, fill=self.colour)
+
+    def lines(self) -> None:
+        rng, count = self.rng, COUNTS[self.figure.count]
+        left, top, right, bottom = self.axes()
+        left, bottom = left + 2, bottom - 2
+        gap = (bottom - top) / count
+        slope, bend = rng.uniform(-0.25, 0.25) * (bottom - top), rng.uniform(-1, 1)
+        turns, phase = rng.uniform(0.5, 1.5), rng.uniform(0, 2 * math.pi)
+        for i in range(count):
+            middle = top + gap * (i + 0.5) + rng.uniform(-0.1, 0.1) * gap
+            wave = [math.sin(2 * math.pi * turns * t / 24 + phase) for t in range(25)]
+            points = [
+                (
+                    left + (right - left) * t / 24,
+                    min(bottom, max(top, middle + slope * (t / 24 - 0.5) / count * 2 + 0.28 * gap * bend * wave[t])),
+                )
+                for t in range(25)
+            ]
+            self.line(points, self.colour, 2.0)
+
+    def points(self) -> None:
+        rng, count = self.rng, COUNTS[self.figure.count]
+        left, top, right, bottom = self.axes()
+        radius = rng.uniform(3.4, 4.2)
+        placed: list[tuple[float, float]] = []
+        while len(placed) < count:
+            x, y = rng.uniform(left + 6, right - 4), rng.uniform(top + 4, bottom - 6)
+            if all(math.dist((x, y), other) > 2.6 * radius for other in placed):
+                placed.append((x, y))
+        for x, y in placed:
+            self.disc(x, y, radius, self.colour)
+
+    def slices(self) -> None:
+        rng, count = self.rng, COUNTS[self.figure.count]
+        radius = rng.uniform(0.36, 0.42) * min(self.width, self.height)
+        x, y = self.width / 2 + rng.uniform(-3, 3), self.height / 2 + rng.uniform(-3, 3)
+        self.disc(x, y, radius, self.colour)
+        angle = rng.uniform(0, 2 * math.pi)
+        weights = [rng.uniform(0.7, 1.3) for _ in range(count)]
+        for weight in weights:
+            self.line([(x, y), (x + radius * math.cos(angle), y + radius * math.sin(angle))], self.page, 1.6)
+            angle += 2 * math.pi * weight / sum(weights)
+
+    def boxes(self) -> None:
+        rng, count = self.rng, COUNTS[self.figure.count]
+        across = self.width > self.height or (self.width == self.height and rng.random() < 0.5)
+        long, wide = (self.width, self.height) if across else (self.height, self.width)
+        margin, gap = rng.uniform(4.5, 6), rng.uniform(6.5, 7.5)
+        side = (long - 2 * margin - gap * (count - 1)) / count
+        half = min(rng.uniform(0.2, 0.32) * wide, 1.5 * side)
+        middle = wide / 2 + rng.uniform(-4, 4)
+        for i in range(count):
+            start = margin + i * (side + gap)
+            ends = [(start, middle - half), (start + side, middle + half)]
+            (left, top), (right, bottom) = ends if across else [(y, x) for x, y in ends]
+            self.box(left, top, right, bottom, fill=self.colour)
+            if i:
+                self._arrow(start - gap, start, middle, across)
+
+    def _arrow(self, start: float, end: float, middle: float, across: bool) -> None:
+        head = [(end - 3.2, middle - 2.4), (end - 3.2, middle + 2.4), (end - 0.2, middle)]
+        shaft = [(start + 0.5, middle), (end - 2.5, middle)]
+        if not across:
+            head, shaft = [(y, x) for x, y in head], [(y, x) for x, y in shaft]
+        self.line(shaft, self.ink, 1.25)
+        self._draw.polygon([(x * _OVERSAMPLING, y * _OVERSAMPLING) for x, y in head], fill=self.ink)
+
+
+_DRAWERS: dict[str, Callable[[_Page], None]] = {
+    "bar chart": _Page.bars,
+    "line plot": _Page.lines,
+    "scatter plot": _Page.points,
+    "pie chart": _Page.slices,
+    "flow chart": _Page.boxes,
+}
+
+
+def _rgb(hue: float, saturation: float, value: float) -> Colour:
+    red, green, blue = (round(255 * c) for c in colorsys.hsv_to_rgb(hue % 1, saturation, value))
+    return red, green, blue
+
+
+def _mix(first: Colour, second: Colour, share: float) -> Colour:
+    """`share` of the second colour."""
+    red, green, blue = (round((1 - share) * a + share * b) for a, b in zip(first, second, strict=True))
+    return red, green, blue

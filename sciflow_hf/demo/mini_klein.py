@@ -1,0 +1,113 @@
+"""`mini_klein`, a FLUX.2 klein pipeline of 3.6 million parameters for small figures: its parts before training."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .mini_figures import COLOURS, COUNTS, KINDS
+from .mini_vae import LATENT_CHANNELS
+from .tiny_klein import _SPECIAL_TOKENS, SCHEDULER_CONFIG, TEXT_LAYERS, _redraw
+from .whole import whole_folder
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+TEXT_LENGTH = 16  # tokens; a caption has 9 to 13
+_TEXT_HIDDEN = 32
+_OTHER_WORDS = (
+    "A An a an with and on in of the style night dark light bright page paper background figure plot chart "
+    "white black grey yellow pink one five six bar line point slice box axes grid frame small large"
+)
+# The prompt alone between two tokens: text tokens take part in attention, so fewer are faster.
+_CHAT_TEMPLATE = "{%- for message in messages %}{{- '<|im_start|>' + message.content + '<|im_end|>' }}{%- endfor %}"
+
+
+def start_mini_klein(folder: str | Path, vae: Any, *, seed: int = 0) -> Path:
+    """Writes a klein pipeline around a trained VAE, its transformer as diffusers initialises it.
+
+    Raises:
+        SciflowError: the folder holds something.
+    """
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = _tokenizer()
+        transformer = Flux2Transformer2DModel(
+            in_channels=4 * LATENT_CHANNELS,
+            num_layers=1,
+            num_single_layers=5,
+            attention_head_dim=32,
+            num_attention_heads=5,
+            joint_attention_dim=3 * _TEXT_HIDDEN,
+            axes_dims_rope=(4, 12, 12, 4),
+            guidance_embeds=False,
+        )
+        pipeline: Any = Flux2KleinPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER_CONFIG),
+            vae=vae,
+            text_encoder=_text_encoder(tokenizer, seed),
+            tokenizer=tokenizer,
+            transformer=transformer,
+            is_distilled=False,
+        )
+    with whole_folder(folder) as target:
+        pipeline.save_pretrained(target)
+    return Path(folder)
+
+
+def _tokenizer() -> "PreTrainedTokenizerBase":
+    """Bytes, and each word of a list put together from left to right into one token."""
+    from tokenizers import AddedToken
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
+
+    listed = [" ".join([*KINDS, *KINDS.values(), *COLOURS, *COUNTS]), _OTHER_WORDS]
+    merges: dict[tuple[str, str], None] = {}
+    for word in dict.fromkeys(" ".join(listed).split()):
+        parts = [f"Ġ{word}"[:i] for i in range(1, len(word) + 2)]
+        merges |= dict.fromkeys((part, letter) for (part, _), letter in zip(pairwise(parts), word, strict=True))
+    words = dict.fromkeys([*sorted(ByteLevel.alphabet()), *(a + b for a, b in merges)])
+    tokenizer = Qwen2Tokenizer(
+        vocab={word: i for i, word in enumerate(words)},
+        merges=list(merges),
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        padding_side="right",
+    )
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in _SPECIAL_TOKENS], special_tokens=True)
+    tokenizer.chat_template = _CHAT_TEMPLATE
+    tokenizer.model_max_length = 512
+    return tokenizer
+
+
+def _text_encoder(tokenizer: "PreTrainedTokenizerBase", seed: int) -> "nn.Module":
+    """Random, and never trained: each token becomes 3 x 32 numbers of its own, and padding becomes zeros.
+
+    The attention writes nothing and the embedding of padding is zero. So the rows of a prompt do not depend on how
+    far it is padded, as those of a real klein do; the transformer sees the order by the position ids.
+    """
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=_TEXT_HIDDEN,
+        intermediate_size=_TEXT_HIDDEN,
+        num_hidden_layers=TEXT_LAYERS,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model: Any = Qwen3ForCausalLM(config).eval()
+    _redraw(model, seed, "text_encoder", gains={"embed_tokens": 5.0, "down_proj": 0.3})
+    with torch.no_grad():
+        model.model.embed_tokens.weight[tokenizer.pad_token_id] = 0
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+    return model

@@ -1,0 +1,393 @@
+"""DiT (Peebles and Xie 2023), class-conditional and from scratch: rectified flow or DDPM, on pixels or VAE latents."""
+
+import functools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from ..diffusion.losses import sample_loss
+from ..diffusion.objectives import BETA_SCHEDULES
+from ..diffusion.process import OBJECTIVES, PREDICTIONS, NoiseProcess
+from ..diffusion.randomness import batch_keys, randn, uniform
+from ..errors import SciflowError
+from ..loading import explain_loading, load_vae, vae_config
+from .base import ModelFamily, network_dtype
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ..training_args import DiffusionTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+PRESETS = {  # hidden size, blocks, heads, parameters at patch 2, 4 channels, 1,000 classes (Peebles and Xie, table 1)
+    "S": (384, 12, 6),  # 33 M
+    "B": (768, 12, 12),  # 130 M
+    "L": (1024, 24, 16),  # 458 M
+    "XL": (1152, 28, 16),  # 675 M
+}
+
+
+@dataclass
+class DiT(ModelFamily):
+    """A diffusion transformer trained from scratch on images with class labels, or without.
+
+    Args:
+        pretrained_model_name_or_path: a saved run to fine-tune, folder or Hub repository; its network and objective
+            then count, not the options here. Empty: random initial weights.
+        vae_name_or_path: `AutoencoderKL` of diffusers, folder or Hub repository: the network works on its latents.
+            None: on pixels.
+        preset: S, B, L or XL: hidden size, blocks and heads.
+        hidden_size, num_hidden_layers, num_attention_heads: in place of the preset's.
+        image_size: side of the images in pixels; they are cut to a square and resized.
+        patch_size: side of a patch, in pixels or latents.
+        in_channels: of the input; by default those of the data, or of the VAE's latents.
+        num_classes: by default as many as the data has; 0: without classes.
+        class_dropout_prob: share of samples trained without their class, which guidance needs; by sample key.
+        objective: "flow", rectified flow: noisy = (1 - sigma) data + sigma noise; or "ddpm".
+        prediction_type: what the network predicts: "velocity" (noise - data, under ddpm sqrt(a) noise - sqrt(1 - a)
+            data), "epsilon" (the noise) or "sample" (the data).
+        learn_sigma: predict the variance of the steps, too (Nichol and Dhariwal 2021); ddpm only.
+        num_train_timesteps, beta_schedule: of ddpm.
+        init_seed: of the initial weights.
+    """
+
+    pretrained_model_name_or_path: str = field(
+        default="", metadata={"help": "A saved run to fine-tune, folder or Hub repository; default: from scratch."}
+    )
+    vae_name_or_path: str | None = field(
+        default=None, metadata={"help": "AutoencoderKL of diffusers to train in the latents of; default: pixels."}
+    )
+    preset: str = field(default="S", metadata={"help": f"Size of the network: {', '.join(PRESETS)}."})
+    hidden_size: int | None = field(default=None, metadata={"help": "Width of a token, in place of the preset's."})
+    num_hidden_layers: int | None = field(default=None, metadata={"help": "Blocks, in place of the preset's."})
+    num_attention_heads: int | None = field(default=None, metadata={"help": "In place of the preset's."})
+    image_size: int = field(default=32, metadata={"help": "Side of the images in pixels."})
+    patch_size: int = field(default=2, metadata={"help": "Side of a patch, in pixels or latents."})
+    in_channels: int | None = field(default=None, metadata={"help": "Channels; default: the data's, or the VAE's."})
+    num_classes: int | None = field(default=None, metadata={"help": "Classes; default: the data's. 0: none."})
+    class_dropout_prob: float = field(default=0.1, metadata={"help": "Share of samples trained without class."})
+    objective: str = field(default="flow", metadata={"help": f"One of {', '.join(OBJECTIVES)}."})
+    prediction_type: str = field(default="velocity", metadata={"help": f"One of {', '.join(PREDICTIONS)}."})
+    learn_sigma: bool = field(default=False, metadata={"help": "Predict the variance of the steps; ddpm only."})
+    num_train_timesteps: int = field(default=1000, metadata={"help": "Timesteps of ddpm."})
+    beta_schedule: str = field(default="linear", metadata={"help": f"Of ddpm: {', '.join(BETA_SCHEDULES)}."})
+    init_seed: int = field(default=0, metadata={"help": "Seed of the initial weights."})
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        batch: dict[str, torch.Tensor],
+        args: "DiffusionTrainingArguments",
+        *,
+        noise: torch.Tensor | None = None,
+        levels: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rectified flow (Liu et al. 2022) with u = noise - latents, or DDPM (Ho et al. 2020).
+
+        Batch: `pixel_values` (B, C, H, W) in [-1, 1], or `latents` (B, C, h, w) raw; `class_labels` (B,) where there
+        are classes. Levels: sigmas, or whole timesteps under ddpm.
+        """
+        latents = self.clean_latents(batch)  # (B, C, h, w)
+
+        keys = batch_keys(batch, len(latents))
+        if noise is None:
+            noise = randn(keys, latents.shape, device=latents.device, draw_on_cpu=not model.training)
+        if levels is None:
+            levels = self.sample_levels(keys, args, latents[0, 0].numel() // self.patch_size**2, batch)
+        levels = levels.to(latents.device, non_blocking=True)
+        signal, noise_scale = self.process.mixture(levels)  # (B,): 1 - sigma and sigma; sqrt(a) and sqrt(1 - a)
+        a, b = signal.view(-1, 1, 1, 1), noise_scale.view(-1, 1, 1, 1)
+
+        noisy_latents = a * latents + b * noise
+
+        model_pred = model(
+            hidden_states=noisy_latents.to(network_dtype(model)),
+            timestep=self.process.timestep(levels),
+            class_labels=self.dropped_labels(batch, keys, training=model.training),
+            return_dict=False,
+        )[0].float()
+        model_pred, fraction = model_pred.chunk(2, dim=1) if self.learn_sigma else (model_pred, None)
+
+        velocity = noise - latents if self.objective == "flow" else a * noise - b * latents
+        target = {"velocity": velocity, "epsilon": noise, "sample": latents}[self.prediction_type]
+        loss = sample_loss(model_pred, target, loss_type=args.loss_type, huber_delta=args.huber_delta)
+        scheme, gamma = args.weighting_scheme, args.min_snr_gamma
+        loss = loss * self.process.weight(levels, weighting_scheme=scheme, min_snr_gamma=gamma)
+        if fraction is not None:
+            loss = loss + self.process.variance_loss(latents, noisy_latents, model_pred, fraction, levels)
+        return loss, levels.float()
+
+    name: ClassVar[str] = "dit"
+    task: ClassVar[str] = "unconditional-image-generation"
+    whole_pipeline: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choices = {"preset": PRESETS, "objective": OBJECTIVES, "prediction_type": PREDICTIONS}
+        for name, allowed in (choices | {"beta_schedule": BETA_SCHEDULES}).items():
+            if getattr(self, name) not in allowed:
+                raise SciflowError(f"`{name}` {getattr(self, name)!r}: use one of {', '.join(allowed)}.")
+        if not 0 <= self.class_dropout_prob < 1:
+            raise SciflowError(f"`class_dropout_prob` {self.class_dropout_prob}: in [0, 1).")
+        if self.learn_sigma and self.objective == "flow":
+            raise SciflowError("`learn_sigma` needs `--objective ddpm`: a flow has no variance to predict.")
+        for name in ("image_size", "patch_size", "num_train_timesteps"):
+            if getattr(self, name) < 1:
+                raise SciflowError(f"`{name}` {getattr(self, name)}: at least 1.")
+        width, blocks, heads = PRESETS[self.preset]
+        self.hidden_size = width if self.hidden_size is None else self.hidden_size
+        self.num_hidden_layers = blocks if self.num_hidden_layers is None else self.num_hidden_layers
+        self.num_attention_heads = heads if self.num_attention_heads is None else self.num_attention_heads
+        if self.hidden_size % (4 * self.num_attention_heads):
+            raise SciflowError(
+                f"`hidden_size` {self.hidden_size}: a multiple of 4 x `num_attention_heads` "
+                f"({4 * self.num_attention_heads}) is needed."
+            )
+        self.class_names: list[str] = []
+
+    @property
+    def from_scratch(self) -> bool:
+        return not self.pretrained_model_name_or_path
+
+    # -- the step --------------------------------------------------------------------------------------------------
+
+    def clean_latents(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Pixels as they are; latents as the VAE's pipelines scale them: (latents - shift) scaling_factor."""
+        if "pixel_values" in batch:
+            return batch["pixel_values"].float()
+        return (batch["latents"].float() - (self._vae_config.get("shift_factor") or 0)) * self._vae_config[
+            "scaling_factor"
+        ]
+
+    def dropped_labels(
+        self, batch: dict[str, torch.Tensor], keys: Sequence[int] | torch.Tensor, *, training: bool
+    ) -> torch.Tensor | None:
+        """(B,), in training with `num_classes`, no class, in place of some; None without classes."""
+        if not self.num_classes:
+            return None
+        labels = batch["class_labels"]
+        if not training or not self.class_dropout_prob:
+            return labels
+        dropped = uniform(keys, stream="class_dropout") < self.class_dropout_prob
+        return labels.masked_fill(dropped.to(labels.device, non_blocking=True), self.num_classes)
+
+    @functools.cached_property
+    def process(self) -> NoiseProcess:
+        """How the network is trained."""
+        return NoiseProcess(self.objective, self.prediction_type, self.num_train_timesteps, self.beta_schedule)
+
+    def sample_levels(
+        self, keys: torch.Tensor, args: "DiffusionTrainingArguments", image_seq_len: int, batch: Any = None
+    ) -> torch.Tensor:
+        """Sigmas in [0, 1]; under ddpm whole timesteps, by the same densities (`--weighting_scheme none`: uniform)."""
+        return self.process.levels(super().sample_levels(keys, args, image_seq_len, batch))
+
+    def evaluation_levels(self, num_levels: int) -> torch.Tensor:
+        return self.process.levels(super().evaluation_levels(num_levels))
+
+    def level_range(self) -> float:
+        return self.process.level_range
+
+    # -- the network -----------------------------------------------------------------------------------------------
+
+    def load_model(self, *, dtype: torch.dtype, meta: bool = False) -> torch.nn.Module:
+        from ..networks.dit import DiTForImageDiffusion
+
+        if self.pretrained_model_name_or_path:
+            return self._saved_model(dtype, meta)
+        config = {
+            "image_size": self.image_size // self._pixels_per_latent,
+            "patch_size": self.patch_size,
+            "in_channels": self._channels,
+            "hidden_size": self.hidden_size,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "num_classes": self.num_classes or 0,
+            "learn_sigma": self.learn_sigma,
+            "id2label": {str(number): name for number, name in enumerate(self.class_names)} or None,
+        }
+        self.check_size(self.image_size)
+        with torch.random.fork_rng(devices=[]), torch.device("meta" if meta else "cpu"):
+            torch.manual_seed(self.init_seed)
+            return torch.nn.Module.to(DiTForImageDiffusion(**config), dtype)
+
+    def _saved_model(self, dtype: torch.dtype, meta: bool) -> torch.nn.Module:
+        """The network of a saved run; takes over its options."""
+        from ..networks.dit import DiTForImageDiffusion
+
+        path, where = self.pretrained_model_name_or_path, {"revision": self.revision}
+        with explain_loading(path, "network"):
+            config: Any = DiTForImageDiffusion.load_config(path, subfolder=self.component, **where)
+            if meta:
+                with torch.device("meta"):
+                    model = torch.nn.Module.to(DiTForImageDiffusion.from_config(config), dtype)
+            else:
+                model = DiTForImageDiffusion.from_pretrained(path, subfolder=self.component, dtype=dtype, **where)
+        if self.num_classes not in (None, model.config.num_classes):
+            raise SciflowError(
+                f"`pretrained_model_name_or_path` {path!r} has {model.config.num_classes} classes, but the data (or "
+                f"`num_classes`) {self.num_classes}."
+            )
+        for name in ("patch_size", "in_channels", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+            setattr(self, name, model.config[name])
+        self.num_classes, self.learn_sigma = model.config.num_classes, model.config.learn_sigma
+        for name in ("objective", "prediction_type", "num_train_timesteps", "beta_schedule"):
+            setattr(self, name, self._saved_index[name])
+        self.__dict__.pop("process", None)
+        logger.info("Going on from %s: %s, it predicts the %s.", path, self.objective, self.prediction_type)
+        return model
+
+    @property
+    def _channels(self) -> int:
+        if self.has_vae:
+            return int(self._vae_config["latent_channels"])
+        return 3 if self.in_channels is None else self.in_channels
+
+    def check_size(self, *sides: int) -> None:
+        """Raises SciflowError for sides in pixels that the patches do not divide."""
+        if any(side % self.bucket_step() for side in sides):
+            raise SciflowError(
+                f"`image_size` {'x'.join(map(str, sides))}: a multiple of {self.bucket_step()} is needed, "
+                f"`--patch_size {self.patch_size}`"
+                + (f" times {self._pixels_per_latent} pixels of a latent." if self.has_vae else ".")
+            )
+
+    def check_sample(self, model: Any, sample: dict[str, torch.Tensor]) -> None:
+        key = "latents" if self.has_vae else "pixel_values"
+        if key not in sample:
+            raise SciflowError(f"a sample of `{self.name}` needs `{key}`; it has {sorted(sample)}.")
+        shape, channels, patch = tuple(sample[key].shape), model.config.in_channels, model.config.patch_size
+        if len(shape) != 3 or shape[0] != channels:
+            raise SciflowError(f"`{key}` {shape}: this network takes ({channels}, height, width).")
+        if shape[1] % patch or shape[2] % patch:
+            raise SciflowError(f"`{key}` {shape}: its patches are {patch}x{patch}, which does not divide the sides.")
+        if model.config.num_classes and "class_labels" not in sample:
+            raise SciflowError(
+                f"this network has {model.config.num_classes} classes, but the data has no labels. Name their column "
+                "by `--label_column`, or train without classes by `--num_classes 0`."
+            )
+        if "latents" in sample:
+            self.check_latent_extras(sample)
+
+    # -- the VAE ---------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _saved_index(self) -> dict[str, Any]:
+        """`model_index.json` of a saved run; {} from scratch."""
+        path = self.pretrained_model_name_or_path
+        if not path:
+            return {}
+        with explain_loading(path, "pipeline configuration"):
+            return dict(self.pipeline_class().load_config(path, revision=self.revision))
+
+    @property
+    def has_vae(self) -> bool:
+        """Whether the network works on latents: of `vae_name_or_path`, or of the VAE of a saved run."""
+        return bool(self.vae_name_or_path) or (self._saved_index.get("vae") or [None])[0] is not None
+
+    @property
+    def _vae_place(self) -> dict[str, Any]:
+        own = {"path": self.pretrained_model_name_or_path, "subfolder": "vae", "revision": self.revision}
+        return {"path": self.vae_name_or_path} if self.vae_name_or_path else own
+
+    @functools.cached_property
+    def _vae_config(self) -> dict[str, Any]:
+        return vae_config(**self._vae_place)
+
+    @property
+    def _pixels_per_latent(self) -> int:
+        return 2 ** (len(self._vae_config["block_out_channels"]) - 1) if self.has_vae else 1
+
+    def load_encoders(
+        self, *, device: torch.device | str, dtype: torch.dtype, images: bool = True, text: bool = True
+    ) -> Any:
+        """The VAE, frozen, as `vae`; None without one."""
+        if not self.has_vae:
+            return super().load_encoders(device=device, dtype=dtype)
+        return SimpleNamespace(vae=load_vae(**self._vae_place, dtype=dtype).to(device))
+
+    def encoder_settings(self) -> dict[str, Any]:
+        return {"family": self.name, "vae_name_or_path": self.vae_name_or_path, "posterior": self.posterior}
+
+    def bucket_step(self) -> int:
+        return self.patch_size * self._pixels_per_latent
+
+    # -- sampling --------------------------------------------------------------------------------------------------
+
+    def pipeline_class(self) -> Any:
+        from ..pipelines.dit import DiTImagePipeline
+
+        return DiTImagePipeline
+
+    def load_pipeline(
+        self,
+        model: torch.nn.Module | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        with_text_encoder: bool = False,
+    ) -> Any:
+        network = self.load_model(dtype=torch.float32) if model is None else model
+        vae = load_vae(**self._vae_place) if self.has_vae else None
+        return self._pipeline(network, vae).to(device)
+
+    def _pipeline(self, network: Any, vae: Any = None) -> Any:
+        pipeline = self.pipeline_class()(
+            network,
+            vae,
+            objective=self.objective,
+            prediction_type=self.prediction_type,
+            num_train_timesteps=self.num_train_timesteps,
+            beta_schedule=self.beta_schedule,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def save_network(self, model: Any, folder: Path) -> None:
+        """As a pipeline; the VAE, where there is one, only in the run's folder, not in each checkpoint."""
+        whole = self.has_vae and not folder.name.startswith("checkpoint-")
+        self._pipeline(model, load_vae(**self._vae_place) if whole else None).save_pretrained(folder)
+
+    def call_arguments(self, args: "DiffusionTrainingArguments") -> list[str]:
+        labels = [f"class_labels=[{self.num_classes - 1}]"] if self.num_classes else []
+        steps, scale = f"num_inference_steps={args.num_inference_steps}", args.validation_guidance_scale
+        return [*labels, steps, *([f"guidance_scale={scale}"] if labels else [])]
+
+    def encode_validation_prompts(
+        self, prompts: Sequence[str], *, device: torch.device | str, dtype: torch.dtype, encoders: Any = None
+    ) -> list[dict[str, torch.Tensor]]:
+        """Class labels, by numbers or names."""
+        from ..pipelines.dit import class_id
+
+        try:
+            return [
+                {"class_labels": torch.tensor([class_id(p, self.num_classes or 0, self.class_names)])} for p in prompts
+            ]
+        except ValueError as error:
+            raise SciflowError(str(error)) from error
+
+    def generate(
+        self,
+        pipeline: Any,
+        prompt_inputs: dict[str, torch.Tensor],
+        *,
+        height: int,
+        width: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        generator: torch.Generator,
+    ) -> list["Image"]:
+        images: list[Image] = pipeline(
+            **prompt_inputs,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=generator,
+        ).images
+        return images

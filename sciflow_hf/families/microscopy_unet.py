@@ -1,0 +1,368 @@
+"""Conditional DDPM on pixels for microscopy: a UNet sees the noisy sharp image and the measured one side by side."""
+
+import functools
+import importlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from ..diffusion import objectives
+from ..diffusion.image_losses import fourier_loss, multiscale_loss, perceptual_loss
+from ..diffusion.losses import sample_loss
+from ..diffusion.objectives import add_noise, convert_prediction, ddpm_target, ddpm_weight
+from ..diffusion.randomness import batch_keys, randn
+from ..errors import SciflowError
+from ..loading import explain_loading
+from ..microscopy.transforms import IntensityTransform
+from .base import ModelFamily, network_dtype
+
+if TYPE_CHECKING:
+    from ..training_args import DiffusionTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+SCHEDULES = ("linear", "cosine", "sigmoid", "exponential")
+_OF_DIFFUSERS = {"linear": "linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
+
+
+@dataclass
+class MicroscopyUNet(ModelFamily):
+    """p(sharp image | measured image) by DDPM, on images of one or more channels (Saharia et al. 2022, SR3).
+
+    Args:
+        pretrained_model_name_or_path: a saved pipeline of this kind to go on from; "" makes a new network.
+        block_out_channels: width of each level of a new network; each level halves the image. Multiples of 8.
+        layers_per_block: residual blocks of a level.
+        attention_levels: how many of the lowest levels have self-attention.
+        dropout: in the residual blocks.
+        init_seed: of the weights of a new network.
+        beta_schedule: "linear", "cosine", "sigmoid" or "exponential".
+        num_train_timesteps: noise levels of the schedule.
+        prediction_type: "v_prediction", "epsilon" or "sample".
+        fourier_weight, multiscale_weight, perceptual_weight: of losses on the clean image that the prediction means,
+            added to `--loss_type`'s; they make images crisper, and the spread of the samples less honest.
+        feature_network: of the perceptual loss: `package.module:callable`, which returns a torch module, or a
+            TorchScript file. It gets images in the network's units, about [-1, 1].
+    """
+
+    pretrained_model_name_or_path: str = field(
+        default="", metadata={"help": "Saved pipeline to go on from; default: a new network."}
+    )
+    block_out_channels: list[int] = field(
+        default_factory=lambda: [32, 64, 96, 128], metadata={"help": "Width of each level of a new network."}
+    )
+    layers_per_block: int = field(default=1, metadata={"help": "Residual blocks of a level."})
+    attention_levels: int = field(default=0, metadata={"help": "How many of the lowest levels have attention."})
+    dropout: float = field(default=0.0, metadata={"help": "Dropout in the residual blocks."})
+    init_seed: int = field(default=0, metadata={"help": "Seed of the weights of a new network."})
+    beta_schedule: str = field(default="cosine", metadata={"help": f"One of {', '.join(SCHEDULES)}."})
+    num_train_timesteps: int = field(default=1000, metadata={"help": "Noise levels of the schedule."})
+    prediction_type: str = field(default="v_prediction", metadata={"help": "v_prediction, epsilon or sample."})
+    fourier_weight: float = field(default=0.0, metadata={"help": "Weight of the loss in Fourier space."})
+    multiscale_weight: float = field(default=0.0, metadata={"help": "Weight of the loss over several scales."})
+    perceptual_weight: float = field(default=0.0, metadata={"help": "Weight of the loss of --feature_network."})
+    feature_network: str | None = field(
+        default=None, metadata={"help": "package.module:callable, or a TorchScript file."}
+    )
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        batch: dict[str, torch.Tensor],
+        args: "DiffusionTrainingArguments",
+        *,
+        noise: torch.Tensor | None = None,
+        levels: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """DDPM (Ho et al. 2020) on the sharp image, given the measured one.
+
+        Batch: `pixel_values` (B, C, H, W), `conditioning_pixel_values` (B, C', H, W), both in about [-1, 1]. Noise:
+        (B, C, H, W). Levels: whole timesteps, from 0.
+        """
+        block = self.block if model.training else 1  # of --progressive_resolutions
+        images, conditioning = (
+            F.avg_pool2d(batch[name].float(), block) for name in ("pixel_values", "conditioning_pixel_values")
+        )
+
+        keys = batch_keys(batch, len(images))
+        if noise is None:
+            noise = randn(keys, images.shape, device=images.device, draw_on_cpu=not model.training)
+        if levels is None:
+            levels = self.sample_levels(keys, args, images[0, 0].numel(), batch)
+        timesteps = levels.to(images.device, torch.int64, non_blocking=True)
+        alpha_bar = objectives.shift_snr(self.alpha_bar_on(images.device)[timesteps], block**2)
+
+        noisy_images = add_noise(images, noise, alpha_bar)  # sqrt(a) images + sqrt(1 - a) noise
+
+        inputs = torch.cat([noisy_images, conditioning], dim=1).to(network_dtype(model))
+        model_pred = model(sample=inputs, timestep=timesteps, return_dict=False)[0].float()
+
+        kind = self.prediction_type
+        target = ddpm_target(images, noise, alpha_bar, prediction_type=kind)
+        loss = sample_loss(model_pred, target, loss_type=args.loss_type, huber_delta=args.huber_delta)
+        weight = ddpm_weight(alpha_bar, prediction_type=kind, min_snr_gamma=args.min_snr_gamma)
+        return weight * loss + self.image_loss(model_pred, noisy_images, images, alpha_bar), timesteps.float()
+
+    name: ClassVar[str] = "microscopy_unet"
+    component: ClassVar[str] = "unet"
+    task: ClassVar[str] = "image-to-image"
+    whole_pipeline: ClassVar[bool] = True
+    lora_presets: ClassVar[dict[str, str]] = {
+        "full": "conv1,conv2,conv_shortcut,time_emb_proj,to_q,to_k,to_v,to_out.0",
+    }
+
+    block = 1  # side of the blocks that are averaged in training: set by `ProgressiveResolutionCallback`
+    intensity: dict[str, Any] | None = field(default=None, init=False, repr=False)
+    conditioning_intensity: dict[str, Any] | None = field(default=None, init=False, repr=False)
+    optics: dict[str, Any] | None = field(default=None, init=False, repr=False)
+    tile_size: int = field(default=64, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.block_out_channels or any(width % 8 or width < 8 for width in self.block_out_channels):
+            raise SciflowError(f"`block_out_channels` {self.block_out_channels}: one or more multiples of 8.")
+        if not 0 <= self.attention_levels <= len(self.block_out_channels):
+            raise SciflowError(f"`attention_levels` {self.attention_levels}: 0 to {len(self.block_out_channels)}.")
+        for name, allowed in (("beta_schedule", SCHEDULES), ("prediction_type", objectives.PREDICTION_TYPES)):
+            if getattr(self, name) not in allowed:
+                raise SciflowError(f"`{name}` {getattr(self, name)!r}: use one of {', '.join(allowed)}.")
+        if self.num_train_timesteps < 2 or self.layers_per_block < 1:
+            raise SciflowError("`num_train_timesteps` is at least 2, `layers_per_block` at least 1.")
+        if self.perceptual_weight and self.feature_network is None:
+            raise SciflowError("`perceptual_weight` needs `feature_network`: `package.module:callable`, or a file.")
+
+    def describe_data(self, dataset: Any) -> None:
+        """Takes what the network must know of the images from a `MicroscopyTiles`: channels, intensities, optics."""
+        import dataclasses
+
+        self.intensity = dataset.transform.to_dict()
+        self.conditioning_intensity = dataset.conditioning_transform.to_dict()
+        self.optics = dataclasses.asdict(dataset.optics) if dataset.optics else None
+        self.tile_size = dataset.tile_size
+
+    # -- the step --------------------------------------------------------------------------------------------------
+
+    def image_loss(
+        self, model_pred: torch.Tensor, noisy: torch.Tensor, images: torch.Tensor, alpha_bar: torch.Tensor
+    ) -> torch.Tensor:
+        """The losses on the clean image that a prediction means, times their weights and sqrt(alpha_bar): (B,)."""
+        total = torch.zeros(len(images), device=images.device)
+        if not (self.fourier_weight or self.multiscale_weight or self.perceptual_weight):
+            return total
+        signal, scale = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        found = convert_prediction(
+            model_pred, noisy, signal=signal, noise_scale=scale, source=self.prediction_type, target="sample"
+        )
+        if self.fourier_weight:
+            total = total + self.fourier_weight * fourier_loss(found, images)
+        if self.multiscale_weight:
+            total = total + self.multiscale_weight * multiscale_loss(found, images)
+        if self.perceptual_weight:
+            total = total + self.perceptual_weight * perceptual_loss(found, images, self.features_on(images.device))
+        return signal * total  # an image guessed from noise alone is no image to compare
+
+    def features_on(self, device: torch.device) -> torch.nn.Module:
+        """The network of the perceptual loss, frozen, on `device`."""
+        return self._features.to(device)
+
+    @functools.cached_property
+    def _features(self) -> torch.nn.Module:
+        path = self.feature_network or ""
+        try:
+            if path.endswith((".pt", ".ts")):
+                found = torch.jit.load(path, map_location="cpu")
+            else:
+                module, _, name = path.partition(":")
+                found = getattr(importlib.import_module(module), name)()
+        except Exception as error:  # whatever the user's own code raises
+            raise SciflowError(f"`feature_network` {path!r}: cannot be loaded ({error}).") from error
+        if not isinstance(found, torch.nn.Module):
+            raise SciflowError(f"`feature_network` {path!r}: gives {type(found).__name__}, not a torch module.")
+        return found.eval().requires_grad_(False)
+
+    # -- the noise schedule ----------------------------------------------------------------------------------------
+
+    def sample_levels(
+        self,
+        keys: torch.Tensor,
+        args: "DiffusionTrainingArguments",
+        image_seq_len: int,
+        batch: Mapping[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """Timesteps of a batch, uniform in [0, num_train_timesteps): (B,), int64, on the CPU."""
+        return (self.level_quantiles(keys, args, batch) * self.num_train_timesteps).long()
+
+    def evaluation_levels(self, num_levels: int) -> torch.Tensor:
+        """Midpoints of `num_levels` equal parts of the timesteps, (num_levels,), int64."""
+        return (super().evaluation_levels(num_levels) * self.num_train_timesteps).long()
+
+    def level_range(self) -> float:
+        return float(self.num_train_timesteps)
+
+    @functools.cached_property
+    def _alpha_bar(self) -> torch.Tensor:
+        return objectives.alphas_cumprod(objectives.beta_schedule(self.beta_schedule, self.num_train_timesteps))
+
+    def alpha_bar_on(self, device: torch.device) -> torch.Tensor:
+        """The signal's share of the variance at each timestep, (num_train_timesteps,), float32, kept on `device`."""
+        if self._alpha_bar.device != device:
+            self.__dict__["_alpha_bar"] = self._alpha_bar.to(device)
+        return self._alpha_bar
+
+    # -- the network and its pipeline ------------------------------------------------------------------------------
+
+    @property
+    def from_scratch(self) -> bool:
+        return not self.pretrained_model_name_or_path
+
+    def take_over(self) -> tuple[IntensityTransform, IntensityTransform]:
+        """Reads a saved pipeline: its intensities, which it returns, noise schedule and widths count, not the options.
+
+        Raises:
+            SciflowError: no such pipeline, or one of another kind.
+        """
+        path, where = self.pretrained_model_name_or_path, {"revision": self.revision}
+        with explain_loading(path, "pipeline"):
+            from diffusers import DDPMScheduler, UNet2DModel
+
+            index: dict[str, Any] = self.pipeline_class().load_config(path, **where)
+            unet: dict[str, Any] = UNet2DModel.load_config(path, subfolder="unet", **where)
+            schedule: dict[str, Any] = DDPMScheduler.load_config(path, subfolder="scheduler", **where)
+        if not index.get("intensity") or not index.get("conditioning_intensity"):
+            raise SciflowError(
+                f"`pretrained_model_name_or_path` {path!r} is no restoration pipeline: it holds no intensity "
+                "transforms. Take what `recipes/train_microscopy.py` wrote."
+            )
+        for name in ("intensity", "conditioning_intensity", "optics", "tile_size"):
+            setattr(self, name, index[name])
+        self.block_out_channels = list(unet["block_out_channels"])
+        self.prediction_type, self.num_train_timesteps = schedule["prediction_type"], schedule["num_train_timesteps"]
+        named = {theirs: ours for ours, theirs in _OF_DIFFUSERS.items()}
+        self.beta_schedule = "exponential" if schedule["trained_betas"] else named[schedule["beta_schedule"]]
+        names = ("intensity", "conditioning_intensity")
+        sharp, measured = (IntensityTransform.from_dict(index[name]) for name in names)
+        return sharp, measured
+
+    def load_model(self, *, dtype: torch.dtype, meta: bool = False) -> torch.nn.Module:
+        from diffusers import UNet2DModel
+
+        path = self.pretrained_model_name_or_path
+        if path and self.intensity is None:
+            self.take_over()
+        if path and not meta:
+            with explain_loading(path, "unet"):
+                return UNet2DModel.from_pretrained(path, subfolder="unet", revision=self.revision, dtype=dtype)
+        with torch.random.fork_rng(devices=[]), torch.device("meta" if meta else "cpu"):
+            torch.manual_seed(self.init_seed)
+            config = UNet2DModel.load_config(path, subfolder="unet") if path else self.network_config()
+            return torch.nn.Module.to(UNet2DModel.from_config(config), dtype)
+
+    def network_config(self) -> dict[str, Any]:
+        """Arguments of `UNet2DModel`."""
+        channels, conditioning = self._channels()
+        plain = len(self.block_out_channels) - self.attention_levels
+        kinds = ["DownBlock2D"] * plain + ["AttnDownBlock2D"] * self.attention_levels
+        return {
+            "sample_size": self.tile_size,
+            "in_channels": channels + conditioning,
+            "out_channels": channels,
+            "block_out_channels": tuple(self.block_out_channels),
+            "layers_per_block": self.layers_per_block,
+            "down_block_types": tuple(kinds),
+            "up_block_types": tuple(kind.replace("Down", "Up") for kind in reversed(kinds)),
+            "norm_num_groups": 8,
+            "add_attention": self.attention_levels > 0,
+            "dropout": self.dropout,
+        }
+
+    def _channels(self) -> tuple[int, int]:
+        if self.intensity is None or self.conditioning_intensity is None:
+            raise SciflowError("`microscopy_unet` has not seen its images: call `prepare_microscopy` before.")
+        return len(self.intensity["low"]), len(self.conditioning_intensity["low"])
+
+    def scheduler(self) -> Any:
+        """diffusers' scheduler with the noise schedule of the training."""
+        from diffusers import DDPMScheduler
+
+        named = _OF_DIFFUSERS.get(self.beta_schedule)
+        betas = None if named else objectives.beta_schedule(self.beta_schedule, self.num_train_timesteps).tolist()
+        return DDPMScheduler(
+            num_train_timesteps=self.num_train_timesteps,
+            beta_schedule=named or "linear",
+            trained_betas=betas,
+            prediction_type=self.prediction_type,
+            clip_sample=False,
+            timestep_spacing="trailing",
+        )
+
+    def pipeline_class(self) -> Any:
+        from ..pipelines.microscopy import MicroscopyRestorationPipeline
+
+        return MicroscopyRestorationPipeline
+
+    def load_pipeline(
+        self,
+        model: torch.nn.Module | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        with_text_encoder: bool = False,
+    ) -> Any:
+        model = self.load_model(dtype=torch.float32) if model is None else model
+        self._channels()
+        pipeline = self.pipeline_class()(
+            unet=model,
+            scheduler=self.scheduler(),
+            intensity=self.intensity,
+            conditioning_intensity=self.conditioning_intensity,
+            optics=self.optics,
+            tile_size=self.tile_size,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline.to(device)
+
+    def save_network(self, model: Any, folder: Path) -> None:
+        """The whole pipeline: network, schedule, intensity transforms."""
+        self.load_pipeline(model, device=model.device).save_pretrained(folder)
+
+    def encoder_settings(self) -> dict[str, Any]:
+        return {"family": self.name}
+
+    def bucket_step(self) -> int:
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    def call_arguments(self, args: "DiffusionTrainingArguments") -> list[str]:
+        return ["images", "num_samples=16"]  # images: (B, C, H, W), in their own intensities
+
+    def check_sample(self, model: Any, sample: dict[str, torch.Tensor]) -> None:
+        missing = [key for key in ("pixel_values", "conditioning_pixel_values") if key not in sample]
+        if missing:
+            raise SciflowError(f"a sample of `{self.name}` needs {missing}; it has {sorted(sample)}.")
+        images, conditioning = sample["pixel_values"], sample["conditioning_pixel_values"]
+        if images.shape[1:] != conditioning.shape[1:]:
+            raise SciflowError(
+                f"`conditioning_pixel_values` {tuple(conditioning.shape)}: its height and width must be those of "
+                f"`pixel_values`, {tuple(images.shape)}."
+            )
+        found = images.shape[0], images.shape[0] + conditioning.shape[0]
+        wanted = model.config.out_channels, model.config.in_channels
+        if found != wanted:
+            raise SciflowError(
+                f"`pixel_values` and `conditioning_pixel_values` have {found[0]} and {found[1] - found[0]} channels; "
+                f"this network was made for {wanted[0]} and {wanted[1] - wanted[0]}."
+            )
+        step = 2 ** (len(model.config.block_out_channels) - 1)
+        if any(side % step for side in images.shape[1:]):
+            raise SciflowError(f"`tile_size` {tuple(images.shape[1:])}: a multiple of {step} for this network.")
+
+    def encode_validation_prompts(
+        self, prompts: Sequence[str], *, device: torch.device | str, dtype: torch.dtype, encoders: Any = None
+    ) -> list[dict[str, torch.Tensor]]:
+        raise SciflowError(f"`validation_prompts`: `{self.name}` takes no prompts; its restorations are scored.")
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        raise SciflowError(f"`{self.name}` restores images: use its pipeline.")

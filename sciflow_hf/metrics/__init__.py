@@ -1,0 +1,1 @@
+"""Figures of merit of samples: distances of distributions, and of restored images to sharp ones."""

@@ -1,0 +1,1 @@
+"""Microscope images: files, intensities, optics, tiles. Knows no model family and no trainer."""
