@@ -1,6 +1,6 @@
 """Train a class-conditional DiT from scratch: rectified flow or DDPM, on pixels or on the latents of a VAE.
 
-scikit-learn's digits, on any CPU, nothing downloaded, 8 minutes on 2 cores:
+scikit-learn's digits, on any CPU, nothing downloaded, about 10 minutes of processor time:
     python recipes/train_dit.py --config recipes/configs/dit_digits.yaml
 CIFAR-10, one GPU:
     python recipes/train_dit.py --config recipes/configs/dit_cifar10.yaml

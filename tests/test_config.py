@@ -300,7 +300,7 @@ def test_recipes_were_found():
 
 def test_recipes_refuse_unknown_flags(monkeypatch, capsys):
     for recipe in RECIPES:
-        monkeypatch.setattr(sys, "argv", [str(recipe), *NEEDED, "--no_such_flag"])
+        monkeypatch.setattr(sys, "argv", [str(recipe), *NEEDED, "--input_dir", "x", "--no_such_flag"])
         with pytest.raises(SystemExit) as caught:
             runpy.run_path(str(recipe), run_name="__main__")
         assert caught.value.code == 2 and "--no_such_flag" in capsys.readouterr().err

@@ -87,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_path", default="outputs/dit_digits")
     parser.add_argument("--number", type=int, default=1000)
-    parser.add_argument("--guidance_scale", type=float, default=1.5)
+    parser.add_argument("--guidance_scale", type=float, default=1.0)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -126,10 +126,11 @@ def restore(args: argparse.Namespace) -> None:
             by_psnr = int(np.argmax([score["psnr"] for score in scores]))
             table[method] = scores[by_psnr] | {"setting": settings[by_psnr], "ssim": max(s["ssim"] for s in scores)}
             best[method] = tried[by_psnr][0]
-        found = pipeline(
-            np.stack(measured), num_samples=args.num_samples, num_inference_steps=args.num_inference_steps,
-            sampler=args.sampler, tile_size=WINDOW, batch_size=16,
-        ).samples.numpy()  # fmt: skip
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            found = pipeline(
+                np.stack(measured), num_samples=args.num_samples, num_inference_steps=args.num_inference_steps,
+                sampler=args.sampler, tile_size=WINDOW, batch_size=16,
+            ).samples.float().numpy()  # fmt: skip
         table[f"mean of {args.num_samples}"] = mean_metrics(list(found.mean(axis=0)), truths)
         table["one sample"] = mean_metrics(list(found[0]), truths)
         table["calibration"] = calibration(inner(found), inner(np.stack(truths)))
@@ -246,10 +247,11 @@ def tiles(args: argparse.Namespace) -> None:
     pipeline = MicroscopyUNet(pretrained_model_name_or_path=args.model_path).load_pipeline()
     measured = large_image(args.output_dir, pipeline)
     start = time.perf_counter()
-    found = pipeline(
-        measured, num_inference_steps=args.num_inference_steps, tile_size=TILE, tile_overlap=OVERLAP,
-        batch_size=args.batch_size,
-    ).samples[0, 0].numpy()  # fmt: skip
+    with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+        found = pipeline(
+            measured, num_inference_steps=args.num_inference_steps, tile_size=TILE, tile_overlap=OVERLAP,
+            batch_size=args.batch_size,
+        ).samples[0, 0].float().numpy()  # fmt: skip
     starts = tile_starts(LARGE, TILE, OVERLAP)
     borders = {s for s in starts if s} | {s + TILE for s in starts if s + TILE < LARGE}
     low, high = peaks.values()
@@ -273,11 +275,12 @@ def main() -> None:
         command.add_argument("--model_path", required=True)
         command.add_argument("--output_dir", default="outputs/microscopy_results")
         command.add_argument("--num_samples", type=int, default=16)
-        command.add_argument("--num_inference_steps", type=int, default=40)
+        command.add_argument("--num_inference_steps", type=int, default=100)
         command.add_argument("--sampler", default="ddpm")
         command.add_argument("--windows", type=int, default=8, help="of each image")
         command.add_argument("--batch_size", type=int, default=16)
         command.add_argument("--large", action="store_true")
+        command.add_argument("--bf16", action="store_true", help="autocast, twice as fast where the CPU has AMX")
     args = parser.parse_args()
     args.run(args)
 
