@@ -1,6 +1,7 @@
 """Reader threads and their buffers: order, reuse, what is never overwritten, errors, and that threads end."""
 
 import gc
+import signal
 import subprocess
 import sys
 import threading
@@ -264,11 +265,16 @@ def test_ctrl_c_ends_the_threads():
         if number == 5:
             interrupt_main()
 
-    reader = ThreadedReader(Numbers(before=interrupt), indices(10**9), threads=2)
-    with pytest.raises(KeyboardInterrupt):
-        for batch in reader:
-            batch.release()
-    reader.close()
+    # A shell starts what runs in the background with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        reader = ThreadedReader(Numbers(before=interrupt), indices(10**5), threads=2)
+        with pytest.raises(KeyboardInterrupt):
+            for batch in reader:
+                batch.release()
+        reader.close()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not [t for t in threading.enumerate() if t.name == "reader"]
 
 
