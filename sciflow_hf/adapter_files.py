@@ -12,8 +12,9 @@ from .adapter_import import read_tools_file
 from .adapter_init import INITIAL, plain_lora, split_state
 from .adapter_sources import PEFT_CONFIG_NAME, PEFT_WEIGHT_NAME, WEIGHT_NAME, local_adapter
 from .adapter_types import FROM_BASE, PIPELINE_TYPES, check_weights, type_of
-from .adapters import ADAPTER_NAME, adapter_layers, adapter_parameters, to_float32
+from .adapters import ADAPTER_NAME, adapter_layers, fill_adapter, to_float32
 from .errors import SciflowError
+from .formats.names import unet_name
 from .peft_files import is_peft, read_peft, save_peft
 from .text_training import network_of, put_text_states, text_states, trained_parts
 
@@ -39,8 +40,8 @@ def save_adapter(model: Any, folder: str | os.PathLike, *, family: "ModelFamily"
         return saved
     state, options = plain_lora(network, ADAPTER_NAME)
     config = {k: sorted(v) if isinstance(v, set) else v for k, v in options.items()}
-    if family.component == "unet":  # the names that LoRA files of UNets have had since before PEFT
-        state = {k.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up."): v for k, v in state.items()}
+    if family.component == "unet":
+        state = {unet_name(key): value for key, value in state.items()}
     state = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     target = folder / WEIGHT_NAME
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,19 +78,13 @@ def load_adapter_weights(model: torch.nn.Module, folder: str | os.PathLike, *, f
 
 def _put(model: Any, state: dict[str, torch.Tensor], family: "ModelFamily") -> None:
     """Fills the adapter of `model`; ValueError where a tensor is left over or left out."""
-    from peft.utils import set_peft_model_state_dict
-
     prefix = family.component + "."
     own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     parts = {ADAPTER_NAME: own}
     if INITIAL in model.peft_config:
         parts = dict(zip((ADAPTER_NAME, INITIAL), split_state(own), strict=True))
     for name, part in parts.items():
-        result = set_peft_model_state_dict(model, part, adapter_name=name)
-        missing = sorted(adapter_parameters(model, name).keys() & set(result.missing_keys))
-        for what, keys in (("the network has no layer for", result.unexpected_keys), ("the file lacks", missing)):
-            if keys:
-                raise ValueError(f"{what} {len(keys)} of its tensors, such as {keys[0]}")
+        fill_adapter(model, part, name)
 
 
 def _brief(error: Exception) -> str:

@@ -4,7 +4,7 @@ import difflib
 import fnmatch
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -238,6 +238,17 @@ def adapter_parameters(model: torch.nn.Module, adapter_name: str = ADAPTER_NAME)
             if part in layer.adapter_layer_names and adapter == adapter_name:
                 found[f"{path}.{name}"] = parameter
     return found
+
+
+def fill_adapter(model: torch.nn.Module, state: Mapping[str, torch.Tensor], name: str = ADAPTER_NAME) -> None:
+    """Puts a state dict of PEFT into the adapter `name`; ValueError where a tensor is left over or left out."""
+    from peft.utils import set_peft_model_state_dict
+
+    result = set_peft_model_state_dict(model, dict(state), adapter_name=name)
+    missing = sorted(adapter_parameters(model, name).keys() & set(result.missing_keys))
+    for what, keys in (("the network has no layer for", result.unexpected_keys), ("the file lacks", missing)):
+        if keys:
+            raise ValueError(f"{what} {len(keys)} of its tensors, such as {keys[0]}")
 
 
 def adapter_facts(model: Any) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from .adapter_sources import PEFT_CONFIG_NAME, WEIGHT_NAME, family_of_run, local
 from .errors import SciflowError
 from .formats import plain, tools
 from .formats.layers import DORA, LOHA, LOKR, LORA, OFT, Adapter
-from .formats.names import COMFY, DIFFUSERS, DTYPES, FAMILIES, FORMATS, place_of, rows_of
+from .formats.names import COMFY, DIFFUSERS, DTYPES, FAMILIES, FORMATS, place_of, rows_of, unet_name
 from .peft_files import is_peft
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def export_adapter(
             if config is None:  # it came in another layout
                 state, config = plain.write(adapter)
             facts |= {plain.METADATA: json.dumps(config, indent=2, sort_keys=True)} if config else {}
-            state = {_diffusers_name(name): value for name, value in state.items()}
+            state = {unet_name(name) if name.startswith("unet.") else name: v for name, v in state.items()}
         else:
             known = known or _only(_families(adapter))
             if known is None:
@@ -268,13 +268,6 @@ def _refuse_for_diffusers(kinds: set[str]) -> None:
             f"`format` 'diffusers' cannot hold {' or '.join(sorted(refused))}: diffusers loads lora, dora and lokr. "
             "The folder that training wrote is PEFT's own format; `PeftModel.from_pretrained` reads it as it is."
         )
-
-
-def _diffusers_name(name: str) -> str:
-    """LoRA files of UNets have the names from before PEFT."""
-    if not name.startswith("unet."):
-        return name
-    return name.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up.")
 
 
 def _cast(state: dict[str, torch.Tensor], dtype: str | None) -> dict[str, torch.Tensor]:

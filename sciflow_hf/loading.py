@@ -86,7 +86,6 @@ def vae_config(path: str, **where: Any) -> dict[str, Any]:
 
 def load_vae(path: str, *, dtype: Any = None, **where: Any) -> Any:
     """An `AutoencoderKL`, frozen, in evaluation mode; float32 unless given."""
-    import torch
     from diffusers import AutoencoderKL
 
     with explain_loading(path, "VAE"), quiet_loading():

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoints import check_output_dir
+from .data.arguments import spread
 from .data.class_latents import ClassLatents
 from .data.class_source import ClassImageArguments
 from .errors import SciflowError
@@ -133,8 +134,7 @@ def _latents(
     caches: Any = [load_cache(folder, dtype=args.weight_dtype) for folder in folders.values()]
     train, held_out = caches if len(caches) == 2 else caches[0].split(data_args.eval_fraction)
     if data_args.max_train_samples and data_args.max_train_samples < len(train):
-        step = len(train) / data_args.max_train_samples
-        train = train.select([int(i * step) for i in range(data_args.max_train_samples)])
+        train = train.select(spread(len(train), data_args.max_train_samples))
     if family.num_classes != 0:
         train, held_out = (ClassLatents.of(cache) for cache in (train, held_out))
         _check_classes(family, train, held_out)

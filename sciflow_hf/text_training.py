@@ -1,12 +1,14 @@
 """Text encoders trained together with the network: one module that holds them all and has one forward."""
 
+import dataclasses
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from .adapters import ADAPTER_NAME, AdapterArguments, to_float32
+from .adapter_types import adapter_config
+from .adapters import ADAPTER_NAME, AdapterArguments, fill_adapter, to_float32
 from .errors import SciflowError
 from .families.base import ModelFamily, PipelineFamily, network_dtype
 
@@ -88,8 +90,6 @@ def with_text_adapters(
     Raises:
         SciflowError: the pipeline cannot load such adapters, or no layer matches.
     """
-    from peft import LoraConfig
-
     if not isinstance(family, PipelineFamily) or not family.trained_text_parts:
         raise SciflowError(
             f"`train_text_encoder`: the pipeline of `{family.name}` cannot load a LoRA of its text encoder. Leave it "
@@ -100,6 +100,8 @@ def with_text_adapters(
             f"`train_text_encoder` with `adapter_type` {args.adapter_type!r}: pipelines load lora and dora of text "
             "encoders. Take one of them, or leave the text encoders as they are."
         )
+    # Patterns name layers of the network, and the other initialisations would need a second adapter.
+    alike = dataclasses.replace(args, rank_pattern=None, alpha_pattern=None, init_lora_weights="gaussian")
     state, options = saved or ({}, {})
     on_meta = next(network.parameters()).is_meta
     encoders = (
@@ -118,18 +120,8 @@ def with_text_adapters(
             to_float32(encoder)
             put_text_states(encoder, name, state)  # again: into a 16-bit base they were loaded rounded
             continue
-        encoder.add_adapter(
-            LoraConfig(
-                r=args.rank,
-                lora_alpha=args.lora_alpha,
-                lora_dropout=args.lora_dropout,
-                use_dora=args.adapter_type == "dora",
-                use_rslora=args.use_rslora,
-                init_lora_weights="gaussian",
-                target_modules=_text_layers(encoder, args.text_encoder_layers, family.idle_text_layers.get(name, 0)),
-            ),
-            adapter_name=ADAPTER_NAME,
-        )
+        layers = _text_layers(encoder, args.text_encoder_layers, family.idle_text_layers.get(name, 0))
+        encoder.add_adapter(adapter_config(alike, encoder, layers), adapter_name=ADAPTER_NAME)
         to_float32(encoder)
     return NetworkWithText(network, family, encoders)
 
@@ -190,18 +182,13 @@ def text_states(model: torch.nn.Module) -> dict[str, Any]:
 def put_text_states(encoder: Any, name: str, state: Mapping[str, torch.Tensor]) -> None:
     """Fills the adapter of the text encoder `name`; ValueError where a tensor is left over or left out."""
     from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft
-    from peft.utils import set_peft_model_state_dict
 
     own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
     own = convert_state_dict_to_peft(convert_state_dict_to_diffusers(own))
     if "text_model" not in dict(encoder.named_children()):
         own = {key.removeprefix("text_model."): value for key, value in own.items()}
     own = {key: value for key, value in own.items() if not key.endswith(".alpha")}
-    result = set_peft_model_state_dict(encoder, own, adapter_name=ADAPTER_NAME)
-    missing = [key for key in result.missing_keys if "lora_" in key]
-    for what, keys in ((f"`{name}` has no layer for", result.unexpected_keys), ("the file lacks", missing)):
-        if keys:
-            raise ValueError(f"{what} {len(keys)} tensors, such as {keys[0]}")
+    fill_adapter(encoder, own)
 
 
 def with_text(model: torch.nn.Module, sample: dict[str, Any]) -> dict[str, Any]:

@@ -202,11 +202,15 @@ def same_place(one: str, other: str) -> bool:
     return one == other or os.path.realpath(one) == os.path.realpath(other)
 
 
+def spread(count: int, wanted: int) -> list[int]:
+    """`wanted` of `count` rows, evenly."""
+    return [int(i * (count / wanted)) for i in range(wanted)]
+
+
 def _chosen(train: "LatentCache", args: DataArguments) -> "LatentCache":
     """What `max_train_samples` and `dataset_weights` make of the training part."""
     if args.max_train_samples and args.max_train_samples < len(train):
-        step = len(train) / args.max_train_samples
-        train = train.select([int(i * step) for i in range(args.max_train_samples)])
+        train = train.select(spread(len(train), args.max_train_samples))
     if args.dataset_weights:
         train.repeats = _repeats(train.source_of_row, args.dataset_weights, args.dataset_dir)
     return train

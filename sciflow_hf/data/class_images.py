@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from sciflow_hf.diffusion.randomness import hash64
 from sciflow_hf.errors import SciflowError
 
+from .arguments import spread
 from .class_source import CHANNELS, SAME_AS, ClassImageArguments, ClassSource
 from .sources import to_rgb
 
@@ -160,8 +161,7 @@ def load_class_images(
             f"{len(outside)} held out. Use another fraction, or 0."
         )
     if args.max_train_samples and args.max_train_samples < len(chosen):
-        step = len(chosen) / args.max_train_samples
-        chosen = [chosen[int(i * step)] for i in range(args.max_train_samples)]
+        chosen = [chosen[i] for i in spread(len(chosen), args.max_train_samples)]
     if outside:
         held = ClassImages(
             source, sorted(outside), labels=labels, class_names=classes, image_size=image_size, mode=mode

@@ -58,3 +58,33 @@ class NoiseLevels:
     def evaluation_levels(self, num_levels: int) -> torch.Tensor:
         """The fixed grid of `eval_loss`, (num_levels,); the same in every run."""
         return timesteps.level_grid(num_levels)
+
+
+class TimestepLevels(NoiseLevels):
+    """The noise levels of DDPM: whole timesteps, drawn uniformly."""
+
+    _alpha_bar: Any  # a cached property of the family: (num_train_timesteps,), float32
+
+    def sample_levels(
+        self,
+        keys: torch.Tensor,
+        args: "DiffusionTrainingArguments",
+        image_seq_len: int,
+        batch: Mapping[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """Timesteps of a batch, uniform in [0, num_train_timesteps): (B,), int64, on the CPU."""
+        return (self.level_quantiles(keys, args, batch) * len(self._alpha_bar)).long()
+
+    def evaluation_levels(self, num_levels: int) -> torch.Tensor:
+        """Midpoints of `num_levels` equal parts of the timesteps, (num_levels,), int64."""
+        return (super().evaluation_levels(num_levels) * len(self._alpha_bar)).long()
+
+    def level_range(self) -> float:
+        """Timesteps, by which logs divide levels."""
+        return float(len(self._alpha_bar))
+
+    def alpha_bar_on(self, device: torch.device) -> torch.Tensor:
+        """The signal's share of the variance at each timestep, (num_train_timesteps,), float32, kept on `device`."""
+        if self._alpha_bar.device != device:
+            self.__dict__["_alpha_bar"] = self._alpha_bar.to(device)
+        return self._alpha_bar

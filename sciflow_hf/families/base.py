@@ -332,7 +332,8 @@ class PipelineFamily(ModelFamily):
 
     def text_inputs(self, batch: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         """Arguments of `model` that hold the text; of `NetworkWithText`, which encodes captions itself, the batch."""
-        return {"batch": batch, "dtype": dtype} if "captions" in batch else self.text_arguments(batch, dtype)
+        text = {n: batch[n] for n in ("captions", "latents", "time_ids") if n in batch}  # DDP would move the keys
+        return {"batch": text, "dtype": dtype} if "captions" in batch else self.text_arguments(batch, dtype)
 
     def text_arguments(self, batch: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         """Arguments of the network that hold the text of `batch`. Needed where `trained_text_parts` are named."""

@@ -3,7 +3,7 @@
 import functools
 import importlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from ..diffusion import objectives
 from ..diffusion.image_losses import fourier_loss, multiscale_loss, perceptual_loss
+from ..diffusion.levels import TimestepLevels
 from ..diffusion.losses import sample_loss
 from ..diffusion.objectives import add_noise, convert_prediction, ddpm_target, ddpm_weight
 from ..diffusion.randomness import batch_keys, randn
@@ -31,7 +32,7 @@ _OF_DIFFUSERS = {"linear": "linear", "cosine": "squaredcos_cap_v2", "sigmoid": "
 
 
 @dataclass
-class MicroscopyUNet(ModelFamily):
+class MicroscopyUNet(TimestepLevels, ModelFamily):
     """p(sharp image | measured image) by DDPM, on images of one or more channels (Saharia et al. 2022, SR3).
 
     Args:
@@ -187,32 +188,9 @@ class MicroscopyUNet(ModelFamily):
 
     # -- the noise schedule ----------------------------------------------------------------------------------------
 
-    def sample_levels(
-        self,
-        keys: torch.Tensor,
-        args: "DiffusionTrainingArguments",
-        image_seq_len: int,
-        batch: Mapping[str, Any] | None = None,
-    ) -> torch.Tensor:
-        """Timesteps of a batch, uniform in [0, num_train_timesteps): (B,), int64, on the CPU."""
-        return (self.level_quantiles(keys, args, batch) * self.num_train_timesteps).long()
-
-    def evaluation_levels(self, num_levels: int) -> torch.Tensor:
-        """Midpoints of `num_levels` equal parts of the timesteps, (num_levels,), int64."""
-        return (super().evaluation_levels(num_levels) * self.num_train_timesteps).long()
-
-    def level_range(self) -> float:
-        return float(self.num_train_timesteps)
-
     @functools.cached_property
     def _alpha_bar(self) -> torch.Tensor:
         return objectives.alphas_cumprod(objectives.beta_schedule(self.beta_schedule, self.num_train_timesteps))
-
-    def alpha_bar_on(self, device: torch.device) -> torch.Tensor:
-        """The signal's share of the variance at each timestep, (num_train_timesteps,), float32, kept on `device`."""
-        if self._alpha_bar.device != device:
-            self.__dict__["_alpha_bar"] = self._alpha_bar.to(device)
-        return self._alpha_bar
 
     # -- the network and its pipeline ------------------------------------------------------------------------------
 

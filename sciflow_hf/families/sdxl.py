@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from ..diffusion import objectives
+from ..diffusion.levels import TimestepLevels
 from ..diffusion.losses import sample_loss
 from ..diffusion.objectives import add_noise, ddpm_target, ddpm_weight
 from ..diffusion.randomness import batch_keys, randn
@@ -25,7 +26,7 @@ TIME_IDS = ("original height", "original width", "crop top", "crop left", "heigh
 
 
 @dataclass
-class SDXL(PipelineFamily):
+class SDXL(TimestepLevels, PipelineFamily):
     """Stable Diffusion XL base, and fine-tuned ones: epsilon or v prediction, as the checkpoint's scheduler says.
 
     Timesteps are integers, drawn uniformly, and the loss has weight 1 or `--min_snr_gamma`'s: the densities, weights
@@ -140,17 +141,8 @@ class SDXL(PipelineFamily):
         image_seq_len: int,
         batch: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
-        """Timesteps of a batch, uniform in [0, num_train_timesteps): (B,), int64, on the CPU."""
         check_density(args.weighting_scheme, args.timestep_shift)
-        return (self.level_quantiles(keys, args, batch) * len(self._alpha_bar)).long()
-
-    def evaluation_levels(self, num_levels: int) -> torch.Tensor:
-        """Midpoints of `num_levels` equal parts of the timesteps, (num_levels,), int64."""
-        return (super().evaluation_levels(num_levels) * len(self._alpha_bar)).long()
-
-    def level_range(self) -> float:
-        """Timesteps, by which logs divide levels."""
-        return float(len(self._alpha_bar))
+        return super().sample_levels(keys, args, image_seq_len, batch)
 
     @functools.cached_property
     def prediction_type(self) -> str:
@@ -177,12 +169,6 @@ class SDXL(PipelineFamily):
                 beta_end=self.setting("scheduler", "beta_end"),
             )
         return objectives.alphas_cumprod(betas, zero_terminal_snr=config.get("rescale_betas_zero_snr", False))
-
-    def alpha_bar_on(self, device: torch.device) -> torch.Tensor:
-        """The signal's share of the variance at each timestep, (num_train_timesteps,), float32, kept on `device`."""
-        if self._alpha_bar.device != device:
-            self.__dict__["_alpha_bar"] = self._alpha_bar.to(device)
-        return self._alpha_bar
 
     # -- the checkpoint --------------------------------------------------------------------------------------------
 

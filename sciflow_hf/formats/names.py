@@ -263,3 +263,8 @@ TEXT_ENCODERS: Mapping[str, tuple[str, ...]] = {
     "sdxl": ("text_encoder", "text_encoder_2"),
 }
 """Which of a family's text encoders a LoRA file may hold."""
+
+
+def unet_name(name: str) -> str:
+    """PEFT's name of a LoRA tensor as LoRA files of UNets have had it since before PEFT."""
+    return name.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up.")
