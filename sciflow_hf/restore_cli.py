@@ -18,6 +18,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--tile_overlap", type=int, help="pixels that tiles share (default: a quarter)")
     add("--cascade", type=int, nargs="+", default=[1], help="block sizes from coarse to fine, such as 4 2 1")
     add("--data_consistency", type=float, default=0.0, help="1 pulls samples to the measurement, by the optics")
+    add("--self_ensemble", action="store_true", help="draw samples in the eight orientations of the image in turn")
 
 
 def restore(args: argparse.Namespace) -> None:
@@ -49,5 +50,6 @@ def restore(args: argparse.Namespace) -> None:
         tile_overlap=args.tile_overlap,
         cascade=args.cascade,
         data_consistency=args.data_consistency,
+        self_ensemble=args.self_ensemble,
     )
     sys.stdout.write(f"{len(written)} images in {args.output_dir}\n")

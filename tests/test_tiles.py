@@ -11,7 +11,7 @@ import torch
 import sciflow_hf as sf
 from sciflow_hf.microscopy.images import ImageFile, write_image
 from sciflow_hf.microscopy.optics import ForwardModel
-from sciflow_hf.microscopy.tiles import blend_weight, padded, tile_starts, tiled
+from sciflow_hf.microscopy.tiles import blend_weight, padded, tile_starts, tiled, turned, turned_back
 from sciflow_hf.microscopy.transforms import IntensityTransform
 from sciflow_hf.pipelines.microscopy import MicroscopyRestorationPipeline
 
@@ -128,6 +128,43 @@ def test_samples_do_not_depend_on_batches():
     assert results[0].std(dim=0).min() > 0 and not torch.equal(results[0][0], pipeline(values, seed=1).samples[0])
     more = pipeline(values, num_samples=5, num_inference_steps=6).samples
     torch.testing.assert_close(more[:4], results[0], rtol=1e-4, atol=1)
+
+
+def test_the_eight_orientations_are_those_of_numpy():
+    image = torch.arange(2 * 3 * 5).view(2, 3, 5)
+    seen = [turned(image, turn) for turn in range(8)]
+    assert len({tuple(i.flatten().tolist()) for i in seen}) == 8
+    for turn, view in enumerate(seen):
+        rotated = np.rot90(image.numpy(), turn % 4, axes=(1, 2))
+        assert np.array_equal(view.numpy(), rotated[..., ::-1] if turn >= 4 else rotated)
+        assert torch.equal(turned_back(view, turn), image)
+
+
+def test_self_ensemble_draws_each_sample_in_an_orientation_of_its_own():
+    """Of a network that is not symmetric: a sample is that of the turned image, turned back."""
+
+    class Slanted(Denoiser):
+        def forward(self, sample, timestep, return_dict):
+            return (0.5 * sample[:, -1:].roll(1, dims=-1) + 0.2 * sample[:, :1],)
+
+    values = torch.from_numpy(np.random.default_rng(0).uniform(0, 60000, (2, 1, 12, 16)).astype("float32"))
+    pipeline = make_pipeline(Slanted())
+    options = {"num_samples": 11, "num_inference_steps": 3}
+    found = pipeline(values, **options, self_ensemble=True, batch_size=3).samples
+    assert found.shape == (11, 2, 1, 12, 16)
+    for sample in range(11):
+        turn = sample % 8
+        alone = pipeline(turned(values, turn), **options).samples[sample]
+        torch.testing.assert_close(found[sample], turned_back(alone, turn), rtol=1e-4, atol=1)
+
+
+def test_self_ensemble_needs_a_symmetric_psf(tmp_path):
+    kernel = np.zeros((3, 3), np.float32)
+    kernel[1, 1], kernel[1, 2] = 0.7, 0.3
+    tifffile.imwrite(tmp_path / "psf.tif", kernel)
+    optics = dataclasses.asdict(ForwardModel(psf=str(tmp_path / "psf.tif"), white_level=65535.0))
+    with pytest.raises(sf.SciflowError, match="`self_ensemble`: the point-spread function"):
+        make_pipeline(optics=optics)(np.ones((1, 1, 16, 16), np.float32), self_ensemble=True)
 
 
 def test_memory_of_a_large_image_is_that_of_one_batch_of_tiles():

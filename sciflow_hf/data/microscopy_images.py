@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from sciflow_hf.diffusion.randomness import hash64, signed64, uniform
 from sciflow_hf.errors import SciflowError
 from sciflow_hf.microscopy.optics import ForwardModel
+from sciflow_hf.microscopy.tiles import turned
 from sciflow_hf.microscopy.transforms import IntensityTransform
 
 from .microscopy_planes import Plane, Region, find_planes, planes_of
@@ -163,9 +164,9 @@ class MicroscopyTiles(Dataset[dict[str, torch.Tensor]]):
             top, left = (self._moved(region, i, start, key) for i, start in ((0, top), (1, left)))
         turn = int(uniform([key], stream="turn").item() * 8) if self.augment else 0
         margin = self.optics.radius if self.optics else 0
-        sharp = _turned(self._cut(plane.path, plane, top, left, margin), turn)
+        sharp = turned(self._cut(plane.path, plane, top, left, margin), turn)
         if self.optics is None or plane.conditioning_path is not None:
-            return sharp, _turned(self._cut(plane.conditioning_path or plane.path, plane, top, left, 0), turn)
+            return sharp, turned(self._cut(plane.conditioning_path or plane.path, plane, top, left, 0), turn)
         inner = slice(margin, margin + self.tile_size)
         expected = self.optics.expected_photons(sharp[None])[..., inner, inner]
         return sharp[:, inner, inner], self.optics.to_intensities(self.optics.detect(expected, [key]))[0]
@@ -194,12 +195,6 @@ def _starts(low: int, high: int, tile: int) -> list[int]:
 def _mirrored(index: np.ndarray, size: int) -> np.ndarray:
     index = np.abs(index)
     return (size - 1) - np.abs((size - 1) - index)
-
-
-def _turned(tile: torch.Tensor, turn: int) -> torch.Tensor:
-    """One of the eight symmetries of the square."""
-    tile = torch.rot90(tile, turn % 4, (-2, -1))
-    return tile.flip(-1).contiguous() if turn >= 4 else tile.contiguous()
 
 
 # -- from a folder -------------------------------------------------------------------------------------------------

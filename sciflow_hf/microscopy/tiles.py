@@ -82,6 +82,18 @@ def tiled(network: Network, *, tile_size: int, overlap: int, batch_size: int) ->
     return whole
 
 
+def turned(images: torch.Tensor, turn: int) -> torch.Tensor:
+    """(..., H, W) in one of the eight orientations of a square, 0 to 7; odd ones exchange height and width."""
+    images = torch.rot90(images, turn % 4, (-2, -1))
+    return images.flip(-1).contiguous() if turn >= 4 else images.contiguous()
+
+
+def turned_back(images: torch.Tensor, turn: int) -> torch.Tensor:
+    """The inverse of `turned`."""
+    images = images.flip(-1) if turn >= 4 else images
+    return torch.rot90(images, -(turn % 4), (-2, -1)).contiguous()
+
+
 def padded(images: torch.Tensor, multiple: int) -> torch.Tensor:
     """(B, C, H, W) mirrored beyond its lower and right border, to a multiple of `multiple` pixels."""
     bottom, right = (-size % multiple for size in images.shape[-2:])

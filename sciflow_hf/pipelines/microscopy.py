@@ -21,7 +21,7 @@ from ..errors import SciflowError
 from ..microscopy.consistency import towards_measurement
 from ..microscopy.images import ImageFile, find_images, read_image, to_dtype, write_image
 from ..microscopy.optics import ForwardModel
-from ..microscopy.tiles import padded, tiled
+from ..microscopy.tiles import padded, tiled, turned, turned_back
 from ..microscopy.transforms import IntensityTransform
 from .standalone import add_code
 
@@ -89,6 +89,7 @@ class MicroscopyRestorationPipeline(DiffusionPipeline):
         cascade: Sequence[int] = (1,),
         cascade_strength: float = 0.5,
         data_consistency: float = 0.0,
+        self_ensemble: bool = False,
         return_dict: bool = True,
     ) -> Any:
         """Samples for measured images (B, C, H, W).
@@ -106,6 +107,9 @@ class MicroscopyRestorationPipeline(DiffusionPipeline):
             cascade_strength: share of the noise levels that each further resolution goes through again.
             data_consistency: 1 moves the clean image at each step to where it explains the measurement best, along
                 the gradient of the Poisson likelihood of `optics`; 0 does not.
+            self_ensemble: draw the samples in the eight orientations of the image in turn, and turn them back (Lim et
+                al. 2017, EDSR): what the network gets wrong in one of them averages out in the mean, and is seen in
+                the spread. For networks trained with `--augment`, and a PSF that looks the same in all eight.
 
         Raises:
             SciflowError: channels that the network does not take, or options out of range.
@@ -113,29 +117,37 @@ class MicroscopyRestorationPipeline(DiffusionPipeline):
         tensor = images if isinstance(images, torch.Tensor) else torch.from_numpy(np.array(images, np.float32))
         measured = tensor.float().to(self._execution_device)
         self._check(measured, sampler, cascade, cascade_strength)
+        if self_ensemble:
+            self._check_symmetry()
         size, step = tile_size or self.config.tile_size, 2 ** (len(self.unet.config.block_out_channels) - 1)
         height, width = measured.shape[-2:]
-        jobs = [(image, sample) for sample in range(num_samples) for image in range(len(measured))]
+        turns = 8 if self_ensemble else 1
+        groups = [
+            (turn, [(image, sample) for sample in range(turn, num_samples, turns) for image in range(len(measured))])
+            for turn in range(min(turns, num_samples))
+        ]
         together = batch_size if max(height, width) <= size else 1
         network = tiled(
             self._network, tile_size=size, overlap=size // 4 if tile_overlap is None else tile_overlap,
             batch_size=batch_size,
         )  # fmt: skip
-        found = []
-        calls = math.ceil(len(jobs) / together) * num_inference_steps
+        found: dict[tuple[int, int], torch.Tensor] = {}
+        calls = sum(math.ceil(len(jobs) / together) for _, jobs in groups) * num_inference_steps
         with self.progress_bar(total=calls) as progress:
-            for first in range(0, len(jobs), together):
-                chosen = jobs[first : first + together]
-                sampling = _Sampling(
-                    self, network, keys=[hash64(seed, *job) for job in chosen], steps=num_inference_steps,
-                    sampler=sampler, eta=eta, consistency=data_consistency, done=progress.update,
-                )  # fmt: skip
-                latents = sampling.cascade(
-                    padded(measured[[image for image, _ in chosen]], step * max(cascade)), cascade, cascade_strength
-                )
-                found.append(self.intensity.inverse(latents[..., :height, :width]))
+            for turn, jobs in groups:
+                for first in range(0, len(jobs), together):
+                    chosen = jobs[first : first + together]
+                    sampling = _Sampling(
+                        self, network, keys=[hash64(seed, *job) for job in chosen], steps=num_inference_steps,
+                        sampler=sampler, eta=eta, consistency=data_consistency, done=progress.update,
+                    )  # fmt: skip
+                    seen = turned(padded(measured[[image for image, _ in chosen]], step * max(cascade)), turn)
+                    latents = turned_back(sampling.cascade(seen, cascade, cascade_strength), turn)
+                    found |= dict(zip(chosen, self.intensity.inverse(latents[..., :height, :width]), strict=True))
         self.maybe_free_model_hooks()
-        samples = torch.cat(found).unflatten(0, (num_samples, len(measured)))
+        samples = torch.stack(
+            [torch.stack([found[image, sample] for image in range(len(measured))]) for sample in range(num_samples)]
+        )
         return RestorationOutput(samples=samples) if return_dict else (samples,)
 
     def restore_folder(
@@ -215,6 +227,16 @@ class MicroscopyRestorationPipeline(DiffusionPipeline):
             raise SciflowError(f"`cascade` {list(cascade)}: block sizes that fall to 1, such as 4 2 1.")
         if not 0 < strength <= 1:
             raise SciflowError(f"`cascade_strength` {strength}: above 0, at most 1.")
+
+    def _check_symmetry(self) -> None:
+        if self.config.optics is None:
+            return
+        kernel = ForwardModel(**self.config.optics).kernel
+        if any(not torch.allclose(turned(kernel, turn), kernel, atol=1e-6) for turn in range(8)):
+            raise SciflowError(
+                "`self_ensemble`: the point-spread function of this network looks different when it is turned. Leave "
+                "it out."
+            )
 
     def _check_file(self, image: ImageFile) -> None:
         channels = len(self.config.conditioning_intensity["low"])

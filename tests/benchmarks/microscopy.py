@@ -129,7 +129,7 @@ def restore(args: argparse.Namespace) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             found = pipeline(
                 np.stack(measured), num_samples=args.num_samples, num_inference_steps=args.num_inference_steps,
-                sampler=args.sampler, tile_size=WINDOW, batch_size=16,
+                sampler=args.sampler, tile_size=WINDOW, batch_size=16, self_ensemble=args.self_ensemble,
             ).samples.float().numpy()  # fmt: skip
         table[f"mean of {args.num_samples}"] = mean_metrics(list(found.mean(axis=0)), truths)
         table["one sample"] = mean_metrics(list(found[0]), truths)
@@ -279,6 +279,7 @@ def main() -> None:
         command.add_argument("--sampler", default="ddpm")
         command.add_argument("--windows", type=int, default=8, help="of each image")
         command.add_argument("--batch_size", type=int, default=16)
+        command.add_argument("--self_ensemble", action="store_true")
         command.add_argument("--large", action="store_true")
         command.add_argument("--bf16", action="store_true", help="autocast, twice as fast where the CPU has AMX")
     args = parser.parse_args()
