@@ -1,0 +1,156 @@
+"""The notebooks: small and without outputs; each runs, in a few steps here and in full in the acceptance tier."""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from hub_server import hub  # noqa: F401
+from nbclient import NotebookClient
+from runs import ROOT, environment
+
+FOLDER = ROOT / "notebooks"
+NAMES = [
+    "01_finetune_flux2klein", "02_caches_and_buckets", "03_your_own_model_family", "04_dit_from_scratch",
+    "05_microscopy",
+]  # fmt: skip
+
+
+def read(name):
+    return nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+
+
+def execute(name, folder: Path, **env: str) -> tuple[list[str], int]:
+    """Runs a notebook in `folder`: what each cell printed, and the number of pictures that it shows."""
+    notebook = read(name)
+    client = NotebookClient(notebook, timeout=720, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+    client.execute(env=environment(HF_HOME=str(folder / "hf"), **env))
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    texts = [
+        "".join(o.text for o in cell.get("outputs", []) if o.output_type == "stream" and o.name == "stdout")
+        for cell in notebook.cells
+    ]
+    return texts, sum("image/png" in output.get("data", {}) for output in outputs)
+
+
+def numbers(pattern, texts):
+    return [float(number) for number in re.findall(pattern, "\n".join(texts))]
+
+
+def test_the_notebooks_are_these():
+    assert sorted(path.name for path in FOLDER.iterdir() if path.suffix == ".ipynb") == [f"{n}.ipynb" for n in NAMES]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_small_clean_and_valid(name):
+    """Ruff reads notebooks, too: `.ci/run` lints the cells."""
+    notebook = read(name)
+    nbformat.validate(notebook)
+    assert len(notebook.cells) < 25
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
+    assert [cell.id for cell in notebook.cells] == [f"{name[:2]}-{i:02d}" for i in range(1, len(notebook.cells) + 1)]
+    assert notebook.metadata == {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    flag = 'FAST = os.environ.get("FAST") == "1"  # FAST=1: '
+    assert notebook.cells[0].cell_type == "markdown" and flag in code[0].source
+    assert "minute" in notebook.cells[0].source, "says how long it takes"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_that_a_notebook_names_are_there(name):
+    text = "\n".join(cell.source for cell in read(name).cells)
+    for path in re.findall(r"\b(?:docs|tests|recipes)/[\w/]+\.(?:md|py|yaml)", text):
+        assert (ROOT / path).is_file(), path
+
+
+# -- a few steps ---------------------------------------------------------------------------------------------------
+
+
+def test_finetune_in_a_few_steps_and_push(tmp_path, hub):  # noqa: F811
+    texts, pictures = execute(
+        NAMES[0], tmp_path, FAST="1", HUB_REPO="user/night", HF_ENDPOINT=hub.url, HF_TOKEN="dummy", HF_HUB_OFFLINE="0"
+    )
+    assert pictures == 5  # figures, bucket chart, training.png, contact sheet, strengths
+    assert "16 figures to train on, 4 held out" in "".join(texts) and "pushed to user/night" in texts[-1]
+    assert "A LoRA for" in texts[-1]
+    pushed = hub.repos["user/night"].files
+    assert {"pytorch_lora_weights.safetensors", "README.md", "training.png"} <= set(pushed)
+    assert pushed["training.png"] == (tmp_path / "outputs/01_finetune/run/training.png").read_bytes()
+
+
+def check_caches(texts, pictures):
+    text = "".join(texts)
+    assert pictures == 3  # figures, latents, bucket chart
+    assert "whole: True" in text and "its bytes have changed" in text and "mended: True" in text
+    assert text.count("latents equal: True") == 4 and "once more: 0 encoded" in text
+
+
+def test_caches_in_a_few_figures(tmp_path):
+    check_caches(*execute(NAMES[1], tmp_path, FAST="1"))
+
+
+def check_family(texts, pictures):
+    """The family of the notebook steps as the built-in one; the mistakes that it shows, show."""
+    right, *wrong = zip(*(numbers(rf"{what} (\d\.\de[+-]\d+)", texts) for what in ("loss", "gradient")), strict=True)
+    assert max(right) < 1e-4 and len(wrong) == 2 and min(map(min, wrong)) > 0.1
+    assert numbers(r"loss of a perfect network: (\S+)", texts) == [0.0]
+    assert pictures == 3  # training.png, contact sheet, a drawn figure
+
+
+def test_own_family_in_a_few_steps(tmp_path):
+    check_family(*execute(NAMES[2], tmp_path, FAST="1"))
+
+
+def test_dit_in_a_few_steps(tmp_path):
+    texts, pictures = execute(NAMES[3], tmp_path, FAST="1")
+    assert pictures == 8 and "1257 images to train on, 540 held out" in "".join(texts)
+    assert (tmp_path / "outputs/04_dit/model_index.json").is_file()
+    assert numbers(r"held out (\d\.\d+)", texts)[0] == pytest.approx(2.1, abs=0.3)
+
+
+def test_microscopy_in_a_few_steps(tmp_path):
+    texts, pictures = execute(NAMES[4], tmp_path, FAST="1")
+    assert pictures == 4 and "Held-out loss" in "".join(texts)
+    assert (tmp_path / "outputs/05_microscopy/model_index.json").is_file()
+
+
+# -- in full -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.acceptance
+def test_finetune_in_full(tmp_path):
+    texts, _ = execute(NAMES[0], tmp_path)
+    assert ": better)" in "".join(texts)
+
+
+@pytest.mark.acceptance
+def test_caches_in_full(tmp_path):
+    check_caches(*execute(NAMES[1], tmp_path))
+
+
+@pytest.mark.acceptance
+def test_own_family_in_full(tmp_path):
+    texts, pictures = execute(NAMES[2], tmp_path)
+    check_family(texts, pictures)
+    assert ": better)" in "".join(texts)
+
+
+@pytest.mark.acceptance
+def test_dit_in_full(tmp_path):
+    """Digits that a classifier of real ones recognises, and that are no copies of training images."""
+    texts, _ = execute(NAMES[3], tmp_path)
+    assert numbers(r"'eval_class_accuracy': (\d\.\d+)", texts)[0] > 0.9
+    drawn, held_out = numbers(r"drawn (\d\.\d+)", texts)[0], numbers(r"held out (\d\.\d+)", texts)[0]
+    assert 0.7 * held_out < drawn < 1.5 * held_out
+
+
+@pytest.mark.acceptance
+def test_microscopy_in_full(tmp_path):
+    """The mean of the samples is nearer to the truth than the measured image, and than one sample."""
+    texts, _ = execute(NAMES[4], tmp_path)
+    rows = {line[:16].strip(): numbers(r": (-?\d+\.\d) dB", [line]) for line in texts[14].splitlines()}
+    measured, sample, mean = (rows[name] for name in ("measured", "one sample", "mean of samples"))
+    assert all(m > s for m, s in zip(mean, sample, strict=True)) and sum(mean) > sum(measured) + 4 * 3
