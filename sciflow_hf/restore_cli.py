@@ -18,6 +18,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--tile_overlap", type=int, help="pixels that tiles share (default: a quarter)")
     add("--cascade", type=int, nargs="+", default=[1], help="block sizes from coarse to fine, such as 4 2 1")
     add("--data_consistency", type=float, default=0.0, help="1 pulls samples to the measurement, by the optics")
+    add("--timestep_spacing", default="quadratic", help="quadratic (default: more steps at little noise) or trailing")
     add("--self_ensemble", action="store_true", help="draw samples in the eight orientations of the image in turn")
 
 
@@ -51,5 +52,6 @@ def restore(args: argparse.Namespace) -> None:
         cascade=args.cascade,
         data_consistency=args.data_consistency,
         self_ensemble=args.self_ensemble,
+        timestep_spacing=args.timestep_spacing,
     )
     sys.stdout.write(f"{len(written)} images in {args.output_dir}\n")

@@ -11,6 +11,7 @@ from .objectives import ddpm_log_variance, ddpm_mean, posterior_variance
 from .timesteps import shift_sigmas
 
 FLOW_SAMPLERS = ("euler", "heun")
+TIMESTEP_SPACINGS = ("trailing", "quadratic")
 DDPM_SAMPLERS = ("ddpm", "ddim", "ancestral")
 
 Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -81,15 +82,23 @@ def opposite_velocity(velocity: Velocity) -> Velocity:
 # -- DDPM --------------------------------------------------------------------------------------------------------------
 
 
-def ddpm_timesteps(num_train_timesteps: int, num_steps: int) -> torch.Tensor:
-    """`num_steps` timesteps, descending from the last: (num_steps,), int64. Lin et al. 2024 call this "trailing".
+def ddpm_timesteps(num_train_timesteps: int, num_steps: int, *, spacing: str = "trailing") -> torch.Tensor:
+    """`num_steps` timesteps, descending from the last: (num_steps,), int64.
+
+    Args:
+        spacing: "trailing" (even, Lin et al. 2024), or "quadratic" (Song et al. 2021, appendix D.2): more of them at
+            little noise, where samples differ that must agree with a measurement.
 
     Raises:
-        ValueError: fewer than 1 or more than all.
+        ValueError: fewer than 1 or more than all, unknown spacing.
     """
     if not 1 <= num_steps <= num_train_timesteps:
         raise ValueError(f"`num_inference_steps` {num_steps}: 1 to {num_train_timesteps}, the timesteps of training.")
-    return (torch.arange(num_steps, 0, -1, dtype=torch.float64) * num_train_timesteps / num_steps).round().long() - 1
+    if spacing not in TIMESTEP_SPACINGS:
+        raise ValueError(f"`timestep_spacing` {spacing!r}: use one of {', '.join(TIMESTEP_SPACINGS)}.")
+    number = torch.arange(num_steps, 0, -1, dtype=torch.float64)
+    share = number / num_steps if spacing == "trailing" else (number / num_steps) ** 2
+    return torch.maximum((share * num_train_timesteps).round(), number).long() - 1
 
 
 def ddim_step(

@@ -16,7 +16,7 @@ from diffusers.utils import BaseOutput
 
 from ..diffusion.objectives import convert_prediction, shift_snr
 from ..diffusion.randomness import hash64, randn
-from ..diffusion.sampling import DDPM_SAMPLERS, ddpm_timesteps, sample_ddpm
+from ..diffusion.sampling import DDPM_SAMPLERS, TIMESTEP_SPACINGS, ddpm_timesteps, sample_ddpm
 from ..errors import SciflowError
 from ..microscopy.consistency import towards_measurement
 from ..microscopy.images import ImageFile, find_images, read_image, to_dtype, write_image
@@ -82,6 +82,7 @@ class MicroscopyRestorationPipeline(DiffusionPipeline):
         num_inference_steps: int = 50,
         sampler: str = "ddpm",
         eta: float = 0.0,
+        timestep_spacing: str = "quadratic",
         seed: int = 0,
         batch_size: int = 16,
         tile_size: int | None = None,
@@ -98,6 +99,8 @@ class MicroscopyRestorationPipeline(DiffusionPipeline):
             images: in the intensities of the files; any height and width.
             num_samples: for each image.
             sampler: "ddpm", "ddim" (with `eta`) or "ancestral".
+            timestep_spacing: "quadratic" or "trailing". A measurement leaves little open, which is decided at little
+                noise: with even steps ("trailing") few fall there, and the samples differ too little.
             seed: of all noise; image, sample and step have their own, so that `batch_size` changes nothing.
             batch_size: tiles, or small images, of one call of the network.
             tile_size: pixels; default: that of the training.
@@ -116,7 +119,7 @@ class MicroscopyRestorationPipeline(DiffusionPipeline):
         """
         tensor = images if isinstance(images, torch.Tensor) else torch.from_numpy(np.array(images, np.float32))
         measured = tensor.float().to(self._execution_device)
-        self._check(measured, sampler, cascade, cascade_strength)
+        self._check(measured, sampler, timestep_spacing, cascade, cascade_strength)
         if self_ensemble:
             self._check_symmetry()
         size, step = tile_size or self.config.tile_size, 2 ** (len(self.unet.config.block_out_channels) - 1)
@@ -139,7 +142,8 @@ class MicroscopyRestorationPipeline(DiffusionPipeline):
                     chosen = jobs[first : first + together]
                     sampling = _Sampling(
                         self, network, keys=[hash64(seed, *job) for job in chosen], steps=num_inference_steps,
-                        sampler=sampler, eta=eta, consistency=data_consistency, done=progress.update,
+                        sampler=sampler, eta=eta, spacing=timestep_spacing, consistency=data_consistency,
+                        done=progress.update,
                     )  # fmt: skip
                     seen = turned(padded(measured[[image for image, _ in chosen]], step * max(cascade)), turn)
                     latents = turned_back(sampling.cascade(seen, cascade, cascade_strength), turn)
@@ -217,12 +221,18 @@ class MicroscopyRestorationPipeline(DiffusionPipeline):
         found: torch.Tensor = self.unet(sample=inputs.to(self.unet.dtype), timestep=timesteps, return_dict=False)[0]
         return found.float()
 
-    def _check(self, measured: torch.Tensor, sampler: str, cascade: Sequence[int], strength: float) -> None:
+    def _check(
+        self, measured: torch.Tensor, sampler: str, timestep_spacing: str, cascade: Sequence[int], strength: float
+    ) -> None:
         channels = len(self.config.conditioning_intensity["low"])
         if measured.ndim != 4 or measured.shape[1] != channels:
             raise SciflowError(f"`images` {tuple(measured.shape)}: this network takes (B, {channels}, H, W).")
-        if sampler not in DDPM_SAMPLERS:
-            raise SciflowError(f"`sampler` {sampler!r}: use one of {', '.join(DDPM_SAMPLERS)}.")
+        for name, value, allowed in (
+            ("sampler", sampler, DDPM_SAMPLERS),
+            ("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS),
+        ):
+            if value not in allowed:
+                raise SciflowError(f"`{name}` {value!r}: use one of {', '.join(allowed)}.")
         if not cascade or cascade[-1] != 1 or list(cascade) != sorted(set(cascade), reverse=True):
             raise SciflowError(f"`cascade` {list(cascade)}: block sizes that fall to 1, such as 4 2 1.")
         if not 0 < strength <= 1:
@@ -259,6 +269,7 @@ class _Sampling:
     steps: int
     sampler: str
     eta: float
+    spacing: str
     consistency: float
     done: Callable[[], Any]
 
@@ -277,7 +288,7 @@ class _Sampling:
         for block in blocks:
             coarse = F.avg_pool2d(conditioning, block)
             bars = shift_snr(alpha_bar, block**2)
-            timesteps = ddpm_timesteps(len(alpha_bar), self.steps)
+            timesteps = ddpm_timesteps(len(alpha_bar), self.steps, spacing=self.spacing)
             channels = len(self.pipeline.config.intensity["low"])
             shape = (len(coarse), channels, *coarse.shape[-2:])
             x = randn(self.keys, shape, stream=f"noise {block}", device=coarse.device)
