@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 from urllib.parse import unquote
 
 import huggingface_hub
@@ -17,9 +17,18 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id
 
 from .errors import SciflowError
-from .model_card import MASK, RUN_FACTS_NAME, SECRET_VALUE, CardFacts, model_card, save_card
+from .model_card import MASK, RUN_FACTS_NAME, SECRET_VALUE, CardFacts, model_card, read_facts, save_card
 
-__all__ = ["CardFacts", "check_access", "model_card", "publishable_files", "save_card", "upload"]
+__all__ = [
+    "CardFacts",
+    "check_access",
+    "model_card",
+    "publishable_files",
+    "push_folder",
+    "save_card",
+    "upload",
+    "upload_checkpoint",
+]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -55,7 +64,12 @@ def publishable_files(folder: str | Path) -> list[str]:
 
 
 def check_access(
-    repo_id: str, *, token: str | None = None, private: bool | None = None, revision: str | None = None
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    instead: str = "or train without `--push_to_hub` and push later",
 ) -> str:
     """Creates the repository unless it exists, and checks that this token may write there. Before training.
 
@@ -64,6 +78,7 @@ def check_access(
         token: None takes the one of `hf auth login` or `HF_TOKEN`.
         private: for a new repository; None leaves it to the account's default.
         revision: branch that will be pushed to; it must exist.
+        instead: what else the user can do, for the errors; "" for nothing.
 
     Returns:
         The full id, `user/name`.
@@ -80,8 +95,8 @@ def check_access(
         ) from error
     if token is None and huggingface_hub.get_token() is None:
         raise SciflowError(
-            f"`push_to_hub` to {repo_id!r}: there is no Hub token here. Run `hf auth login`, or pass "
-            "`--hub_token`, or train without `--push_to_hub`."
+            f"push to {repo_id!r}: there is no Hub token here. Run `hf auth login`, set `HF_TOKEN`, or pass "
+            f"`--hub_token`{_ending(instead)}"
         )
     api = HfApi(token=token)
 
@@ -96,9 +111,8 @@ def check_access(
     try:
         return _with_retries(check)
     except Exception as error:
-        later = "or train without `--push_to_hub` and push later"
         where = f"{repo_id!r}" + (f" (branch {revision!r})" if revision is not None else "")
-        raise SciflowError(f"`push_to_hub` to {where}: {_advice(error, later)}") from error
+        raise SciflowError(f"push to {where}: {_advice(error, instead)}") from error
 
 
 def upload(
@@ -124,29 +138,111 @@ def upload(
             still in `folder`, and the message has the command that pushes it later.
     """
     folder = Path(folder)
-    chosen = _checked_files(folder, files, token)
+    chosen = {path: folder / path for path in _checked_files(folder, files, token)}
+    branch = f" --hub_revision {shlex.quote(revision)}" if revision is not None else ""
+    later = f"sciflow-hf push {shlex.quote(str(folder.resolve()))} --hub_model_id {shlex.quote(repo_id)}{branch}"
+    push = _pusher(repo_id, chosen, token, revision, commit_message, f"{str(folder)!r}; push it later with: {later}")
+    return _start(push) if run_as_future else push()
+
+
+def upload_checkpoint(
+    repo_id: str,
+    folder: str | Path,
+    path_in_repo: str,
+    *,
+    token: str | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload by sciflow_hf",
+) -> Future[CommitInfo]:
+    """Uploads every file of a checkpoint to a folder of the repository, in one commit, in the background.
+
+    Its optimizer, random states and manifest go along, so that a download of `path_in_repo` can be resumed from.
+
+    Raises:
+        SciflowError: a file with a token inside.
+    """
+    folder = Path(folder)
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    _refuse_secrets(folder, files, token)
+    chosen = {f"{path_in_repo}/{path}": folder / path for path in files}
+    return _start(_pusher(repo_id, chosen, token, revision, commit_message, f"{str(folder)!r}."))
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str | None = None,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Push of a finished run",
+) -> CommitInfo:
+    """Pushes the folder of a finished run: what `DiffusionTrainer.push_to_hub` would have pushed at its end.
+
+    A card that names another repository, or none, is written again for this one, unless somebody edited it.
+
+    Args:
+        folder: `output_dir` of a run, or one of its checkpoints.
+        repo_id: `user/name`, or `name` in the token's own namespace; None takes what the run's facts say.
+        token, private, revision: as in `check_access`.
+
+    Raises:
+        SciflowError: no result in the folder, no name for the repository, or the Hub refused.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise SciflowError(f"`output_dir` {str(folder)!r} is no folder: name the `--output_dir` of a finished run.")
+    if not any(_WEIGHTS.fullmatch(path) and path.endswith(".safetensors") for path in publishable_files(folder)):
+        unfinished = sorted((p.name for p in folder.glob("checkpoint-*")), key=lambda name: (len(name), name))
+        advice = (
+            f"only checkpoints ({unfinished[-1]}). Finish the run by its command line and "
+            "`--resume_from_checkpoint latest`, or push that checkpoint's folder"
+            if unfinished
+            else "no weights of an adapter, a network or a pipeline. Name the `--output_dir` of a finished run"
+        )
+        raise SciflowError(f"`output_dir` {str(folder)!r} holds no result to push, {advice}.")
+    facts = read_facts(folder)
+    name = repo_id or (facts.repo_name if facts else None)
+    if name is None:
+        raise SciflowError(f"`hub_model_id` is missing: {str(folder)!r} has no {RUN_FACTS_NAME} that names the run.")
+    full_id = check_access(name, token=token, private=private, revision=revision, instead="")
+    card = folder / "README.md"
+    if facts and facts.repo_name != full_id:
+        as_written = card.is_file() and card.read_text(encoding="utf-8") == str(model_card(facts))
+        facts.repo_name = full_id
+        if as_written:
+            save_card(facts, folder)
+        else:
+            logger.warning("%s was edited and is pushed as it is: see that it names %s.", card, full_id)
+    done = upload(full_id, folder, token=token, revision=revision, commit_message=commit_message)
+    return cast(CommitInfo, done)
+
+
+def _pusher(
+    repo_id: str, files: dict[str, Path], token: str | None, revision: str | None, message: str, on_disk: str
+) -> Callable[[], CommitInfo]:
+    """A function that commits `files` (path in the repository -> file), and says where they are if it cannot."""
     api = HfApi(token=token)
 
     def commit() -> CommitInfo:
         # Made anew for every try: the client marks operations that it has used.
-        operations = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=folder / path) for path in chosen]
-        return api.create_commit(repo_id, operations, commit_message=commit_message, revision=revision)
+        operations = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=file) for path, file in files.items()]
+        return api.create_commit(repo_id, operations, commit_message=message, revision=revision)
 
     def push() -> CommitInfo:
         try:
             return _with_retries(commit)
         except Exception as error:
-            branch = f", revision={revision!r}" if revision is not None else ""
-            call = f"upload({repo_id!r}, {str(folder.resolve())!r}{branch})"
-            command = shlex.quote(f"from sciflow_hf.hub import upload; {call}")
             raise SciflowError(
-                f"push to {repo_id!r}: {_advice(error)} Nothing is lost, everything is on disk in "
-                f"{str(folder)!r}; push it later with: python -c {command}"
+                f"push to {repo_id!r}: {_advice(error)} Nothing is lost, everything is on disk in {on_disk}"
             ) from error
 
-    if not run_as_future:
-        return push()
-    future = api.run_as_future(push)
+    return push
+
+
+def _start(push: Callable[[], CommitInfo]) -> Future[CommitInfo]:
+    """`push` in the background, after those before it; a failure is logged when it happens."""
+    future = huggingface_hub.run_as_future(push)
     future.add_done_callback(_log_failure)
     return future
 
@@ -162,12 +258,16 @@ def _checked_files(folder: Path, files: Iterable[str] | None, token: str | None)
         )
     if not any(_WEIGHTS.fullmatch(path) for path in chosen):
         raise SciflowError(f"{str(folder)!r} holds no weights to push, only {chosen}: save the model first.")
+    _refuse_secrets(folder, chosen, token)
+    return chosen
+
+
+def _refuse_secrets(folder: Path, files: Iterable[str], token: str | None) -> None:
     secrets = (token, huggingface_hub.get_token())
-    for path in (p for p in chosen if p.endswith((".md", ".json"))):
+    for path in (p for p in files if p.endswith((".md", ".json"))):
         text = (folder / path).read_text(encoding="utf-8")
         if SECRET_VALUE.search(text) or any(secret and secret in text for secret in secrets):
             raise SciflowError(f"{str(folder / path)!r} contains an access token: remove it before pushing.")
-    return chosen
 
 
 def _log_failure(future: Future[CommitInfo]) -> None:
@@ -214,7 +314,6 @@ def _first_line(error: Exception) -> str:
 def _advice(error: Exception, instead: str = "") -> str:
     """What went wrong and what to do, by the status that the Hub answered."""
     status = _status(error)
-    ending = f", {instead}." if instead else "."
     if status == 401:
         text = "the Hub does not accept the token (401). Run `hf auth login`, or pass a valid `--hub_token`"
     elif status == 403:
@@ -240,4 +339,8 @@ def _advice(error: Exception, instead: str = "") -> str:
         )
     else:
         text = f"{_first_line(error)} ({type(error).__name__}). Mend this and try again"
-    return text + ending
+    return text + _ending(instead)
+
+
+def _ending(instead: str) -> str:
+    return f", {instead}." if instead else "."

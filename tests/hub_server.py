@@ -61,6 +61,8 @@ class HubServer:
         self.requests: list[tuple[str, str, int]] = []
         self.lock = threading.Lock()
         self._failures: dict[str, list[int]] = defaultdict(list)
+        self.open = threading.Event()  # while it is not set, pushes wait
+        self.open.set()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._http.daemon_threads = True
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)
@@ -83,7 +85,7 @@ class HubServer:
         self.repos[f"datasets/{repo}"] = Repo(private=private, gated=gated, commits=commits, branches=branches)
 
     def fail(self, route: str, status: int, *, times: int = 1) -> None:
-        """The next `times` requests of `route` are answered with `status`.
+        """The next `times` requests of `route` are answered with `status`. Clients may also GET /hold and /release.
 
         Routes: whoami, create, auth-check, validate-yaml, preupload, commit, info, tree, paths-info, resolve.
         Clients may arrange the same by GET /fail/ROUTE/STATUS/TIMES.
@@ -163,7 +165,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.fail(asked[1], int(asked[2]), times=int(asked[3]))
         elif url.path == "/recover":
             self.hub.recover()
-        if asked or url.path == "/recover":
+        elif url.path == "/hold":
+            self.hub.open.clear()
+        elif url.path == "/release":
+            self.hub.open.set()
+        if asked or url.path in ("/recover", "/hold", "/release"):
             return self._send(200, b"", {})
         for wanted, pattern, route in self.ROUTES:
             found = re.fullmatch(pattern, url.path)
@@ -257,6 +263,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"errors": problem, "warnings": []}, status=400 if problem else 200)
 
     def _preupload(self, repo: str, revision: str) -> None:
+        self.hub.open.wait()
         if self._may_write(repo) and self._find(repo, revision):
             modes = {"uploadMode": "regular", "shouldIgnore": False}
             self._json({"files": [{"path": f["path"], **modes} for f in json.loads(self.body)["files"]]})
