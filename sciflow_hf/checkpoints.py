@@ -1,19 +1,25 @@
-"""Checkpoints that are whole or not used: a manifest written last, and the choice of what to resume from."""
+"""Checkpoints that are whole or not there: written aside, a manifest last; and the choice of what to resume from."""
 
+import errno
 import hashlib
 import json
 import logging
 import os
+import pickle
 import re
 import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import SciflowError
+from .errors import DiskFullError, SciflowError
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+STAGING = ".saving"
+"""Folder in the run's, in which a checkpoint is written before it is moved to its place."""
 RUN_FACTS = "run.json"
 FROM_THE_START = (None, False, "", "False", "false")
 """Values of `--resume_from_checkpoint` that mean a new run."""
@@ -39,6 +45,42 @@ def write_manifest(folder: Path) -> None:
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST]
     entries = {p.relative_to(folder).as_posix(): {"sha256": _sha256(p), "size": p.stat().st_size} for p in files}
     write_json(folder / MANIFEST, {"files": entries})
+
+
+def publish(staged: Path, folder: Path) -> None:
+    """Gives a whole checkpoint the name that it is found by; a damaged one that stood there goes."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(staged, folder)
+    staged.parent.rmdir()
+
+
+def remove_unfinished(run_dir: str | os.PathLike) -> None:
+    """Removes what a save left that did not end."""
+    shutil.rmtree(Path(run_dir) / STAGING, ignore_errors=True)
+
+
+@contextmanager
+def disk_full_named(folder: str | os.PathLike) -> Iterator[None]:
+    """Gives errors that mean a full disk one name, `DiskFullError`, and says what to do."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_disk_full(error):
+            raise
+        free = shutil.disk_usage(next(p for p in (Path(folder), *Path(folder).resolve().parents) if p.exists())).free
+        raise DiskFullError(
+            f"{folder} could not be written, its disk is full ({free / 2**20:.0f} MiB free, or a quota is used up). "
+            "Make room, or keep fewer checkpoints by `--save_total_limit`. Where the run has ended, the same command "
+            "with `--resume_from_checkpoint latest` goes on."
+        ) from error
+
+
+def _is_disk_full(error: Exception) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    # safetensors' own error, and torch.save's, which looks for its place in the file after a short write
+    return any(words in str(error) for words in ("os error 28", "os error 122", "inline_container.cc"))
 
 
 def checkpoint_fault(folder: Path) -> str | None:
@@ -99,6 +141,19 @@ def resolve_checkpoint(value: str | bool | None, output_dir: str | os.PathLike) 
     return folder
 
 
+@contextmanager
+def explain_unpickling(folder: Path | None) -> Iterator[None]:
+    """Turns torch's refusal of a pickle that is more than tensors into an error that names the checkpoint."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise SciflowError(
+            f"`resume_from_checkpoint` {folder}: its optimizer, scheduler or random states are not the tensors and "
+            "numbers that the Trainer saves, and loading them could run code. They were not loaded. Take another "
+            "checkpoint, or start a new run from its weights with `--adapter_path`."
+        ) from error
+
+
 def check_output_dir(output_dir: str | os.PathLike, *, resume: Any, overwrite: bool) -> None:
     """Refuses an output folder that holds checkpoints, unless told to resume or to overwrite (which removes them)."""
     found = list_checkpoints(output_dir)
@@ -114,8 +169,15 @@ def check_output_dir(output_dir: str | os.PathLike, *, resume: Any, overwrite: b
         shutil.rmtree(folder)
 
 
-def rotate(output_dir: str | os.PathLike, *, limit: int | None, newest: Path, best: str | None = None) -> None:
-    """Removes checkpoints until `limit` are left; `newest`, which is whole, and `best` always stay.
+def rotate(
+    output_dir: str | os.PathLike,
+    *,
+    limit: int | None,
+    newest: Path,
+    best: str | None = None,
+    busy: Path | None = None,
+) -> None:
+    """Removes checkpoints until `limit` are left; `newest`, which is whole, `best` and `busy` always stay.
 
     Unfinished ones go first, then those of later steps (the run went back before them), then the oldest. transformers
     sorts by time and falls back to step numbers where times are unreliable (cloud drives): a torn checkpoint of a
@@ -123,7 +185,7 @@ def rotate(output_dir: str | os.PathLike, *, limit: int | None, newest: Path, be
     """
     if not limit or limit < 0:
         return
-    keep = {os.path.realpath(path) for path in (newest, best) if path}
+    keep = {os.path.realpath(path) for path in (newest, best, busy) if path}
     others = [p for p in list_checkpoints(output_dir) if os.path.realpath(p) not in keep]
     others.sort(key=lambda p: ((p / MANIFEST).is_file(), _step(p) < _step(newest), _step(p)), reverse=True)
     for folder in others[max(limit - len(keep), 0) :]:
@@ -136,20 +198,24 @@ def _step(folder: Path) -> int:
     return int(folder.name.split("-")[1])
 
 
-def check_run_facts(folder: Path, now: dict[str, Any]) -> None:
+def check_run_facts(
+    folder: Path, now: dict[str, Any], advice: Mapping[str, Callable[[Any], str]] | None = None
+) -> None:
     """Refuses to resume a run of another family, model, adapter, data or batch; says what differs.
 
     Args:
         now: facts of this run, as written to `run.json` of the checkpoint.
+        advice: for some facts, from the value then to what to do.
     """
     before = json.loads((folder / RUN_FACTS).read_text(encoding="utf-8"))
     before, now = _flat({k: before.get(k) for k in now}), _flat(json.loads(json.dumps(now)))
     names = sorted(k for k in now | before if now.get(k) != before.get(k))
     differs = [f"{k}: {before.get(k)!r} then, {now.get(k)!r} now" for k in names]
     if differs:
+        todo = [tell(before[name]) for name, tell in (advice or {}).items() if name in names and before.get(name)]
         raise SciflowError(
-            f"`resume_from_checkpoint` {folder} belongs to another run: {'; '.join(differs)}. Use the same options, or "
-            "start a new run from its weights with `--adapter_path`."
+            f"`resume_from_checkpoint` {folder} belongs to another run: {'; '.join(differs)}. "
+            f"{' '.join([*todo, 'Use the same options'])}, or start a new run from its weights with `--adapter_path`."
         )
 
 

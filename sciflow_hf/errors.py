@@ -7,3 +7,19 @@ class SciflowError(ValueError):
 
 class CacheError(SciflowError):
     """A cache that cannot be used: names the file, the row and the column."""
+
+
+class DiskFullError(SciflowError):
+    """A file that could not be written because no room was left. During training it costs a save, not the run."""
+
+
+class Preempted(SystemExit):
+    """Training was stopped by SIGTERM or SIGUSR1, and is saved: exit status 75, which asks to be started again.
+
+    75 is EX_TEMPFAIL of sysexits.h. It is a `SystemExit`, so that a script needs no code to end rightly.
+    """
+
+    status = 75
+
+    def __init__(self) -> None:
+        super().__init__(self.status)

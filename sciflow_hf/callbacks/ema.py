@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import SciflowError
+from ..sharding import local, local_like, whole_like
 
 if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
@@ -31,7 +32,8 @@ class EMACallback(TrainerCallback):
     `DiffusionTrainer` evaluates, draws validation images and saves what users load with the average in place of the
     weights (`DiffusionTrainer.averaged_weights`). Checkpoints hold the weights as trained, and the average beside
     them as `ema.safetensors`: parameter name -> float32, with the number of updates in its metadata. Ranks compute
-    the same average, each its own. It lies on the device of the weights; an update needs as much again for a moment.
+    the same average, each its own, or under FSDP each that of its shards. It lies on the device of the weights; an
+    update needs as much again for a moment.
 
     Args:
         decay: from 0 (the newest weights) to below 1. `--ema_decay` of the trainer.
@@ -39,8 +41,8 @@ class EMACallback(TrainerCallback):
         update_every: optimizer steps between updates.
 
     Raises:
-        SciflowError: a value outside its range; weights that are spread over ranks (FSDP, DeepSpeed); a schedule-free
-            optimizer; a checkpoint without its average.
+        SciflowError: a value outside its range; weights that DeepSpeed spreads over ranks; a schedule-free optimizer;
+            a checkpoint without its average.
     """
 
     def __init__(self, decay: float = 0.9999, warmup: bool = True, update_every: int = 1) -> None:
@@ -53,10 +55,10 @@ class EMACallback(TrainerCallback):
         self._average: EMAModel | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if PartialState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        if PartialState().distributed_type == DistributedType.DEEPSPEED:
             raise SciflowError(
-                f"`ema_decay` {self.decay} cannot work with FSDP or DeepSpeed, which spread the weights over the "
-                "ranks: leave it out, or train on several GPUs without them."
+                f"`ema_decay` {self.decay} cannot work with DeepSpeed, which spreads the weights over the ranks in a "
+                "way of its own: leave it out, or use FSDP2."
             )
         optim = str(getattr(args.optim, "value", args.optim))
         if optim.startswith("schedule_free"):
@@ -71,11 +73,15 @@ class EMACallback(TrainerCallback):
         """A new run starts at the weights as they are; a resumed one has been given its average by `load`."""
         if state.global_step == 0 or self._average is None:
             self._average = self._start(kwargs["model"])
-        self._average.to(device=next(iter(self._trained.values())).device)
+        self._average.to(device=self._values[0].device)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._average is not None and state.global_step % self.update_every == 0:
-            self._average.step(self._trained.values())
+            self._average.step(self._values)
+
+    @property
+    def _values(self) -> list[torch.Tensor]:
+        return [local(p) for p in self._trained.values()]
 
     def _start(self, model: torch.nn.Module) -> "EMAModel":
         """An average that equals the trained weights of `model`, after 0 updates."""
@@ -84,7 +90,7 @@ class EMACallback(TrainerCallback):
         network = extract_model_from_parallel(model, keep_torch_compile=False)
         self._trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
         average = EMAModel(
-            self._trained.values(),
+            self._values,
             decay=self.decay,
             min_decay=0.0 if self.warmup else self.decay,
             update_after_step=-1,  # EMAModel counts from 0 and would throw the start away at the first update
@@ -103,19 +109,22 @@ class EMACallback(TrainerCallback):
         if average is None or average.temp_stored_params is not None:
             yield
             return
-        average.store(self._trained.values())
+        average.store(self._values)
         try:
-            average.copy_to(self._trained.values())
+            average.copy_to(self._values)
             yield
         finally:
-            average.restore(self._trained.values())
+            average.restore(self._values)
 
     def save(self, folder: str | Path) -> None:
-        """Writes `ema.safetensors` into a checkpoint, where training has begun."""
+        """Writes `ema.safetensors` into a checkpoint, where training has begun. Under FSDP for all ranks at once."""
         if self._average is None:
             return
-        tensors = {name: s.cpu() for name, s in zip(self._trained, self._average.shadow_params, strict=True)}
-        save_file(tensors, Path(folder) / EMA_NAME, metadata={"updates": str(self._average.optimization_step)})
+        average = zip(self._trained.items(), self._average.shadow_params, strict=True)
+        tensors = {name: whole_like(values, p) for (name, p), values in average}
+        if PartialState().is_main_process:
+            tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+            save_file(tensors, Path(folder) / EMA_NAME, metadata={"updates": str(self._average.optimization_step)})
 
     def load(self, folder: str | Path, model: torch.nn.Module) -> None:
         """Takes the average of the trained weights of `model` from a checkpoint."""
@@ -134,6 +143,6 @@ class EMACallback(TrainerCallback):
                 f"{path} does not fit what is trained: {len(wrong)} names or shapes differ, such as {min(wrong)}. "
                 "Resume with the adapter options of that run."
             )
-        average.shadow_params = [saved[name].to(p.device) for name, p in self._trained.items()]
+        average.shadow_params = [local_like(saved[name], p) for name, p in self._trained.items()]
         average.optimization_step = updates
         self._average = average

@@ -14,7 +14,9 @@ from accelerate import PartialState
 from accelerate.utils import extract_model_from_parallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..compilation import uncompiled
 from ..errors import SciflowError
+from ..sharding import resharded
 from ..text_training import NetworkWithText, network_of
 from .contact_sheet import STEP_FOLDER, image_name, read_image, save_image, step_folders, write_contact_sheet
 
@@ -316,13 +318,13 @@ def log_images(callbacks: Iterable[TrainerCallback], images: dict[str, tuple["Im
 @contextmanager
 def _at_rest(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """The bare network, in evaluation mode, without gradients; then modes and random states are as before."""
-    # Keeps accelerate's mixed-precision forward. A compiled one would compile anew for this size: not used.
+    # Keeps accelerate's mixed-precision forward.
     network = extract_model_from_parallel(model, keep_torch_compile=False)
     modes = {module: module.training for module in network.modules()}
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with torch.no_grad(), torch.random.fork_rng(devices=devices), uncompiled(network), resharded(network):
             network.eval()
             yield network
     finally:
