@@ -3,6 +3,8 @@
 import json
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from transformers.trainer_utils import TrainOutput
 from . import checkpoints, run_facts
 from .adapters import adapter_disabled, adapter_layers
 from .callbacks.ema import EMACallback
+from .callbacks.preemption import PreemptionCallback
 from .data.buckets import BucketBatchSampler
 from .data.cache import LatentCache
 from .data.loader import BucketLoader, batch_keys_of, evaluation_keys, row_ids_of
@@ -22,6 +25,7 @@ from .data.stream_loader import StreamLoader
 from .data.streaming import StreamingCache
 from .data.threads import release
 from .diffusion.randomness import hash64
+from .elastic import Place, same_total_batch
 from .errors import SciflowError
 from .evaluation import summarise
 from .export import check_run
@@ -31,6 +35,7 @@ from .loss_log import LossLog
 from .offload import offload_blocks
 from .optimizers import effective_learning_rate, group_rates, rates_of
 from .quantisation import check_loaded, keep_from_broadcast
+from .sharding import check_sharding
 from .text_training import NetworkWithText, network_of, use_captions, with_text
 from .trainer_hooks import EVAL_BASE, STREAM, HookedTrainer
 from .training_args import DiffusionTrainingArguments
@@ -79,7 +84,8 @@ class DiffusionTrainer(HookedTrainer):
     ) -> None:
         args = args or DiffusionTrainingArguments(output_dir="tmp_trainer")
         self.family, self.caption_dropout, self.dataset_names = family, caption_dropout, list(dataset_names)
-        self.running_push: Any = None
+        self.running_pushes: list[Future[Any]] = []
+        self.pushed_checkpoint: Path | None = None
         self._user_metrics = compute_metrics
         prior, weights = getattr(train_dataset, "prior", None), loss_weights(train_dataset)
         self._losses = LossLog(None if prior is None else prior.rows)
@@ -92,6 +98,7 @@ class DiffusionTrainer(HookedTrainer):
         run_facts.prepare_wandb(args)
         if args.ema_decay is not None:  # before those that look at weights
             callbacks = [EMACallback(args.ema_decay, args.ema_warmup), *(callbacks or [])]
+        self._preemption = PreemptionCallback()
         if model is not None:
             self._check_model(model, args)
         super().__init__(
@@ -102,10 +109,11 @@ class DiffusionTrainer(HookedTrainer):
             eval_dataset=eval_dataset,
             model_init=model_init,
             compute_metrics=self._summarise,
-            callbacks=callbacks,
+            callbacks=[self._preemption, *(callbacks or [])],
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
+        check_sharding(self)
         for dataset in (train_dataset, *_as_datasets(eval_dataset)):
             self._check_data(dataset)
         if args.validation_prompts or args.validation_class_labels:
@@ -312,26 +320,31 @@ class DiffusionTrainer(HookedTrainer):
         Raises:
             SciflowError: an output folder with checkpoints and no word on them, a checkpoint of another run, a loss
                 that is not finite.
+            Preempted: SIGTERM or SIGUSR1 has come to any rank, and the run is saved.
         """
         value = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         output_dir = self.args.output_dir
         if trial is None:
             if self.args.should_save:
                 checkpoints.check_output_dir(output_dir, resume=value, overwrite=self.args.overwrite_output_dir)
+                checkpoints.remove_unfinished(output_dir)
             self.accelerator.wait_for_everyone()
         folder = checkpoints.resolve_checkpoint(value, output_dir)
+        self._place = None if folder is None else Place.saved_in(folder)
         if folder is not None:
-            checkpoints.check_run_facts(folder, run_facts.identity(self))
+            advice = {"total_train_batch_size": lambda before: same_total_batch(before, self.args)}
+            checkpoints.check_run_facts(folder, run_facts.identity(self), advice)
             if (folder / STREAM).is_file():
                 self._stream_state = json.loads((folder / STREAM).read_text(encoding="utf-8"))
             if (folder / EVAL_BASE).is_file():
                 self._eval_base = json.loads((folder / EVAL_BASE).read_text(encoding="utf-8"))
             logger.info("Going on from %s.", folder)
-        elif self.eval_dataset is not None and self.model_init is None and not adapter_layers(self.model):
-            self._measure_initial_weights()
+        fresh = folder is None and self.model_init is None and not adapter_layers(self.model)
+        self._measure_first = fresh and self.eval_dataset is not None
         before = self._weight_sums()
         try:
-            output = super().train(str(folder) if folder else None, trial, ignore_keys_for_eval)
+            with self._preemption.listening(), checkpoints.explain_unpickling(folder):
+                output = super().train(str(folder) if folder else None, trial, ignore_keys_for_eval)
         finally:
             self.model_wrapped.__dict__.pop("zero_grad", None)  # see `_prepare_for_training`
         if before and self._weight_sums() == before:
@@ -368,6 +381,7 @@ class DiffusionTrainer(HookedTrainer):
         """Saves, writes the card and uploads what a user needs: weights, card, sample images."""
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self._finish_current_push()
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():

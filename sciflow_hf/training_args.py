@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
+from .compilation import check_compilation
 from .diffusion.losses import LOSSES
 from .errors import SciflowError
 from .formats.names import FORMATS
@@ -162,8 +163,9 @@ class DiffusionTrainingArguments(TrainingArguments):
         if self.learning_rate is None:
             self.learning_rate = 1.0 if self.optim in OPTIMIZERS else 1e-4
         ours, self.optim = self.optim, "adamw_torch" if self.optim in OPTIMIZERS else self.optim
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
-            self.use_cpu = True  # otherwise every rank would train on its own, as if it were alone
+        if not torch.accelerator.is_available() and (self.bf16 or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+            self.use_cpu = True  # or every rank would train on its own, as if it were alone, and bf16 be refused
+        self.enable_jit_checkpoint = False  # `PreemptionCallback` does it, always and on all ranks at once
         super().__post_init__()  # turns `optim` into an enum that does not know ours
         if ours in OPTIMIZERS:
             self.optim = ours
@@ -182,6 +184,7 @@ class DiffusionTrainingArguments(TrainingArguments):
         check_optimizer(self)
         check_quantized_training(self)
         check_offload(self)
+        check_compilation(self)
         if self.timestep_shift not in ("resolution", "none"):
             try:
                 positive = float(self.timestep_shift) > 0
