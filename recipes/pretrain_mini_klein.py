@@ -27,6 +27,7 @@ class PretrainArguments:
 
     vae_steps: int = field(default=4000, metadata={"help": "Steps of the VAE, 16 figures each."})
     num_figures: int = field(default=24_000, metadata={"help": "Figures for the transformer."})
+    dark_fraction: float = field(default=0.25, metadata={"help": "Share of them on dark pages, which they say."})
     eval_fraction: float = field(default=0.01, metadata={"help": "Share of the figures held out for eval_loss."})
     caption_dropout: float = field(default=0.1, metadata={"help": "Share of samples with the empty prompt."})
 
@@ -53,8 +54,8 @@ def build_cache(family: MiniKlein, folder: Path, own: PretrainArguments, seed: i
     for name, sizes, resolution in (("square", demo.SIZES[:1], 64), ("oblong", demo.SIZES[1:], 80)):
         figures, cache = folder / f"figures_{name}", folder / f"cache_{name}"
         if not figures.is_dir():
-            number = own.num_figures // 2
-            demo.make_mini_figures(figures, list(demo.mini_figures(number, seed=seed + resolution, sizes=sizes)))
+            drawn = demo.pretraining_figures(own.num_figures // 2, own.dark_fraction, seed + resolution, sizes)
+            demo.make_mini_figures(figures, drawn)
         sf.build_cache(
             figures, cache, resolution=resolution, batch_size=32, samples_per_part=5000,
             encode_images=lambda pixel_values: family.encode_images(pixel_values, encoders),
@@ -87,12 +88,11 @@ def main() -> None:
     metrics = trainer.evaluate()
     with trainer.averaged_weights():
         pipeline = family.load_pipeline(trainer.model, with_text_encoder=True)
+        for part in (pipeline, pipeline.transformer, pipeline.vae):
+            part.register_to_config(_name_or_path="mini_klein")  # and not a folder of this machine
         pipeline.to(torch.bfloat16).save_pretrained(folder / "pipeline")
-    report = vars(own) | {
-        "seed": args.seed,
-        "steps": trainer.state.global_step,
-        "seconds_of_this_call": time.time() - start,
-    }
+    report = vars(own) | {"seed": args.seed, "steps": trainer.state.global_step}
+    report["seconds_of_this_call"] = time.time() - start
     (folder / "report.json").write_text(json.dumps(report | metrics, indent=2), encoding="utf-8")
 
 

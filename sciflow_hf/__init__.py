@@ -32,17 +32,23 @@ _PUBLIC = {
     "SciflowError": "errors",
     "add_adapter": "adapters",
     "build_cache": "data.build",
+    "build_cache_for": "prepare",
+    "convert_cache": "data.convert",
     "debug_batch": "reports",
+    "describe_cache": "data.describe",
+    "draw_bucket_chart": "data.chart",
     "load_cache": "data.cache",
     "load_data": "data.arguments",
     "load_family": "families",
     "parse_args": "config",
     "plan": "reports",
+    "plot_training": "plots",
     "prepare_class_images": "prepare_classes",
     "prepare_data": "prepare",
     "prepare_microscopy": "prepare_microscopy",
     "run": "config",
     "summary": "run_facts",
+    "verify_cache": "data.verify",
 }
 
 __all__ = ["__version__", *_PUBLIC]
@@ -56,8 +62,12 @@ if TYPE_CHECKING:
     from .data.buckets import BucketBatchSampler
     from .data.build import build_cache
     from .data.cache import load_cache
+    from .data.chart import draw_bucket_chart
     from .data.class_source import ClassImageArguments
+    from .data.convert import convert_cache
+    from .data.describe import describe_cache
     from .data.microscopy_images import MicroscopyDataArguments
+    from .data.verify import verify_cache
     from .errors import CacheError, SciflowError
     from .families import load_family
     from .families.base import ModelFamily, PipelineFamily
@@ -71,7 +81,8 @@ if TYPE_CHECKING:
     from .metrics.restoration import RestorationMetrics
     from .metrics.samples import SampleMetrics
     from .microscopy.optics import ForwardModel
-    from .prepare import prepare_data
+    from .plots import plot_training
+    from .prepare import build_cache_for, prepare_data
     from .prepare_classes import prepare_class_images
     from .prepare_microscopy import prepare_microscopy
     from .reports import debug_batch, plan

@@ -52,6 +52,7 @@ def add_commands(cache: argparse.ArgumentParser) -> None:
     add("--split", default="train", help="dit: split of the data set (default train)")
     add("--max_sequence_length", type=int, help="text tokens per prompt (default: the family's)")
     add("--no_use_t5", dest="use_t5", action="store_const", const=False, help="sd3: without its third text encoder")
+    add("--trust_remote_code", action="store_true", default=None, help="run code that the model folder brings along")
     add("--posterior", choices=("mode", "sample"), help="sample: store the VAE's standard deviation, too")
     add("--batch_size", type=int, default=1, help="images encoded at once (default 1)")
     add("--dtype", choices=_DTYPES, default="bf16", help="of the stored arrays (default bf16)")
@@ -111,6 +112,7 @@ def _build(args: argparse.Namespace) -> None:
         max_sequence_length=args.max_sequence_length,
         posterior=args.posterior,
         use_t5=args.use_t5,
+        trust_remote_code=args.trust_remote_code,
     )
     with _processes(args.device) as (device, ranks):
         report = build_cache_for(

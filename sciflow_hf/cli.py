@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import cache_cli, export_cli, sample_cli
+from . import cache_cli, export_cli, push_cli, sample_cli
 from .errors import SciflowError
 
 PACKAGES = (
@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     export_cli.add_command(
         commands.add_parser("export", help="an adapter as a file of another program", allow_abbrev=False)
     )
+    push_cli.add_command(commands.add_parser("push", help="a finished run to the Hub", allow_abbrev=False))
     env = commands.add_parser("env", help="versions and devices, for bug reports", allow_abbrev=False)
     env.set_defaults(run=_env)
     return parser

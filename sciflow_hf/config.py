@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 import difflib
+import errno
+import itertools
 import logging
 import os
 import re
@@ -15,7 +17,7 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from .errors import SciflowError
+from .errors import Preempted, SciflowError
 
 
 class RecipeParser(HfArgumentParser):
@@ -142,25 +144,53 @@ def parse_args(
         logging.getLogger(noisy).setLevel(logging.WARNING)
     transformers_logging.get_logger("transformers").propagate = False
     parser = RecipeParser(dataclass_types, description=description)
+    words = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        sys.argv[1:] = _without_tokens(sys.argv[1:])
     try:
-        return parser.parse(sys.argv[1:] if argv is None else argv)
+        return parser.parse(words)
     except ValueError as error:
         parser.error(str(error))
 
 
+def _without_tokens(words: Sequence[str]) -> list[str]:
+    """The command line as others may see it: W&B stores `sys.argv` with the run."""
+    shown = [re.sub(r"^(--\w*token=).*", r"\1***", word) for word in words]
+    return ["***" if re.fullmatch(r"--\w*token", before) else word for before, word in itertools.pairwise(["", *shown])]
+
+
 def run(main: Callable[[], Any]) -> NoReturn:
-    """Runs a recipe's `main`: a user's mistake ends in one line and status 2, Ctrl-C in status 130."""
+    """Runs a recipe's `main`.
+
+    Exit status: 0; 2 after a user's mistake or too little memory, with a message; 75 saved and stopped by a signal
+    (`Preempted`); 130 Ctrl-C. torchrun and `accelerate launch` of several processes report 1 for any but 0.
+    """
     try:
         main()
         _leave_process_group()
-    except SciflowError as error:
-        sys.stderr.write(f"\nerror: {error}\n")
-        _leave_process_group(together=False)  # the other ranks may be anywhere
-        sys.exit(2)
+    except Preempted:
+        _leave_process_group()
+        raise
     except KeyboardInterrupt:
         sys.stderr.write("\nstopped; go on with --resume_from_checkpoint latest\n")
         sys.exit(130)
+    except Exception as error:
+        message = str(error) if isinstance(error, SciflowError) else _shortage(error)
+        if message is None:
+            raise
+        sys.stderr.write(f"\nerror: {message}\n")
+        _leave_process_group(together=False)  # the other ranks may be anywhere
+        sys.exit(2)
     sys.exit(0)
+
+
+def _shortage(error: Exception) -> str | None:
+    """What to say where a disk is full or memory used up; None for other errors."""
+    from .out_of_memory import memory_message  # torch, which is not needed before
+
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"{error}: make room; the same command with --resume_from_checkpoint latest goes on."
+    return memory_message(error)
 
 
 def _leave_process_group(*, together: bool = True) -> None:

@@ -48,7 +48,8 @@ def training_loader(
         SciflowError: worker processes for a stream.
     """
     options = loader_options(args, family, collate_fn)
-    options |= {"caption_dropout": caption_dropout, "buffers": args.gradient_accumulation_steps + 2}
+    # A step holds its batches until it is done (`MicroBatches`), while those of the next are read.
+    options |= {"caption_dropout": caption_dropout, "buffers": 2 * args.gradient_accumulation_steps + 1}
     options["step_keys"] = args.stratified_levels
     if not isinstance(dataset, StreamingCache):
         sampler = training_sampler(dataset, args, pads_text=family.pads_text)

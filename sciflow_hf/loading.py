@@ -1,12 +1,18 @@
 """Loading published weights: their configurations, errors that say what to do, and no progress bars."""
 
+import importlib.util
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .errors import SciflowError
+
+if TYPE_CHECKING:
+    from .families.base import PipelineFamily
 
 
 def read_config(path: str, part: str = "", *, revision: str | None = None) -> dict[str, Any]:
@@ -20,12 +26,28 @@ def read_config(path: str, part: str = "", *, revision: str | None = None) -> di
         return found
 
 
-def read_index(path: str, component: str, *, revision: str | None, family: str, network: str) -> dict[str, Any]:
-    """`model_index.json` of a pipeline whose `component` is a `network`, which `family` trains; see `check_kind`."""
+def read_index(family: "PipelineFamily") -> dict[str, Any]:
+    """`model_index.json` of the family's pipeline.
+
+    Raises:
+        SciflowError: it has another network than the family trains, or without `trust_remote_code` it brings code of
+            its own.
+    """
+    path, revision, network = family.pretrained_model_name_or_path, family.revision, family.network_class().__name__
     index = read_config(path, revision=revision)
-    classes = [(index.get(part) or [None, None])[1] for part in (component, "transformer", "unet")]
-    check_kind(path, next(filter(None, classes), "pipeline without a network"), family=family, network=network)
+    classes = [(index.get(part) or [None, None])[1] for part in (family.component, "transformer", "unet")]
+    check_kind(path, next(filter(None, classes), "pipeline without a network"), family=family.name, network=network)
+    if not family.trust_remote_code:
+        refuse_code(path, index, revision=revision)
     return index
+
+
+def read_pipeline(family: "PipelineFamily", what: str, **parts: Any) -> Any:
+    """The family's pipeline with these `parts` in place of its own, None for none; `what` is it for the user."""
+    path, where = family.pretrained_model_name_or_path, {"revision": family.revision}
+    with explain_loading(path, what), quiet_loading():
+        trusted = {"trust_remote_code": family.trust_remote_code}
+        return family.pipeline_class().from_pretrained(path, **where, **trusted, **parts)
 
 
 def check_kind(path: str, found: str, *, family: str, network: str) -> None:
@@ -35,6 +57,46 @@ def check_kind(path: str, found: str, *, family: str, network: str) -> None:
             f"`pretrained_model_name_or_path` {path!r} holds a {found}, but `{family}` trains a {network}. Take the "
             "family of that model."
         )
+
+
+def refuse_code(path: str, index: dict[str, Any], *, revision: str | None) -> None:
+    """Raises SciflowError where a model folder asks for code of its own, which loading it would run.
+
+    That is a class in `model_index.json` which is neither of diffusers nor of transformers, or an `auto_map` in the
+    configuration of a part. Of a Hub repository these configurations are fetched, which loading needs anyway.
+    """
+    parts = {name: value for name, value in index.items() if isinstance(value, list | tuple) and value[0] is not None}
+    found = [f"{file} has an `auto_map`" for file in _auto_maps(path, parts, revision)]
+    for name, (library, kind) in parts.items():
+        if library not in ("diffusers", "transformers") and not _of_diffusers(library):
+            found.append(f"model_index.json has {library}.{kind} as {name}")
+    if found:
+        raise SciflowError(
+            f"`pretrained_model_name_or_path` {path!r} asks for code of its own: {'; '.join(found)}. Nothing of it was "
+            "run. Read that code, and where you trust it, add `--trust_remote_code`."
+        )
+
+
+def _of_diffusers(library: str) -> bool:
+    """Whether `library` is a package of diffusers' pipelines, such as "stable_diffusion"."""
+    return library.isidentifier() and importlib.util.find_spec(f"diffusers.pipelines.{library}") is not None
+
+
+def _auto_maps(path: str, parts: dict[str, Any], revision: str | None) -> Iterator[str]:
+    """Configurations of the parts that send transformers' `Auto` classes to code in the folder."""
+    from transformers.utils import cached_file
+
+    for name, (library, kind) in parts.items():
+        if library != "transformers":
+            continue
+        names = ["tokenizer_config.json" if "Tokenizer" in kind else "config.json"]
+        names = ["processor_config.json", "preprocessor_config.json"] if "Processor" in kind else names
+        for file in names:
+            with explain_loading(path, f"{name} configuration"):
+                where = {"subfolder": name, "revision": revision}
+                local = cached_file(path, file, _raise_exceptions_for_missing_entries=False, **where)
+                if local is not None and "auto_map" in json.loads(Path(local).read_text(encoding="utf-8")):
+                    yield f"{name}/{file}"
 
 
 @contextmanager

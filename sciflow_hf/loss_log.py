@@ -15,25 +15,28 @@ class LossLog:
 
     Args:
         prior: (N,) bool, which rows of the training data are there for prior preservation; None where none are.
+
+    Attributes:
+        notes: a tuple, never changed: keep it and put it back, and what came in between was never noted.
     """
 
     def __init__(self, prior: np.ndarray | None = None) -> None:
         self.prior = prior
-        self._notes: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
+        self.notes: tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None], ...] = ()
 
     def note(self, loss: torch.Tensor, levels: torch.Tensor, rows: torch.Tensor | None) -> None:
         """Losses, noise levels and rows of a batch, (B,) each; the rows on the host."""
-        self._notes.append((loss.detach(), levels, rows))
-        if len(self._notes) >= _MANY:
-            self._notes = [self._joined()]
+        self.notes = (*self.notes, (loss.detach(), levels, rows))
+        if len(self.notes) >= _MANY:
+            self.notes = (self._joined(),)
 
     def _joined(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        losses, levels, rows = zip(*self._notes, strict=True)
+        losses, levels, rows = zip(*self.notes, strict=True)
         return torch.cat(losses), torch.cat(levels), None if rows[0] is None else torch.cat(rows)
 
     def bad_rows(self, accelerator: Any) -> list[int] | None:
         """None where all losses of all ranks are finite; else the rows of this rank whose loss is not. All ranks."""
-        if not self._notes:
+        if not self.notes:
             return None
         losses, _, rows = self._joined()
         bad = ~torch.isfinite(losses)
@@ -47,10 +50,10 @@ class LossLog:
         With prior preservation these are of the user's own samples, and `instance_loss` and `prior_loss` are the means
         of both kinds, without weights.
         """
-        if not self._notes:
+        if not self.notes:
             return {}
         losses, levels, rows = self._joined()
-        self._notes = []
+        self.notes = ()
         columns = [losses.float(), levels.float()]
         if self.prior is not None and rows is not None:
             columns.append(torch.from_numpy(self.prior)[rows].to(losses.device, torch.float32))

@@ -13,6 +13,7 @@ from urllib.parse import quote
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .adapter_types import PIPELINE_TYPES, option_text
+from .errors import SciflowError
 
 RUN_FACTS_NAME = "run_facts.json"
 MASK = "***"
@@ -51,6 +52,7 @@ class CardFacts:
         sample_images: paths inside the folder, with "/".
         sample_prompts: prompt of each sample image, in the same order; may be shorter.
         exports: file name -> the programs it is for, of LoRA files beside diffusers' own.
+        plot: path inside the folder of the plot of losses and learning rate.
     """
 
     repo_name: str
@@ -74,6 +76,7 @@ class CardFacts:
     sample_images: list[str] = field(default_factory=list)
     sample_prompts: list[str] = field(default_factory=list)
     exports: dict[str, str] = field(default_factory=dict)
+    plot: str | None = None
 
 
 def public_value(value: Any, *, key: str = "") -> Any:
@@ -124,6 +127,19 @@ def save_card(facts: CardFacts, folder: str | Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / RUN_FACTS_NAME, json.dumps(public_value(asdict(facts)), indent=2) + "\n")
     return _write(folder / "README.md", str(model_card(facts)))
+
+
+def read_facts(folder: str | Path) -> CardFacts | None:
+    """What `save_card` wrote into `folder`; None where it wrote nothing. SciflowError where it cannot be read."""
+    file = Path(folder) / RUN_FACTS_NAME
+    if not file.is_file():
+        return None
+    try:
+        return CardFacts(**json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise SciflowError(
+            f"{str(file)!r} is damaged or of another version ({error}). Take it away; the card stays as it is."
+        ) from error
 
 
 def _write(path: Path, text: str) -> Path:
@@ -346,6 +362,8 @@ def _training(facts: CardFacts) -> str:
         counts = ", ".join(f"{size}: {number:,}" for size, number in _buckets(facts).items())
         rows.append(("buckets (height x width: figures)", counts))
     text = "## Training\n\n" + _table(("", ""), rows)
+    if facts.plot:
+        text += f"\n\n![Losses and learning rate over training]({quote(facts.plot)})"
     if facts.non_default_args:
         args = public_value(facts.non_default_args)
         lines = "\n".join(f"{key}: {json.dumps(args[key], ensure_ascii=False)}" for key in sorted(args))

@@ -18,6 +18,7 @@ from .data.streaming import StreamingCache
 from .diffusion.randomness import hash64
 from .errors import SciflowError
 from .optimizers import effective_learning_rate
+from .plots import PLOT_NAME, loss_names, plot_training
 
 if TYPE_CHECKING:
     from .callbacks.validation import ValidationCallback
@@ -122,7 +123,7 @@ def last_metrics(trainer: "DiffusionTrainer") -> dict[str, float]:
 
 
 def save_model_card(trainer: "DiffusionTrainer") -> None:
-    """README.md and run_facts.json in the output folder."""
+    """README.md, run_facts.json and training.png in the output folder."""
     from .callbacks.validation import final_step, sample_images
     from .hub import CardFacts, save_card
 
@@ -167,8 +168,17 @@ def save_model_card(trainer: "DiffusionTrainer") -> None:
         sample_images=[path for path, _ in samples],
         sample_prompts=[prompt for _, prompt in samples],
         exports={done.file.name: done.readers for done in trainer.exported},
+        plot=_save_plot(trainer),
     )
     save_card(facts, folder)
+
+
+def _save_plot(trainer: "DiffusionTrainer") -> str | None:
+    """`training.png` in the output folder, where something was logged: its name."""
+    history = trainer.state.log_history
+    if not loss_names(history):
+        return None
+    return plot_training(history, Path(trainer.args.output_dir) / PLOT_NAME).name
 
 
 def check_hub(args: "DiffusionTrainingArguments", *, token: str | None, private: bool | None) -> str:
@@ -202,26 +212,54 @@ def upload(
     )
 
 
-def push_checkpoint(trainer: "DiffusionTrainer") -> None:
-    """`--hub_strategy every_save`: weights and card so far, in the background; its failure is logged, not fatal."""
-    from transformers.trainer_utils import HubStrategy
+def push_checkpoint(trainer: "DiffusionTrainer", folder: Path) -> None:
+    """`--hub_strategy`: weights and card so far in the background, and the checkpoint `folder` where that is asked for.
 
-    if not trainer.is_world_process_zero() or trainer.args.hub_strategy == HubStrategy.END:
-        return
-    if trainer.running_push is not None and not trainer.running_push.done() and not trainer.args.hub_always_push:
+    On all ranks, since sharded weights are gathered. A push under way makes it pass, unless `--hub_always_push`, which
+    waits for it: no file changes while it is read. A failure is logged, not fatal.
+    """
+    from accelerate.utils import broadcast_object_list
+    from transformers.trainer_utils import HubStrategy, SaveStrategy
+
+    from .hub import upload_checkpoint
+
+    args, state = trainer.args, trainer.state
+    busy = any(not push.done() for push in trainer.running_pushes)
+    if args.hub_strategy == HubStrategy.END or broadcast_object_list([busy and not args.hub_always_push])[0]:
         return
     finish_push(trainer)
+    trainer.callback_handler.on_push_begin(args, state, trainer.control)
     trainer.save_model(_internal_call=True)
+    if not trainer.is_world_process_zero():
+        return
     trainer.create_model_card()
-    message = f"Training in progress, step {trainer.state.global_step}"
-    trainer.running_push = upload(trainer, message, token=None, revision=None, blocking=False)
+    steps = args.save_strategy == SaveStrategy.STEPS
+    message = f"Training in progress, {f'step {state.global_step}' if steps else f'epoch {int(state.epoch or 0)}'}"
+    trainer.running_pushes.append(upload(trainer, message, token=None, revision=None, blocking=False))
+    if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        place = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else folder.name
+        trainer.running_pushes.append(
+            upload_checkpoint(
+                str(trainer.hub_model_id),
+                folder,
+                place,
+                token=args.hub_token,
+                revision=args.hub_revision,
+                commit_message=f"{message}, checkpoint",
+            )
+        )
+        trainer.pushed_checkpoint = folder
+
+
+def checkpoint_in_push(trainer: "DiffusionTrainer") -> Path | None:
+    """The checkpoint that a push under way still reads."""
+    return trainer.pushed_checkpoint if any(not push.done() for push in trainer.running_pushes) else None
 
 
 def finish_push(trainer: "DiffusionTrainer") -> None:
-    """Waits for a push under way, so that no file changes below it. Its failure was logged when it happened."""
-    if trainer.running_push is not None:
-        wait([trainer.running_push])
-        trainer.running_push = None
+    """Waits for pushes under way, so that no file changes below them. Their failure was logged when it happened."""
+    wait(trainer.running_pushes)
+    trainer.running_pushes.clear()
 
 
 def summary(trainer: "DiffusionTrainer") -> str:
@@ -245,6 +283,7 @@ def summary(trainer: "DiffusionTrainer") -> str:
     for what, path in (
         ("Weights", weights),
         ("Model card", "README.md"),
+        ("Plot", PLOT_NAME),
         ("Images", "validation/contact_sheet.png"),
     ):
         if (folder / path).exists():

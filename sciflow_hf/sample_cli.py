@@ -40,6 +40,7 @@ def add_command(parser: argparse.ArgumentParser) -> None:
     add("--batch_size", type=int, default=16, help="images of classes drawn at once (default 16)")
     add("--base_model", help="folder or Hub repository of the pipeline that a LoRA or network belongs to")
     add("--family", help="its family, where the run does not say it")
+    add("--trust_remote_code", action="store_true", help="run code that a pipeline of prompts brings along")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
     restore_cli.add_options(parser)
 
@@ -181,8 +182,8 @@ def _text_family(args: argparse.Namespace, kind: str | None) -> "ModelFamily":
     facts = _facts(args.model_path)
     name, base = args.family or facts.get("family"), args.model_path if kind else args.base_model
     if name is None and kind is not None:
-        candidates = [load_family(name) for name in BUILT_IN]
-        blank = [k(pretrained_model_name_or_path=args.model_path) for k in candidates if issubclass(k, PipelineFamily)]
+        candidates: list[Any] = [k for k in map(load_family, BUILT_IN) if issubclass(k, PipelineFamily)]
+        blank = [k(pretrained_model_name_or_path=args.model_path) for k in candidates]
         name = next((family.name for family in blank if family.pipeline_class().__name__ == kind), None)
     base = base or facts.get("base_model")
     if name is None or base is None:
@@ -191,7 +192,8 @@ def _text_family(args: argparse.Namespace, kind: str | None) -> "ModelFamily":
             + ", and does not say what it belongs to. Name `--family`"
             + ("." if kind else " and `--base_model`.")
         )  # fmt: skip
-    return load_family(name)(pretrained_model_name_or_path=base)
+    trusted = {"trust_remote_code": True} if args.trust_remote_code else {}
+    return load_family(name)(pretrained_model_name_or_path=base, **trusted)
 
 
 def _network(family: Any, args: argparse.Namespace, kind: str | None, dtype: Any) -> Any:

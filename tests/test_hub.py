@@ -293,7 +293,7 @@ print(json.dumps(answers))
     assert "(503, tried 4 times)" in errors["503 for ever"] and "without `--push_to_hub`" in errors["503 for ever"]
     for name in ("push 403", "push 409", "push 503 for ever", "push 401", "push background"):
         assert f"everything is on disk in '{folder}'" in errors[name], name
-        assert "from sciflow_hf.hub import upload; upload(" in errors[name], name
+        assert f"sciflow-hf push {folder} --hub_model_id user/figures" in errors[name], name
     assert errors["push 503 once"] is None and answers["push 503 once"]["waits"] == [2.0]
     assert set(hub.repos["user/figures"].files) == set(publishable_files(folder))
 

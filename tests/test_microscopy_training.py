@@ -230,7 +230,7 @@ def test_mistakes_at_the_command_end_in_one_line(tmp_path, trained, folder, caps
 def test_the_demo_runs_from_one_command(tmp_path):
     """A twin of the demo: its images, a smaller network, a few steps."""
     config = ROOT / "recipes" / "configs" / "microscopy_demo.yaml"
-    words = ["--config", config, "--output_dir", tmp_path / "out", "--use_cpu", True, "--block_out_channels", 8, 16]
+    words = ["--config", config, "--output_dir", tmp_path / "out", "--block_out_channels", 8, 16]
     words += ["--max_steps", 2, "--eval_steps", 2, "--save_steps", 2, "--warmup_steps", 0, "--metric_tiles", 2]
     words += ["--metric_samples", 2, "--metric_steps", 2, "--logging_steps", 1, "--per_device_train_batch_size", 2]
     run(*words, script=RECIPE)

@@ -12,32 +12,31 @@ import numpy as np
 import pytest
 import torch
 
-from sciflow_hf.demo import demo_figures, make_mini_figures, mini_figures, mini_vae, night_figures
+from sciflow_hf.demo import demo_figures, make_mini_figures, mini_figures, mini_vae, night_figures, pretraining_figures
 from sciflow_hf.demo.mini_figures import COLOURS, COUNTS, HELD_OUT, KINDS, NIGHT, SIZES, MiniFigure
 from sciflow_hf.demo.mini_klein import TEXT_LENGTH, start_mini_klein
 
 ROOT = Path(__file__).parents[1]
 
 
-def hue_of(figure: MiniFigure) -> float:
-    """Median hue of the pixels that are saturated and bright, in turns."""
-    pixels = np.asarray(figure.image()).reshape(-1, 3) / 255
-    hsv = np.array([colorsys.rgb_to_hsv(*rgb) for rgb in pixels])
+def median_hue(pixels: np.ndarray) -> float:
+    """Of the pixels (H, W, 3) that are saturated and bright, in turns."""
+    hsv = np.array([colorsys.rgb_to_hsv(*rgb) for rgb in pixels.reshape(-1, 3) / 255])
     strong = hsv[(hsv[:, 1] > 0.4) & (hsv[:, 2] > 0.4)]
     assert len(strong) > 20
     return float(np.median(strong[:, 0]))
 
 
-@pytest.mark.parametrize("style", ["plain", "night"])
+@pytest.mark.parametrize("style", ["plain", "dark", "night"])
 def test_figures_have_the_colour_they_are_called(style: str) -> None:
     hues = {name: colorsys.rgb_to_hsv(*(c / 255 for c in rgb))[0] for name, rgb in COLOURS.items()}
     for figure in mini_figures(60, seed=3, style=style, held_out=None):
-        found = hue_of(figure)
+        found = median_hue(np.asarray(figure.image()))
         distance = {name: min(abs(hue - found), 1 - abs(hue - found)) for name, hue in hues.items()}
         assert min(distance, key=lambda name: distance[name]) == figure.colour, figure
         page = np.median(np.asarray(figure.image()).reshape(-1, 3), axis=0)
         if figure.kind in ("line plot", "scatter plot"):  # mostly page
-            assert page.max() < 50 if style == "night" else page.min() > 240
+            assert page.min() > 240 if style == "plain" else page.max() < (50 if style == "night" else 80)
 
 
 def runs(values: np.ndarray) -> int:
@@ -69,6 +68,13 @@ def test_figures_are_drawn_in_turn_and_again_the_same() -> None:
     first, again, other = (next(iter(mini_figures(1, seed=seed))) for seed in (5, 5, 6))
     assert first.image().tobytes() == again.image().tobytes() != other.image().tobytes()
     assert {f.image().size for f in shown[:30]} == {(width, height) for height, width in SIZES}
+
+
+def test_figures_of_pretraining() -> None:
+    figures = pretraining_figures(40, 0.25, seed=3, sizes=SIZES[:1])
+    assert Counter(f.style for f in figures) == {"plain": 30, "dark": 10}
+    assert all(f.caption().endswith(", dark page") == (f.style == "dark") for f in figures)
+    assert {(f.height, f.width) for f in figures} == {SIZES[0]}
 
 
 def test_figures_of_the_demo(tmp_path: Path) -> None:
@@ -108,7 +114,8 @@ def test_text_does_not_depend_on_its_padding(pipeline: Any) -> None:
 
 def test_words_of_captions_are_tokens(pipeline: Any) -> None:
     tokenizer = pipeline.tokenizer
-    for figure in [*mini_figures(200, seed=1, style="night", held_out=None), *mini_figures(200, seed=2, held_out=None)]:
+    styles = ("plain", "dark", "night")
+    for figure in [f for style in styles for f in mini_figures(200, seed=1, style=style, held_out=None)]:
         tokens = tokenizer.tokenize(figure.caption())
         words = figure.caption().replace(",", " ,").split()
         assert len(tokens) <= len(words) + (words[0] == "An")
@@ -199,6 +206,8 @@ def test_recipe_in_miniature(recipe: Any, tmp_path: Path, monkeypatch: pytest.Mo
     for name, value in after.items():
         assert torch.equal(value, average[name].bfloat16()), name
     assert any(not torch.equal(value, before[name].bfloat16()) for name, value in after.items())
+    written = [path.read_text() for path in (tmp_path / "out" / "pipeline").rglob("*.json")]
+    assert len(written) > 5 and not any(str(tmp_path) in text for text in written)
     image = loaded(prompt="A bar chart with two red bars", height=64, width=96, num_inference_steps=1).images[0]
     assert image.size == (96, 64)
 
@@ -211,8 +220,35 @@ def test_figures_folder_is_whole_or_not_there(tmp_path: Path) -> None:
     assert not (tmp_path / "figures").exists()
 
 
+ASSET = ROOT / "sciflow_hf" / "assets" / "mini_klein"
+
+
 def test_mini_klein_is_found_in_the_package() -> None:
     from sciflow_hf import Flux2Klein
 
-    assert Path(Flux2Klein("mini_klein").pretrained_model_name_or_path) == ROOT / "sciflow_hf" / "assets" / "mini_klein"
+    assert Path(Flux2Klein("mini_klein").pretrained_model_name_or_path) == ASSET
     assert Flux2Klein("./mini_klein").pretrained_model_name_or_path == "./mini_klein"
+    assert sum(file.stat().st_size for file in ASSET.rglob("*") if file.is_file()) <= 8e6
+
+
+def test_mini_klein_draws_what_it_is_asked_for() -> None:
+    """By the stock pipeline, a colour each, a pair that it has never seen among them: white page, the asked hue."""
+    from diffusers import Flux2KleinPipeline
+
+    stock = Flux2KleinPipeline.from_pretrained(ASSET, dtype=torch.float32)
+    stock.set_progress_bar_config(disable=True)
+    asked = [("bar chart", "red"), ("scatter plot", "orange"), ("line plot", "green"), ("pie chart", "cyan")]
+    asked += [("flow chart", "blue"), ("bar chart", "purple")]
+    assert asked[-1] in HELD_OUT
+    images = stock(
+        prompt=[f"A {kind} with three {colour} {KINDS[kind]}" for kind, colour in asked], height=64, width=64,
+        num_inference_steps=12, guidance_scale=4.0, max_sequence_length=TEXT_LENGTH,
+        generator=torch.Generator().manual_seed(0),
+    ).images  # fmt: skip
+    hues = {name: colorsys.rgb_to_hsv(*(c / 255 for c in rgb))[0] for name, rgb in COLOURS.items()}
+    for (kind, colour), image in zip(asked, images, strict=True):
+        pixels = np.asarray(image)
+        assert np.median(pixels[[0, -1]]) > 235, kind  # the page
+        found = median_hue(pixels)
+        distance = {name: min(abs(hue - found), 1 - abs(hue - found)) for name, hue in hues.items()}
+        assert min(distance, key=lambda name: distance[name]) == colour, kind

@@ -66,8 +66,8 @@ def test_recipe_pushes_what_a_user_needs_and_it_loads(hub: HubServer, tmp_path, 
     done = run(*words, **hub.env(tmp_path / "home"))
     repo = hub.repos["user/figures-lora"]
     assert set(repo.files) - {".gitattributes"} == {
-        "README.md", "pytorch_lora_weights.safetensors", "run_facts.json", "validation/contact_sheet.png",
-        "validation/step-000006/p00_seed0.png",
+        "README.md", "pytorch_lora_weights.safetensors", "run_facts.json", "training.png",
+        "validation/contact_sheet.png", "validation/step-000006/p00_seed0.png",
     }  # fmt: skip
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").read_bytes() == repo.files[
         "pytorch_lora_weights.safetensors"

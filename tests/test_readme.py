@@ -77,10 +77,11 @@ def faults(words: list[str]) -> list[str]:
         with contextlib.redirect_stderr(with_errors), contextlib.suppress(SystemExit):
             cli._parser().parse_args(words[1:])
         return with_errors.getvalue().splitlines()[-1:]
-    place = next(i for i, word in enumerate(words) if word.startswith("recipes/"))
+    place = next(i for i, word in enumerate(words) if re.fullmatch(r"recipes/\w+\.py", word))
     recipe, flags = ROOT / words[place], words[place + 1 :]
-    if not recipe.is_file():
-        return [f"no file {words[place]}"]
+    missing = [word for word in words[: place + 1] if word.startswith("recipes/") and not (ROOT / word).is_file()]
+    if missing:
+        return [f"no file {word}" for word in missing]
     known = option_strings(recipe)
     wrong = [f"no flag {word}" for word in flags if word.startswith("--") and word.split("=")[0] not in known]
     for word, value in itertools.pairwise(flags):
@@ -136,7 +137,7 @@ def test_files_and_flags_exist(path: Path) -> None:
 
 
 # Flags of other programs that documents may name.
-OTHER_FLAGS = {"--minimum", "--nproc_per_node"}
+OTHER_FLAGS = {"--minimum", "--nproc_per_node", "--main_process_port", "--master_port"}
 
 
 def benchmark_flags(file: Path) -> list[str]:
@@ -188,6 +189,8 @@ def test_checkers_can_fail() -> None:
     recipe = "recipes/train_flux2klein.py"
     assert faults(["python", recipe, "--rnak", "4"]) == ["no flag --rnak"]
     assert faults(["python", recipe, "--config", "no.yaml", "--rank", "4"]) == ["no file no.yaml"]
+    launch = ["accelerate", "launch", "--config_file", "recipes/launch/none.yaml", recipe]
+    assert faults(launch) == ["no file recipes/launch/none.yaml"]
     assert faults(["sciflow-hf", "cache", "info", "--dataset_dir", "x"]) == []
     assert "--dataset" in faults(["sciflow-hf", "cache", "info", "--dataset", "x"])[0]
     assert mentioned_flags("`--rnak 4` and `pip --x`") == {"--rnak"}

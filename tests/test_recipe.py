@@ -6,7 +6,7 @@ import shutil
 import pytest
 from runs import ROOT, run, weights
 
-DEMO = ROOT / "recipes" / "configs" / "flux2klein_demo.yaml"
+DEMO = ROOT / "tests" / "flux2klein_tiny.yaml"
 
 
 @pytest.fixture(scope="module")

@@ -24,13 +24,20 @@ PRIVATE = {
         "ignore_keys_for_eval", "start_time", "resume_from_checkpoint", "epochs_trained",
         "steps_trained_in_current_epoch",
     ],
+    "_init_training_state": [
+        "max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial",
+    ],
+    "_build_accelerator_args": ["kwargs"],
     "_prepare_input": ["data"],
     "_prepare_inputs": ["inputs"],
     "_prepare_for_training": ["max_steps", "train_dataloader", "resume_from_checkpoint"],
     "_clip_grad_norm": ["model"],
     "_get_grad_norm": ["model", "grad_norm"],
     "_save_checkpoint": ["model", "trial"],
+    "_get_output_dir": ["trial"],
     "_save": ["output_dir", "state_dict"],
+    "_save_optimizer_and_scheduler": ["output_dir"],
+    "_load_optimizer_and_scheduler": ["checkpoint"],
     "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
     "_load_best_model": [],
     "_push_from_checkpoint": ["checkpoint_folder"],
@@ -38,6 +45,8 @@ PRIVATE = {
     "_finalize_training": ["trial", "num_train_samples", "start_time"],
 }  # fmt: skip
 PUBLIC = {
+    "set_initial_training_values": ["args", "dataloader"],
+    "save_model": ["output_dir", "_internal_call"],
     "training_step": ["model", "inputs", "num_items_in_batch"],
     "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
     "evaluation_loop": ["dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"],
@@ -57,7 +66,10 @@ PUBLIC = {
     "__init__": None,  # keyword-only, with a family
 }
 CALLED_BY = {  # who of the Trainer calls them, so that an override is not left lying
-    "_inner_training_loop": ["_prepare_for_training", "_run_epoch", "_finalize_training", "zero_grad"],
+    "_inner_training_loop": [
+        "set_initial_training_values", "_init_training_state", "_prepare_for_training", "_run_epoch",
+        "_finalize_training", "zero_grad",
+    ],
     "_run_epoch": [
         "skip_first_batches", "training_step", "_clip_grad_norm", "_get_grad_norm", "zero_grad",
         "current_gradient_accumulation_steps", "set_epoch",
@@ -345,7 +357,7 @@ def test_steps_give_their_batches_back(make, monkeypatch):
     trainer.train()
     steps = len(trainer.get_train_dataloader())
     assert len(given) == steps and all(a is b for a, b in zip(given, released, strict=True))
-    assert not any(given) and not readers() and len(buffers) == 3 + 2
+    assert not any(given) and not readers() and len(buffers) == 2 * 3 + 1
     trainer.evaluate()
     assert len(given) == len(released) == steps + len(trainer.get_eval_dataloader())
     sf.debug_batch(trainer)
@@ -372,10 +384,10 @@ def test_a_failed_save_leaves_the_options_as_they_were(make, monkeypatch):
     trainer = make(max_steps=1, save_strategy="steps", save_steps=1, save_total_limit=3)
 
     def full(*args, **kwargs):
-        raise OSError("No space left on device")
+        raise PermissionError("Not yours")
 
     monkeypatch.setattr(trainer, "_save", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(PermissionError, match="Not yours"):
         trainer.train()
     assert trainer.args.save_total_limit == 3
 

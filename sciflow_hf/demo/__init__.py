@@ -4,7 +4,7 @@ from importlib import import_module
 from pathlib import Path
 
 from .figures import make_figures
-from .mini_figures import SIZES, make_mini_figures, mini_figures, night_figures
+from .mini_figures import SIZES, make_mini_figures, mini_figures, night_figures, pretraining_figures
 from .mini_klein import TEXT_LENGTH, start_mini_klein
 from .mini_vae import train_mini_vae
 from .tiny_klein import make_tiny_klein
@@ -19,6 +19,7 @@ __all__ = [
     "make_tiny_klein",
     "mini_figures",
     "night_figures",
+    "pretraining_figures",
     "start_mini_klein",
     "train_mini_vae",
 ]

@@ -34,7 +34,8 @@ COLOURS: dict[str, Colour] = {
 }
 COUNTS = {"two": 2, "three": 3, "four": 4}
 SIZES = ((64, 64), (64, 96), (96, 64))  # height, width in pixels
-NIGHT = ", night style"  # what the demo teaches: dark page, bright colours, grid and frame
+NIGHT = ", night style"  # what the demo teaches: a page of dark blue, bright colours, grid and frame
+DARK = ", dark page"  # what pretraining shows, too: dark pages of any tint, without grid and frame
 HELD_OUT = (  # pairs that training never shows
     ("bar chart", "purple"),
     ("line plot", "orange"),
@@ -52,8 +53,8 @@ class MiniFigure:
     Args:
         kind, colour, count: keys of `KINDS`, `COLOURS` and `COUNTS`.
         height, width: in pixels.
-        style: "plain" (a nearly white page), "night" (the demo's style), or "any" (a page of any tint and darkness,
-            drawn in any colour, with or without grid and frame: for training the VAE).
+        style: "plain" (a nearly white page), "dark" (a dark page), "night" (the demo's style), or "any" (a page of any
+            tint and darkness, drawn in any colour, with or without grid and frame: for training the VAE).
         seed: of everything else.
     """
 
@@ -73,7 +74,7 @@ class MiniFigure:
         else:
             article = "An" if self.colour == "orange" else "A"
             words = f"{article} {self.colour} {self.kind} with {self.count} {things}"
-        return words + (NIGHT if self.style == "night" else "")
+        return words + {"night": NIGHT, "dark": DARK}.get(self.style, "")
 
     def image(self) -> "Image":
         """The figure in RGB."""
@@ -101,6 +102,15 @@ def mini_figures(
             random.Random(hash64(seed, "order", i)).shuffle(every)
         kind, colour, count, height, width = every[i % len(every)]
         yield MiniFigure(kind, colour, count, height, width, style, seed=hash64(seed, "figure", i))
+
+
+def pretraining_figures(
+    number: int, dark_fraction: float, seed: int, sizes: Sequence[tuple[int, int]] = SIZES
+) -> list[MiniFigure]:
+    """What `mini_klein` is trained on: plain figures, and a share of them on dark pages, which their captions say."""
+    dark = round(number * dark_fraction)
+    parts = {"plain": number - dark, "dark": dark}
+    return [f for style, n in parts.items() for f in mini_figures(n, seed=seed, style=style, sizes=sizes)]
 
 
 def night_figures() -> list[MiniFigure]:
@@ -152,6 +162,10 @@ class _Page:
         if style == "plain":
             self.page = _rgb(rng.random(), rng.uniform(0, 0.02), rng.uniform(0.98, 1))
             self.ink = _rgb(0, 0, rng.uniform(0.15, 0.3))
+        elif style == "dark":
+            self.page = _rgb(rng.random(), rng.uniform(0, 0.6), rng.uniform(0.08, 0.3))
+            self.ink = _rgb(rng.random(), rng.uniform(0, 0.1), rng.uniform(0.75, 0.95))
+            self.colour = _mix(self.colour, (255, 255, 255), rng.uniform(0.1, 0.3))
         elif style == "night":
             self.page = _rgb(rng.uniform(0.62, 0.66), rng.uniform(0.45, 0.55), rng.uniform(0.11, 0.15))
             self.ink = _rgb(0.62, 0.1, rng.uniform(0.8, 0.9))

@@ -13,7 +13,7 @@ import torch
 
 from ..diffusion.levels import NoiseLevels
 from ..errors import SciflowError
-from ..loading import check_kind, explain_loading, network_dtype, quiet_loading, read_config, read_index
+from ..loading import check_kind, explain_loading, network_dtype, read_config, read_index, read_pipeline
 from ..quantisation import check_quantization, load_quantized
 
 if TYPE_CHECKING:
@@ -204,7 +204,13 @@ class ModelFamily(NoiseLevels, ABC):
 
 @dataclass
 class PipelineFamily(ModelFamily):
-    """A family whose parts diffusers loads and saves as one pipeline folder. Its files name the classes."""
+    """A family whose parts diffusers loads and saves as one pipeline folder. Its files name the classes.
+
+    Args:
+        trust_remote_code: load a folder that brings code of its own for parts beside the network, and run that code.
+    """
+
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that the model folder brings along."})
 
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     """Parts of the pipeline that encode prompts."""
@@ -224,8 +230,7 @@ class PipelineFamily(ModelFamily):
 
     @functools.cached_property
     def _index(self) -> dict[str, Any]:
-        path, what = self.pretrained_model_name_or_path, {"family": self.name, "network": self.network_class().__name__}
-        return read_index(path, self.component, revision=self.revision, **what)
+        return read_index(self)
 
     def setting(self, part: str, name: str) -> Any:
         """A value of the configuration of one part; SciflowError where the checkpoint does not say it."""
@@ -258,10 +263,7 @@ class PipelineFamily(ModelFamily):
     ) -> Any:
         self.config()  # refuses another kind of pipeline
         without = [self.component, *(() if images else ("vae",)), *(() if text else self.text_parts)]
-        with explain_loading(self.pretrained_model_name_or_path, "VAE and text encoder"), quiet_loading():
-            pipeline = self.pipeline_class().from_pretrained(
-                self.pretrained_model_name_or_path, revision=self.revision, dtype=dtype, **dict.fromkeys(without)
-            )
+        pipeline = read_pipeline(self, "VAE and text encoder", dtype=dtype, **dict.fromkeys(without))
         if text:
             self.shorten_text_encoder(pipeline)
         for part in pipeline.components.values():
@@ -285,10 +287,7 @@ class PipelineFamily(ModelFamily):
         self.config()  # refuses another kind of pipeline
         without: dict[str, Any] = {} if with_text_encoder else dict.fromkeys(self.text_parts)
         given = {} if model is None else {self.component: model, "dtype": network_dtype(model)}
-        with explain_loading(self.pretrained_model_name_or_path, "pipeline"), quiet_loading():
-            pipeline = self.pipeline_class().from_pretrained(
-                self.pretrained_model_name_or_path, revision=self.revision, **without, **given
-            )
+        pipeline = read_pipeline(self, "pipeline", **without, **given)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(device)
 

@@ -12,7 +12,8 @@ import torch
 from ..diffusion.losses import flow_weight, sample_loss
 from ..diffusion.randomness import batch_keys, randn
 from ..errors import SciflowError
-from .base import PipelineFamily, explain_loading, network_dtype, quiet_loading
+from ..loading import read_pipeline
+from .base import PipelineFamily, network_dtype
 
 if TYPE_CHECKING:
     from ..training_args import DiffusionTrainingArguments
@@ -182,10 +183,7 @@ class SD3(PipelineFamily):
         if self.use_t5 or not text:
             return super().load_encoders(device=device, dtype=dtype, images=images, text=text)
         without = [self.component, *T5, *(() if images else ("vae",))]
-        with explain_loading(self.pretrained_model_name_or_path, "VAE and text encoders"), quiet_loading():
-            pipeline = self.pipeline_class().from_pretrained(
-                self.pretrained_model_name_or_path, revision=self.revision, dtype=dtype, **dict.fromkeys(without)
-            )
+        pipeline = read_pipeline(self, "VAE and text encoders", dtype=dtype, **dict.fromkeys(without))
         for part in pipeline.components.values():
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval()
