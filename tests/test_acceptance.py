@@ -71,7 +71,7 @@ def test_the_demo_as_printed(tmp_path):
     )  # fmt: skip
     assert "better" in done.stdout and "not clearly" not in done.stdout
     out = tmp_path / "outputs" / "flux2klein_demo"
-    for name in ("pytorch_lora_weights.safetensors", "README.md", "validation/contact_sheet.png", "checkpoint-150"):
+    for name in ("pytorch_lora_weights.safetensors", "README.md", "validation/contact_sheet.png", "checkpoint-300"):
         assert (out / name).exists() and (name in done.stdout or "checkpoint" in name)
 
 

@@ -18,7 +18,7 @@ from test_processes import equal, flags
 
 from sciflow_hf.checkpoints import checkpoint_fault, list_checkpoints
 
-DEMO = ROOT / "recipes" / "configs" / "flux2klein_demo.yaml"
+DEMO = ROOT / "tests" / "flux2klein_tiny.yaml"
 
 
 class Life:
