@@ -108,7 +108,7 @@ def test_what_goes_to_the_hub_and_what_the_end_says(run):
     files = ["pytorch_lora_weights.safetensors"]
     if adapter.get("adapter_type") in ("lokr", "loha", "oft"):
         files = ["adapter_config.json", "adapter_model.safetensors"]
-    assert publishable_files(folder) == sorted(["README.md", "run_facts.json", *files])
+    assert publishable_files(folder) == sorted(["README.md", "run_facts.json", "training.png", *files])
     assert f"Weights: {folder / files[-1]}" in run_facts.summary(trainer)
     assert {file.name for file in (folder / "checkpoint-4").iterdir()} >= set(files)
 
