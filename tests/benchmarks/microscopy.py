@@ -161,10 +161,7 @@ def restore(args: argparse.Namespace) -> None:
 
 def markdown(results: dict[str, Any]) -> str:
     """The tables of docs/results.md."""
-    lines = [
-        "| image | method | PSNR, dB | SSIM | power spectrum | histogram |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = list(HEADS)
     ends = ["", "| image | MSE ratio (1.88) | rank correlation | 90 % interval covers |", "| --- | --- | --- | --- |"]
     for name, table in results.items():
         if name == "seconds":
