@@ -26,8 +26,8 @@ class PretrainArguments:
     """What is drawn, and how long the VAE is trained."""
 
     vae_steps: int = field(default=4000, metadata={"help": "Steps of the VAE, 16 figures each."})
-    num_figures: int = field(default=24_000, metadata={"help": "Figures for the transformer."})
-    dark_fraction: float = field(default=0.25, metadata={"help": "Share of them on dark pages, which they say."})
+    num_figures: int = field(default=28_000, metadata={"help": "Figures for the transformer."})
+    dark_fraction: float = field(default=0.3, metadata={"help": "Share of them on dark pages, which they say."})
     eval_fraction: float = field(default=0.01, metadata={"help": "Share of the figures held out for eval_loss."})
     caption_dropout: float = field(default=0.1, metadata={"help": "Share of samples with the empty prompt."})
 

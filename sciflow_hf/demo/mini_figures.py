@@ -1,4 +1,4 @@
-"""Small drawn figures of five kinds in six colours: what `mini_klein` is trained on, measured on, and fine-tuned on."""
+"""Small drawn figures of five kinds in eight colours: what `mini_klein` is trained on, measured on, and fine-tuned on."""
 
 import colorsys
 import json
@@ -27,10 +27,12 @@ KINDS = {  # kind -> what is counted in it
 COLOURS: dict[str, Colour] = {
     "red": (210, 40, 45),
     "orange": (245, 140, 15),
+    "yellow": (250, 205, 20),
     "green": (40, 160, 60),
     "cyan": (0, 180, 205),
     "blue": (30, 70, 200),
     "purple": (145, 55, 190),
+    "pink": (245, 120, 185),
 }
 COUNTS = {"two": 2, "three": 3, "four": 4}
 SIZES = ((64, 64), (64, 96), (96, 64))  # height, width in pixels

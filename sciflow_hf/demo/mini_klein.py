@@ -17,7 +17,7 @@ TEXT_LENGTH = 16  # tokens; a caption has 9 to 13
 _TEXT_HIDDEN = 32
 _OTHER_WORDS = (
     "A An a an with and on in of the style night dark light bright page paper background figure plot chart "
-    "white black grey yellow pink one five six bar line point slice box axes grid frame small large"
+    "white black grey brown one five six bar line point slice box axes grid frame small large"
 )
 # The prompt alone between two tokens: text tokens take part in attention, so fewer are faster.
 _CHAT_TEMPLATE = "{%- for message in messages %}{{- '<|im_start|>' + message.content + '<|im_end|>' }}{%- endfor %}"
