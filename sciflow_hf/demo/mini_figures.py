@@ -1,4 +1,4 @@
-"""Small drawn figures of five kinds in eight colours: what `mini_klein` is trained on, measured on, and fine-tuned on."""
+"""Small drawn figures of five kinds in eight colours, for training `mini_klein`, measuring it and fine-tuning it."""
 
 import colorsys
 import json

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.mini_klein --model sciflow_hf/assets/mini_klein [--lora RUN] [--images 300]
 
-The classifier (five kinds, eight colours, three counts, night style or not) is trained first, or found in `--work`. Then:
+The classifier (five kinds, eight colours, three counts, night style or not) is trained, or found in `--work`. Then:
 the classifier on figures it has not seen; the same figures through the VAE; the pipeline's images in three sizes at
 guidance 4 and 1, of pairs of kind and colour that training showed and of those it never did, and at text lengths up
 to the pipeline's default of 512; with `--lora`, the images with the trigger and without it. Shares in per cent with
