@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import gc
 import itertools
 import logging
 import os
@@ -165,12 +166,11 @@ def run(main: Callable[[], Any]) -> NoReturn:
     Exit status: 0; 2 after a user's mistake or too little memory, with a message; 75 saved and stopped by a signal
     (`Preempted`); 130 Ctrl-C. torchrun and `accelerate launch` of several processes report 1 for any but 0.
     """
+    status: Any = 0
     try:
         main()
-        _leave_process_group()
-    except Preempted:
-        _leave_process_group()
-        raise
+    except Preempted as stop:
+        status = stop.code
     except KeyboardInterrupt:
         sys.stderr.write("\nstopped; go on with --resume_from_checkpoint latest\n")
         sys.exit(130)
@@ -179,9 +179,10 @@ def run(main: Callable[[], Any]) -> NoReturn:
         if message is None:
             raise
         sys.stderr.write(f"\nerror: {message}\n")
-        _leave_process_group(together=False)  # the other ranks may be anywhere
+        leave_process_group(together=False)  # the other ranks may be anywhere
         sys.exit(2)
-    sys.exit(0)
+    leave_process_group()
+    sys.exit(status)
 
 
 def _shortage(error: Exception) -> str | None:
@@ -193,11 +194,12 @@ def _shortage(error: Exception) -> str | None:
     return memory_message(error)
 
 
-def _leave_process_group(*, together: bool = True) -> None:
+def leave_process_group(*, together: bool = True) -> None:
     """A rank that exits with gloo's threads alive may abort after its work is done; `together`: once all are here."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
+        gc.collect()  # networks under DDP, in the trainer's cycles of references, would keep the group's threads alive
         if together:
             dist.barrier()
         dist.destroy_process_group()

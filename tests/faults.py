@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from sciflow_hf import trainer_hooks
 from sciflow_hf.checkpoints import checkpoint_fault, list_checkpoints
+from sciflow_hf.config import leave_process_group
 from sciflow_hf.errors import Preempted
 
 ERRORS = {
@@ -162,8 +163,10 @@ def main():
     path = Path(sys.argv[1])
     results = [train(**job) for job in json.loads(path.read_text())]
     (path.parent / f"results_{torch.distributed.get_rank()}.json").write_text(json.dumps(results))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave_process_group()
+    for thread in Path("/proc/self/task").glob("*/comm"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            assert "gloo" not in thread.read_text(), "with this thread alive a rank may abort at its exit"
 
 
 if __name__ == "__main__":

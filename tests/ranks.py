@@ -16,6 +16,7 @@ from runs import run
 from torch.distributed.fsdp import FSDPModule
 
 import sciflow_hf as sf
+from sciflow_hf.config import leave_process_group
 
 
 def launch(folder, *jobs, ranks=2):
@@ -93,7 +94,7 @@ def main():
         results = [train(**job) for job in json.loads(path.read_text())]
     if torch.distributed.get_rank() == 0:
         (path.parent / "results.json").write_text(json.dumps(results))
-    torch.distributed.destroy_process_group()
+    leave_process_group()
 
 
 if __name__ == "__main__":
