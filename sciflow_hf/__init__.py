@@ -7,67 +7,62 @@ __version__ = "0.1.0"
 
 # Public name -> module. Imported at first use, so that `import sciflow_hf` and `--help` load no torch models.
 _PUBLIC = {
-    "AdapterArguments": "adapters",
-    "BucketBatchSampler": "data.buckets",
+    "AdapterArguments": "adapters.adapter",
+    "BucketBatchSampler": "data.batches.buckets",
     "CacheError": "errors",
-    "ClassImageArguments": "data.class_source",
+    "ClassImageArguments": "images.class_source",
     "DataArguments": "data.arguments",
-    "DiffusionTrainer": "trainer",
-    "DiffusionTrainingArguments": "training_args",
+    "DiffusionTrainer": "training.trainer",
+    "DiffusionTrainingArguments": "training.arguments",
     "DiT": "families.dit",
-    "EMACallback": "callbacks.ema",
+    "EMACallback": "training.callbacks.ema",
     "Flux": "families.flux",
     "Flux2Klein": "families.flux2_klein",
-    "ForwardModel": "microscopy.optics",
-    "MicroscopyDataArguments": "data.microscopy_images",
+    "ForwardModel": "images.optics",
+    "MicroscopyDataArguments": "images.microscopes",
     "MicroscopyUNet": "families.microscopy_unet",
     "ModelFamily": "families.base",
     "PipelineFamily": "families.base",
-    "ProgressiveResolution": "callbacks.progressive",
+    "ProgressiveResolution": "training.callbacks.progressive",
     "QwenImage": "families.qwen_image",
     "RestorationMetrics": "metrics.restoration",
     "SD3": "families.sd3",
     "SDXL": "families.sdxl",
     "SampleMetrics": "metrics.samples",
     "SciflowError": "errors",
-    "add_adapter": "adapters",
-    "build_cache": "data.build",
-    "build_cache_for": "prepare",
-    "convert_cache": "data.convert",
-    "debug_batch": "reports",
-    "describe_cache": "data.describe",
-    "draw_bucket_chart": "data.chart",
+    "add_adapter": "adapters.adapter",
+    "build_cache": "data.build.build",
+    "build_cache_for": "training.prepare",
+    "convert_cache": "data.build.convert",
+    "debug_batch": "report.plan",
+    "describe_cache": "data.inspect.describe",
+    "draw_bucket_chart": "data.inspect.chart",
     "load_cache": "data.cache",
     "load_data": "data.arguments",
     "load_family": "families",
-    "parse_args": "config",
-    "plan": "reports",
-    "plot_training": "plots",
-    "prepare_class_images": "prepare_classes",
-    "prepare_data": "prepare",
-    "prepare_microscopy": "prepare_microscopy",
-    "run": "config",
-    "summary": "run_facts",
-    "verify_cache": "data.verify",
+    "parse_args": "options",
+    "plan": "report.plan",
+    "plot_training": "report.plots",
+    "prepare_class_images": "training.prepare_classes",
+    "prepare_data": "training.prepare",
+    "prepare_microscopy": "training.prepare_microscopy",
+    "run": "options",
+    "summary": "report.run_facts",
+    "verify_cache": "data.inspect.verify",
 }
 
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
-    from .adapters import AdapterArguments, add_adapter
-    from .callbacks.ema import EMACallback
-    from .callbacks.progressive import ProgressiveResolution
-    from .config import parse_args, run
+    from .adapters.adapter import AdapterArguments, add_adapter
     from .data.arguments import DataArguments, load_data
-    from .data.buckets import BucketBatchSampler
-    from .data.build import build_cache
+    from .data.batches.buckets import BucketBatchSampler
+    from .data.build.build import build_cache
+    from .data.build.convert import convert_cache
     from .data.cache import load_cache
-    from .data.chart import draw_bucket_chart
-    from .data.class_source import ClassImageArguments
-    from .data.convert import convert_cache
-    from .data.describe import describe_cache
-    from .data.microscopy_images import MicroscopyDataArguments
-    from .data.verify import verify_cache
+    from .data.inspect.chart import draw_bucket_chart
+    from .data.inspect.describe import describe_cache
+    from .data.inspect.verify import verify_cache
     from .errors import CacheError, SciflowError
     from .families import load_family
     from .families.base import ModelFamily, PipelineFamily
@@ -78,17 +73,22 @@ if TYPE_CHECKING:
     from .families.qwen_image import QwenImage
     from .families.sd3 import SD3
     from .families.sdxl import SDXL
+    from .images.class_source import ClassImageArguments
+    from .images.microscopes import MicroscopyDataArguments
+    from .images.optics import ForwardModel
     from .metrics.restoration import RestorationMetrics
     from .metrics.samples import SampleMetrics
-    from .microscopy.optics import ForwardModel
-    from .plots import plot_training
-    from .prepare import build_cache_for, prepare_data
-    from .prepare_classes import prepare_class_images
-    from .prepare_microscopy import prepare_microscopy
-    from .reports import debug_batch, plan
-    from .run_facts import summary
-    from .trainer import DiffusionTrainer
-    from .training_args import DiffusionTrainingArguments
+    from .options import parse_args, run
+    from .report.plan import debug_batch, plan
+    from .report.plots import plot_training
+    from .report.run_facts import summary
+    from .training.arguments import DiffusionTrainingArguments
+    from .training.callbacks.ema import EMACallback
+    from .training.callbacks.progressive import ProgressiveResolution
+    from .training.prepare import build_cache_for, prepare_data
+    from .training.prepare_classes import prepare_class_images
+    from .training.prepare_microscopy import prepare_microscopy
+    from .training.trainer import DiffusionTrainer
 
 
 def __getattr__(name: str) -> Any:

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sciflow_hf.errors import CacheError, SciflowError
+from ..errors import CacheError, SciflowError
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
     from .cache import LatentCache
-    from .streaming import StreamingCache
+    from .stream.stream import StreamingCache
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ def load_data(
     from .cache import LatentCache, load_cache
     from .prior import with_prior
     from .storage import use_disk_cache
-    from .streaming import open_stream
+    from .stream.stream import open_stream
 
     if args.remote_cache_dir:
         use_disk_cache(args.remote_cache_dir, int(args.remote_cache_gb * 1e9))

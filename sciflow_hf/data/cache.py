@@ -11,20 +11,19 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from sciflow_hf.diffusion.randomness import hash64
-from sciflow_hf.errors import CacheError, SciflowError
-
+from ..diffusion.randomness import hash64
+from ..errors import CacheError, SciflowError
 from . import storage
 from .index import CacheIndex, open_index
-from .members import DTYPES, REBUILD, Member, read_member, read_members, target_dtype
-from .npz import npz_members
+from .layouts.members import DTYPES, REBUILD, Member, read_member, read_members, target_dtype
+from .layouts.npz import npz_members
 from .parquet import same_setting
 
 if TYPE_CHECKING:
     import datasets
 
     from .prior import Prior
-    from .streaming import StreamingCache
+    from .stream.stream import StreamingCache
 
 logger = logging.getLogger(__name__)
 
@@ -383,7 +382,7 @@ def load_cache(
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise SciflowError(f"`dtype` is {dtype}, but must be torch.bfloat16, torch.float16 or torch.float32.")
     if streaming:
-        from .streaming import open_stream
+        from .stream.stream import open_stream
 
         return open_stream(dataset_dir, payload_dir=payload_dir, dtype=dtype)
     return LatentCache(open_index(dataset_dir, payload_dir=payload_dir), dtype=dtype)

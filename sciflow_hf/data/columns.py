@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sciflow_hf.errors import CacheError
+from ..errors import CacheError
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -10,21 +10,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from sciflow_hf.errors import CacheError
-
+from ..errors import CacheError
 from . import storage
 from .columns import Columns
-from .members import Member
-from .npz import NpzPart
-from .parquet import (
-    BUILD,
-    check_schemas,
-    common_metadata,
-    is_binary,
-    part_metadata,
-    read_schema,
-    read_table,
-)
+from .layouts.members import Member
+from .layouts.npz import NpzPart
+from .parquet import BUILD, check_schemas, common_metadata, is_binary, part_metadata, read_schema, read_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -257,8 +248,8 @@ def check_no_file_twice(names: Sequence[str]) -> None:
 
 
 def layouts() -> dict[str, Any]:
-    from .inline import InlinePart
-    from .shards import ShardPart
+    from .layouts.inline import InlinePart
+    from .layouts.shards import ShardPart
 
     return {"shards": ShardPart, "inline": InlinePart}
 

@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from sciflow_hf.errors import CacheError
-
+from ..errors import CacheError
 from . import storage
 from .columns import first_line
-from .members import BROKEN
+from .layouts.members import BROKEN
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -12,8 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sciflow_hf.errors import CacheError
-
+from ..errors import CacheError
 from .disk_cache import DiskCache
 
 logger = logging.getLogger(__name__)

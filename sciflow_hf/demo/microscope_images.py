@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import SciflowError
-from ..microscopy.images import ImageFile, write_image
+from ..images.files import ImageFile, write_image
 
 # Name -> file of skimage/data, the channel that is taken (None: it is grey), the side of the central square that is
 # kept (None: all). cell: in saline, quantitative phase; ihc: colon tissue, immunohistochemistry; retina: a fundus,

@@ -10,7 +10,7 @@ from . import timesteps
 from .randomness import uniform
 
 if TYPE_CHECKING:
-    from ..training_args import DiffusionTrainingArguments
+    from ..training.arguments import DiffusionTrainingArguments
 
 
 class NoiseLevels:

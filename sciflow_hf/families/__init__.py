@@ -6,7 +6,9 @@ from typing import Any
 
 from ..errors import SciflowError
 
-BUILT_IN = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base"))
+BUILT_IN = tuple(
+    sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in ("base", "loading"))
+)
 
 
 def load_family(name: str | type) -> type:

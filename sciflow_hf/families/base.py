@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from ..diffusion.levels import NoiseLevels
+from ..engines.quantisation import check_quantization, load_quantized
 from ..errors import SciflowError
-from ..loading import check_kind, explain_loading, network_dtype, read_config, read_index, read_pipeline
-from ..quantisation import check_quantization, load_quantized
+from .loading import check_kind, explain_loading, network_dtype, read_config, read_index, read_pipeline
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ..training_args import DiffusionTrainingArguments
+    from ..training.arguments import DiffusionTrainingArguments
 
 
 logger = logging.getLogger(__name__)

@@ -15,13 +15,13 @@ from ..diffusion.objectives import BETA_SCHEDULES
 from ..diffusion.process import OBJECTIVES, PREDICTIONS, NoiseProcess
 from ..diffusion.randomness import batch_keys, randn, uniform
 from ..errors import SciflowError
-from ..loading import explain_loading, load_vae, vae_config
 from .base import ModelFamily, network_dtype
+from .loading import explain_loading, load_vae, vae_config
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ..training_args import DiffusionTrainingArguments
+    from ..training.arguments import DiffusionTrainingArguments
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from ..errors import SciflowError
 from .base import PipelineFamily, network_dtype
 
 if TYPE_CHECKING:
-    from ..training_args import DiffusionTrainingArguments
+    from ..training.arguments import DiffusionTrainingArguments
 
 logger = logging.getLogger(__name__)
 

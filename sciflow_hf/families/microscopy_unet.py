@@ -18,12 +18,12 @@ from ..diffusion.losses import sample_loss
 from ..diffusion.objectives import add_noise, convert_prediction, ddpm_target, ddpm_weight
 from ..diffusion.randomness import batch_keys, randn
 from ..errors import SciflowError
-from ..loading import explain_loading
-from ..microscopy.transforms import IntensityTransform
+from ..images.transforms import IntensityTransform
 from .base import ModelFamily, network_dtype
+from .loading import explain_loading
 
 if TYPE_CHECKING:
-    from ..training_args import DiffusionTrainingArguments
+    from ..training.arguments import DiffusionTrainingArguments
 
 logger = logging.getLogger(__name__)
 

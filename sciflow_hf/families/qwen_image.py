@@ -15,7 +15,7 @@ from .base import PipelineFamily, network_dtype
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ..training_args import DiffusionTrainingArguments
+    from ..training.arguments import DiffusionTrainingArguments
 
 PATCH = 2
 MAX_TEXT_LENGTH = 1024  # what the pipeline allows

@@ -12,11 +12,11 @@ import torch
 from ..diffusion.losses import flow_weight, sample_loss
 from ..diffusion.randomness import batch_keys, randn
 from ..errors import SciflowError
-from ..loading import read_pipeline
 from .base import PipelineFamily, network_dtype
+from .loading import read_pipeline
 
 if TYPE_CHECKING:
-    from ..training_args import DiffusionTrainingArguments
+    from ..training.arguments import DiffusionTrainingArguments
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from ..errors import SciflowError
 if TYPE_CHECKING:
     import torch
 
-    from ..data.microscopy_images import MicroscopyTiles
     from ..families.microscopy_unet import MicroscopyUNet
+    from ..images.microscopes import MicroscopyTiles
 
 COVERAGE = 0.9  # of the interval whose coverage `calibration` measures
 

@@ -17,7 +17,7 @@ from .frechet import frechet_distance, image_features, kernel_distance
 
 if TYPE_CHECKING:
     from ..families.dit import DiT
-    from ..training_args import DiffusionTrainingArguments
+    from ..training.arguments import DiffusionTrainingArguments
 
 logger = logging.getLogger(__name__)
 

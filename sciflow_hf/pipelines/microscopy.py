@@ -18,11 +18,11 @@ from ..diffusion.objectives import convert_prediction, shift_snr
 from ..diffusion.randomness import hash64, randn
 from ..diffusion.sampling import DDPM_SAMPLERS, TIMESTEP_SPACINGS, ddpm_timesteps, sample_ddpm
 from ..errors import SciflowError
-from ..microscopy.consistency import towards_measurement
-from ..microscopy.images import ImageFile, find_images, read_image, to_dtype, write_image
-from ..microscopy.optics import ForwardModel
-from ..microscopy.tiles import padded, tiled, turned, turned_back
-from ..microscopy.transforms import IntensityTransform
+from ..images.consistency import towards_measurement
+from ..images.files import ImageFile, find_images, read_image, to_dtype, write_image
+from ..images.optics import ForwardModel
+from ..images.tiles import padded, tiled, turned, turned_back
+from ..images.transforms import IntensityTransform
 from .standalone import add_code
 
 VALUE_RANGE = 4.0  # of images in the network's units, where the training images lie in about [-1, 1]

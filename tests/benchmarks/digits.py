@@ -19,7 +19,7 @@ from PIL import Image
 from sklearn.svm import SVC
 
 import sciflow_hf as sf
-from sciflow_hf.data.class_images import load_class_images
+from sciflow_hf.images.classes import load_class_images
 from sciflow_hf.metrics.classifier import class_accuracy, train_classifier
 from sciflow_hf.metrics.frechet import frechet_distance, image_features, kernel_distance, nearest_distances
 from sciflow_hf.metrics.samples import draw, even_labels

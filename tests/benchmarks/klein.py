@@ -15,10 +15,10 @@ import torch
 import transformers
 from accelerate.state import AcceleratorState
 
-from sciflow_hf.adapters import AdapterArguments, add_adapter
+from sciflow_hf.adapters.adapter import AdapterArguments, add_adapter
 from sciflow_hf.families.flux2_klein import Flux2Klein
-from sciflow_hf.trainer import DiffusionTrainer
-from sciflow_hf.training_args import DiffusionTrainingArguments
+from sciflow_hf.training.arguments import DiffusionTrainingArguments
+from sciflow_hf.training.trainer import DiffusionTrainer
 
 KLEIN = {
     "4B": dict(num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680),

@@ -16,11 +16,11 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from sciflow_hf.data.buckets import BucketBatchSampler
-from sciflow_hf.data.build import build_cache
+from sciflow_hf.data.batches.buckets import BucketBatchSampler
+from sciflow_hf.data.batches.loader import BucketLoader
+from sciflow_hf.data.build.build import build_cache
+from sciflow_hf.data.build.convert import convert_cache
 from sciflow_hf.data.cache import load_cache
-from sciflow_hf.data.convert import convert_cache
-from sciflow_hf.data.loader import BucketLoader
 
 from .klein import quiet
 from .loader_data import Data, disk_bytes, in_new_process, index_row, write_index

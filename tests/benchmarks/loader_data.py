@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from sciflow_hf.data.convert import convert_cache
+from sciflow_hf.data.build.convert import convert_cache
 
 from .klein import quiet
 

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from sciflow_hf.data.buckets import BucketBatchSampler
+from sciflow_hf.data.batches.buckets import BucketBatchSampler
+from sciflow_hf.data.batches.loader import BucketLoader
 from sciflow_hf.data.cache import load_cache
-from sciflow_hf.data.loader import BucketLoader
-from sciflow_hf.data.stream_loader import StreamLoader
+from sciflow_hf.data.stream.loader import StreamLoader
 
 from .loader_data import NAMES, Data, Tensors, batch_row, installed
 from .loader_readers import arrow, np_load

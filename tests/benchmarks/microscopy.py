@@ -22,11 +22,11 @@ import torch
 import yaml
 from PIL import Image, ImageDraw
 
-from sciflow_hf.data.microscopy_images import MicroscopyDataArguments, MicroscopyTiles, load_microscopy_images
 from sciflow_hf.demo.microscope_images import microscope_images
 from sciflow_hf.families.microscopy_unet import MicroscopyUNet
+from sciflow_hf.images.microscopes import MicroscopyDataArguments, MicroscopyTiles, load_microscopy_images
+from sciflow_hf.images.optics import ForwardModel
 from sciflow_hf.metrics.restoration import calibration, restoration_metrics
-from sciflow_hf.microscopy.optics import ForwardModel
 
 CONFIG = Path(__file__).parents[2] / "recipes" / "configs" / "microscopy_demo.yaml"
 WINDOW, MARGIN = 80, 8  # a window of 80 pixels is restored, its inner 64 are scored
@@ -216,7 +216,7 @@ def measure_memory(args: argparse.Namespace) -> None:
 
 def large_image(folder: str, pipeline: Any) -> np.ndarray:
     """1024 x 1024 of the retina, measured."""
-    from sciflow_hf.microscopy.images import read_image
+    from sciflow_hf.images.files import read_image
 
     sharp = read_image(microscope_images(Path(folder) / "images") / "retina.tif").planes
     sharp = sharp[:, :, 200 : 200 + LARGE, 200 : 200 + LARGE]
@@ -233,7 +233,7 @@ def seam(image: np.ndarray, borders: set[int]) -> float:
 
 def tiles(args: argparse.Namespace) -> None:
     """Memory of a large image over that of one batch of tiles, and the gradient across borders of tiles."""
-    from sciflow_hf.microscopy.tiles import tile_starts
+    from sciflow_hf.images.tiles import tile_starts
 
     base = [sys.executable, "-m", "tests.benchmarks.microscopy", "memory", "--model_path", args.model_path]
     base += ["--output_dir", args.output_dir, "--batch_size", str(args.batch_size)]

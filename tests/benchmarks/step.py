@@ -27,8 +27,8 @@ from tqdm.auto import tqdm
 from sciflow_hf.diffusion.randomness import noise_keys, randn
 from sciflow_hf.families.base import ModelFamily
 from sciflow_hf.families.flux2_klein import Flux2Klein
-from sciflow_hf.trainer import DiffusionTrainer
-from sciflow_hf.training_args import DiffusionTrainingArguments
+from sciflow_hf.training.arguments import DiffusionTrainingArguments
+from sciflow_hf.training.trainer import DiffusionTrainer
 
 from .klein import quiet, report_klein
 

@@ -1,0 +1,270 @@
+"""Names of a network's layers in the tools around kohya's scripts and ComfyUI, one table a family.
+
+A row is a layer of the original network (Black Forest Labs, Stability AI) and the diffusers layers that are its rows,
+top to bottom: where the original has one matrix for query, key and value, diffusers has three. `*` is a block's number.
+"""
+
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import SciflowError
+
+Row = tuple[str, tuple[str, ...]]
+
+DIFFUSERS = "diffusers"
+KOHYA = "kohya"
+COMFY = "comfy"
+FORMATS = (DIFFUSERS, KOHYA, COMFY)
+DTYPES = ("float32", "bfloat16", "float16")
+
+MLP_RATIO = 4
+"""Of a FLUX.1 single block: its last part has four times as many rows as each of the others."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a diffusers layer lies in the original network.
+
+    Args:
+        layer: path of the original layer.
+        parts: paths of all diffusers layers that are its rows, top to bottom.
+    """
+
+    layer: str
+    parts: tuple[str, ...]
+
+
+def rows_of(family: str, config: Mapping[str, Any] | None = None) -> tuple[Row, ...]:
+    """The table of a family.
+
+    Args:
+        config: configuration of the network, for the numbers of a UNet's blocks; default: SDXL as published.
+
+    Raises:
+        SciflowError: there is no convention for this family.
+    """
+    if family == "sdxl":
+        config = SDXL_UNET if config is None else config
+        return _unet_rows(
+            int(config["layers_per_block"]), *(tuple(config[n]) for n in ("down_block_types", "up_block_types"))
+        )
+    if family not in _TABLES:
+        raise SciflowError(
+            f"`family` {family!r}: kohya's tools and ComfyUI have no names for its layers, only for those of "
+            f"{', '.join(FAMILIES)}. Export it with `--format diffusers`."
+        )
+    return _TABLES[family]
+
+
+def idle_layers(family: str, config: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Layers whose output is read by nothing, so that they are not adapted: known with the network's configuration."""
+    if family != "sd3" or config is None:
+        return ()
+    return (f"transformer.transformer_blocks.{config['num_layers'] - 1}.attn.add_q_proj",)
+
+
+def place_of(path: str, rows: tuple[Row, ...]) -> Place | None:
+    """Where the diffusers layer `path` is found in the original network; None where the table does not have it."""
+    for pattern, layer, parts in _by_part(rows):
+        if found := pattern.fullmatch(path):
+            return Place(*_filled(layer, parts, found.groups()))
+    return None
+
+
+def find(name: str, rows: tuple[Row, ...], *, flat: bool) -> Place | None:
+    """The layer that a file calls `name`: in the original's spelling or in diffusers'.
+
+    Args:
+        flat: dots are written as underscores, as in kohya's files.
+    """
+    for pattern, layer, parts in _by_name(rows, flat):
+        if found := pattern.fullmatch(name):
+            return Place(*_filled(layer, parts, found.groups()))
+    return None
+
+
+def _filled(layer: str, parts: tuple[str, ...], numbers: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    def fill(name: str) -> str:
+        left = iter(numbers)
+        return "".join(next(left) if piece == "*" else piece for piece in re.split(r"(\*)", name))
+
+    return fill(layer), tuple(map(fill, parts))
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    return re.compile(re.escape(name).replace(r"\*", r"(\d+)"))
+
+
+@functools.cache
+def _by_part(rows: tuple[Row, ...]) -> tuple[tuple[re.Pattern[str], str, tuple[str, ...]], ...]:
+    return tuple((_pattern(part), layer, parts) for layer, parts in rows for part in parts)
+
+
+@functools.cache
+def _by_name(rows: tuple[Row, ...], flat: bool) -> tuple[tuple[re.Pattern[str], str, tuple[str, ...]], ...]:
+    """The original's names first, then diffusers' own: a part is then a row of its own."""
+    both = [*rows, *((part, (part,)) for _, parts in rows for part in parts)]
+    return tuple((_pattern(name.replace(".", "_") if flat else name), name, parts) for name, parts in both)
+
+
+def _attention(layer: str, block: str, names: tuple[str, ...], output: str) -> tuple[Row, Row]:
+    """A fused query, key and value, and the projection behind them."""
+    return (f"{layer}.qkv", tuple(f"{block}.{name}" for name in names)), (f"{layer}.proj", (f"{block}.{output}",))
+
+
+_DOUBLE = "transformer_blocks.*"
+_SINGLE = "single_transformer_blocks.*"
+_QKV = ("to_q", "to_k", "to_v")
+_ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
+
+# kohya: sd-scripts, networks/convert_flux_lora.py. ComfyUI: comfy/utils.py, `flux_to_diffusers`.
+_FLUX: tuple[Row, ...] = (
+    *_attention("double_blocks.*.img_attn", f"{_DOUBLE}.attn", _QKV, "to_out.0"),
+    *_attention("double_blocks.*.txt_attn", f"{_DOUBLE}.attn", _ADDED, "to_add_out"),
+    ("double_blocks.*.img_mlp.0", (f"{_DOUBLE}.ff.net.0.proj",)),
+    ("double_blocks.*.img_mlp.2", (f"{_DOUBLE}.ff.net.2",)),
+    ("double_blocks.*.txt_mlp.0", (f"{_DOUBLE}.ff_context.net.0.proj",)),
+    ("double_blocks.*.txt_mlp.2", (f"{_DOUBLE}.ff_context.net.2",)),
+    ("double_blocks.*.img_mod.lin", (f"{_DOUBLE}.norm1.linear",)),
+    ("double_blocks.*.txt_mod.lin", (f"{_DOUBLE}.norm1_context.linear",)),
+    ("single_blocks.*.linear1", (*(f"{_SINGLE}.attn.{name}" for name in _QKV), f"{_SINGLE}.proj_mlp")),
+    ("single_blocks.*.linear2", (f"{_SINGLE}.proj_out",)),
+    ("single_blocks.*.modulation.lin", (f"{_SINGLE}.norm.linear",)),
+    ("img_in", ("x_embedder",)),
+    ("txt_in", ("context_embedder",)),
+    ("time_in.in_layer", ("time_text_embed.timestep_embedder.linear_1",)),
+    ("time_in.out_layer", ("time_text_embed.timestep_embedder.linear_2",)),
+    ("vector_in.in_layer", ("time_text_embed.text_embedder.linear_1",)),
+    ("vector_in.out_layer", ("time_text_embed.text_embedder.linear_2",)),
+    ("guidance_in.in_layer", ("time_text_embed.guidance_embedder.linear_1",)),
+    ("guidance_in.out_layer", ("time_text_embed.guidance_embedder.linear_2",)),
+    ("final_layer.linear", ("proj_out",)),
+)
+
+# kohya: musubi-tuner, flux_2/flux2_models.py; diffusers, `_convert_kohya_flux2_lora_to_diffusers`. ComfyUI: as FLUX.1.
+_FLUX2: tuple[Row, ...] = (
+    *_attention("double_blocks.*.img_attn", f"{_DOUBLE}.attn", _QKV, "to_out.0"),
+    *_attention("double_blocks.*.txt_attn", f"{_DOUBLE}.attn", _ADDED, "to_add_out"),
+    ("double_blocks.*.img_mlp.0", (f"{_DOUBLE}.ff.linear_in",)),
+    ("double_blocks.*.img_mlp.2", (f"{_DOUBLE}.ff.linear_out",)),
+    ("double_blocks.*.txt_mlp.0", (f"{_DOUBLE}.ff_context.linear_in",)),
+    ("double_blocks.*.txt_mlp.2", (f"{_DOUBLE}.ff_context.linear_out",)),
+    ("single_blocks.*.linear1", (f"{_SINGLE}.attn.to_qkv_mlp_proj",)),
+    ("single_blocks.*.linear2", (f"{_SINGLE}.attn.to_out",)),
+    ("img_in", ("x_embedder",)),
+    ("txt_in", ("context_embedder",)),
+    ("final_layer.linear", ("proj_out",)),
+)
+
+# kohya: sd-scripts, library/sd3_models.py and networks/lora_sd3.py. ComfyUI: comfy/utils.py, `mmdit_to_diffusers`.
+_SD3: tuple[Row, ...] = (
+    *_attention("joint_blocks.*.x_block.attn", f"{_DOUBLE}.attn", _QKV, "to_out.0"),
+    *_attention("joint_blocks.*.x_block.attn2", f"{_DOUBLE}.attn2", _QKV, "to_out.0"),
+    *_attention("joint_blocks.*.context_block.attn", f"{_DOUBLE}.attn", _ADDED, "to_add_out"),
+    ("joint_blocks.*.x_block.mlp.fc1", (f"{_DOUBLE}.ff.net.0.proj",)),
+    ("joint_blocks.*.x_block.mlp.fc2", (f"{_DOUBLE}.ff.net.2",)),
+    ("joint_blocks.*.context_block.mlp.fc1", (f"{_DOUBLE}.ff_context.net.0.proj",)),
+    ("joint_blocks.*.context_block.mlp.fc2", (f"{_DOUBLE}.ff_context.net.2",)),
+    ("joint_blocks.*.x_block.adaLN_modulation.1", (f"{_DOUBLE}.norm1.linear",)),
+    ("context_embedder", ("context_embedder",)),
+    ("t_embedder.mlp.0", ("time_text_embed.timestep_embedder.linear_1",)),
+    ("t_embedder.mlp.2", ("time_text_embed.timestep_embedder.linear_2",)),
+    ("y_embedder.mlp.0", ("time_text_embed.text_embedder.linear_1",)),
+    ("y_embedder.mlp.2", ("time_text_embed.text_embedder.linear_2",)),
+    ("final_layer.linear", ("proj_out",)),
+)
+
+# The published network has diffusers' names. musubi-tuner, convert_lora.py `QWEN_IMAGE_KEYS`; ComfyUI, comfy/lora.py.
+_QWEN_IMAGE: tuple[Row, ...] = tuple(
+    (name, (name,))
+    for name in (
+        *(f"{_DOUBLE}.attn.{name}" for name in (*_QKV, *_ADDED, "to_out.0", "to_add_out")),
+        *(f"{_DOUBLE}.{stream}_mlp.net.{layer}" for stream in ("img", "txt") for layer in ("0.proj", "2")),
+        *(f"{_DOUBLE}.{stream}_mod.1" for stream in ("img", "txt")),
+        *("img_in", "txt_in", "proj_out", "norm_out.linear"),
+        *(f"time_text_embed.timestep_embedder.linear_{number}" for number in (1, 2)),
+    )
+)
+
+_TABLES = {"flux": _FLUX, "flux2_klein": _FLUX2, "qwen_image": _QWEN_IMAGE, "sd3": _SD3}
+FAMILIES = (*_TABLES, "sdxl")
+
+SDXL_UNET: Mapping[str, Any] = {
+    "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+}
+
+_RESNET = {
+    "in_layers.2": "conv1",
+    "out_layers.3": "conv2",
+    "emb_layers.1": "time_emb_proj",
+    "skip_connection": "conv_shortcut",
+}
+_TRANSFORMER = (
+    *("proj_in", "proj_out", "transformer_blocks.*.ff.net.0.proj", "transformer_blocks.*.ff.net.2"),
+    *(f"transformer_blocks.*.{attn}.{name}" for attn in ("attn1", "attn2") for name in (*_QKV, "to_out.0")),
+)
+
+
+@functools.cache
+def _unet_rows(layers: int, down: tuple[str, ...], up: tuple[str, ...]) -> tuple[Row, ...]:
+    """The blocks of Stability AI's UNet, numbered through: sd-scripts, library/sdxl_model_util.py."""
+    rows = {
+        "input_blocks.0.0": "conv_in",
+        "out.2": "conv_out",
+        "time_embed.0": "time_embedding.linear_1",
+        "time_embed.2": "time_embedding.linear_2",
+        "label_emb.0.0": "add_embedding.linear_1",
+        "label_emb.0.2": "add_embedding.linear_2",
+    }
+
+    def resnet(theirs: str, ours: str) -> None:
+        rows.update({f"{theirs}.{name}": f"{ours}.{layer}" for name, layer in _RESNET.items()})
+
+    def attention(theirs: str, ours: str) -> None:
+        rows.update({f"{theirs}.{name}": f"{ours}.{name}" for name in _TRANSFORMER})
+
+    for block, kind in enumerate(down):
+        first = 1 + block * (layers + 1)
+        for i in range(layers):
+            resnet(f"input_blocks.{first + i}.0", f"down_blocks.{block}.resnets.{i}")
+            if "CrossAttn" in kind:
+                attention(f"input_blocks.{first + i}.1", f"down_blocks.{block}.attentions.{i}")
+        rows[f"input_blocks.{first + layers}.0.op"] = f"down_blocks.{block}.downsamplers.0.conv"
+    for i in range(2):
+        resnet(f"middle_block.{2 * i}", f"mid_block.resnets.{i}")
+    attention("middle_block.1", "mid_block.attentions.0")
+    for block, kind in enumerate(up):
+        first = block * (layers + 1)
+        for i in range(layers + 1):
+            resnet(f"output_blocks.{first + i}.0", f"up_blocks.{block}.resnets.{i}")
+            if "CrossAttn" in kind:
+                attention(f"output_blocks.{first + i}.1", f"up_blocks.{block}.attentions.{i}")
+        last = 2 if "CrossAttn" in kind else 1
+        rows[f"output_blocks.{first + layers}.{last}.conv"] = f"up_blocks.{block}.upsamplers.0.conv"
+    return tuple((theirs, (ours,)) for theirs, ours in rows.items())
+
+
+# Text encoders are CLIP: ComfyUI, comfy/lora.py `LORA_CLIP_MAP`; the prefix is `lora_te1_` or `lora_te2_` in kohya's.
+CLIP: tuple[Row, ...] = tuple(
+    (name, (name,))
+    for name in (
+        *(f"text_model.encoder.layers.*.self_attn.{name}_proj" for name in ("q", "k", "v", "out")),
+        *(f"text_model.encoder.layers.*.mlp.fc{number}" for number in (1, 2)),
+    )
+)
+TEXT_ENCODERS: Mapping[str, tuple[str, ...]] = {
+    "flux": ("text_encoder",),
+    "sd3": ("text_encoder", "text_encoder_2"),
+    "sdxl": ("text_encoder", "text_encoder_2"),
+}
+"""Which of a family's text encoders a LoRA file may hold."""
+
+
+def unet_name(name: str) -> str:
+    """PEFT's name of a LoRA tensor as LoRA files of UNets have had it since before PEFT."""
+    return name.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up.")

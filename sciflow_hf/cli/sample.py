@@ -1,0 +1,230 @@
+"""`sciflow-hf sample`: images of classes by a trained DiT, or of prompts by a pipeline, a trained LoRA or network."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import SciflowError
+from . import restore as restore_cli
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+    from ..families.base import ModelFamily
+
+Draw = Callable[[int, "list[torch.Generator]"], "list[Image]"]
+"""(number of the first image, a generator for each) -> the images."""
+
+DIT_PIPELINE = "DiTImagePipeline"
+
+
+def add_command(parser: argparse.ArgumentParser) -> None:
+    """The options of `sciflow-hf sample`."""
+    add = parser.add_argument
+    parser.set_defaults(run=_sample)
+    add("--model_path", required=True, help="what a recipe wrote (a pipeline, a LoRA, a network), or a pipeline's name")
+    add("--output_dir", required=True, help="folder for the images and their metadata.jsonl")
+    add("--num_images", type=int, default=1, help="in all, going round the classes or prompts (default 1)")
+    add("--seed", type=int, default=0, help="image i follows from it and i alone (default 0)")
+    add("--class_labels", nargs="+", default=[], help="numbers or names of classes (default: all, in turn)")
+    add("--prompts", nargs="+", default=[], help="for networks that take text")
+    add("--guidance_scale", type=float, help="1 is none (default: 1 for classes, 3.5 for prompts)")
+    add("--num_inference_steps", type=int, default=50, help="sampling steps (default 50)")
+    add("--sampler", help="for classes: euler or heun of flows, ddpm, ddim or ancestral of ddpm")
+    add("--height", type=int, help="pixels (default: the commonest of training)")
+    add("--width", type=int, help="pixels (default: the commonest of training)")
+    add("--batch_size", type=int, default=16, help="images of classes drawn at once (default 16)")
+    add("--base_model", help="folder or Hub repository of the pipeline that a LoRA or network belongs to")
+    add("--family", help="its family, where the run does not say it")
+    add("--trust_remote_code", action="store_true", help="run code that a pipeline of prompts brings along")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
+    restore_cli.add_options(parser)
+
+
+def _sample(args: argparse.Namespace) -> None:
+    for name in ("num_images", "num_inference_steps", "batch_size"):
+        if getattr(args, name) < 1:
+            raise SciflowError(f"`{name}` is {getattr(args, name)}, but must be at least 1.")
+    from .cache import _device
+
+    args.device = _device(args.device)
+    kind = _pipeline_kind(args.model_path)
+    if kind == restore_cli.RESTORATION_PIPELINE:
+        restore_cli.restore(args)
+        return
+    if args.input_dir:
+        raise SciflowError(f"`input_dir` is for networks that restore images; {args.model_path!r} is none.")
+    draw, subjects = _of_classes(args) if kind == DIT_PIPELINE else _of_prompts(args, kind)
+    batch_size = args.batch_size if kind == DIT_PIPELINE else 1
+    rows = list(_draw_all(draw, args, subjects, batch_size))
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (Path(args.output_dir) / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    sys.stdout.write(f"{len(rows)} images in {args.output_dir}\n")
+
+
+def _draw_all(draw: Draw, args: argparse.Namespace, subjects: list[dict[str, Any]], batch_size: int) -> Any:
+    """Writes the images; a row of metadata for each."""
+    import torch
+    from tqdm import tqdm
+
+    from ..diffusion.randomness import hash64
+    from ..report.contact_sheet import save_image
+
+    output = Path(args.output_dir)
+    for start in tqdm(range(0, args.num_images, batch_size), desc="batches", leave=False):
+        numbers = range(start, min(start + batch_size, args.num_images))
+        seeds = [hash64(args.seed, "sample", number) & 0xFFFFFFFF for number in numbers]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        try:
+            images = draw(start, generators)
+        except SciflowError:
+            raise
+        except ValueError as error:  # of a pipeline, which cannot know our error
+            raise SciflowError(str(error)) from error
+        for number, image in zip(numbers, images, strict=True):
+            about = subjects[number % len(subjects)] | {"seed": args.seed, "number": number}
+            name = f"{number:05d}.png"
+            save_image(image, output / name, {key: str(value) for key, value in about.items()})
+            yield {"file_name": name} | about
+
+
+def _pipeline_kind(path: str) -> str | None:
+    """Name of the pipeline's class, of a folder or Hub repository; None where there is no pipeline."""
+    from diffusers import DiffusionPipeline
+
+    try:
+        name = DiffusionPipeline.load_config(path).get("_class_name")
+    except (OSError, ValueError):  # a LoRA or a network alone, or nothing
+        return None
+    return name[1] if isinstance(name, list | tuple) else name
+
+
+def _of_classes(args: argparse.Namespace) -> tuple[Draw, list[dict[str, Any]]]:
+    """A DiT of ours, by the code of this package, not that in the folder."""
+    import torch
+
+    from ..families.dit import DiT
+    from ..pipelines.dit import class_id
+
+    if args.prompts:
+        raise SciflowError("`prompts`: this network takes classes; name them by `--class_labels`.")
+    family = DiT(pretrained_model_name_or_path=args.model_path)
+    pipeline = family.load_pipeline(family.load_model(dtype=torch.float32).eval(), device=args.device)
+    config = pipeline.transformer.config
+    names = list((config.id2label or {}).values())
+    try:
+        labels = [class_id(label, config.num_classes, names) for label in args.class_labels]
+    except ValueError as error:
+        raise SciflowError(str(error)) from error
+    labels = labels or list(range(config.num_classes))
+    subjects = [{"label": label, "class": names[label] if names else str(label)} for label in labels]
+
+    def draw(start: int, generators: "list[torch.Generator]") -> "list[Image]":
+        chosen = [labels[(start + i) % len(labels)] for i in range(len(generators))] if labels else None
+        images: list[Image] = pipeline(
+            chosen,
+            num_images=len(generators),
+            height=args.height,
+            width=args.width,
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=1.0 if args.guidance_scale is None else args.guidance_scale,
+            sampler=args.sampler,
+            generator=generators,
+        ).images
+        return images
+
+    return draw, subjects or [{}]
+
+
+def _of_prompts(args: argparse.Namespace, kind: str | None) -> tuple[Draw, list[dict[str, Any]]]:
+    """A text-to-image family: its pipeline, with what was trained in place of or beside its network."""
+    for name in ("class_labels", "sampler"):
+        if getattr(args, name):
+            raise SciflowError(f"`{name}` is for networks of classes; {args.model_path!r} takes `--prompts`.")
+    if not args.prompts:
+        raise SciflowError(f"`prompts` is missing: {args.model_path!r} draws what a text says.")
+    family = _text_family(args, kind)
+    dtype = _dtype(args.device)
+    network = _network(family, args, kind, dtype).to(args.device).eval()
+    encoded = family.encode_validation_prompts(args.prompts, device=args.device, dtype=dtype)
+    pipeline = family.load_pipeline(network, device=args.device)
+    height, width = _size(args, family)
+
+    def draw(start: int, generators: "list[torch.Generator]") -> "list[Image]":
+        return family.generate(
+            pipeline,
+            encoded[start % len(encoded)],
+            height=height,
+            width=width,
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=3.5 if args.guidance_scale is None else args.guidance_scale,
+            generator=generators[0],
+        )
+
+    return draw, [{"prompt": prompt} for prompt in args.prompts]
+
+
+def _facts(path: str) -> dict[str, Any]:
+    """`run_facts.json` of a run's folder; {} where there is none."""
+    file = Path(path) / "run_facts.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _text_family(args: argparse.Namespace, kind: str | None) -> "ModelFamily":
+    """The family of a pipeline or of a run, with the base model."""
+    from ..families import BUILT_IN, load_family
+    from ..families.base import PipelineFamily
+
+    facts = _facts(args.model_path)
+    name, base = args.family or facts.get("family"), args.model_path if kind else args.base_model
+    if name is None and kind is not None:
+        candidates: list[Any] = [k for k in map(load_family, BUILT_IN) if issubclass(k, PipelineFamily)]
+        blank = [k(pretrained_model_name_or_path=args.model_path) for k in candidates]
+        name = next((family.name for family in blank if family.pipeline_class().__name__ == kind), None)
+    base = base or facts.get("base_model")
+    if name is None or base is None:
+        raise SciflowError(
+            f"`model_path` {args.model_path!r} is no pipeline" + (f" of a family here ({kind})" if kind else "")
+            + ", and does not say what it belongs to. Name `--family`"
+            + ("." if kind else " and `--base_model`.")
+        )  # fmt: skip
+    trusted = {"trust_remote_code": True} if args.trust_remote_code else {}
+    return load_family(name)(pretrained_model_name_or_path=base, **trusted)
+
+
+def _network(family: Any, args: argparse.Namespace, kind: str | None, dtype: Any) -> Any:
+    """The family's network: of the pipeline, with the adapter of the run, or the run's own."""
+    if kind is None and (Path(args.model_path) / family.component).is_dir():
+        from ..families.loading import explain_loading
+
+        with explain_loading(args.model_path, family.component):
+            return family.network_class().from_pretrained(args.model_path, subfolder=family.component, dtype=dtype)
+    network = family.load_model(dtype=dtype)
+    if kind is None:
+        from ..adapters.files import load_from
+
+        load_from(args.model_path, network, family)
+    return network
+
+
+def _size(args: argparse.Namespace, family: Any) -> tuple[int, int]:
+    """Height and width: as asked, of the commonest bucket of the run, or 1024 (512 is no multiple everywhere)."""
+    buckets = _facts(args.model_path).get("dataset", {}).get("buckets") or {}
+    commonest: Sequence[int] = (1024, 1024)
+    if buckets:
+        commonest = [int(side) for side in max(buckets, key=lambda size: buckets[size]).split("x")]
+    size = (args.height or commonest[0], args.width or commonest[1])
+    step = family.bucket_step()
+    if any(side < step or side % step for side in size):
+        raise SciflowError(f"`height` and `width` {size[0]}x{size[1]}: multiples of {step} for `{family.name}`.")
+    return size
+
+
+def _dtype(device: Any) -> Any:
+    import torch
+
+    return torch.float32 if device.type == "cpu" else torch.bfloat16

@@ -1,0 +1,225 @@
+"""What a batch is made of: samples read by (row, position, key), captions dropped, posteriors drawn, texts padded."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from ...diffusion.randomness import randn, uniform
+from ...errors import CacheError, SciflowError
+from ..cache import TEXT_KEYS
+from ..layouts.members import Member, target_dtype
+from .threads import Carve, Index
+
+MASK = "prompt_embeds_mask"
+IDS = ("txt_ids", "text_ids")
+INDEX = ("row", "position", "noise_key", "step_key")
+"""What an `Index` is called in a batch."""
+
+
+def collate(samples: Sequence[dict[str, Any]], *, pads_text: bool = False) -> dict[str, torch.Tensor]:
+    """Stacks samples: {name: (...)} x B -> {name: (B, ...)}; names that only some samples have are left out.
+
+    Args:
+        pads_text: pad `prompt_embeds` (L, D) with zeros to the longest, and add a `prompt_embeds_mask` (B, L), bool,
+            where lengths differ or a sample has one.
+    """
+    names = [name for name in samples[0] if all(name in sample for sample in samples)]
+    padded: dict[str, torch.Tensor] = {}
+    if pads_text and "prompt_embeds" in names:
+        embeds = [sample["prompt_embeds"] for sample in samples]
+        padded["prompt_embeds"] = pad_sequence(embeds, batch_first=True)
+        padded |= _text_mask([len(text) for text in embeds], [sample.get(MASK) for sample in samples])
+        names = [name for name in names if name not in ("prompt_embeds", MASK)]
+    return {name: _stack(name, samples) for name in names} | padded
+
+
+def text_rows(texts: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """Encoded prompts, {name: (B, ...)}, one by one and without their padding.
+
+    `prompt_embeds` end with the last token that `prompt_embeds_mask` lets through; a mask that is then all ones is
+    left out, so that a row looks the same whatever prompts it was encoded with.
+    """
+    rows = [{name: value[i] for name, value in texts.items()} for i in range(len(texts["prompt_embeds"]))]
+    for row in rows:
+        if MASK in row:
+            mask = row.pop(MASK).bool()
+            length = int(mask.nonzero()[-1]) + 1 if mask.any() else len(mask)
+            row["prompt_embeds"] = row["prompt_embeds"][:length]
+            row |= {} if mask[:length].all() else {MASK: mask[:length]}
+    return rows
+
+
+def _stack(name: str, samples: Sequence[dict[str, Any]]) -> torch.Tensor:
+    values = [torch.as_tensor(sample[name]) for sample in samples]
+    shapes = [tuple(value.shape) for value in values]
+    if len(set(shapes)) > 1:
+        raise SciflowError(
+            f"the rows {[sample.get('row') for sample in samples]} are to share a batch, but their `{name}` have the "
+            f"shapes {shapes}. Give them different buckets."
+        )
+    return torch.stack(values)
+
+
+def _text_mask(lengths: Sequence[int], stored: Sequence[torch.Tensor | None]) -> dict[str, torch.Tensor]:
+    """(B, longest) bool, under its name; nothing where no text is padded and no mask stored."""
+    if len(set(lengths)) == 1 and all(own is None for own in stored):
+        return {}
+    mask = torch.zeros(len(lengths), max(lengths), dtype=torch.bool)
+    for row, length, own in zip(mask, lengths, stored, strict=True):
+        row[:length] = True if own is None else own.bool()
+    return {MASK: mask}
+
+
+def describe_row(dataset: Any, row: int) -> str:
+    """A row in words, for messages."""
+    describe = getattr(dataset, "describe", None)
+    return describe(row) if callable(describe) else f"row {row}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What a sample is made of: arrays to read, and the empty prompt's in place of some of them."""
+
+    row: int
+    key: int
+    members: Mapping[str, Member]
+    empty_text: Mapping[str, torch.Tensor]
+    layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+class KeyedDataset(Dataset[dict[str, Any]]):
+    """Samples and batches by (row, position, key): captions dropped, posteriors drawn, position ids left out.
+
+    Args:
+        dataset: of dicts of tensors. One that has `members(row)`, `read_into(row, out, members)` and `dtype`, as
+            `LatentCache`, is read into place, and only what is needed. Where its `online_text` is set, no text is
+            read: `complete` makes it of `captions[row]`.
+            One that has `keyed(row, key)`, as `MicroscopyTiles`, is asked for the sample of a key.
+        caption_dropout: probability of the empty prompt, by key.
+        pads_text: a batch may hold texts of different lengths; see `collate`.
+        posterior: draw latents, by key, from the normal distribution of mean `latents` and deviation `latents_std`,
+            where there is one.
+
+    Raises:
+        SciflowError: `caption_dropout` without an empty prompt in the cache.
+        CacheError: (while reading) an empty prompt, or rows of a batch, whose shapes do not fit together.
+    """
+
+    def __init__(
+        self, dataset: Any, *, caption_dropout: float = 0.0, pads_text: bool = False, posterior: bool = False
+    ) -> None:
+        self.dataset, self.caption_dropout, self.pads_text = dataset, caption_dropout, pads_text
+        self.reads_into_place = callable(getattr(dataset, "read_into", None))
+        self.is_keyed = callable(getattr(dataset, "keyed", None))
+        self.online = getattr(dataset, "online_text", None) is not None
+        self.empty_prompt = getattr(dataset, "empty_prompt", None) if caption_dropout and not self.online else None
+        if caption_dropout and not self.online and self.empty_prompt is None:
+            raise SciflowError(
+                f"`caption_dropout` {caption_dropout}: this cache does not hold the empty prompt. "
+                "`sciflow-hf cache build` stores it; older caches must be built again, or train without dropout."
+            )
+        if self.empty_prompt is not None and pads_text:  # for rows that have a mask
+            everywhere = torch.ones(len(self.empty_prompt["prompt_embeds"]), dtype=torch.bool)
+            self.empty_prompt = {MASK: everywhere} | self.empty_prompt
+        self.left_out = {*IDS, *(TEXT_KEYS if self.online else ()), *(() if posterior else ("latents_std",))}
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: Index) -> dict[str, Any]:
+        row, _, key, *_ = index
+        if self.reads_into_place:
+            plan = self._plan(row, key)
+            sample = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in plan.layout.items()}
+            self._read(plan, sample)
+        else:
+            stored = self.dataset.keyed(row, key) if self.is_keyed else self.dataset[row]
+            sample = {name: value for name, value in stored.items() if name not in self.left_out}
+            sample |= {n: v.to(sample[n].dtype) for n, v in self._empty_text(row, key, sample).items()}
+            if "latents_std" in sample:
+                sample["latents"] = _draw(sample["latents"], sample.pop("latents_std"), key)
+        return sample | dict(zip(INDEX, index, strict=False))
+
+    def read_batch(self, indices: Sequence[Index], carve: Carve) -> dict[str, torch.Tensor]:
+        """As `collate` of the samples, but read into tensors that `carve` makes of {name: (shape, dtype)}."""
+        plans = [self._plan(row, key) for row, _, key, *_ in indices]
+        apart = {"latents_std", MASK} if self.pads_text else {"latents_std"}
+        names = [n for n in plans[0].layout if n not in apart and all(n in plan.layout for plan in plans)]
+        batch = carve({name: self._stacked(name, plans) for name in names})
+        pads, masks = self.pads_text and "prompt_embeds" in names, []
+        for number, plan in enumerate(plans):
+            out = {name: batch[name][number] for name in names}
+            out |= {n: torch.empty(shape, dtype=dtype) for n, (shape, dtype) in plan.layout.items() if n in apart}
+            if pads:
+                length = plan.layout["prompt_embeds"][0][0]
+                out["prompt_embeds"][length:] = 0
+                out["prompt_embeds"] = out["prompt_embeds"][:length]
+            self._read(plan, out)
+            masks.append(out.get(MASK))
+        if pads:
+            batch |= _text_mask([plan.layout["prompt_embeds"][0][0] for plan in plans], masks)
+        columns = (torch.tensor(column) for column in zip(*indices, strict=True))
+        return batch | dict(zip(INDEX, columns, strict=False))
+
+    def complete(self, batch: dict[str, torch.Tensor]) -> None:
+        """Adds the classes of a batch of latents, and its text where that is encoded online."""
+        if (labels := getattr(self.dataset, "class_labels", None)) is not None:
+            batch["class_labels"] = labels[batch["row"]]
+        if not self.online:
+            return
+        dropped = (uniform(batch["noise_key"], stream="caption_dropout") < self.caption_dropout).tolist()
+        rows = batch["row"].tolist()
+        captions = ["" if drop else self.dataset.captions[row] for row, drop in zip(rows, dropped, strict=True)]
+        batch.update({n: v for n, v in self.dataset.online_text(captions).items() if n not in IDS})
+
+    def _plan(self, row: int, key: int) -> _Plan:
+        members = self.dataset.members(row)
+        wanted = {name: member for name, member in members.items() if name not in self.left_out}
+        text = self._empty_text(row, key, wanted)
+        layout = {n: (tuple(text.get(n, m).shape), target_dtype(m, self.dataset.dtype)) for n, m in wanted.items()}
+        return _Plan(row, key, members, text, layout)
+
+    def _empty_text(self, row: int, key: int, stored: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """What replaces arrays of a sample whose caption is dropped; else nothing."""
+        if self.empty_prompt is None or uniform([key], stream="caption_dropout").item() >= self.caption_dropout:
+            return {}
+        text = {name: value for name, value in self.empty_prompt.items() if name in stored}
+        for name, value in text.items():
+            if not self.pads_text and value.shape != stored[name].shape:
+                raise CacheError(
+                    f"{describe_row(self.dataset, row)}: `{name}` has shape {tuple(stored[name].shape)}, that of the "
+                    f"empty prompt {tuple(value.shape)}, but this network takes texts of one length. Build the cache "
+                    "again with one `--max_sequence_length`, or train without `--caption_dropout`."
+                )
+        return text
+
+    def _read(self, plan: _Plan, out: dict[str, torch.Tensor]) -> None:
+        """Fills `out`; takes `latents_std` out of it."""
+        stored = {name: tensor for name, tensor in out.items() if name not in plan.empty_text}
+        self.dataset.read_into(plan.row, stored, plan.members)
+        for name in out.keys() & plan.empty_text.keys():
+            out[name].copy_(plan.empty_text[name])
+        if "latents_std" in out:
+            out["latents"].copy_(_draw(out["latents"], out.pop("latents_std"), plan.key))
+
+    def _stacked(self, name: str, plans: Sequence[_Plan]) -> tuple[tuple[int, ...], torch.dtype]:
+        free = 1 if self.pads_text and name == "prompt_embeds" else 0  # dimensions in which rows may differ
+        shapes = [plan.layout[name][0] for plan in plans]
+        odd = next((i for i, shape in enumerate(shapes) if shape[free:] != shapes[0][free:]), None)
+        if odd is not None:
+            first, other = (describe_row(self.dataset, plans[i].row) for i in (0, odd))
+            raise CacheError(
+                f"{first} and {other} are to share a batch, but their `{name}` have the shapes {shapes[0]} and "
+                f"{shapes[odd]}. Give them different buckets, or build the cache again with one set of encoders."
+            )
+        return (len(plans), *max(shapes)), plans[0].layout[name][1]
+
+
+def _draw(mean: torch.Tensor, std: torch.Tensor, key: int) -> torch.Tensor:
+    """A posterior sample of one row."""
+    noise = randn([key], (1, *mean.shape), stream="posterior")[0]
+    return (mean.float() + std.float() * noise).to(mean.dtype)

@@ -1,0 +1,386 @@
+"""Convert a cache to another layout: block by block, by several processes, from where the last run stopped."""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ... import __version__
+from ...errors import (CacheError, SciflowError)
+
+from .. import storage
+from .blocks import (Layout, index_file, locked, write_part, write_payloads)
+from ..cache import (LatentCache, load_cache)
+from .convert_plan import ConvertPlan
+from ..index import EMPTY_PROMPT_FILE
+from ..layouts.inline import count_rows
+from ..layouts.members import (Member, quantise, target_dtype)
+from ..layouts.shards import (read_header, shard_file)
+from ..layouts.stored import TEXT_TENSORS
+from .writing import SETTINGS_FILE as BUILD_SETTINGS
+from .writing import (readable_bytes, write_whole)
+
+logger = logging.getLogger(__name__)
+
+SETTINGS_FILE = "convert.json"
+# Two encodings of one prompt in 16 bit differ by less than this, relative to their length; different ones by more.
+_SAME_PROMPT = 1e-2
+_PathLike = str | os.PathLike[str]
+
+
+@dataclass
+class ConvertReport:
+    """What a conversion did.
+
+    Attributes:
+        output_dir: the new cache.
+        samples: its rows.
+        blocks: its parts; `written` of them by this run, `waiting` for other ranks.
+        bytes_before, bytes_after: size of the payloads (after: of all files).
+        prompts: distinct captions; their embeddings are stored once (shards).
+        own_copies: rows whose embeddings differ from those of the first row with the same caption, and are
+            stored beside them.
+        fp8_error_mean, fp8_error_max: relative error (L2) of a token's embedding, over what this run wrote;
+            None without fp8.
+    """
+
+    output_dir: Path
+    samples: int = 0
+    blocks: int = 0
+    written: int = 0
+    waiting: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    prompts: int = 0
+    own_copies: int = 0
+    fp8_error_mean: float | None = None
+    fp8_error_max: float | None = None
+
+
+def convert_cache(
+    input_dir: "_PathLike | Sequence[_PathLike] | LatentCache",
+    output_dir: _PathLike,
+    *,
+    payload: str = "shards",
+    embeds: str = "bf16",
+    codec: str = "none",
+    payload_dir: _PathLike | None = None,
+    shard_bytes: int = 1 << 30,
+    rank: int = 0,
+    world_size: int = 1,
+    barrier: Callable[[], None] = lambda: None,
+) -> ConvertReport:
+    """Write a cache anew in another layout, or go on with a conversion that was interrupted.
+
+    The rows keep their order, so that training on either cache sees the same batches. Floating arrays become
+    bfloat16. The source is only read. Every file appears whole or not at all; what is there is kept.
+
+    Args:
+        input_dir: cache(s) as for `load_cache`, or an open cache (a view keeps its order).
+        output_dir: a local folder outside of the source.
+        payload: "npz", "shards" (embeddings once per distinct caption) or "inline".
+        embeds: "bf16", "fp8" (`prompt_embeds` in 8 bits with a scale per token) or "none" (captions only).
+        codec: "none", or "zstd" (lossless).
+        payload_dir: where the payloads of `input_dir` are rooted, as for `load_cache`.
+        shard_bytes: of one shard or inline file, about (before compression).
+        rank, world_size: this process writes the blocks rank, rank + world_size, ...
+        barrier: waits for the other processes.
+
+    Raises:
+        SciflowError: for options that do not go together, an `output_dir` that holds something else or is being
+            written by another process, or a full disk.
+        CacheError: for a source that cannot be read, naming row and file. What was written is kept.
+    """
+    layout = Layout(payload, embeds, codec)
+    if shard_bytes < 1:
+        raise SciflowError(f"`shard_bytes` is {shard_bytes}, but must be at least 1.")
+    if not 0 <= rank < world_size:
+        raise SciflowError(f"`rank` is {rank}, but must lie in [0, world_size) = [0, {world_size}).")
+    if storage.is_url(output_dir):
+        raise SciflowError(f"`output_dir` is {str(output_dir)!r}, but must be a local folder. Upload the result.")
+    output = Path(output_dir)
+    source, folders = _open(input_dir, payload_dir)
+    _check_apart(output, source, folders)
+    plan = ConvertPlan(source, layout, shard_bytes)
+    converter = _Converter(plan, output, ConvertReport(output, len(source), len(plan.blocks), prompts=plan.prompts))
+    with locked(output) if rank == 0 else nullcontext():
+        if rank == 0:
+            _claim(output, plan, folders or source.part_files)
+            _remove_temporaries(output)
+        barrier()
+        _claim(output, plan, folders or source.part_files)
+        return converter.run(rank, world_size, barrier)
+
+
+def _open(
+    input_dir: "_PathLike | Sequence[_PathLike] | LatentCache", payload_dir: _PathLike | None
+) -> tuple[LatentCache, list[str]]:
+    """The source without an online encoder, and the folders it was named by."""
+    folders: list[str] = []
+    if isinstance(input_dir, LatentCache):
+        cache = input_dir
+    else:
+        folders = [os.fspath(f) for f in ([input_dir] if isinstance(input_dir, str | os.PathLike) else input_dir)]
+        opened = load_cache(folders, payload_dir=payload_dir)
+        if not isinstance(opened, LatentCache):
+            raise SciflowError("`input_dir` is a stream, which has no order to keep. Name its folder or URL.")
+        cache = opened
+    if not len(cache):
+        raise SciflowError("`input_dir` is a view without rows.")
+    source = cache.select(range(len(cache)))
+    source.online_text = None
+    return source, folders
+
+
+def _check_apart(output: Path, source: LatentCache, folders: Sequence[str]) -> None:
+    """Refuses an output in which the source lies, or the other way round."""
+    new = os.path.realpath(output)
+    known = [*folders, *map(os.path.dirname, source.part_files)] + (source._index.part_roots if not folders else [])
+    for folder in dict.fromkeys(os.path.realpath(f) for f in known if not storage.is_url(f) and os.path.isdir(f)):
+        if os.path.commonpath([new, folder]) in (new, folder):
+            raise SciflowError(
+                f"`output_dir` is {str(output)!r}, but the source lies in {folder}: one must not be in the other. "
+                "Name a folder of its own."
+            )
+
+
+def _claim(output: Path, plan: ConvertPlan, source: Sequence[str]) -> None:
+    """Writes the settings of the conversion, or compares them with what is there."""
+    file = output / SETTINGS_FILE
+    if not file.is_file():
+        if next(output.rglob("*.parquet"), None) is not None or (output / BUILD_SETTINGS).is_file():
+            raise SciflowError(
+                f"`output_dir` is {str(output)!r}, which holds a cache, but no {SETTINGS_FILE}: it was not made by "
+                "`sciflow-hf cache convert`. Name another folder."
+            )
+        text = json.dumps({"settings": plan.settings, "source": list(source), "version": __version__}, indent=2)
+        write_whole(file, lambda handle: handle.write(text.encode() + b"\n"))
+        return
+    try:
+        before = json.loads(file.read_text())
+        old, old_source = dict(before["settings"]), before["source"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SciflowError(
+            f"{file} is not the settings of a conversion ({error!r}). Name another `output_dir`."
+        ) from error
+    new = plan.settings
+    differ = [
+        f"`{key}` was {old.get(key)!r} and is now {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    if differ:
+        raise SciflowError(
+            f"`output_dir` is {str(output)!r}, which holds the conversion of {', '.join(old_source)}; the source is "
+            f"now {', '.join(source)}, and {'; '.join(differ)}. Use the same source and settings, or name another "
+            "folder."
+        )
+
+
+def _remove_temporaries(output: Path) -> None:
+    for file in output.rglob(".*.tmp"):
+        file.unlink(missing_ok=True)
+
+
+@dataclass
+class _Fp8Error:
+    """Relative error of the tokens seen so far."""
+
+    tokens: int = 0
+    total: float = 0.0
+    largest: float = 0.0
+
+    def add(self, embeds: torch.Tensor) -> None:
+        codes, scale = quantise(embeds)
+        exact = embeds.float()
+        norms = exact.norm(dim=-1)
+        errors = (codes.float() * scale[:, None] - exact).norm(dim=-1)[norms > 0] / norms[norms > 0]
+        self.tokens += len(norms)
+        self.total += float(errors.sum())
+        self.largest = max(self.largest, float(errors.max())) if len(errors) else self.largest
+
+
+@dataclass
+class _Converter:
+    """One process's share of a conversion."""
+
+    plan: ConvertPlan
+    output: Path
+    report: ConvertReport
+    fp8: _Fp8Error = field(default_factory=_Fp8Error)
+
+    def __post_init__(self) -> None:
+        self.owner_text = lru_cache(maxsize=8)(self._read_text)
+
+    def run(self, rank: int, world_size: int, barrier: Callable[[], None]) -> ConvertReport:
+        numbers = range(len(self.plan.blocks))
+        mine = numbers[rank::world_size]
+        self._write_payloads([number for number in mine if not self._is_whole(number)])
+        if rank == 0:
+            self._copy_empty_prompt()
+        barrier()
+        self._write_parts(mine)
+        barrier()
+        self._write_parts(numbers)  # what other ranks left: nothing where they run at the same time
+        return self._finish(numbers)
+
+    def _is_whole(self, number: int) -> bool:
+        """Whether the payloads of a block are there."""
+        name, payload = self.plan.block_names[number], self.plan.layout.payload
+        if payload == "npz":
+            return all((self.output / path).is_file() for path in self._npz_paths(self.plan.blocks[number]))
+        if payload == "inline":
+            return self._has_part(number)
+        file = self.output / shard_file(name)
+        return file.is_file() and _readable(lambda: bool(read_header(str(file))))
+
+    def _has_part(self, number: int) -> bool:
+        file, length = self.output / index_file(self.plan.block_names[number]), len(self.plan.blocks[number])
+        return file.is_file() and _readable(lambda: count_rows(str(file)) == length)
+
+    def _npz_paths(self, rows: range) -> list[str]:
+        paths: list[str] = self.plan.rows.column("cache_path")[rows.start : rows.stop].to_pylist()
+        return paths
+
+    def _write_payloads(self, numbers: Sequence[int]) -> None:
+        plan = self.plan
+        need = sum(plan.sizes[row] for number in numbers for row in plan.blocks[number])
+        free = shutil.disk_usage(self.output).free
+        if need > free:
+            text = "About %s are to be written, but %s has %s free. Make room; finished files are kept."
+            logger.warning(text, readable_bytes(need), self.output, readable_bytes(free))
+        samples = sum(len(plan.blocks[number]) for number in numbers)
+        with tqdm(total=samples, unit="sample", desc="Converting", disable=not samples) as bar:
+            for number in numbers:
+                name, block = plan.block_names[number], plan.blocks[number]
+                self._drop_parts(name)
+                rows, chosen = plan.rows.slice(block.start, len(block)), list(block)
+                if plan.layout.payload == "npz":
+                    paths = self._npz_paths(block)
+                    missing = [i for i, path in enumerate(paths) if not (self.output / path).is_file()]
+                    rows, chosen = rows.take(missing), [block[i] for i in missing]
+                write_payloads(
+                    self.output, name, rows, self._samples(chosen, bar), plan.layout,
+                    prompts=plan.hashes[block.start : block.stop], owners=plan.owners[block.start : block.stop],
+                )  # fmt: skip
+                self.report.written += 1
+
+    def _drop_parts(self, name: str) -> None:
+        """Removes index files that refer to a shard which is about to be made anew."""
+        for other, block in zip(self.plan.block_names, self.plan.blocks, strict=True):
+            file = self.output / index_file(other)
+            if file.is_file() and (other == name or name in self.plan.owners[block.start : block.stop]):
+                file.unlink()
+
+    def _samples(self, rows: Sequence[int], bar: "tqdm[Any]") -> Iterator[dict[str, torch.Tensor]]:
+        for row in rows:
+            try:
+                sample = self._sample(row)
+            except CacheError as error:
+                raise CacheError(
+                    f"{error} What is converted so far is kept: mend that payload, or leave its row out by `sciflow-hf "
+                    "cache verify --repair`, and repeat."
+                ) from error
+            if self.plan.layout.embeds == "fp8" and "prompt_embeds" in sample:
+                self.fp8.add(sample["prompt_embeds"])
+            yield sample
+            bar.update()
+
+    def _sample(self, row: int) -> dict[str, torch.Tensor]:
+        """The tensors of a row; without its text where that is stored for another row already."""
+        source, layout = self.plan.source, self.plan.layout
+        members = source.members(row)
+        kept = {name: m for name, m in members.items() if layout.embeds != "none" or name not in TEXT_TENSORS}
+        if sorted(kept) != sorted(self.plan.names):
+            raise CacheError(
+                f"{source.describe(row)} holds {sorted(kept)}, but row 0 {sorted(self.plan.names)}: all rows of a "
+                "cache must hold the same tensors."
+            )
+        first = self.plan.first[row]
+        text = [name for name in kept if name in TEXT_TENSORS]
+        if first != row:
+            others = source.members(first)
+            if all(_place(members[name]) == _place(others[name]) for name in text):
+                kept = {name: member for name, member in kept.items() if name not in text}
+        sample = self._read(row, kept)
+        if first != row and text[0] in sample:
+            other = self.owner_text(first)
+            if all(_same(sample[name], other[name]) for name in text):
+                sample = {name: value for name, value in sample.items() if name not in text}
+        return sample
+
+    def _read(self, row: int, members: Mapping[str, Member]) -> dict[str, torch.Tensor]:
+        sample = {n: torch.empty(m.shape, dtype=target_dtype(m, torch.bfloat16)) for n, m in members.items()}
+        self.plan.source.read_into(row, sample, members)
+        return sample
+
+    def _read_text(self, row: int) -> dict[str, torch.Tensor]:
+        members = self.plan.source.members(row)
+        return self._read(row, {name: member for name, member in members.items() if name in TEXT_TENSORS})
+
+    def _copy_empty_prompt(self) -> None:
+        source, target = self.plan.source._index.empty_prompt_file, self.output / EMPTY_PROMPT_FILE
+        if source is not None and self.plan.layout.embeds != "none" and not target.is_file():
+            data = storage.read(source, 0, storage.size(source))
+            write_whole(target, lambda handle: handle.write(data))
+
+    def _write_parts(self, numbers: Sequence[int]) -> None:
+        """Index files of blocks whose payloads, and those of the blocks that own their prompts, are there."""
+        plan = self.plan
+        for number in numbers:
+            name, block = plan.block_names[number], plan.blocks[number]
+            owners = plan.owners[block.start : block.stop]
+            if self._has_part(number):
+                continue
+            if plan.layout.payload == "shards":
+                ready = all((self.output / shard_file(other)).is_file() for other in {name, *owners})
+            else:
+                ready = self._is_whole(number)
+            if ready:
+                rows, hashes = plan.rows.slice(block.start, len(block)), plan.hashes[block.start : block.stop]
+                write_part(self.output, name, rows, plan.layout, prompts=hashes, owners=owners)
+
+    def _finish(self, numbers: Sequence[int]) -> ConvertReport:
+        report, plan = self.report, self.plan
+        report.waiting = sum(not (self.output / index_file(plan.block_names[n])).is_file() for n in numbers)
+        report.bytes_before = plan.source.payload_bytes()[0]
+        files = [file for file in self.output.rglob("*") if file.is_file() and not file.name.startswith(".")]
+        report.bytes_after = sum(file.stat().st_size for file in files if file.name != SETTINGS_FILE)
+        if plan.layout.payload == "shards":
+            shards = [file for file in files if file.suffix == ".safetensors"]
+            keys = [key for file in shards for key in read_header(str(file)) if key.startswith("prompt_embeds.")]
+            report.own_copies = sum(key.count(".") == 2 for key in keys)
+        if self.fp8.tokens:
+            report.fp8_error_mean, report.fp8_error_max = self.fp8.total / self.fp8.tokens, self.fp8.largest
+        if report.waiting:
+            logger.info("%s: %d of %d blocks wait for other ranks.", self.output, report.waiting, report.blocks)
+        return report
+
+
+def _readable(check: Callable[[], bool]) -> bool:
+    """What `check` finds of a file; False, with a warning, where that is broken."""
+    try:
+        return check()
+    except CacheError as error:
+        logger.warning("Written again: %s", error)
+        return False
+
+
+def _place(member: Member) -> tuple[str, int, int]:
+    return member.file, member.offset, member.nbytes
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two encodings of a prompt are the same up to rounding in 16 bit."""
+    if one.shape != other.shape or not one.is_floating_point():
+        return torch.equal(one, other)
+    return torch.equal(one, other) or bool((one.float() - other.float()).norm() <= _SAME_PROMPT * other.float().norm())

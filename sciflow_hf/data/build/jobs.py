@@ -1,0 +1,155 @@
+"""What a build has to do: the views of each image with their buckets, in batches that are dealt to the ranks."""
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..batches.buckets import nearest_bucket
+from .sources import (Record, oriented_size)
+from .views import (View, variants, view_of)
+
+_Bucket = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One view of one image, which becomes one row.
+
+    Attributes:
+        record: the image.
+        view: what is shown of it, and its bucket.
+        id: 16 hex digits over all that its stored arrays depend on.
+    """
+
+    record: Record
+    view: View
+    id: str
+
+    @property
+    def caption(self) -> str:
+        return self.record.caption
+
+    @property
+    def bucket(self) -> _Bucket:
+        return self.view.size
+
+    @property
+    def name(self) -> str:
+        """The image and its variant, as in a cache's row ids."""
+        return f"{self.record.name}#{self.view.variant}" if self.view.variant else self.record.name
+
+    def row(self) -> dict[str, Any]:
+        """The columns of an index that do not depend on the layout."""
+        height, width = self.bucket
+        return self.record.columns | {
+            "image_path": self.record.name,
+            "caption": self.caption,
+            "variant": self.view.variant,
+            "bucket_w": width,
+            "bucket_h": height,
+            "aspect_ratio": f"{width / height:.2f}",
+            "original_h": self.view.original[0],
+            "original_w": self.view.original[1],
+            "crop_top": self.view.crop[0],
+            "crop_left": self.view.crop[1],
+        }
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one call of the encoders gets: images of one bucket (or none), and prompts."""
+
+    jobs: list[Job]
+    prompts: list[str] = field(default_factory=list)
+
+
+def find_jobs(
+    records: Sequence[Record],
+    buckets: Sequence[_Bucket],
+    *,
+    resolution: int,
+    crops: int,
+    flip: bool,
+    with_caption: bool,
+    skip: Callable[[str, str], None],
+) -> Iterator[Job]:
+    """The views of each image, whose header alone is read.
+
+    Args:
+        records: the images.
+        buckets: (height, width) in pixels, to choose from.
+        resolution: that the buckets were made for.
+        crops: windows of each image beside the whole one.
+        flip: add the mirror image of each view.
+        with_caption: whether a job's arrays depend on the caption.
+        skip: called with name and reason for an image that cannot be read.
+    """
+    masked = any(record.open_mask is not None for record in records)
+    for record in records:
+        try:
+            with record.open() as image:
+                original = oriented_size(image)
+                bucket = nearest_bucket(*original, buckets)
+        except Exception as error:  # PIL lets through whatever its decoders raise; the image is named
+            skip(record.name, f"unreadable image ({reason(error)})")
+            continue
+        content: list[Any] = [record.name, record.caption if with_caption else None, resolution, record.num_bytes]
+        if masked:
+            content += ["mask", record.mask_bytes, record.open_mask is not None]
+        for variant in variants(crops, flip):
+            text = json.dumps([*content, variant] if variant else content)
+            digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+            yield Job(record, view_of(variant, record.name, original, bucket), digest)
+
+
+def by_bucket(jobs: Iterator[Job], batch_size: int) -> list[Job]:
+    """The jobs in about their order, but with `batch_size` of one bucket after each other."""
+    waiting: dict[_Bucket, list[Job]] = {}
+    ordered: list[Job] = []
+    for job in jobs:
+        queue = waiting.setdefault(job.bucket, [])
+        queue.append(job)
+        if len(queue) == batch_size:
+            ordered += queue
+            queue.clear()
+    return ordered + [job for queue in waiting.values() for job in queue]
+
+
+def in_batches(jobs: Sequence[Job], batch_size: int, *, prompts: Collection[str] | None = None) -> Iterator[Batch]:
+    """Neighbours of one bucket, at most `batch_size` together.
+
+    Args:
+        jobs: what is to be encoded.
+        batch_size: the most images, and prompts without an image, of a batch.
+        prompts: the prompts to encode, each once: with the first image that has it, or on their own. None:
+            those of its images with every batch.
+    """
+    left = None if prompts is None else dict.fromkeys(prompts)
+    batch: list[Job] = []
+
+    def whole() -> Batch:
+        mine = dict.fromkeys(job.caption for job in batch)
+        if left is None:
+            return Batch(batch, list(mine))
+        chosen = [prompt for prompt in mine if prompt in left]
+        for prompt in chosen:
+            del left[prompt]
+        return Batch(batch, chosen)
+
+    for job in jobs:
+        if batch and (job.bucket != batch[0].bucket or len(batch) == batch_size):
+            yield whole()
+            batch = []
+        batch.append(job)
+    if batch:
+        yield whole()
+    rest = list(left or ())
+    for start in range(0, len(rest), batch_size):
+        yield Batch([], rest[start : start + batch_size])
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error, for a list of skipped images."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,227 @@
+"""Where a build keeps what it has encoded: the interface, and the npz layout, whose files are the cache itself."""
+
+import logging
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from ...errors import (CacheError, SciflowError)
+
+from .blocks import Layout
+from .jobs import Job
+from ..layouts.npz import npz_members
+from .writing import (index_schema, write_index, write_payload)
+
+logger = logging.getLogger(__name__)
+
+STAGING = ".staging"  # in a cache: hidden, so that no reader looks into it
+_PART = re.compile(r"data_rank0_part(\d{5,})\.parquet")
+_SHAPES = {"latent_shape": "latents", "prompt_embeds_shape": "prompt_embeds"}
+_TEMPORARY = re.compile(r"\..*\.tmp")
+Tensors = Mapping[str, torch.Tensor]
+
+
+class Skips:
+    """Images that are not in the cache, with the reason; called with both.
+
+    Args:
+        strict: make the first of them an error.
+        first_rank: whether this is the rank that tells what all ranks find alike.
+    """
+
+    def __init__(self, strict: bool = False, *, first_rank: bool = True) -> None:
+        self.strict, self.first_rank = strict, first_rank
+        self.found: dict[str, str] = {}
+
+    def __call__(self, name: str, reason: str) -> None:
+        if self.strict:
+            raise SciflowError(f"{name}: {reason}. Mend or remove it, or leave out `--strict` to skip such images.")
+        if name not in self.found:
+            logger.warning("Skipped %s: %s.", name, reason)
+            self.found[name] = reason
+
+    def on_every_rank(self, name: str, reason: str) -> None:
+        """Of an image that every rank leaves out: named once."""
+        if self.strict or self.first_rank:
+            self(name, reason)
+
+    def first(self) -> str:
+        return next((f"{name} ({reason})" for name, reason in self.found.items()), "see the first rank's messages")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the cache that is to be made.
+
+    Attributes:
+        jobs: images to encode; others of the part are there already.
+        prompts: prompts to encode; None: those of the images, with each of them.
+    """
+
+    jobs: list[Job]
+    prompts: list[str] | None
+
+
+class Store(ABC):
+    """The payloads of a cache that is being built by several ranks.
+
+    In this order, with a barrier after each of the first three: all `look`; rank 0 calls `clean`; all `plan`; rank 0
+    calls `clear`. Then ranks `save` what they encoded, and, after a barrier, one of them each `finish`es a part. When
+    all are done, rank 0 calls `close`.
+
+    Args:
+        output: the cache.
+        jobs: all rows, in their order.
+        facts: metadata of the index.
+        layout: of the payloads.
+        skip: told of a sample that cannot be stored.
+    """
+
+    with_text: ClassVar[bool]  # whether a sample is saved together with its text
+
+    def __init__(
+        self, output: Path, jobs: Sequence[Job], facts: Mapping[str, Any], layout: Layout, skip: Skips
+    ) -> None:
+        self.output, self.jobs, self.facts, self.layout, self.skip = output, jobs, facts, layout, skip
+
+    @abstractmethod
+    def look(self) -> None:
+        """Reads what is there; changes nothing.
+
+        Raises:
+            SciflowError: if it is a cache of other images.
+        """
+
+    def clean(self) -> None:
+        """Removes what a kill left."""
+        for parent, _, files in os.walk(self.output):
+            for name in filter(_TEMPORARY.fullmatch, files):
+                Path(parent, name).unlink(missing_ok=True)
+
+    def measure(self, jobs: Iterable[Job]) -> int | None:
+        """Bytes of the first of these samples that is saved; None if there is none, or they do not matter."""
+        return None
+
+    @abstractmethod
+    def plan(self, samples_per_part: int) -> list[Part]:
+        """What is left to do; changes nothing, and is the same on all ranks."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Takes away from readers what is not part of the cache any more."""
+
+    @abstractmethod
+    def save(self, job: Job, sample: Tensors) -> int:
+        """Keeps a sample, whole or not at all; returns its bytes."""
+
+    def save_prompt(self, prompt: str, text: Tensors | None) -> int:
+        """Keeps the embedding of a prompt (None: that it has none); returns its bytes."""
+        return 0
+
+    def gather(self, start: int, stop: int) -> None:
+        """Between barriers: the samples of parts `start` to `stop` are all saved, those before `start` finished."""
+        return
+
+    @abstractmethod
+    def finish(self, number: int) -> None:
+        """Completes part `number` of the plan."""
+
+    def salvage(self, number: int) -> None:
+        """After an error: makes readable what is there of a part."""
+        return
+
+    @abstractmethod
+    def close(self) -> tuple[int, int]:
+        """Completes the index, removes what nothing refers to; returns the samples, and the bytes of their payloads."""
+
+    def check_input(self, known: Mapping[str, str | None], wanted: Iterable[str]) -> None:
+        """Refuses a cache of other images; `known` are the names of the rows' payloads with those of the images."""
+        wanted, names = set(wanted), {job.record.name for job in self.jobs}
+        if known and not any(key in wanted or name in names for key, name in known.items()):
+            raise SciflowError(
+                f"`output_dir` is {str(self.output)!r}, which holds a cache of other images ({len(known)} "
+                "samples). Name another folder: `--dataset_dir` takes several caches."
+            )
+        if gone := len(known.keys() - wanted):
+            logger.warning("%d samples leave the index: their images or captions are no longer in the input.", gone)
+
+
+class NpzStore(Store):
+    """One npz a sample, and an index that names them."""
+
+    with_text = True
+
+    def look(self) -> None:
+        import pyarrow.parquet as pq
+
+        self.tables = {}
+        for file in sorted(self.output.glob("data_rank0_part*.parquet")):
+            if match := _PART.fullmatch(file.name):
+                self.tables[int(match[1])] = pq.read_table(file)
+        self.known = {row["cache_path"]: row for table in self.tables.values() for row in table.to_pylist()}
+        self.files = {job.id: _payload_name(job) for job in self.jobs}
+        images = {path: row.get("image_path") for path, row in self.known.items()}
+        self.check_input(images, self.files.values())
+
+    def plan(self, samples_per_part: int) -> list[Part]:
+        size = samples_per_part
+        self.parts = [self.jobs[i : i + size] for i in range(0, len(self.jobs), size)]
+        self.schema = index_schema([job.record.columns for job in self.jobs], self.facts)
+        self.shapes = {job.id: self._shapes(job) for job in self.jobs}
+        return [Part([job for job in part if self.shapes[job.id] is None], None) for part in self.parts]
+
+    def _shapes(self, job: Job) -> dict[str, list[int]] | None:
+        """Columns with the shapes of a finished sample; None if it has to be encoded."""
+        file = self.output / self.files[job.id]
+        if not file.is_file():
+            return None
+        if row := self.known.get(self.files[job.id]):
+            return {name: row[name] for name in _SHAPES}
+        try:
+            members = npz_members(str(file), job.name)
+            return {name: list(members[tensor].shape) for name, tensor in _SHAPES.items()}
+        except (CacheError, KeyError) as error:
+            logger.warning("Encoded again: %s", error)
+            return None
+
+    def clear(self) -> None:
+        for number, table in self.tables.items():
+            planned = {self.files[job.id] for job in self.parts[number]} if number < len(self.parts) else set()
+            if not planned.issuperset(table["cache_path"].to_pylist()) or not table.schema.equals(self.schema):
+                (self.output / _part_name(number)).unlink()
+
+    def save(self, job: Job, sample: Tensors) -> int:
+        file = self.output / self.files[job.id]
+        write_payload(file, sample, self.layout.dtype)
+        self.shapes[job.id] = {name: list(sample[tensor].shape) for name, tensor in _SHAPES.items()}
+        return file.stat().st_size
+
+    def finish(self, number: int) -> None:
+        rows = []
+        for job in self.parts[number]:
+            shapes = self.shapes[job.id] or self._shapes(job)  # another rank may have encoded it
+            if shapes is not None:
+                rows.append(job.row() | shapes | {"cache_path": self.files[job.id]})
+        write_index(self.output / _part_name(number), rows, self.schema)
+
+    salvage = finish
+
+    def close(self) -> tuple[int, int]:
+        found = [self.output / file for file in self.files.values()]
+        sizes = [file.stat().st_size for file in found if file.is_file()]
+        return len(sizes), sum(sizes)
+
+
+def _payload_name(job: Job) -> str:
+    paper = re.sub(r"[^\w.-]+", "_", str(job.record.columns.get("paper_id") or "")).strip("._")[:80]
+    return f"{paper or job.id[:2]}/{job.id}_latents.npz"
+
+
+def _part_name(number: int) -> str:
+    return f"data_rank0_part{number:05d}.parquet"

@@ -1,0 +1,113 @@
+"""Which part of an image goes into its bucket: the whole one, crops at fixed places, and their mirror images."""
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ...diffusion.randomness import hash64
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_VARIANT = re.compile(r"|flip|crop([1-9]\d*)(-flip)?")
+_Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class View:
+    """A window of an image.
+
+    Attributes:
+        variant: "", "crop1", "flip", "crop1-flip", ...
+        original: (height, width) of the image.
+        size: (height, width) of the bucket that the window is brought to.
+        box: the window as (left, top, right, bottom) in pixels of the image.
+        crop: (top, left) of the window in pixels of the image once it is resized (and mirrored), as in SDXL.
+    """
+
+    variant: str
+    original: _Size
+    size: _Size
+    box: tuple[float, float, float, float]
+    crop: _Size
+
+    @property
+    def flipped(self) -> bool:
+        return self.variant.endswith("flip")
+
+
+def variants(crops: int, flip: bool) -> list[str]:
+    """Names of the views of each image: the whole one first, then `crops` windows, then all of them mirrored."""
+    plain = ["", *(f"crop{number}" for number in range(1, crops + 1))]
+    return plain + [f"{name}-flip".removeprefix("-") for name in plain if flip]
+
+
+def view_of(variant: str, image_id: str, original: _Size, size: _Size) -> View:
+    """The view called `variant` of the image `image_id`: always the same.
+
+    The whole image covers the bucket and loses what stands out on two sides. A crop is a window in the image's
+    own pixels (enlarged only if it is too small) at a place that follows from `image_id` and its number.
+    """
+    found = _VARIANT.fullmatch(variant)
+    if found is None:
+        raise ValueError(f"no variant of an image is called {variant!r}")
+    (height, width), (full_h, full_w) = size, original
+    scale = max(height / full_h, width / full_w)
+    if number := found[1]:
+        scale = max(1.0, scale)
+        # Rounded as a resized image is.
+        resized = max(height, round(full_h * scale)), max(width, round(full_w * scale))
+        top = hash64(image_id, int(number), "crop top") % (resized[0] - height + 1)
+        left = hash64(image_id, int(number), "crop left") % (resized[1] - width + 1)
+        y, x = full_h / resized[0], full_w / resized[1]
+        box = (left * x, top * y, min((left + width) * x, full_w), min((top + height) * y, full_h))
+    else:
+        crop_h, crop_w = min(height / scale, full_h), min(width / scale, full_w)
+        resized = round(full_h * scale), round(full_w * scale)
+        box_top, box_left = (full_h - crop_h) / 2, (full_w - crop_w) / 2
+        box = (box_left, box_top, box_left + crop_w, box_top + crop_h)
+        top, left = round(box_top * scale), round(box_left * scale)
+    if variant.endswith("flip"):
+        left = resized[1] - width - left
+    return View(variant, original, size, box, (top, max(left, 0)))
+
+
+def fit_pixels(image: "Image.Image", view: View) -> np.ndarray:
+    """The view of an RGB image: (3, H, W), float32 in [-1, 1]."""
+    from PIL import Image
+
+    fitted = image.resize(view.size[::-1], Image.Resampling.LANCZOS, box=view.box)
+    pixels = np.asarray(fitted, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
+    return np.ascontiguousarray(pixels[:, :, ::-1]) if view.flipped else pixels
+
+
+def fit_mask(mask: "Image.Image | None", view: View) -> "Image.Image":
+    """The view of a loss mask: grey, as large as the bucket.
+
+    Args:
+        mask: of the shape of the image, at any resolution; None: everything counts (255).
+
+    Raises:
+        ValueError: the mask has another shape.
+    """
+    from PIL import Image, ImageOps
+
+    if mask is None:
+        return Image.new("L", view.size[::-1], 255)
+    (height, width), scale = view.original, mask.height / view.original[0]
+    if abs(mask.width - width * scale) > max(1.0, scale):
+        raise ValueError(f"it is {mask.height} x {mask.width}, its image {height} x {width}")
+    y, x = mask.height / height, mask.width / width
+    left, top, right, bottom = view.box
+    box = (left * x, top * y, min(right * x, mask.width), min(bottom * y, mask.height))
+    fitted = mask.convert("L").resize(view.size[::-1], Image.Resampling.BOX, box=box)
+    return ImageOps.mirror(fitted) if view.flipped else fitted
+
+
+def average_mask(fitted: "Image.Image", size: _Size) -> np.ndarray:
+    """The mean of a fitted mask over the pixels of each latent: `size` (h, w), uint8."""
+    from PIL import Image
+
+    return np.array(fitted.resize(size[::-1], Image.Resampling.BOX))

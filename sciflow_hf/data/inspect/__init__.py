@@ -1,0 +1,1 @@
+"""Looking at caches: verify, check again, repair, describe, draw. May import all of `data`."""

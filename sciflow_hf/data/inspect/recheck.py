@@ -1,0 +1,120 @@
+"""Encode some samples of a cache afresh and compare: does it hold what the encoders make of these images?"""
+
+import heapq
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ...diffusion.randomness import hash64
+from ...errors import SciflowError
+from ..build.sources import find_records, oriented_size, to_rgb
+from ..build.views import fit_pixels, view_of
+
+if TYPE_CHECKING:
+    from ..cache import LatentCache
+
+TOLERANCE, FP8_TOLERANCE = 2e-2, 5e-2  # relative L2; storing alone costs about 2e-3 (bf16) and 2.7e-2 (fp8)
+
+
+@dataclass
+class Difference:
+    """How far a stored tensor is from the one encoded afresh, over all samples that were compared.
+
+    Attributes:
+        name: of the tensor.
+        stored: dtype on disk.
+        samples: how many were compared.
+        absolute: largest difference of a value.
+        relative: largest relative L2 difference of a sample.
+        worst: the sample that has it.
+    """
+
+    name: str
+    stored: str
+    samples: int = 0
+    absolute: float = 0.0
+    relative: float = 0.0
+    worst: str = ""
+
+    @property
+    def tolerance(self) -> float:
+        """What rounding to the stored dtype, and encoding on another device, may cost."""
+        return FP8_TOLERANCE if self.stored == "F8_E4M3" else TOLERANCE
+
+    @property
+    def ok(self) -> bool:
+        """Whether the tensor is what the encoders make (false for NaN, too)."""
+        return self.relative <= self.tolerance
+
+
+def compare_afresh(
+    cache: "LatentCache",
+    count: int,
+    *,
+    input_dir: str | os.PathLike[str],
+    encode_images: Callable[[torch.Tensor], dict[str, torch.Tensor]],
+    encode_prompts: Callable[[list[str]], dict[str, torch.Tensor]],
+    caption_column: str = "caption",
+) -> list[Difference]:
+    """Encodes `count` samples, spread over the cache by a hash of their names, from their images and captions.
+
+    Args:
+        cache: loaded in float32, so that what is compared is what is stored.
+        input_dir: what the cache was built from.
+        encode_images: as in `build_cache`.
+        encode_prompts: as in `build_cache`.
+        caption_column: as in `build_cache`.
+
+    Returns:
+        One difference for each tensor that is both stored and encoded.
+
+    Raises:
+        SciflowError: `count` is less than 1, or `input_dir` has none of the cache's images.
+        CacheError: a sample cannot be read.
+    """
+    if count < 1:
+        raise SciflowError(f"`sample` is {count}, but must be at least 1.")
+    records = {record.name: record for record in find_records(input_dir, caption_column=caption_column)[0]}
+    images, kinds = cache._column("image_path") or [], cache._column("variant")
+    there = {i: records[image] for i, image in enumerate(images) if image in records}
+    if not there:
+        raise SciflowError(
+            f"`input_dir` is {os.fspath(input_dir)!r}, which has none of the images of this cache (column "
+            f"`image_path`, such as {images[:1]}). Give the folder that the cache was built from."
+        )
+    ids = cache.row_ids
+    chosen = sorted(heapq.nsmallest(count, there, key=lambda i: hash64(ids[i], "verify")))
+    found: dict[str, Difference] = {}
+    for i in chosen:
+        record = there[i]
+        with record.open() as image:
+            variant = (kinds[i] if kinds else None) or ""
+            view = view_of(variant, record.name, oriented_size(image), cache.buckets[i])
+            pixels = fit_pixels(to_rgb(image), view)
+        fresh = encode_images(torch.from_numpy(np.ascontiguousarray(pixels))[None])
+        members = cache.members(i)
+        if "prompt_embeds" in members:
+            fresh |= encode_prompts([cache.caption(i)])
+        fresh = {"txt_ids" if name == "text_ids" else name: value[0] for name, value in fresh.items()}
+        stored = cache[i]
+        for name in sorted(fresh.keys() & stored.keys()):
+            _compare(found.setdefault(name, Difference(name, members[name].dtype)), ids[i], stored[name], fresh[name])
+    return list(found.values())
+
+
+def _compare(difference: Difference, row_id: str, stored: torch.Tensor, fresh: torch.Tensor) -> None:
+    difference.samples += 1
+    if stored.shape != fresh.shape:
+        difference.absolute = difference.relative = float("inf")
+        difference.worst = f"{row_id}: {tuple(stored.shape)} is stored, {tuple(fresh.shape)} encoded"
+        return
+    expected = fresh.detach().cpu().double()
+    error = stored.double() - expected
+    relative = float(error.norm() / expected.norm().clamp(min=1e-12))
+    difference.absolute = max(difference.absolute, float(error.abs().max()))
+    if not relative <= difference.relative:  # NaN counts as the worst
+        difference.relative, difference.worst = relative, row_id

@@ -1,0 +1,381 @@
+"""Verify a cache: every array of every row is there, unchanged, of the right shape and dtype, and finite."""
+
+import functools
+import struct
+import threading
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ...errors import CacheError, SciflowError
+from .. import storage
+from ..index import PLACE_COLUMNS
+from ..layouts.members import BROKEN, DTYPES, Member, read_member
+from ..layouts.shards import Entry, read_header
+
+if TYPE_CHECKING:
+    from ..cache import LatentCache
+
+_LOCAL_HEADER = struct.Struct("<4s5H3L2H")
+_HAS_DESCRIPTOR = 8  # flag: the local header leaves CRC and sizes to a record behind the data
+_STORED = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+_ROWS_AT_ONCE = 1024
+_LOCKS = 64
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong.
+
+    Attributes:
+        row: row of the cache; None for the cache as a whole.
+        what: the row in words.
+        file: payload that has to be made anew; "" where the index is wrong.
+        text: what is wrong.
+    """
+
+    row: int | None
+    what: str
+    file: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.text}" + (f" [{self.file}]" if self.file and self.file not in self.text else "")
+
+
+@dataclass
+class VerifyReport:
+    """What `verify_cache` saw.
+
+    Attributes:
+        rows: samples that were looked at.
+        arrays: stored arrays; one that several rows share counts once.
+        bytes: that these arrays have on disk.
+        problems: in the order of the rows.
+        warnings: what is odd but does no harm.
+    """
+
+    rows: int
+    arrays: int = 0
+    bytes: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    @property
+    def bad_rows(self) -> list[int]:
+        """Rows with a problem, ascending."""
+        return sorted({problem.row for problem in self.problems if problem.row is not None})
+
+    @property
+    def bad_files(self) -> list[str]:
+        """Payload files to make anew."""
+        return sorted({problem.file for problem in self.problems if problem.file})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        facts = asdict(self) | {"clean": self.clean, "bad_rows": self.bad_rows, "bad_files": self.bad_files}
+        return facts | {"problems": [asdict(problem) for problem in self.problems]}
+
+
+def verify_cache(cache: "LatentCache", *, threads: int = 2, progress: bool = True) -> VerifyReport:
+    """Read and check all that a cache stores; a bad row never stops the scan.
+
+    Of npz files every byte of every array is held against the zip's checksums, and local headers against the
+    central directory; of shards and inline files against the checksums in the index. An array that several rows
+    share is read once. Memory: a few arrays per thread, and about 100 bytes an array.
+
+    Args:
+        cache: the cache or a view of it.
+        threads: rows checked at the same time.
+        progress: show a bar.
+
+    Raises:
+        SciflowError: `threads` is less than 1.
+        CacheError: the index itself cannot be read.
+    """
+    if threads < 1:
+        raise SciflowError(f"`threads` is {threads}, but must be at least 1.")
+    report = VerifyReport(rows=len(cache), problems=_empty_prompt_problems(cache), warnings=_unused_shards(cache))
+    scan = _Scan(cache)
+    wrong = _bucket_problems(cache)
+    for row, text in repeated_rows(cache):
+        wrong.setdefault(row, []).append(text)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="verify")
+    try:
+        with tqdm(total=len(cache), unit="sample", desc="Verifying", disable=not progress) as bar:
+            for start in range(0, len(cache), _ROWS_AT_ONCE):
+                rows = range(start, min(start + _ROWS_AT_ONCE, len(cache)))
+                for i, found in zip(rows, pool.map(scan.row, rows), strict=True):
+                    found = [("", text) for text in wrong.get(i, [])] + found
+                    what = cache.describe(i) if found else ""
+                    report.problems += [Problem(i, what, file, text) for file, text in found]
+                    bar.update()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    for (name, dtype), count in sorted(scan.odd_dtypes.items()):
+        text = f"`dtype` is {cache.metadata['dtype']!r}, but `{name}` is stored as {dtype} in {count} rows"
+        report.problems.append(Problem(None, "the metadata", "", text))
+    report.arrays, report.bytes = scan.arrays, scan.bytes
+    return report
+
+
+class _Scan:
+    """Checks rows, in any thread."""
+
+    def __init__(self, cache: "LatentCache") -> None:
+        self.cache, self.index = cache, cache._index
+        self.arrays = self.bytes = 0
+        self.odd_dtypes: Counter[tuple[str, str]] = Counter()
+        self.counting = threading.Lock()
+        self.seen: dict[int, str] = {}  # stored array -> its problem, or ""
+        self.reading = [threading.Lock() for _ in range(_LOCKS)]  # no array is read by two threads
+        self.shard_entries = functools.lru_cache(maxsize=16)(_shard_entries)
+        columns = {name: self.index.column(name) for name in _checksum_columns(cache)}
+        self.checksums = {n: c.fill_null(-1).to_numpy() for n, c in columns.items() if c is not None}
+
+    def row(self, i: int) -> list[tuple[str, str]]:
+        """(file, what is wrong) of row `i`."""
+        try:
+            return self._row(i)
+        except Exception as error:  # whatever a library raises for a broken file: the row is named, the scan goes on
+            text = str(error) if isinstance(error, CacheError) else f"{type(error).__name__}: {error}"
+            return [(self.cache.payload_path(i), text.partition(f" of {self._part(i)}: ")[2] or text)]
+
+    def _part(self, i: int) -> str:
+        return self.index.part_of(int(self.cache._rows[i]))
+
+    def _row(self, i: int) -> list[tuple[str, str]]:
+        row = int(self.cache._rows[i])
+        members = self.cache.members(i)
+        layout = self.index.payloads[self.index.part_number(row)].get("layout", "npz")
+        main = members["latents"].file
+        found = [(main, text) for text in _shape_problems(members)]
+        if layout == "npz":
+            found += [(main, text) for text in npz_problems(main, members)]
+        for member in members.values():
+            for stored in (member, member.scale):
+                if stored is not None and (text := self._array(row, stored, layout)):
+                    found.append((stored.file, text))
+        expected = _STORED.get(self.cache.metadata.get("dtype", ""))
+        floats = [m for m in members.values() if DTYPES[m.dtype].is_floating_point]
+        odd = [(m.name, m.dtype) for m in floats if expected and m.dtype not in (expected, "F8_E4M3")]
+        with self.counting:
+            self.odd_dtypes.update(odd)
+        return found
+
+    def _array(self, row: int, member: Member, layout: str) -> str:
+        """What is wrong with a stored array, or ""."""
+        checksums = self.checksums.get(f"{member.name}_crc32")
+        crc = -1 if checksums is None else int(checksums[row])
+        key = hash((member, crc))
+        with self.reading[key % _LOCKS]:
+            if key not in self.seen:
+                self.seen[key] = self._look(member, crc, layout)
+                with self.counting:
+                    self.arrays, self.bytes = self.arrays + 1, self.bytes + member.nbytes
+            return self.seen[key]
+
+    def _look(self, member: Member, crc: int, layout: str) -> str:
+        name = f"`{member.name}`"
+        try:
+            if layout != "npz":
+                if crc < 0:
+                    return f"{name} has no checksum in the index (column `{member.name}_crc32`)"
+                if zlib.crc32(storage.read(member.file, member.offset, member.nbytes)) != crc:
+                    return f"{name}: its bytes have changed (the checksum differs)"
+            if layout == "shards":
+                entry = self.shard_entries(member.file).get((member.offset, member.nbytes))
+                said = (member.dtype, member.shape, member.codec, crc)
+                if entry is None or (entry.dtype, tuple(entry.shape), entry.codec, entry.crc32) != said:
+                    return f"{name}: the index and the header of its file disagree"
+            return _value_problem(member)
+        except FileNotFoundError:
+            return f"{name}: its file is missing"
+        except (CacheError, *BROKEN) as error:
+            return f"{name} cannot be read ({error.__cause__ or error})"
+
+
+def _checksum_columns(cache: "LatentCache") -> list[str]:
+    return sorted({f"{name}_crc32" for payload in cache._index.payloads for name in payload.get("tensors", {})})
+
+
+def _shard_entries(file: str) -> dict[tuple[int, int], Entry]:
+    return {(entry.offset, entry.nbytes): entry for entry in read_header(file).values()}
+
+
+def _value_problem(member: Member) -> str:
+    """Decodes an array as a reader would, and looks at its values."""
+    dtype = DTYPES[member.dtype]
+    if dtype.is_floating_point and dtype not in (torch.float16, torch.bfloat16):
+        dtype = torch.float32
+    elif not dtype.is_floating_point and dtype not in (torch.bool, torch.uint8):
+        dtype = torch.int64
+    values = torch.empty(member.shape, dtype=dtype)
+    read_member(member, values, member.name)
+    # The extremes tell (NaN is both), much faster than a look at every value.
+    if dtype.is_floating_point and values.numel() and not torch.stack(torch.aminmax(values)).isfinite().all():
+        odd = values.numel() - int(torch.isfinite(values).sum())
+        return f"`{member.name}` holds NaN or Inf: {odd} of {values.numel()} values"
+    if member.name == "txt_ids" and dtype.is_floating_point and (values != values.round()).any():
+        return "`txt_ids` holds values that are not whole numbers"
+    if member.name == "latents_std" and (values < 0).any():
+        return "`latents_std` holds negative values"
+    return ""
+
+
+def _shape_problems(members: Mapping[str, Member]) -> Iterator[str]:
+    """What the shapes of one row say about each other."""
+    latents = members["latents"].shape
+    for name, shape in {"latents_std": latents, "loss_mask": latents[1:]}.items():
+        if name in members and members[name].shape != shape:
+            yield f"`{name}` has shape {members[name].shape}, but must have {shape} to fit the latents"
+    if "loss_mask" in members and members["loss_mask"].dtype != "U8":
+        yield f"`loss_mask` is {members['loss_mask'].dtype}, but must be U8"
+    for name in {"prompt_embeds_mask", "txt_ids"} & members.keys() if "prompt_embeds" in members else ():
+        if members[name].shape[:1] != members["prompt_embeds"].shape[:1]:
+            yield f"`{name}` has shape {members[name].shape}, `prompt_embeds` {members['prompt_embeds'].shape}"
+
+
+# -- files -----------------------------------------------------------------------------------------------------
+
+
+def npz_problems(file: str, members: Mapping[str, Member]) -> list[str]:
+    """What is wrong with a zip: checksums of its files, local headers against the directory, places of `members`."""
+    found: list[str] = []
+    ends = set()
+    try:
+        with storage.open_file(file) as handle, zipfile.ZipFile(handle) as archive:
+            for info in archive.infolist():
+                try:
+                    with archive.open(info) as entry:  # compares the names, and at its end the checksum
+                        while entry.read(1 << 20):
+                            pass
+                    ends.add(_check_local_header(handle, info))
+                except BROKEN as error:
+                    found.append(f"{info.filename}: {error}")
+    except BROKEN as error:
+        found.append(f"not a whole zip ({error})")
+    for member in members.values():
+        if not found and member.codec == "none" and member.offset + member.nbytes not in ends:
+            found.append(f"`{member.name}` does not lie where the zip has a file")
+    return found
+
+
+def _check_local_header(handle: Any, info: zipfile.ZipInfo) -> int:
+    """Where the data of a file in a zip end; ValueError where its local header disagrees with the directory."""
+    handle.seek(info.header_offset)
+    _, _, flags, method, _, _, crc, packed, plain, name, extra = _LOCAL_HEADER.unpack(handle.read(_LOCAL_HEADER.size))
+    handle.seek(name, 1)
+    more = handle.read(extra)
+    if packed == plain == 0xFFFFFFFF and more[:4] == b"\1\0\x10\0":  # zip64
+        plain, packed = struct.unpack_from("<2Q", more, 4)
+    if (flags, method) != (info.flag_bits, info.compress_type):
+        raise ValueError("its local header and the central directory disagree on how it is stored")
+    if not flags & _HAS_DESCRIPTOR and (crc, packed, plain) != (info.CRC, info.compress_size, info.file_size):
+        raise ValueError("its local header and the central directory disagree on its size or checksum")
+    return int(info.header_offset + _LOCAL_HEADER.size + name + extra + info.compress_size)
+
+
+def _unused_shards(cache: "LatentCache") -> list[str]:
+    """Shards beside those in use that no row refers to; nothing where `cache` is a view of some rows."""
+    import pyarrow.compute as pc
+
+    index = cache._index
+    if len(cache) != len(index.sizes):
+        return []
+    used: set[str] = set()
+    roots = set()
+    paths = {"cache_path", *(f"{name}_path" for payload in index.payloads for name in payload.get("tensors", {}))}
+    table = index.read_columns(sorted(paths))
+    for number, payload in enumerate(index.payloads):
+        if payload.get("layout") == "shards":
+            root, rows = index.part_roots[number], table.slice(*_extent(index.part_starts, number))
+            roots.add(root)
+            for column in rows.columns:
+                used |= {storage.join(root, path) for path in pc.unique(column).to_pylist() if path}
+    folders = [storage.join(root, "shards") for root in sorted(roots)]
+    there = [file for folder in folders for file in storage.find_files(folder, ".safetensors")]
+    return [f"No row refers to {file}." for file in there if file not in used]
+
+
+def _extent(starts: np.ndarray, number: int) -> tuple[int, int]:
+    """First row and number of rows of a part."""
+    return int(starts[number]), int(starts[number + 1] - starts[number])
+
+
+def _empty_prompt_problems(cache: "LatentCache") -> list[Problem]:
+    file = cache._index.empty_prompt_file
+    if file is None:
+        return []
+    texts = npz_problems(file, {})
+    try:
+        for name, values in (cache.empty_prompt or {}).items():
+            if not torch.isfinite(values).all():
+                texts.append(f"`{name}` holds NaN or Inf")
+    except (CacheError, *BROKEN) as error:
+        texts.append(str(error))
+    return [Problem(None, "the empty prompt", file, text) for text in texts]
+
+
+# -- the index -------------------------------------------------------------------------------------------------
+
+
+def _bucket_problems(cache: "LatentCache") -> dict[int, list[str]]:
+    """Rows whose bucket, channels or width of text are not those of the others."""
+    sizes, latents, texts = (
+        array[cache._rows] for array in (cache._index.sizes, cache._index.latent_shapes, cache._index.text_shapes)
+    )
+    found: dict[int, list[str]] = {}
+    if not len(sizes):
+        return found
+    factors = sizes / latents[:, 1:]
+    common = _most_frequent(factors)
+    for i in np.flatnonzero((factors != common).any(axis=1)).tolist():
+        found.setdefault(i, []).append(
+            f"bucket {sizes[i, 0]} x {sizes[i, 1]} does not fit `latent_shape` {tuple(latents[i].tolist())}: a latent "
+            f"of the other rows is {common[0]:g} x {common[1]:g} pixels"
+        )
+    with_text = np.flatnonzero(texts[:, 0])
+    columns = (
+        ("the latents have {} channels, those of the other rows {}", latents[:, :1], np.arange(len(latents))),
+        ("the text embeddings are {} wide, those of the other rows {}", texts[with_text, 1:], with_text),
+    )
+    for text, values, rows in columns:
+        if len(rows):
+            usual = _most_frequent(values)
+            for k in np.flatnonzero(values != usual).tolist():
+                found.setdefault(int(rows[k]), []).append(text.format(values[k, 0], usual[0]))
+    return found
+
+
+def _most_frequent(rows: np.ndarray) -> np.ndarray:
+    values, counts = np.unique(rows, axis=0, return_counts=True)
+    return values[counts.argmax()]
+
+
+def repeated_rows(cache: "LatentCache") -> Iterator[tuple[int, str]]:
+    """Rows that are an earlier one once more: the same image and variant with the same payload."""
+    import pyarrow as pa
+
+    index, names = cache._index, ["image_path", "variant"]
+    for columns, needed in ((PLACE_COLUMNS, "cache_path"), (_checksum_columns(cache), "latents_crc32")):
+        found = {name: index.column(name) for name in dict.fromkeys((*names, *columns))}
+        table = pa.table({name: column for name, column in found.items() if column is not None})
+        if needed not in table.column_names:
+            continue
+        frame = table.take(pa.array(cache._rows)).to_pandas()
+        again = frame.duplicated() & frame[needed].notna()
+        yield from ((i, "the same image and payload as an earlier row") for i in np.flatnonzero(again).tolist())

@@ -1,0 +1,1 @@
+"""How tensors lie in files: npz, shards, inline; one file a layout. May import `data.storage` and `errors`."""

@@ -1,0 +1,304 @@
+"""The index of a stream: its files, rows of them as they are asked for, and caches of a few rows."""
+
+import contextlib
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ...errors import CacheError
+from .. import storage
+from ..cache import LatentCache
+from ..columns import Columns, first_line
+from ..index import (
+    CAPTION_COLUMNS,
+    EMPTY_PROMPT_FILE,
+    CacheIndex,
+    check_inside,
+    check_no_file_twice,
+    find_root,
+    index_files,
+    layouts,
+    wanted_columns,
+)
+from ..layouts.npz import NpzPart
+from ..parquet import BUILD, check_schemas, common_metadata, part_metadata
+from .order import Row
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+FILES_AT_ONCE = 8
+_PIECE = 1024  # rows
+_INLINE_FILES = 256  # whose offsets are kept
+_BECOME_ARRAYS = ("latent_shape", "prompt_embeds_shape", "bucket_h", "bucket_w")
+_PathLike = str | os.PathLike[str]
+_OnlineText = Callable[[list[str]], dict[str, torch.Tensor]] | None
+
+
+@dataclass(frozen=True)
+class IndexFile:
+    """An index file and what its footer says."""
+
+    name: str
+    folder: str  # the entry of `dataset_dir`
+    source: int  # its number
+    start: int  # number of its first row in the whole index
+    rows: int
+    schema: "pa.Schema"
+    payload: dict[str, Any]
+    columns: list[str]  # light ones that are read
+    digest: str
+
+
+class StreamIndex:
+    """The index files of one or more caches, of which only the footers are read at once; see `open_stream`.
+
+    Attributes:
+        files: in the order of the rows.
+        metadata: as of `LatentCache`.
+        dtype, online_text: of the caches that `view` makes.
+    """
+
+    online_text: _OnlineText = None
+
+    def __init__(
+        self, dataset_dir: _PathLike | Sequence[_PathLike], payload_dir: _PathLike | None, dtype: torch.dtype
+    ) -> None:
+        folders = [os.fspath(f) for f in ([dataset_dir] if isinstance(dataset_dir, str | os.PathLike) else dataset_dir)]
+        if not folders:
+            raise CacheError("`dataset_dir` is an empty list: name at least one cache.")
+        found = [(source, file) for source, folder in enumerate(folders) for file in index_files(folder)]
+        names = [file for _, file in found]
+        check_no_file_twice(names)
+        with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+            footers = list(pool.map(_footer, names))
+        schemas = [schema for schema, _, _ in footers]
+        check_schemas(names, [source for source, _ in found], schemas)
+        described = [part_metadata(name, schema) for name, schema in zip(names, schemas, strict=True)]
+        self.metadata = common_metadata(names, described)
+        self.files: list[IndexFile] = []
+        self.num_rows = 0
+        for (source, name), (schema, rows, digest), facts in zip(found, footers, described, strict=True):
+            payload = facts.get("payload", {})
+            columns, start = wanted_columns(name, schema, facts), self.num_rows
+            self.files.append(IndexFile(name, folders[source], source, start, rows, schema, payload, columns, digest))
+            self.num_rows += rows
+        if not self.num_rows:
+            raise CacheError(f"The index {names[0]} holds no samples. {BUILD}.")
+        self.num_sources, self.payload_dir, self.dtype = len(folders), payload_dir, dtype
+        self._roots: dict[int, str] = {}
+        self._inline: dict[int, Any] = {}  # what is known of the data files of inline caches
+
+    def number(self, row: Row) -> int:
+        """Number of a row in the whole index."""
+        return self.files[row.part].start + row.row
+
+    def row(self, number: int) -> Row:
+        """The row of that number; reads the piece that holds it."""
+        part = int(np.searchsorted([file.start for file in self.files], number, side="right")) - 1
+        start = number - self.files[part].start
+        return next(row for piece in self.read_rows(part, start) for row in piece if row.row == start)
+
+    def group(self, row: Row) -> str:
+        """As `LatentCache.groups`."""
+        values = row.values
+        name = values.get("paper_id") or values.get("image_path") or values.get("cache_path")
+        return str(name or f"row {self.number(row)}")
+
+    def read_rows(self, part: int, start: int) -> Iterator[list[Row]]:
+        """Rows of index file number `part` in pieces, from the one that holds row `start` on.
+
+        Raises:
+            CacheError: if the file cannot be read, or a row is not what it must be.
+        """
+        import pyarrow as pa
+
+        file = self.files[part]
+        with _parquet(file.name) as parquet:
+            names = [*file.columns, *self._caption_column(file)]
+            first = 0
+            for group in range(parquet.metadata.num_row_groups):
+                length = parquet.metadata.row_group(group).num_rows
+                if first + length <= start:
+                    first += length
+                    continue
+                for batch in parquet.iter_batches(_PIECE, row_groups=[group], columns=names):
+                    if first + batch.num_rows > start:
+                        yield self._rows_of(part, pa.Table.from_batches([batch]), first)
+                    first += batch.num_rows
+
+    def _caption_column(self, file: IndexFile) -> list[str]:
+        if self.online_text is None:
+            return []
+        found = [name for name in CAPTION_COLUMNS if name in file.schema.names][:1]
+        if not found:
+            raise CacheError(
+                f"the index {file.name} has no captions (column `caption` or `text`), which online encoding needs."
+            )
+        return found
+
+    def _rows_of(self, part: int, table: "pa.Table", first: int) -> list[Row]:
+        file = self.files[part]
+        columns = Columns(table, file.name, file.start + first)
+        self._check_paths(part, table, first)
+        latents = columns.shapes("latent_shape", "(C, h, w)").tolist()
+        with_text = "prompt_embeds_shape" in file.columns
+        texts = columns.shapes("prompt_embeds_shape", "(L, D)").tolist() if with_text else [(0, 0)] * len(latents)
+        sizes = zip(columns.sizes("bucket_h").tolist(), columns.sizes("bucket_w").tolist(), strict=True)
+        others = table.drop_columns([name for name in _BECOME_ARRAYS if name in table.column_names]).to_pylist()
+        return [
+            Row(part, first + i, size, tuple(latent), tuple(text), values)
+            for i, (size, latent, text, values) in enumerate(zip(sizes, latents, texts, others, strict=True))
+        ]
+
+    def _check_paths(self, part: int, table: "pa.Table", first: int) -> None:
+        import pyarrow as pa
+
+        file = self.files[part]
+        if "cache_path" in table.column_names:
+            Columns(table, file.name, file.start + first).column("cache_path")
+        if part not in self._roots:
+            root = file.name.rpartition("/")[0] or "."
+            if not _holds_payload(file):
+                root = find_root(table, file.folder, self.payload_dir, file.name, file.start + first)
+            self._roots[part] = root
+        for name in table.column_names:
+            if name.endswith("_path") and name != "image_path":
+                paths = table.column(name).drop_null().cast(pa.large_string())
+                check_inside(paths, [self._roots[part]], file.name, file.start + first, name)
+
+    def view(self, rows: Sequence[Row]) -> "RowsView":
+        """A cache of some rows, in the given order; row numbers in its messages are those of the whole index."""
+        import pyarrow as pa
+
+        order = sorted(range(len(rows)), key=lambda i: rows[i].part)
+        parts = sorted({row.part for row in rows})
+        of_part = [[rows[i] for i in order if rows[i].part == part] for part in parts]
+        tables = [self._table(part, own) for part, own in zip(parts, of_part, strict=True)]
+        latents = [np.array([row.latent_shape for row in own], dtype=np.int32) for own in of_part]
+        texts = [np.array([row.text_shape for row in own], dtype=np.int32) for own in of_part]
+        made = [self._part(*each) for each in zip(parts, of_part, tables, latents, texts, strict=True)]
+        starts = np.cumsum([0, *(self.files[part].rows for part in parts)])
+        index = _SomeRows(
+            table=pa.concat_tables(tables, promote_options="permissive"),
+            part_names=[self.files[part].name for part in parts],
+            part_roots=[self._root(part) for part in parts],
+            part_starts=np.cumsum([0, *map(len, of_part)]),
+            part_sources=np.array([self.files[part].source for part in parts], dtype=np.int32),
+            parts=made,
+            payloads=[self.files[part].payload for part in parts],
+            latent_shapes=np.concatenate(latents),
+            text_shapes=np.concatenate(texts),
+            sizes=np.array([rows[i].size for i in order], dtype=np.int32),
+            metadata=self.metadata,
+            empty_prompt_file=self._empty_prompt_file,
+            numbers=[self.number(rows[i]) for i in order],
+            taken=np.array([start + row.row for start, own in zip(starts, of_part, strict=False) for row in own]),
+        )
+        view = RowsView(index, dtype=self.dtype, rows=np.argsort(order, kind="stable"))
+        view.online_text = self.online_text
+        return view
+
+    def _table(self, part: int, rows: Sequence[Row]) -> "pa.Table":
+        import pyarrow as pa
+
+        file = self.files[part]
+        names = [n for n in (*file.columns, *self._caption_column(file)) if n not in _BECOME_ARRAYS]
+        return pa.Table.from_pylist([row.values for row in rows], pa.schema([file.schema.field(n) for n in names]))
+
+    def _part(self, part: int, rows: Sequence[Row], table: "pa.Table", latents: np.ndarray, texts: np.ndarray) -> Any:
+        import pyarrow as pa
+
+        file, root = self.files[part], self._root(part)
+        layout = file.payload.get("layout", "npz")
+        if layout == "npz":
+            return NpzPart(root, table.column("cache_path"))
+        if _holds_payload(file):
+            own = [file.name.rpartition("/")[2]] * len(rows)
+            table = table.append_column("cache_path", pa.array(own, pa.string()))
+            table = table.append_column("inline_row", pa.array([row.row for row in rows], pa.int64()))
+        made = layouts()[layout](file.name, root, table, file.payload, latents, texts)
+        if layout == "inline":  # where values begin is looked up once per data file, not once per view
+            known = self._inline.setdefault(part, made)
+            made._offsets, made._checked = known._offsets, known._checked
+            if len(self._inline) > _INLINE_FILES:
+                self._inline.pop(next(iter(self._inline)))
+        return made
+
+    def _root(self, part: int) -> str:
+        """Where the paths of an index file are rooted."""
+        if part not in self._roots:  # its rows are those of a saved stream
+            next(self.read_rows(part, 0), None)
+        return self._roots[part]
+
+    @cached_property
+    def _empty_prompt_file(self) -> str | None:
+        roots = dict.fromkeys((*self._roots.values(), *(file.folder for file in self.files)))
+        return next((file for root in roots if storage.exists(file := storage.join(root, EMPTY_PROMPT_FILE))), None)
+
+
+@dataclass(frozen=True)
+class _SomeRows(CacheIndex):
+    """`numbers`: of its rows in the whole index. `taken`: where they are in the joined files."""
+
+    numbers: list[int] = field(default_factory=list)
+    taken: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+
+    def read_columns(self, names: Sequence[str] | None = None) -> "pa.Table":
+        import pyarrow as pa
+
+        return super().read_columns(names).take(pa.array(self.taken))
+
+    @cached_property
+    def row_ids(self) -> list[str]:
+        ids = enumerate(zip(super().row_ids, self.numbers, strict=True))
+        return [f"row {number}" if name == f"row {i}" else name for i, (name, number) in ids]
+
+
+class RowsView(LatentCache):
+    """Some rows of a stream."""
+
+    _index: _SomeRows
+
+    @property
+    def row_numbers(self) -> list[int]:
+        """Of each row, in the whole index."""
+        return [self._index.numbers[row] for row in self._rows.tolist()]
+
+    def describe(self, i: int) -> str:
+        return re.sub(r"^row \d+", f"row {self.row_numbers[i]}", super().describe(i))
+
+
+def _holds_payload(file: IndexFile) -> bool:
+    return file.payload.get("layout") == "inline" and "inline_row" not in file.columns
+
+
+@contextlib.contextmanager
+def _parquet(file: str) -> Iterator["pq.ParquetFile"]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with storage.open_file(file) as handle, pq.ParquetFile(handle) as parquet:
+            yield parquet
+    except (pa.ArrowException, OSError) as error:
+        raise CacheError(f"The index {file} cannot be read as parquet ({first_line(error)}). {BUILD}.") from error
+
+
+def _footer(file: str) -> tuple["pa.Schema", int, str]:
+    """Schema, number of rows, and a digest of how rows lie in the file."""
+    with _parquet(file) as parquet:
+        facts = parquet.metadata
+        groups = [
+            (facts.row_group(i).num_rows, facts.row_group(i).total_byte_size) for i in range(facts.num_row_groups)
+        ]
+        return parquet.schema_arrow, facts.num_rows, hashlib.sha256(repr(groups).encode()).hexdigest()

@@ -1,0 +1,297 @@
+"""From a stream to batches: the same groups of one bucket on every rank, which reads its own part of the payload."""
+
+import itertools
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+
+from ...diffusion.randomness import noise_keys, step_keys
+from ...errors import CacheError, SciflowError
+from ..batches.samples import KeyedDataset, collate
+from ..batches.threads import Carve, Layout, ThreadedReader
+from .order import EpochRows, Row, row_from_json
+from .stream import StreamingCache
+
+_Place = tuple[Any, ...]
+"""A row, its position in the epoch's order, its key, and perhaps that of its optimizer step."""
+_SNAPSHOT = 1000  # rows between two
+
+
+class StreamLoader:
+    """Endless batches of a stream, in the form of `BucketLoader`: one bucket each, groups and keys from positions.
+
+    All ranks read all light rows and form the same groups of batch_size x num_replicas x accumulation_steps rows of
+    one bucket; of their payloads each reads its own only. What is left at the end of an epoch comes in batches of one
+    bucket each, filled up with rows of the same bucket, in whole steps (`BucketBatchSampler` makes the same batches,
+    but lets the last step of an epoch be shorter). Then the next epoch begins.
+
+    Args:
+        stream: see `load_cache`.
+        batch_size, num_replicas, rank, accumulation_steps, seed, drop_last: as of `BucketBatchSampler`.
+        step_keys: as of `BucketLoader`.
+        caption_dropout, pads_text, posterior: as of `KeyedDataset`.
+        collate_fn: of samples, in place of reading into reused buffers.
+        threads: that read ahead; 0 reads in the thread of the caller.
+        buffers: batches that are held at once (accumulation), and two to read into.
+        pin_memory: batches in page-locked memory.
+    """
+
+    def __init__(
+        self,
+        stream: StreamingCache,
+        *,
+        batch_size: int,
+        num_replicas: int = 1,
+        rank: int = 0,
+        accumulation_steps: int = 1,
+        seed: int = 0,
+        drop_last: bool = False,
+        step_keys: bool = False,
+        caption_dropout: float = 0.0,
+        pads_text: bool = False,
+        posterior: bool = False,
+        collate_fn: Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]] = collate,
+        threads: int = 2,
+        buffers: int = 3,
+        pin_memory: bool = False,
+    ) -> None:
+        self.dataset, self.seed, self.drop_last, self.pads_text = stream, seed, drop_last, pads_text
+        self.batch_size, self.num_replicas, self.rank = batch_size, num_replicas, rank
+        self.accumulation_steps, self.step_keys = accumulation_steps, step_keys
+        self.total_batch = batch_size * num_replicas * accumulation_steps
+        self.threads, self.buffers, self.pin_memory = threads, buffers, pin_memory
+        options = {"caption_dropout": caption_dropout, "pads_text": pads_text, "posterior": posterior}
+        self._samples = _Samples(stream, collate_fn, options)
+        self._epoch, self._start, self._taken = 0, 0, 0
+        self._state: Mapping[str, Any] | None = None
+        self.shapes: dict[Any, Row] = {}  # a row of each batch key: all others have its shapes
+        self._snapshots: deque[tuple[int, dict[str, Any]]] = deque()  # (steps before it, what comes after)
+        self._readers: weakref.WeakSet[ThreadedReader] = weakref.WeakSet()
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch that an iteration from the beginning begins with."""
+        self._epoch = epoch
+
+    def skip(self, num_batches: int) -> "StreamLoader":
+        """The next iteration starts at that micro-batch: from a loaded state, or by reading light rows again."""
+        self._start = num_batches
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the newest iteration is, behind the batch that was taken last; plain values that JSON takes."""
+        steps, snapshot = self._newest_snapshot() or (0, None)
+        samples = self._taken * self.batch_size * self.num_replicas
+        return {"total_batch": self.total_batch, "samples": samples, "steps": steps, "snapshot": snapshot}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The next iteration starts behind the batch that was taken last before `state_dict()`.
+
+        Raises:
+            SciflowError: the state is of another total batch.
+        """
+        if state["total_batch"] != self.total_batch:
+            raise SciflowError(
+                f"this stream was saved with {state['total_batch']} samples a step, and now a step takes "
+                f"{self.total_batch} ({self.batch_size} x {self.num_replicas} ranks x {self.accumulation_steps} "
+                "accumulation). Choose batch size and accumulation so that the product is as before."
+            )
+        self._state, self._start = state, int(state["samples"]) // (self.batch_size * self.num_replicas)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        batches = self._places(self._start)
+        self._taken, self._start, self._state = self._start, 0, None
+        if not self.threads:
+            return _Counted(self, self._read_here(batches))
+        reader = ThreadedReader(
+            cast(Any, self._samples),
+            cast(Any, batches),
+            threads=self.threads,
+            buffers=self.buffers,
+            pin_memory=self.pin_memory,
+        )
+        self._readers.add(reader)
+        return _Counted(self, reader)
+
+    def close(self) -> None:
+        """Ends the threads of iterations that were left in the middle."""
+        for reader in list(self._readers):
+            reader.close()
+
+    def _read_here(self, batches: Iterator[list[_Place]]) -> Iterator[dict[str, torch.Tensor]]:
+        for places in batches:
+            batch = self._samples.read_batch(places, _new_tensors)
+            self._samples.complete(batch)
+            yield batch
+
+    def _newest_snapshot(self) -> tuple[int, dict[str, Any]] | None:
+        """The last one that is not behind what was taken; older ones are forgotten."""
+        steps = self._taken // self.accumulation_steps
+        while len(self._snapshots) > 1 and self._snapshots[1][0] <= steps:
+            self._snapshots.popleft()
+        return self._snapshots[0] if self._snapshots and self._snapshots[0][0] <= steps else None
+
+    # -- order ---------------------------------------------------------------------------------------------------
+
+    def _places(self, start: int) -> Iterator[list[_Place]]:
+        """Micro-batches of this rank from number `start` on. The snapshots are those of the newest call."""
+        saved, self._snapshots = self._state, deque()
+        if saved is None or saved["snapshot"] is None or saved["steps"] * self.accumulation_steps > start:
+            return self._batches(start, 0, self._epoch, None, self._snapshots)
+        return self._batches(start, saved["steps"], saved["snapshot"]["epoch"], saved["snapshot"], self._snapshots)
+
+    def _batches(
+        self, start: int, step: int, begin: int, state: Mapping[str, Any] | None, snapshots: deque[Any]
+    ) -> Iterator[list[_Place]]:
+        for epoch in itertools.count(begin):
+            groups = _Groups(self, epoch, state)
+            state, first = None, step
+            for number, group, snapshot in groups:
+                if snapshot is not None:
+                    snapshots.append((step, snapshot))
+                for micro in range(max(0, start - step * self.accumulation_steps), self.accumulation_steps):
+                    offset = (micro * self.num_replicas + self.rank) * self.batch_size
+                    rows = group[offset : offset + self.batch_size]
+                    first_position = number * self.total_batch + offset
+                    positions = range(first_position, first_position + len(rows))
+                    columns = [rows, positions, noise_keys(self.seed, epoch, positions).tolist()]
+                    if self.step_keys:
+                        columns.append(step_keys(self.seed, epoch, positions, self.total_batch).tolist())
+                    yield list(zip(*columns, strict=True))
+                step += 1
+            if step == first and not groups.resumed:
+                raise SciflowError(
+                    f"an epoch of this stream gives no batch: a step takes {self.total_batch} rows of one bucket. "
+                    "Switch `--dataloader_drop_last` off, or make the batch or the accumulation smaller."
+                )
+
+
+class _Groups:
+    """Rows of the optimizer steps of one epoch: (number in the epoch, total_batch rows, maybe a snapshot before it)."""
+
+    def __init__(self, loader: StreamLoader, epoch: int, state: Mapping[str, Any] | None) -> None:
+        self.loader, self.epoch, self.resumed = loader, epoch, state is not None
+        self.rows = EpochRows(loader.dataset, loader.seed, epoch, state and state["rows"])
+        self.number = state["number"] if state else 0
+        self.waiting: dict[Any, list[Row]] = {}  # rows that do not fill a group yet, by batch key
+        self.first: dict[Any, list[Row]] = {}  # the first group of each key, to fill up the last batches with
+        self.counts: dict[Any, int] = {}
+        if state:
+            self.waiting = {tuple(key): [row_from_json(row) for row in rows] for key, rows in state["waiting"]}
+            self.first = {tuple(key): [row_from_json(row) for row in rows] for key, rows in state["first"]}
+            self.counts = {tuple(key): count for key, count in state["counts"]}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "number": self.number,
+            "rows": self.rows.state_dict(),
+            "waiting": [[key, list(rows)] for key, rows in self.waiting.items()],
+            "first": [[key, rows] for key, rows in self.first.items()],
+            "counts": [[key, count] for key, count in self.counts.items()],
+        }
+
+    def __iter__(self) -> Iterator[tuple[int, list[Row], dict[str, Any] | None]]:
+        total, unsaved = self.loader.total_batch, 0
+        snapshot: dict[str, Any] | None = self.state_dict()
+        for row in self.rows:
+            key = self._key(row)
+            waiting = self.waiting.setdefault(key, [])
+            waiting.append(row)
+            self.counts[key] = self.counts.get(key, 0) + 1
+            unsaved += 1
+            if len(waiting) < total:
+                continue
+            del self.waiting[key]
+            self.first.setdefault(key, waiting)
+            yield self.number, waiting, snapshot
+            self.number += 1
+            snapshot, unsaved = (self.state_dict(), 0) if unsaved >= _SNAPSHOT else (None, unsaved)
+        if not self.loader.drop_last:
+            tail = self._tail()
+            for start in range(0, len(tail), total):
+                yield self.number, tail[start : start + total], snapshot
+                self.number, snapshot = self.number + 1, None
+
+    def _key(self, row: Row) -> Any:
+        """The batch key. CacheError where rows of one key have other shapes."""
+        pads_text = self.loader.pads_text
+        key = row.size if pads_text else (*row.size, row.text_shape[0])
+        same = self.loader.shapes.setdefault(key, row)
+        if row.latent_shape != same.latent_shape or row.text_shape[1:] != same.text_shape[1:]:
+            one, other = (self.loader.dataset.view([r]).describe(0) for r in (row, same))
+            raise CacheError(
+                f"{one} and {other} share the bucket {key} (height, width, text length), but their shapes "
+                f"(C, h, w, L, D) are {row.latent_shape + row.text_shape} and {same.latent_shape + same.text_shape}. "
+                "Run `sciflow-hf cache build` again, all rows with the same encoders."
+            )
+        return key
+
+    def _tail(self) -> list[Row]:
+        """Left-over rows as whole steps: each batch of one key, filled up with rows that were shown long ago."""
+        loader, tail = self.loader, list[Row]()
+        if not self.counts:
+            return []
+        largest = max(self.counts, key=lambda key: self.counts[key])
+        last: dict[Any, Iterator[Row]] = {}
+        fill: Iterator[Row]
+        for key, rows in self.waiting.items():
+            last[key] = fill = itertools.cycle([*rows, *self.first.get(key, [])])
+            count = -(-len(rows) // loader.batch_size) * loader.batch_size
+            tail += itertools.islice(fill, count)
+        fill = last[largest] if largest in last else itertools.cycle(self.first[largest])
+        return [*tail, *itertools.islice(fill, -len(tail) % loader.total_batch)]
+
+
+class _Samples:
+    """Reads the batches of a `StreamLoader`; see `threads.Samples`."""
+
+    def __init__(self, stream: StreamingCache, collate_fn: Callable[..., Any], options: Mapping[str, Any]) -> None:
+        self.stream, self.collate_fn, self.options = stream, collate_fn, options
+        self.texts = KeyedDataset(self, **options)  # checks the options, and encodes captions
+        self.captions: dict[int, str] = {}
+
+    @property
+    def online_text(self) -> Any:
+        return self.stream.online_text
+
+    @property
+    def empty_prompt(self) -> Any:
+        return self.stream.empty_prompt
+
+    def read_batch(self, places: Sequence[_Place], carve: Carve) -> dict[str, Any]:
+        view = self.stream.view([row for row, *_ in places])
+        if self.options["caption_dropout"]:
+            view.empty_prompt = self.stream.empty_prompt
+        keyed = KeyedDataset(view, **self.options)
+        indices = [(i, *rest) for i, (_, *rest) in enumerate(places)]
+        if self.collate_fn is collate:
+            batch: dict[str, Any] = keyed.read_batch(indices, carve)
+        else:
+            batch = self.collate_fn([keyed[index] for index in indices])
+        batch["row"] = torch.tensor(view.row_numbers)
+        return batch | ({"captions": view.captions} if self.online_text is not None else {})
+
+    def complete(self, batch: dict[str, Any]) -> None:
+        if self.online_text is not None:
+            self.captions = dict(zip(batch["row"].tolist(), batch.pop("captions"), strict=True))
+            self.texts.complete(batch)
+
+
+class _Counted(Iterator[dict[str, torch.Tensor]]):
+    """Batches of a loader, which knows how many were taken."""
+
+    def __init__(self, loader: StreamLoader, batches: Iterator[dict[str, torch.Tensor]]) -> None:
+        self._loader, self._batches = loader, batches
+
+    def __next__(self) -> dict[str, torch.Tensor]:
+        batch = next(self._batches)
+        self._loader._taken += 1
+        self._loader._newest_snapshot()
+        return batch
+
+
+def _new_tensors(layout: Layout) -> dict[str, torch.Tensor]:
+    return {name: torch.empty(tuple(shape), dtype=dtype) for name, (shape, dtype) in layout.items()}

@@ -1,0 +1,45 @@
+"""`--torch_compile` with buckets: the repeated blocks of a network are compiled, in place and for changing shapes."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import DynamoBackend
+
+from ..errors import SciflowError
+
+if TYPE_CHECKING:
+    from ..training.arguments import DiffusionTrainingArguments
+
+RECOMPILE_LIMIT = 64
+"""Compilations of one kind of block before torch goes on without. Its own 8 count evaluations and base models, too."""
+
+
+def check_compilation(args: "DiffusionTrainingArguments") -> None:
+    """Raises SciflowError for a backend that accelerate does not know."""
+    there = [backend.value.lower() for backend in DynamoBackend if backend is not DynamoBackend.NO]
+    if args.torch_compile and args.torch_compile_backend not in there:
+        raise SciflowError(f"`torch_compile_backend` {args.torch_compile_backend!r}: use one of {', '.join(there)}.")
+
+
+def compile_blocks(network: Any, args: "DiffusionTrainingArguments") -> None:
+    """Compiles the repeated blocks of `network` (of one without any the whole), each kind of block once for all.
+
+    The blocks are those that diffusers' `compile_repeated_blocks` takes, else those that must not be split. A first
+    shape is compiled for itself, a second one for any shape after it. In place, names of parameters stay as they are,
+    and hooks that come later (FSDP) are called.
+    """
+    import torch._dynamo.config
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    kinds = getattr(network, "_repeated_blocks", None) or getattr(network, "_no_split_modules", None) or []
+    for module in [m for m in network.modules() if type(m).__name__ in kinds] or [network]:
+        if module._compiled_call_impl is None:  # by an earlier `train`
+            module.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+
+
+def uncompiled(network: torch.nn.Module) -> AbstractContextManager[Any]:
+    """Inside, compiled blocks run as they were written: for the few images of a size that training does not have."""
+    if all(module._compiled_call_impl is None for module in network.modules()):
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")

@@ -1,0 +1,1 @@
+"""Publishing on the Hub. May import `report` and below."""

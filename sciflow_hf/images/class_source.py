@@ -1,0 +1,234 @@
+"""Where images with class labels come from: folders, parquet files and data sets of `datasets`, and their checks."""
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import SciflowError
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow as pa
+    from PIL import Image
+
+logger = logging.getLogger(__name__)
+
+CHANNELS = {"L": 1, "RGB": 3}
+SAME_AS = {"P": "RGB", "1": "L"}
+"""Modes that are another one in fewer bits."""
+
+
+@dataclass
+class ClassImageArguments:
+    """Images of a run, with the class of each.
+
+    Args:
+        input_dir: a folder with one subfolder of images for each class (below `train` and `test`, or not), a folder
+            written by `save_to_disk`, a folder of parquet files, or a data set of the Hub. "digits": scikit-learn's
+            1,797 digits of 8x8 pixels, 70 % to train on.
+        dataset_dir: caches of VAE latents to train on, or the one to build from `input_dir` (with
+            `--vae_name_or_path`; default `<output_dir>/cache`).
+        image_column, label_column: columns of the images and of their classes.
+        train_split, eval_split: splits of the data set. Without `eval_split`, `eval_fraction` of the training split is
+            held out, by a hash of the image's name.
+        image_mode: L (grey) or RGB, to convert all images to; by default all must be of one mode already.
+        flip: a mirror image of each training image, too.
+        max_train_samples: use that many images only, spread over the data; for a first try.
+        encode_batch_size: images that the VAE encodes at once.
+    """
+
+    input_dir: str | None = field(default=None, metadata={"help": "Folder of class folders, or an image data set."})
+    dataset_dir: list[str] = field(default_factory=list, metadata={"help": "Caches of VAE latents."})
+    image_column: str = field(default="image", metadata={"help": "Column with the images."})
+    label_column: str = field(default="label", metadata={"help": "Column with the classes."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_split: str | None = field(default=None, metadata={"help": "Split that is held out."})
+    eval_fraction: float = field(default=0.05, metadata={"help": "Share of the images held out without one."})
+    image_mode: str | None = field(default=None, metadata={"help": "Convert all images to L (grey) or RGB."})
+    flip: bool = field(default=False, metadata={"help": "Train on a mirror image of each image, too."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many images only."})
+    encode_batch_size: int = field(default=8, metadata={"help": "Images that the VAE encodes at once."})
+
+    def __post_init__(self) -> None:
+        if not self.input_dir and not self.dataset_dir:
+            raise SciflowError("give `--input_dir` (images) or `--dataset_dir` (a cache of latents).")
+        if not 0 <= self.eval_fraction < 1:
+            raise SciflowError(f"`eval_fraction` {self.eval_fraction}: in [0, 1).")
+        if self.image_mode not in (None, *CHANNELS):
+            raise SciflowError(f"`image_mode` {self.image_mode!r}: use one of {', '.join(CHANNELS)}.")
+
+    def names(self) -> list[str]:
+        """Names of the data for a model card: the last part of each folder."""
+        return [Path(folder).name for folder in ([self.input_dir] if self.input_dir else self.dataset_dir)]
+
+
+class ClassSource:
+    """One split of the data of `args`.
+
+    Raises:
+        SciflowError: no such data, split or column of images.
+    """
+
+    def __init__(self, args: ClassImageArguments, split: str, option: str = "train_split") -> None:
+        import datasets
+
+        self.args, splits = args, open_splits(str(args.input_dir))
+        if split not in splits:
+            raise SciflowError(f"`{option}` {split!r}: {args.input_dir!r} has the splits {', '.join(splits)}.")
+        self.rows = splits[split]
+        if not isinstance(self.rows.features.get(args.image_column), datasets.Image):
+            columns = ", ".join(f"{name} ({type(kind).__name__})" for name, kind in self.rows.features.items())
+            raise SciflowError(
+                f"`image_column` {args.image_column!r} is no column of images in {args.input_dir!r}; it has {columns}."
+            )
+        self.images = self.rows.select_columns([args.image_column]).cast_column(
+            args.image_column, datasets.Image(decode=False)
+        )
+        self.names = self._names()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def open(self, row: int) -> "Image.Image":
+        """The image of a row, in its own mode; its pixels are not read yet.
+
+        Raises:
+            SciflowError: it cannot be read.
+        """
+        from io import BytesIO
+
+        from PIL import Image
+
+        stored = self.images[row][self.args.image_column]
+        try:
+            if not stored or not (stored.get("bytes") or stored.get("path")):
+                raise OSError("there is no image")
+            return Image.open(BytesIO(stored["bytes"]) if stored.get("bytes") else stored["path"])
+        except OSError as error:
+            name = self.names[row]
+            raise SciflowError(f"`input_dir`: {name} cannot be read ({error}). Mend or remove it.") from error
+
+    def sizes(self) -> list[int]:
+        """Bytes of each encoded image; of the data set only their lengths are read."""
+        import pyarrow.compute as pc
+
+        stored = [n for part in self._stored("bytes") for n in pc.binary_length(part).to_pylist()]
+        files = [path if path and os.path.isfile(path) else None for path in self._paths()]
+        return [n or (os.path.getsize(file) if file else 0) for n, file in zip(stored, files, strict=True)]
+
+    def mode(self) -> str:
+        """L or RGB: what the images shall be, by `image_mode` or the first of them."""
+        if self.args.image_mode:
+            return self.args.image_mode
+        found = self.open(0).mode
+        mode = SAME_AS.get(found, found)
+        if mode not in CHANNELS:
+            raise SciflowError(
+                f"`input_dir`: {self.names[0]} is an image of mode {mode}. Convert the images by `--image_mode RGB` or "
+                "`--image_mode L`; images of 16 bits train as they are with `microscopy_unet`."
+            )
+        return mode
+
+    def labels(self, num_classes: int | None, known: list[str] | None = None) -> tuple[np.ndarray | None, list[str]]:
+        """(N,) numbers of the classes, and their names; (None, []) where `num_classes` is 0.
+
+        Args:
+            num_classes: how many there shall be; None: as many as there are.
+            known: names of the classes of training, which these shall be.
+        """
+        if num_classes == 0:
+            return None, []
+        column, where = self.args.label_column, self.args.input_dir
+        if column not in self.rows.column_names:
+            raise SciflowError(
+                f"`label_column` {column!r}: {where!r} has the columns {', '.join(self.rows.column_names)}. Name the "
+                "one with the classes, put the images into one folder a class, or train without by `--num_classes 0`."
+            )
+        values = list(self.rows.select_columns([column])[column])
+        missing = [self.names[i] for i, value in enumerate(values) if value in (None, "")]
+        if missing:
+            some = ", ".join(missing[:5])
+            raise SciflowError(
+                f"`label_column` {column!r}: {len(missing)} images have no class: {some}. Label or remove them."
+            )
+        values, names = self._numbers(values, num_classes, known)
+        if known is not None and names != known:
+            raise SciflowError(
+                f"`eval_split` {self.args.eval_split!r} has the classes {names[:10]}, training has {known[:10]}."
+            )
+        limit = num_classes or len(names)
+        outside = [i for i, value in enumerate(values) if not 0 <= value < limit]
+        if outside:
+            raise SciflowError(
+                f"`label_column` {column!r}: {len(outside)} labels are not in 0 to {limit - 1}, first that of "
+                f"{self.names[outside[0]]}: {self.rows[outside[0]][column]!r}. Correct them, or set `--num_classes`."
+            )
+        if known is None and (empty := limit - len(set(values))):
+            logger.warning("`label_column` %r: %d of %d classes have no image to train on.", column, empty, limit)
+        return np.array(values, dtype=np.int64), [*names, *map(str, range(len(names), limit))][:limit]
+
+    def _numbers(
+        self, values: list[Any], num_classes: int | None, known: list[str] | None
+    ) -> tuple[list[int], list[str]]:
+        import datasets
+
+        feature = self.rows.features[self.args.label_column]
+        if isinstance(feature, datasets.ClassLabel):
+            return values, list(feature.names)
+        if all(isinstance(value, str) for value in values):
+            names = known or sorted(set(values))
+            return [names.index(value) if value in names else -1 for value in values], names
+        if all(isinstance(value, int) for value in values):
+            return values, known or [str(i) for i in range(num_classes or max(values) + 1)]
+        raise SciflowError(
+            f"`label_column` {self.args.label_column!r} holds {feature}, not one class an image: numbers or names."
+        )
+
+    def _paths(self) -> list[str | None]:
+        return [path for part in self._stored("path") for path in part.to_pylist()]
+
+    def _stored(self, what: str) -> "Iterator[pa.ChunkedArray]":
+        """`path` or `bytes` of the images, some rows at a time as they lie on disk: images are large, paths are not."""
+        column = self.images.flatten().select_columns([f"{self.args.image_column}.{what}"])
+        for rows in column.with_format("arrow").iter(10_000):
+            yield rows.column(0)
+
+    def _names(self) -> list[str]:
+        """The file of each row below `input_dir`; its number where files are not known or not distinct."""
+        paths = [path or "" for path in self._paths()]
+        root = Path(str(self.args.input_dir)).expanduser().absolute()
+        inside = [Path(path).is_absolute() and Path(path).is_relative_to(root) for path in paths]
+        names = [os.path.relpath(p, root) if below else p for p, below in zip(paths, inside, strict=True)]
+        if all(names) and len(set(names)) == len(names):
+            return [Path(name).as_posix() for name in names]
+        return [f"row {number}" for number in range(len(names))]
+
+
+def open_splits(source: str) -> "dict[str, datasets.Dataset]":
+    """Every split of the data set by name."""
+    import datasets
+
+    path = Path(source).expanduser()
+    try:
+        if path.is_dir() and any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+            found: Any = datasets.load_from_disk(str(path))
+        elif path.is_dir() and any(path.rglob("*.parquet")):
+            found = datasets.load_dataset(str(path))
+        elif path.is_dir():
+            found = datasets.load_dataset("imagefolder", data_dir=str(path))
+        elif "/" in source and not path.exists() and not source.startswith((".", "/", "~")):
+            found = datasets.load_dataset(source)
+        else:
+            raise FileNotFoundError("there is no such folder")
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise SciflowError(
+            f"`input_dir` {source!r} cannot be read ({reason}). Give a folder with one subfolder of images a class, a "
+            "folder of `save_to_disk` or of parquet files, or a data set of the Hub (user/name)."
+        ) from error
+    return {"train": found} if isinstance(found, datasets.Dataset) else dict(found)

@@ -1,0 +1,172 @@
+"""Images with class labels, as pixels in [-1, 1]."""
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ..data.arguments import spread
+from ..data.build.sources import to_rgb
+from ..diffusion.randomness import hash64
+from ..errors import SciflowError
+from .class_source import CHANNELS, SAME_AS, ClassImageArguments, ClassSource
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+logger = logging.getLogger(__name__)
+
+MEMORY = 4 * 2**30  # bytes of decoded images that are kept
+
+
+class ClassImages(Dataset[dict[str, torch.Tensor]]):
+    """Map-style: `pixel_values` (C, S, S), float32 in [-1, 1], and `class_labels`, int64, where there are classes.
+
+    Images are cut to the square in their middle and resized. They are decoded once and kept as bytes where they need
+    at most 4 GiB, and as they are read otherwise.
+
+    Args:
+        source: where they are.
+        rows: those of its rows that are wanted.
+        labels: of all rows of `source`, (N,), or None.
+        class_names: of the numbers in `labels`.
+        image_size: S.
+        mode: "L" or "RGB".
+        flip: every image once more, mirrored, after all the others.
+
+    Raises:
+        SciflowError: an image that cannot be read, or has another mode.
+    """
+
+    def __init__(
+        self,
+        source: ClassSource,
+        rows: Sequence[int],
+        *,
+        labels: np.ndarray | None,
+        class_names: Sequence[str],
+        image_size: int,
+        mode: str,
+        flip: bool = False,
+    ) -> None:
+        self.source, self.rows, self.class_names = source, list(rows), list(class_names)
+        self.image_size, self.mode, self.flip = image_size, mode, flip
+        self.labels = None if labels is None else labels[self.rows]
+        self.names = [source.names[row] for row in self.rows]
+        kept = len(self.rows) * CHANNELS[mode] * image_size**2 <= MEMORY
+        self._kept = np.stack([self._read(row) for row in self.rows]) if kept else None
+
+    def __len__(self) -> int:
+        return len(self.rows) * (1 + self.flip)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        number, mirrored = index % len(self.rows), index >= len(self.rows)
+        image = self._read(self.rows[number]) if self._kept is None else self._kept[number]
+        pixels = torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1) / 127.5 - 1
+        sample = {"pixel_values": (pixels.flip(2) if mirrored else pixels).contiguous()}
+        return sample if self.labels is None else sample | {"class_labels": torch.tensor(int(self.labels[number]))}
+
+    def _read(self, row: int) -> np.ndarray:
+        """(S, S, C), uint8."""
+        image = self.source.open(row)
+        try:
+            image.load()
+        except OSError as error:
+            name = self.source.names[row]
+            raise SciflowError(f"`input_dir`: {name} cannot be read ({error}). Mend or remove it.") from error
+        if SAME_AS.get(image.mode, image.mode) != self.mode and not self.source.args.image_mode:
+            raise SciflowError(
+                f"`input_dir`: {self.source.names[row]} is an image of mode {image.mode}, {self.names[0]} one of mode "
+                f"{self.mode}. Convert all of them by `--image_mode RGB` or `--image_mode L`."
+            )
+        image = image if image.mode == self.mode else to_rgb(image).convert(self.mode)
+        return as_square(image, self.image_size)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def channels(self) -> int:
+        return CHANNELS[self.mode]
+
+    @property
+    def row_ids(self) -> list[str]:
+        return self.names + [f"{name} mirrored" for name in self.names] * self.flip
+
+    @property
+    def groups(self) -> list[str]:
+        """An image and its mirror image belong together."""
+        return self.names * (1 + self.flip)
+
+    @property
+    def buckets(self) -> list[tuple[int, int]]:
+        return [(self.image_size, self.image_size)] * len(self)
+
+    @property
+    def fingerprint(self) -> str:
+        labels = [] if self.labels is None else self.labels.tolist()
+        return f"{hash64(self.image_size, self.mode, *self.row_ids, *labels):016x}"
+
+    def describe(self, index: int) -> str:
+        """A row in words, for messages."""
+        return self.row_ids[index]
+
+
+def as_square(image: "Image.Image", side: int) -> np.ndarray:
+    """The square in the middle of an L or RGB image, resized: (side, side, C), uint8."""
+    from PIL import Image
+
+    least = min(image.size)
+    left, top = (image.width - least) // 2, (image.height - least) // 2
+    if image.size != (side, side):
+        box = (left, top, left + least, top + least)
+        image = image.resize((side, side), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+    pixels = np.asarray(image)
+    return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+
+def load_class_images(
+    args: ClassImageArguments, *, image_size: int, num_classes: int | None = None
+) -> tuple[ClassImages, ClassImages | None]:
+    """The images to train on, and those held out; None where none are.
+
+    Args:
+        image_size: side of the images.
+        num_classes: how many there shall be; by default as many as the data has. 0: labels are not read.
+
+    Raises:
+        SciflowError: no such data, column or split, labels that are missing or out of range, images of mixed modes.
+    """
+    source = ClassSource(args, args.train_split)
+    labels, classes = source.labels(num_classes)
+    mode, rows = source.mode(), range(len(source))
+    held: ClassImages | None = None
+    if args.eval_split:
+        others = ClassSource(args, args.eval_split, "eval_split")
+        kept, _ = others.labels(len(classes), classes)
+        held = ClassImages(
+            others, range(len(others)), labels=kept, class_names=classes, image_size=image_size, mode=mode
+        )
+    limit = 0 if args.eval_split else int(args.eval_fraction * 2.0**64)
+    outside = {row for row in rows if hash64(source.names[row], "eval split") < limit}
+    chosen = [row for row in rows if row not in outside]
+    if limit and not (outside and chosen):
+        raise SciflowError(
+            f"`eval_fraction` {args.eval_fraction} of {len(rows)} images leaves {len(chosen)} to train on and "
+            f"{len(outside)} held out. Use another fraction, or 0."
+        )
+    if args.max_train_samples and args.max_train_samples < len(chosen):
+        chosen = [chosen[i] for i in spread(len(chosen), args.max_train_samples)]
+    if outside:
+        held = ClassImages(
+            source, sorted(outside), labels=labels, class_names=classes, image_size=image_size, mode=mode
+        )
+    train = ClassImages(
+        source, chosen, labels=labels, class_names=classes, image_size=image_size, mode=mode, flip=args.flip
+    )
+    logger.info("%d images of %d classes to train on, %d held out.", len(train), len(classes), len(held or []))
+    return train, held

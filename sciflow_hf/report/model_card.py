@@ -1,0 +1,386 @@
+"""The model card of a run: a YAML header that the Hub reads and a short text, made of measured facts only."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PureWindowsPath
+from typing import Any
+from urllib.parse import quote
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..adapters.types import PIPELINE_TYPES, option_text
+from ..errors import SciflowError
+
+RUN_FACTS_NAME = "run_facts.json"
+MASK = "***"
+SECRET_VALUE = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
+
+_SECRET_KEY = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass
+class CardFacts:
+    """What a run knows about itself. What was not measured stays out.
+
+    Args:
+        repo_name: `user/name` on the Hub, or the bare name of the folder where nothing is pushed.
+        family: name of the model family.
+        base_model: Hub id or local folder of the base pipeline.
+        pipeline_class: name of the diffusers pipeline that loads the result.
+        weight_name: the adapter's file; None for full fine-tuning.
+        component: name of the trained network in the pipeline.
+        call_arguments: code of further arguments in the pipeline's call.
+        task: of the Hub's tasks.
+        whole_pipeline: the folder loads by itself, with the code that it carries.
+        revision: revision of the base model.
+        adapter: `type`, its options, `layers`, `matched`, `trainable_parameters` (see `adapter_facts`); None for full
+            fine-tuning.
+        dataset: `names` (or `name`), `samples` (trained on), `eval_samples`, `groups`, `buckets` as
+            {"HxW" or (H, W): samples}, and where there is a prior `prior_samples` and `prior_weight`.
+        non_default_args: hyper-parameters that differ from their defaults.
+        metrics: `eval_loss`, `eval_base_loss`, `eval_gain`, `eval_gain_low`, `eval_gain_high`, and
+            `eval_loss_q1` to `eval_loss_q4` (q1: the quarter with the least noise).
+        interval_note: why the interval was not measured.
+        global_step: optimizer steps.
+        train_loss: mean training loss of the run.
+        versions: package -> version.
+        sample_images: paths inside the folder, with "/".
+        sample_prompts: prompt of each sample image, in the same order; may be shorter.
+        exports: file name -> the programs it is for, of LoRA files beside diffusers' own.
+        plot: path inside the folder of the plot of losses and learning rate.
+    """
+
+    repo_name: str
+    family: str
+    base_model: str
+    pipeline_class: str
+    weight_name: str | None = "pytorch_lora_weights.safetensors"
+    component: str = "transformer"
+    call_arguments: list[str] = field(default_factory=list)
+    task: str = "text-to-image"
+    whole_pipeline: bool = False
+    revision: str | None = None
+    adapter: dict[str, Any] | None = None
+    dataset: dict[str, Any] = field(default_factory=dict)
+    non_default_args: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    interval_note: str = ""
+    global_step: int = 0
+    train_loss: float | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    sample_images: list[str] = field(default_factory=list)
+    sample_prompts: list[str] = field(default_factory=list)
+    exports: dict[str, str] = field(default_factory=dict)
+    plot: str | None = None
+
+
+def public_value(value: Any, *, key: str = "") -> Any:
+    """`value` as it may be published, in JSON types: secrets out, absolute paths cut to their last part."""
+    if _SECRET_KEY.search(key):
+        return MASK
+    if isinstance(value, Mapping):
+        named = {"x".join(map(str, k)) if isinstance(k, tuple) else str(k): v for k, v in value.items()}
+        return {public_value(k): public_value(v, key=k) for k, v in named.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [public_value(v) for v in value]
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None  # JSON has no NaN
+    text = SECRET_VALUE.sub(MASK, str(value))
+    if os.path.isabs(text) or text.startswith("~") or PureWindowsPath(text).drive:
+        return PureWindowsPath(text).name  # splits at both kinds of slashes
+    return text.replace(str(Path.home()), "~")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` reads as `user/name` and is no folder here."""
+    return _HUB_ID.fullmatch(name) is not None and not os.path.exists(name)
+
+
+def model_card(facts: CardFacts) -> ModelCard:
+    """The card of a run; `data.eval_results` has the losses of base and result, and the gain's interval."""
+    on_hub = is_hub_id(facts.base_model)
+    relation, kind = ("finetune", []) if facts.adapter is None else ("adapter", [_adapter_tag(facts)])
+    data = ModelCardData(
+        base_model=facts.base_model if on_hub else None,
+        base_model_relation=relation if on_hub else None,
+        library_name="diffusers",
+        pipeline_tag=facts.task,
+        tags=[*kind, facts.task, facts.family, "sciflow_hf", "scientific-figures"],
+        model_name=facts.repo_name.split("/")[-1],
+        eval_results=_eval_results(facts) or None,
+    )
+    sections = (_introduction(facts), _usage(facts), _results(facts), _training(facts), _samples(facts))
+    body = "\n\n".join(text for text in sections if text)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
+
+
+def save_card(facts: CardFacts, folder: str | Path) -> Path:
+    """Writes `README.md`, and the same facts as `run_facts.json`, into `folder`; returns the card's path."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / RUN_FACTS_NAME, json.dumps(public_value(asdict(facts)), indent=2) + "\n")
+    return _write(folder / "README.md", str(model_card(facts)))
+
+
+def read_facts(folder: str | Path) -> CardFacts | None:
+    """What `save_card` wrote into `folder`; None where it wrote nothing. SciflowError where it cannot be read."""
+    file = Path(folder) / RUN_FACTS_NAME
+    if not file.is_file():
+        return None
+    try:
+        return CardFacts(**json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise SciflowError(
+            f"{str(file)!r} is damaged or of another version ({error}). Take it away; the card stays as it is."
+        ) from error
+
+
+def _write(path: Path, text: str) -> Path:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(temporary, path)
+    return path
+
+
+def _measured(facts: CardFacts) -> dict[str, float]:
+    """The metrics that are finite numbers."""
+    return {
+        key: float(value)
+        for key, value in facts.metrics.items()
+        if isinstance(value, (int, float)) and math.isfinite(value)
+    }
+
+
+def _inline(text: Any, limit: int = 300) -> str:
+    """One line of Markdown without characters that would end a link, a table cell or a piece of code."""
+    line = " ".join(re.sub(r"[|\[\]`<>]", " ", str(public_value(text))).split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def _data_names(facts: CardFacts) -> str:
+    names = facts.dataset.get("names", facts.dataset.get("name", []))
+    return ", ".join(_inline(name) for name in ([names] if isinstance(names, str) else names))
+
+
+def _gain_interval(facts: CardFacts) -> tuple[float, float] | None:
+    measured = _measured(facts)
+    if "eval_gain_low" in measured and "eval_gain_high" in measured:
+        return measured["eval_gain_low"], measured["eval_gain_high"]
+    return None
+
+
+def _no_interval(facts: CardFacts) -> str:
+    return "not measured" + (f": {_inline(facts.interval_note)}" if facts.interval_note else "")
+
+
+def _eval_results(facts: CardFacts) -> list[EvalResult]:
+    measured, interval = _measured(facts), _gain_interval(facts)
+    spread: dict[str, Any] = {"interval": _no_interval(facts)}
+    if interval is not None:
+        spread = {"confidence_level": 0.95, "low": interval[0], "high": interval[1]}
+    labels = {
+        "eval_loss": "Held-out loss",
+        "eval_base_loss": "Held-out loss of the base model",
+        "eval_gain": "Base model's held-out loss minus this one's",
+    }
+    return [
+        EvalResult(
+            task_type=facts.task,
+            dataset_type="custom",
+            dataset_name=_data_names(facts) or "training data",
+            dataset_split="held out",
+            metric_type=key,
+            metric_name=label,
+            metric_value=measured[key],
+            metric_args=spread if key == "eval_gain" else None,
+        )
+        for key, label in labels.items()
+        if key in measured
+    ]
+
+
+def _other_metrics(facts: CardFacts) -> dict[str, float]:
+    """What a run measured beside losses: `eval_fid` as "fid"."""
+    known = ("loss", "base_loss", "gain", "runtime", "samples_per_second", "steps_per_second")
+    names = {key: key.removeprefix("eval_") for key in _measured(facts) if key.startswith("eval_")}
+    return {
+        name: _measured(facts)[key] for key, name in names.items() if not name.startswith("loss_q")
+        and not name.startswith("gain_") and name not in known
+    }  # fmt: skip
+
+
+def _samples_word(facts: CardFacts) -> str:
+    return "figures" if facts.task == "text-to-image" else "images"
+
+
+def _kind(facts: CardFacts) -> str:
+    if facts.adapter is None:
+        return "fine-tuned network" if facts.base_model else "network"
+    kinds = {"lora": "LoRA", "dora": "DoRA", "lokr": "LoKr", "loha": "LoHa", "oft": "OFT adapter"}
+    return kinds.get(str(facts.adapter.get("type", "lora")), "adapter")
+
+
+def _adapter_tag(facts: CardFacts) -> str:
+    """`lora` is what the Hub knows LoRA and DoRA by."""
+    kind = str((facts.adapter or {}).get("type", "lora"))
+    return "lora" if kind == "dora" else kind
+
+
+def _base(facts: CardFacts) -> str:
+    if is_hub_id(facts.base_model):
+        return f"[{facts.base_model}](https://huggingface.co/{facts.base_model})"
+    return f"`{_inline(facts.base_model)}` (a local folder, not on the Hub)"
+
+
+def _introduction(facts: CardFacts) -> str:
+    article = "An" if _kind(facts) in ("adapter", "OFT adapter") else "A"
+    samples = facts.dataset.get("samples")
+    figures = "captioned figures" if facts.task == "text-to-image" else "images"
+    figures = f"{samples:,} {figures}" if isinstance(samples, int) else figures
+    if not facts.base_model:
+        return (
+            f"# {facts.repo_name.split('/')[-1]}\n\nA network of the family `{facts.family}`, trained from scratch on "
+            f"{figures} with `sciflow_hf` for {facts.global_step:,} steps."
+        )
+    return (
+        f"# {facts.repo_name.split('/')[-1]}\n\n"
+        f"{article} {_kind(facts)} for {_base(facts)}, trained on {figures} with `sciflow_hf` for "
+        f"{facts.global_step:,} steps."
+    )
+
+
+def _usage(facts: CardFacts) -> str:
+    if facts.whole_pipeline:
+        return _usage_of_pipeline(facts)
+    on_hub = is_hub_id(facts.base_model)
+    base = facts.base_model if on_hub else f"path/to/{_inline(facts.base_model)}"
+    here = facts.repo_name if "/" in facts.repo_name else f"path/to/{facts.repo_name}"
+    revision = f', revision="{facts.revision}"' if on_hub and facts.revision else ""
+    pipeline, part, dtype = facts.pipeline_class, facts.component, "torch_dtype=torch.bfloat16"
+    if facts.adapter is not None:
+        classes, before, argument = pipeline, "", ""
+        after = f'pipeline.load_lora_weights("{here}")\n'
+        if facts.adapter.get("type", "lora") not in PIPELINE_TYPES:
+            classes += "\nfrom peft import PeftModel"
+            after = f'PeftModel.from_pretrained(pipeline.{part}, "{here}")  # puts the adapter into pipeline.{part}\n'
+    else:
+        classes, after, argument = f"AutoModel, {pipeline}", "", f", {part}=network"
+        before = f'network = AutoModel.from_pretrained("{here}", subfolder="{part}", {dtype})\n'
+    size = _largest_bucket(facts)
+    call = "prompt=prompt" + (f", height={size[0]}, width={size[1]}" if size else "")
+    if "max_sequence_length" in facts.non_default_args:
+        call += f", max_sequence_length={facts.non_default_args['max_sequence_length']}"
+    call += "".join(f", {argument}" for argument in facts.call_arguments)
+    exports = "".join(f"\n- `{name}`: for {programs}" for name, programs in facts.exports.items())
+    return (
+        f"## Use\n\n```python\nimport torch\nfrom diffusers import {classes}\n\n{before}"
+        f'pipeline = {pipeline}.from_pretrained("{base}"{revision}{argument}, {dtype}).to("cuda")\n'
+        f'{after}prompt = "..."  # a caption in the style of the training data\n'
+        f"image = pipeline({call}).images[0]\n```" + (f"\n\nFor other programs:\n{exports}" if exports else "")
+    )
+
+
+def _usage_of_pipeline(facts: CardFacts) -> str:
+    here = facts.repo_name if "/" in facts.repo_name else f"path/to/{facts.repo_name}"
+    return (
+        "## Use\n\nThe repository is a pipeline with its code, `pipeline.py`, which runs with `trust_remote_code`.\n\n"
+        "```python\nfrom diffusers import DiffusionPipeline\n\n"
+        f'pipeline = DiffusionPipeline.from_pretrained("{here}", trust_remote_code=True).to("cuda")\n'
+        f"output = pipeline({', '.join(facts.call_arguments)})\n```"
+    )
+
+
+def _buckets(facts: CardFacts) -> dict[str, int]:
+    """ "HxW" -> samples, most samples first."""
+    buckets = public_value(facts.dataset.get("buckets") or {})
+    return dict(sorted(buckets.items(), key=lambda item: -item[1]))
+
+
+def _largest_bucket(facts: CardFacts) -> tuple[int, int] | None:
+    """(height, width) of the bucket with most samples."""
+    found = re.fullmatch(r"(\d+)x(\d+)", next(iter(_buckets(facts)), ""))
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def _table(header: tuple[str, str], rows: list[tuple[str, str]]) -> str:
+    lines = [header, ("---", "---"), *rows]
+    return "\n".join(f"| {name} | {value} |" for name, value in lines)
+
+
+def _results(facts: CardFacts) -> str:
+    measured, interval = _measured(facts), _gain_interval(facts)
+    rows = [("base model", "eval_base_loss"), (f"with this {_kind(facts)}", "eval_loss")]
+    cells = [(label, f"{measured[key]:.4f}") for label, key in rows if key in measured]
+    if "eval_gain" in measured:
+        spread = f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else _no_interval(facts)
+        cells.append(("gain (base - this)", f"{measured['eval_gain']:.4f} (95 % interval: {spread})"))
+    names = ("1 (least noise)", "2", "3", "4 (most noise)")
+    quarters = [
+        (f"quarter {name}", f"{measured[f'eval_loss_q{i}']:.4f}")
+        for i, name in enumerate(names, start=1)
+        if f"eval_loss_q{i}" in measured
+    ]
+    others = [(name.replace("_", " "), f"{value:.4g}") for name, value in _other_metrics(facts).items()]
+    if not cells and not quarters and not others:
+        return ""
+    held_out = facts.dataset.get("eval_samples")
+    figures = f"held-out {_samples_word(facts)}"
+    figures = f"{held_out:,} {figures}" if isinstance(held_out, int) else figures
+    text = (
+        f"## Results\n\nTraining loss on {figures}, at a fixed grid of noise levels with fixed noise; lower "
+        "is better.\n\n" + _table(("", "held-out loss"), cells)
+    )
+    text += "\n\n" + _table(("noise range", "held-out loss"), quarters) if quarters else ""
+    return text + ("\n\n" + _table(("measured on samples", ""), others) if others else "")
+
+
+def _training(facts: CardFacts) -> str:
+    rows: list[tuple[str, str]] = [("optimizer steps", f"{facts.global_step:,}")]
+    if facts.train_loss is not None and math.isfinite(facts.train_loss):
+        rows.append(("mean training loss", f"{facts.train_loss:.4f}"))
+    for key, value in (facts.adapter or {}).items():
+        renamed = {"matched": "matched layers", "trainable_parameters": "trained parameters"}
+        label = renamed.get(key, f"adapter {key}")
+        if value:
+            text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else option_text(value)
+            rows.append((label, f"{value:,}" if type(value) is int else f"`{_inline(text, 1000)}`"))
+    if _data_names(facts):
+        rows.append(("data", f"`{_data_names(facts)}`"))
+    for key, label in (("samples", _samples_word(facts)), ("eval_samples", "held out"), ("groups", "groups (papers)")):
+        if isinstance(facts.dataset.get(key), int):
+            rows.append((label, f"{facts.dataset[key]:,}"))
+    if isinstance(prior := facts.dataset.get("prior_samples"), int):
+        rows.append(("prior preservation", f"{prior:,} figures, weight {facts.dataset.get('prior_weight', 1):g}"))
+    if _buckets(facts):
+        counts = ", ".join(f"{size}: {number:,}" for size, number in _buckets(facts).items())
+        rows.append(("buckets (height x width: figures)", counts))
+    text = "## Training\n\n" + _table(("", ""), rows)
+    if facts.plot:
+        text += f"\n\n![Losses and learning rate over training]({quote(facts.plot)})"
+    if facts.non_default_args:
+        args = public_value(facts.non_default_args)
+        lines = "\n".join(f"{key}: {json.dumps(args[key], ensure_ascii=False)}" for key in sorted(args))
+        text += f"\n\nOptions that differ from their defaults:\n\n```yaml\n{lines}\n```"
+    if facts.versions:
+        versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
+        text += f"\n\nVersions: {versions}."
+    return text
+
+
+def _samples(facts: CardFacts) -> str:
+    """Sample images with their prompts; `hub.publishable_files` reads the paths back from here."""
+    if not facts.sample_images:
+        return ""
+    prompts = facts.sample_prompts + [""] * len(facts.sample_images)
+    pictures = [
+        f"![{_inline(prompt) or 'sample image'}]({quote(path)})" + (f"\n\n*{_inline(prompt)}*" if prompt else "")
+        for path, prompt in zip(facts.sample_images, prompts, strict=False)
+    ]
+    return "## Samples\n\n" + "\n\n".join(pictures)

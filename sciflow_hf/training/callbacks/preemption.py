@@ -1,0 +1,95 @@
+"""Preemption: at SIGTERM or SIGUSR1 the step is finished and saved, and the run ends in a state to go on from."""
+
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ...errors import Preempted
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = [s for s in signal.valid_signals() if isinstance(s, signal.Signals) and s.name in ("SIGTERM", "SIGUSR1")]
+"""SIGTERM comes from schedulers, clouds and torchrun; SIGUSR1 as an early warning (Slurm: `--signal=USR1@120`)."""
+
+
+class PreemptionCallback(TrainerCallback):
+    """Saves and ends the run once a signal has come to any rank.
+
+    The step under way is finished, and what is due after it (an evaluation) done; then all ranks save at the same
+    step and leave by `Preempted`, exit status 75. With several ranks this is one step later: they ask each other
+    after a step, and read the answer after the next, so that no device waits. A second signal changes nothing, as
+    torchrun passes on what the scheduler has sent to every process already.
+
+    It replaces transformers' just-in-time checkpoint (`--enable_jit_checkpoint`), which listens to SIGTERM alone and
+    stops each rank for itself.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._stopping = False
+        self._question: _Question | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Takes the signals; afterwards they do again what they did before."""
+        self.received, self._stopping, self._question = None, False, None
+        try:
+            before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        except ValueError:  # not the main thread, to which signals belong
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._any_rank(args):
+            self._stopping = control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Before other callbacks, which would draw the last images."""
+        if self._stopping:
+            sender = self.received or "A signal to another rank"
+            logger.warning(
+                "%s: saved and stopped after step %d. The same command goes on with --resume_from_checkpoint latest.",
+                sender, state.global_step,
+            )  # fmt: skip
+            raise Preempted
+
+    def _any_rank(self, args: TrainingArguments) -> bool:
+        if args.world_size == 1:
+            return self.received is not None
+        before, self._question = self._question, _Question(self.received is not None, args.device)
+        return before is not None and before.answer()
+
+
+class _Question:
+    """Whether any rank says yes. All ranks ask alike, and read the answer later, when it is long there."""
+
+    def __init__(self, yes: bool, device: torch.device) -> None:
+        flag = torch.full((1,), float(yes), device=device)
+        self._work: Any = dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True)
+        self._flag, self._copied = flag, None
+        if device.type == "cuda":
+            self._work.wait()  # of the stream, not of this process
+            self._flag = torch.empty(1, pin_memory=True).copy_(flag, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def answer(self) -> bool:
+        if self._copied is None:
+            self._work.wait()
+        else:
+            self._copied.synchronize()
+        return bool(self._flag.item())

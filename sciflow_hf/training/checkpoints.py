@@ -1,0 +1,227 @@
+"""Checkpoints that are whole or not there: written aside, a manifest last; and the choice of what to resume from."""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import DiskFullError, SciflowError
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+STAGING = ".saving"
+"""Folder in the run's, in which a checkpoint is written before it is moved to its place."""
+RUN_FACTS = "run.json"
+FROM_THE_START = (None, False, "", "False", "false")
+"""Values of `--resume_from_checkpoint` that mean a new run."""
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON whole or not at all: temporary name, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_manifest(folder: Path) -> None:
+    """Names, sizes and sha256 of all files below `folder`. Written last: without it a checkpoint does not count."""
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST]
+    entries = {p.relative_to(folder).as_posix(): {"sha256": _sha256(p), "size": p.stat().st_size} for p in files}
+    write_json(folder / MANIFEST, {"files": entries})
+
+
+def publish(staged: Path, folder: Path) -> None:
+    """Gives a whole checkpoint the name that it is found by; a damaged one that stood there goes."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(staged, folder)
+    staged.parent.rmdir()
+
+
+def remove_unfinished(run_dir: str | os.PathLike) -> None:
+    """Removes what a save left that did not end."""
+    shutil.rmtree(Path(run_dir) / STAGING, ignore_errors=True)
+
+
+@contextmanager
+def disk_full_named(folder: str | os.PathLike) -> Iterator[None]:
+    """Gives errors that mean a full disk one name, `DiskFullError`, and says what to do."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_disk_full(error):
+            raise
+        free = shutil.disk_usage(next(p for p in (Path(folder), *Path(folder).resolve().parents) if p.exists())).free
+        raise DiskFullError(
+            f"{folder} could not be written, its disk is full ({free / 2**20:.0f} MiB free, or a quota is used up). "
+            "Make room, or keep fewer checkpoints by `--save_total_limit`. Where the run has ended, the same command "
+            "with `--resume_from_checkpoint latest` goes on."
+        ) from error
+
+
+def _is_disk_full(error: Exception) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    # safetensors' own error, and torch.save's, which looks for its place in the file after a short write
+    return any(words in str(error) for words in ("os error 28", "os error 122", "inline_container.cc"))
+
+
+def checkpoint_fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None where every file of its manifest is there and unchanged."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        entries = [(name, entry["size"], entry["sha256"]) for name, entry in files.items()]
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}, so its save did not finish"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"its {MANIFEST} is damaged"
+    for name, size, sha256 in entries:
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size or _sha256(file) != sha256:
+            return f"{name} is damaged"
+    return None
+
+
+def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
+    """`checkpoint-N` folders, newest (largest N) first."""
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(found, key=_step, reverse=True)
+
+
+def resolve_checkpoint(value: str | bool | None, output_dir: str | os.PathLike) -> Path | None:
+    """The checkpoint to resume from.
+
+    Args:
+        value: None or False for none; "latest" (or True): the newest that verifies, or None where there is none;
+            "checkpoint-N" in `output_dir`, or a path: that one, which must exist and verify.
+
+    Raises:
+        SciflowError: a named checkpoint that is missing or damaged.
+    """
+    if value in FROM_THE_START:
+        return None
+    if value in (True, "latest", "True", "true"):
+        for folder in list_checkpoints(output_dir):
+            fault = checkpoint_fault(folder)
+            if fault is None:
+                return folder
+            logger.warning("%s is passed over: %s.", folder, fault)
+        logger.info("No checkpoint to resume from in %s: starting at the beginning.", output_dir)
+        return None
+    inside = Path(output_dir) / str(value)
+    folder = inside if inside.is_dir() else Path(str(value))
+    if not folder.is_dir():
+        there = ", ".join(p.name for p in list_checkpoints(output_dir)) or "none"
+        raise SciflowError(
+            f"`resume_from_checkpoint` {value!r} does not exist. In {output_dir}: {there}. Use `latest`, one of them, "
+            "or a path."
+        )
+    fault = checkpoint_fault(folder)
+    if fault is not None:
+        raise SciflowError(f"`resume_from_checkpoint` {folder}: {fault}. `latest` takes the newest that is whole.")
+    return folder
+
+
+@contextmanager
+def explain_unpickling(folder: Path | None) -> Iterator[None]:
+    """Turns torch's refusal of a pickle that is more than tensors into an error that names the checkpoint."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise SciflowError(
+            f"`resume_from_checkpoint` {folder}: its optimizer, scheduler or random states are not the tensors and "
+            "numbers that the Trainer saves, and loading them could run code. They were not loaded. Take another "
+            "checkpoint, or start a new run from its weights with `--adapter_path`."
+        ) from error
+
+
+def check_output_dir(output_dir: str | os.PathLike, *, resume: Any, overwrite: bool) -> None:
+    """Refuses an output folder that holds checkpoints, unless told to resume or to overwrite (which removes them)."""
+    found = list_checkpoints(output_dir)
+    if not found or resume not in FROM_THE_START:
+        return
+    if not overwrite:
+        raise SciflowError(
+            f"`output_dir` {output_dir} holds {found[0].name}. Go on with `--resume_from_checkpoint latest`, begin "
+            "anew with `--overwrite_output_dir` (removes its checkpoints), or choose another folder."
+        )
+    for folder in found:
+        logger.info("Removing %s (`--overwrite_output_dir`).", folder)
+        shutil.rmtree(folder)
+
+
+def rotate(
+    output_dir: str | os.PathLike,
+    *,
+    limit: int | None,
+    newest: Path,
+    best: str | None = None,
+    busy: Path | None = None,
+) -> None:
+    """Removes checkpoints until `limit` are left; `newest`, which is whole, `best` and `busy` always stay.
+
+    Unfinished ones go first, then those of later steps (the run went back before them), then the oldest. transformers
+    sorts by time and falls back to step numbers where times are unreliable (cloud drives): a torn checkpoint of a
+    later step then displaces the whole one that was just written.
+    """
+    if not limit or limit < 0:
+        return
+    keep = {os.path.realpath(path) for path in (newest, best, busy) if path}
+    others = [p for p in list_checkpoints(output_dir) if os.path.realpath(p) not in keep]
+    others.sort(key=lambda p: ((p / MANIFEST).is_file(), _step(p) < _step(newest), _step(p)), reverse=True)
+    for folder in others[max(limit - len(keep), 0) :]:
+        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            logger.warning("%s is over `save_total_limit`, but could not be removed.", folder)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.split("-")[1])
+
+
+def check_run_facts(
+    folder: Path, now: dict[str, Any], advice: Mapping[str, Callable[[Any], str]] | None = None
+) -> None:
+    """Refuses to resume a run of another family, model, adapter, data or batch; says what differs.
+
+    Args:
+        now: facts of this run, as written to `run.json` of the checkpoint.
+        advice: for some facts, from the value then to what to do.
+    """
+    before = json.loads((folder / RUN_FACTS).read_text(encoding="utf-8"))
+    before, now = _flat({k: before.get(k) for k in now}), _flat(json.loads(json.dumps(now)))
+    names = sorted(k for k in now | before if now.get(k) != before.get(k))
+    differs = [f"{k}: {before.get(k)!r} then, {now.get(k)!r} now" for k in names]
+    if differs:
+        todo = [tell(before[name]) for name, tell in (advice or {}).items() if name in names and before.get(name)]
+        raise SciflowError(
+            f"`resume_from_checkpoint` {folder} belongs to another run: {'; '.join(differs)}. "
+            f"{' '.join([*todo, 'Use the same options'])}, or start a new run from its weights with `--adapter_path`."
+        )
+
+
+def _flat(facts: dict[str, Any]) -> dict[str, Any]:
+    """{"adapter": {"rank": 4}} -> {"adapter.rank": 4}."""
+    flat: dict[str, Any] = {}
+    for key, value in facts.items():
+        flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+    return flat

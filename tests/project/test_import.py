@@ -1,0 +1,85 @@
+"""What `import sciflow_hf` and `--help` must not load, and the public names."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sciflow_hf
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*.py"))
+
+# What takes long to import and is needed only for work. What importing TrainingArguments loads anyway (for example
+# `peft`, depending on the version of transformers) is not ours to avoid.
+STOCK = "from transformers import TrainingArguments, HfArgumentParser"
+NETWORKS = {
+    *("diffusers", "peft", "datasets", "pandas", "wandb", "tensorboard", "torchvision"),
+    *("transformers.trainer", "transformers.modeling_utils", "transformers.models.qwen3"),
+    "sciflow_hf.training.trainer",
+}
+
+
+def python(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def loaded_by(code: str) -> set[str]:
+    """Names of the modules that a fresh interpreter has after `code`."""
+    marker = "loaded modules: "
+    report = f"import sys, json\nsys.stdout.write({marker!r} + json.dumps(sorted(sys.modules)))"
+    result = python("-c", f"{code}\n{report}")
+    assert result.returncode == 0, result.stderr
+    return set(json.loads(result.stdout.rpartition(marker)[2]))
+
+
+def test_import_loads_nothing_heavy() -> None:
+    plain = loaded_by("pass")
+    ours = loaded_by("import sciflow_hf; sciflow_hf.__version__; dir(sciflow_hf)") - plain
+    assert {name for name in ours if name.startswith("sciflow_hf")} == {"sciflow_hf"}
+    assert not ours & {"torch", "transformers", "numpy", "yaml", *NETWORKS}
+
+
+def test_the_look_at_modules_can_fail() -> None:
+    assert "sciflow_hf.errors" in loaded_by("import sciflow_hf; sciflow_hf.SciflowError")
+    assert "numpy" in loaded_by("import numpy")
+
+
+@pytest.mark.parametrize("name", [n for n in sciflow_hf.__all__ if n != "__version__"])
+def test_public_name(name: str) -> None:
+    value = getattr(sciflow_hf, name)
+    assert callable(value) and value.__name__ == name
+    assert value.__doc__, "public names are documented"
+
+
+def test_names_are_listed_and_unknown_ones_refused() -> None:
+    assert dir(sciflow_hf) == sorted(sciflow_hf.__all__)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        sciflow_hf.no_such_name  # noqa: B018
+    with pytest.raises(ImportError, match="no_such_name"):
+        exec("from sciflow_hf import no_such_name")
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_help_of_recipe(recipe: Path) -> None:
+    result = python(str(recipe), "--help")
+    assert result.returncode == 0, result.stderr
+    for flag in ("--config", "--output_dir", "--dry_run", "--learning_rate"):
+        assert flag in result.stdout
+    modules = loaded_by(
+        f"import runpy, sys\nsys.argv = [{str(recipe)!r}, '--help']\n"
+        f"try:\n    runpy.run_path({str(recipe)!r}, run_name='__main__')\n"
+        "except SystemExit as stop:\n    assert stop.code in (0, None)\n"
+        "else:\n    raise AssertionError('--help went on')"
+    )
+    assert "sciflow_hf.training.arguments" in modules
+    assert modules & NETWORKS - loaded_by(STOCK) == set()
+
+
+@pytest.mark.parametrize("args", [(), ("cache",), ("cache", "build"), ("cache", "info")], ids=" ".join)
+def test_help_of_command(args: tuple[str, ...]) -> None:
+    result = python("-m", "sciflow_hf.cli", *args, "--help")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("usage: sciflow-hf")

@@ -1,0 +1,88 @@
+"""Runs of the recipe in processes of their own: killed, resumed, on one rank or two."""
+
+import contextlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes" / "train_flux2klein.py"
+
+
+def environment(**extra: str) -> dict[str, str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_"))}
+    path = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH", "")]))
+    return env | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | extra
+
+
+def command(*flags: object, ranks: int = 1, script: Path = RECIPE) -> list[str]:
+    words = [sys.executable, str(script)]
+    if ranks > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+        words += ["--master_addr", "127.0.0.1", "--master_port", str(port), str(script)]
+    return words + [str(flag) for flag in flags]
+
+
+def run(
+    *flags: object, ranks: int = 1, check: bool = True, script: Path = RECIPE, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs the recipe to its end."""
+    done = subprocess.run(
+        command(*flags, ranks=ranks, script=script), env=environment(**env), capture_output=True, text=True, timeout=600
+    )
+    if check and done.returncode:
+        raise AssertionError(f"exit status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+    return done
+
+
+def run_and_kill(*flags: object, when: str, times: int = 1, ranks: int = 1, delay: float = 0.0) -> str:
+    """Starts the recipe and SIGKILLs it with all its ranks `delay` seconds after the n-th line that matches `when`."""
+    process = subprocess.Popen(
+        command(*flags, ranks=ranks),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        times -= bool(re.search(when, line))
+        if times == 0:
+            time.sleep(delay)
+            break
+    else:
+        raise AssertionError(f"{when!r} never came:\n{''.join(lines)[-4000:]}")
+    ranks_too = psutil.Process(process.pid).children(recursive=True)  # torchrun gives each a session of its own
+    os.killpg(process.pid, 9)
+    for rank in ranks_too:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rank.kill()
+    process.wait()
+    psutil.wait_procs(ranks_too)
+    process.stdout.close()
+    return "".join(lines)
+
+
+def weights(folder: Path) -> dict:
+    return load_file(Path(folder) / "pytorch_lora_weights.safetensors")
+
+
+def logged_losses(folder: Path) -> list[float]:
+    """Losses of the newest checkpoint's log."""
+    newest = max(Path(folder).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    history = json.loads((newest / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
