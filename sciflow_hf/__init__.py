@@ -46,7 +46,7 @@ _PUBLIC = {
     "prepare_class_images": "training.prepare_classes",
     "prepare_data": "training.prepare",
     "prepare_microscopy": "training.prepare_microscopy",
-    "run": "options",
+    "run": "cli.run",
     "summary": "report.run_facts",
     "verify_cache": "data.inspect.verify",
 }
@@ -55,6 +55,7 @@ __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
     from .adapters.adapter import AdapterArguments, add_adapter
+    from .cli.run import run
     from .data.arguments import DataArguments, load_data
     from .data.batches.buckets import BucketBatchSampler
     from .data.build.build import build_cache
@@ -78,7 +79,7 @@ if TYPE_CHECKING:
     from .images.optics import ForwardModel
     from .metrics.restoration import RestorationMetrics
     from .metrics.samples import SampleMetrics
-    from .options import parse_args, run
+    from .options import parse_args
     from .report.plan import debug_batch, plan
     from .report.plots import plot_training
     from .report.run_facts import summary

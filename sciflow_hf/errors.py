@@ -1,6 +1,11 @@
 """Errors that a user can mend: each names the value, what is allowed, and what to do."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line without a full stop; its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 class SciflowError(ValueError):
     """A mistake in options, files or data. Recipes print it without a traceback and exit with status 2."""
 

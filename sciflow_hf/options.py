@@ -1,10 +1,10 @@
-"""One parser for all recipes: HfArgumentParser dataclasses, a YAML file below the flags, errors that help."""
+"""Options: dataclass fields that carry their range, checked when made, and one parser of flags and YAML for all."""
 
 import argparse
+import copy
 import dataclasses
 import difflib
-import errno
-import gc
+import inspect
 import itertools
 import logging
 import os
@@ -13,12 +13,125 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
-from .errors import Preempted, SciflowError
+from .errors import SciflowError
+
+
+class _Help(str):
+    """A help text with the range of its option: stock HfArgumentParser passes all metadata on to argparse."""
+
+    choices: Sequence[Any]
+    within: str
+    advice: str
+    check: Callable[[Any], None] | None
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    *,
+    choices: Sequence[Any] = (),
+    within: str = "",
+    advice: str = "",
+    check: Callable[[Any], None] | None = None,
+) -> Any:
+    """A field of an argument dataclass: default, explanation and range in one place.
+
+    Args:
+        default: of the option; required without one. Lists and dicts are copied.
+        help: what it does, for `--help` and the docstring; the range is added to it.
+        choices: allowed values; of a list, allowed elements.
+        within: interval of allowed numbers, such as "[0, 1)" or "(0, inf)".
+        advice: sentence added to the error where the value is out of range.
+        check: called with the dataclass when the option is not at its default, for what depends on other options;
+            raises SciflowError.
+    """
+    many = isinstance(default, list)
+    allowed = f"One{' or more' * many} of {', '.join(map(str, choices))}." if choices else ""
+    words = _in_words(within)
+    text = " ".join(filter(None, (help, allowed, f"{words[:1].upper()}{words[1:]}." if within else "")))
+    described = _Help(_escaped(text))
+    described.choices, described.within, described.advice, described.check = choices, within, advice, check
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=lambda: copy.copy(default), metadata={"help": described})
+    return dataclasses.field(default=default, metadata={"help": described})
+
+
+@dataclass_transform(field_specifiers=(option, dataclasses.field))
+def arguments(kind: type) -> Any:
+    """`dataclass` for argument classes: the help texts of its options become the `Args` of its docstring."""
+    made: Any = dataclasses.dataclass(kind)
+    lines = [f"    {f.name}: {f.metadata['help'].replace('%%', '%')}" for f in _described(made)]
+    made.__doc__ = "\n".join([inspect.cleandoc(made.__doc__ or ""), "", "Args:", *lines])
+    return made
+
+
+class Options:
+    """Base of argument dataclasses whose options are checked when they are made."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+def check_options(args: Any) -> None:
+    """Raises SciflowError where an option of `args` is out of its range, or cannot go with another one."""
+    fields = _described(args)
+    for field in fields:
+        value, described = getattr(args, field.name), field.metadata["help"]
+        for single in value if isinstance(value, list) else [value]:
+            if single is None:
+                continue
+            if described.choices and getattr(single, "value", single) not in described.choices:
+                several = "one or more" if isinstance(value, list) else "one"
+                allowed = f"use {several} of {', '.join(map(str, described.choices))}."
+                raise SciflowError(" ".join(filter(None, (f"`{field.name}` {single!r}: {allowed}", described.advice))))
+            if described.within and not _is_within(single, described.within):
+                words = f"`{field.name}` {value}: {_in_words(described.within)}."
+                raise SciflowError(" ".join(filter(None, (words, described.advice))))
+    for field in fields:
+        check = field.metadata["help"].check
+        if check is not None and getattr(args, field.name) != _default(field):
+            check(args)
+
+
+def _described(args: Any) -> list[dataclasses.Field]:
+    return [field for field in dataclasses.fields(args) if isinstance(field.metadata.get("help"), _Help)]
+
+
+def _default(field: dataclasses.Field) -> Any:
+    made = field.default_factory
+    return field.default if made is dataclasses.MISSING else made()
+
+
+def _bounds(within: str) -> tuple[float, float]:
+    low, high = within[1:-1].split(",")
+    return float(low), float(high)
+
+
+def _is_within(value: float, within: str) -> bool:
+    low, high = _bounds(within)
+    return (low <= value if within[0] == "[" else low < value) and (
+        value <= high if within[-1] == "]" else value < high
+    )
+
+
+def _in_words(within: str) -> str:
+    """ "[1, inf)" -> "at least 1"; "(0, inf)" -> "above 0"; "[0, 4]" -> "0 to 4"; "[0, 1)" -> "in [0, 1)"."""
+    if not within:
+        return ""
+    low, high = (bound.strip() for bound in within[1:-1].split(","))
+    if high == "inf":
+        return f"at least {low}" if within[0] == "[" else f"above {low}"
+    return f"{low} to {high}" if (within[0], within[-1]) == ("[", "]") else f"in {within}"
+
+
+def _escaped(text: str) -> str:
+    """A help text in which `%` stands for itself, but in `%(default)s`."""
+    return re.sub(r"%(?!\(\w+\)s)", "%%", text.replace("%%", "%"))
 
 
 class RecipeParser(HfArgumentParser):
@@ -28,11 +141,19 @@ class RecipeParser(HfArgumentParser):
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
         self.add_argument("--config", metavar="FILE", help="YAML of options; flags win over it.")
 
-    def add_argument(self, *names: Any, **options: Any) -> Any:
-        """argparse formats help texts with `%`; a stray one, as in "50 % of", shall not break `--help`."""
-        if options.get("help"):
-            options["help"] = re.sub(r"%(?!\(\w+\)s)", "%%", options["help"].replace("%%", "%"))
-        return super().add_argument(*names, **options)
+    def _add_dataclass_arguments(self, dtype: Any) -> None:
+        """The parent's, in groups: each option below the `heading` of the class that declares it."""
+        hints = get_type_hints(dtype)
+        groups: dict[type, Any] = {}
+        for field in filter(lambda f: f.init, dataclasses.fields(dtype)):
+            owner = next(kind for kind in dtype.__mro__ if field.name in vars(kind).get("__annotations__", {}))
+            if owner not in groups:
+                groups[owner] = self.add_argument_group(vars(owner).get("heading", owner.__name__))
+            found = copy.copy(field)
+            found.type = hints[field.name]
+            if text := field.metadata.get("help"):  # argparse formats it with `%`, which may stand in it by itself
+                found.metadata = {**field.metadata, "help": _escaped(text)}  # type: ignore[assignment]
+            self._parse_dataclass_field(groups[owner], found)
 
     def error(self, message: str) -> NoReturn:
         """One line on stderr, without argparse's page of usage; exit status 2."""
@@ -158,48 +279,3 @@ def _without_tokens(words: Sequence[str]) -> list[str]:
     """The command line as others may see it: W&B stores `sys.argv` with the run."""
     shown = [re.sub(r"^(--\w*token=).*", r"\1***", word) for word in words]
     return ["***" if re.fullmatch(r"--\w*token", before) else word for before, word in itertools.pairwise(["", *shown])]
-
-
-def run(main: Callable[[], Any]) -> NoReturn:
-    """Runs a recipe's `main`.
-
-    Exit status: 0; 2 after a user's mistake or too little memory, with a message; 75 saved and stopped by a signal
-    (`Preempted`); 130 Ctrl-C. torchrun and `accelerate launch` of several processes report 1 for any but 0.
-    """
-    status: Any = 0
-    try:
-        main()
-    except Preempted as stop:
-        status = stop.code
-    except KeyboardInterrupt:
-        sys.stderr.write("\nstopped; go on with --resume_from_checkpoint latest\n")
-        sys.exit(130)
-    except Exception as error:
-        message = str(error) if isinstance(error, SciflowError) else _shortage(error)
-        if message is None:
-            raise
-        sys.stderr.write(f"\nerror: {message}\n")
-        leave_process_group(together=False)  # the other ranks may be anywhere
-        sys.exit(2)
-    leave_process_group()
-    sys.exit(status)
-
-
-def _shortage(error: Exception) -> str | None:
-    """What to say where a disk is full or memory used up; None for other errors."""
-    from .training.out_of_memory import memory_message  # torch, which is not needed before
-
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"{error}: make room; the same command with --resume_from_checkpoint latest goes on."
-    return memory_message(error)
-
-
-def leave_process_group(*, together: bool = True) -> None:
-    """A rank that exits with gloo's threads alive may abort after its work is done; `together`: once all are here."""
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        gc.collect()  # networks under DDP, in the trainer's cycles of references, would keep the group's threads alive
-        if together:
-            dist.barrier()
-        dist.destroy_process_group()

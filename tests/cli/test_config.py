@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import sciflow_hf as sf
+from sciflow_hf.cli.run import run
 from sciflow_hf.engines.optimizers import effective_learning_rate, optimizer_class
 from sciflow_hf.errors import CacheError, SciflowError
-from sciflow_hf.options import RecipeParser, parse_args, read_yaml, run
+from sciflow_hf.options import RecipeParser, parse_args, read_yaml
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("train_*.py"))
 KINDS = (sf.Flux2Klein, sf.DataArguments, sf.AdapterArguments, sf.DiffusionTrainingArguments)

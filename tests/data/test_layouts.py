@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from sciflow_hf.data.build import blocks
 from sciflow_hf.data.build.blocks import (
     Layout,
     cut_blocks,
@@ -23,7 +24,6 @@ from sciflow_hf.data.build.blocks import (
     write_part,
     write_payloads,
 )
-from sciflow_hf.data.build import blocks
 from sciflow_hf.data.cache import load_cache
 from sciflow_hf.data.layouts import inline, shards, stored
 from sciflow_hf.data.layouts.shards import read_header

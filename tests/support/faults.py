@@ -13,8 +13,8 @@ import torch
 from runs import run
 from transformers import TrainerCallback
 
+from sciflow_hf.cli.run import leave_process_group
 from sciflow_hf.errors import Preempted
-from sciflow_hf.options import leave_process_group
 from sciflow_hf.training import trainer_hooks
 from sciflow_hf.training.checkpoints import checkpoint_fault, list_checkpoints
 

@@ -16,7 +16,7 @@ from runs import run
 from torch.distributed.fsdp import FSDPModule
 
 import sciflow_hf as sf
-from sciflow_hf.options import leave_process_group
+from sciflow_hf.cli.run import leave_process_group
 
 
 def launch(folder, *jobs, ranks=2):

@@ -14,8 +14,8 @@ from helpers import encoder_settings, write_cache
 from runs import environment, weights
 
 import sciflow_hf as sf
+from sciflow_hf.cli.run import run
 from sciflow_hf.errors import DiskFullError
-from sciflow_hf.options import run
 from sciflow_hf.training.checkpoints import checkpoint_fault, disk_full_named, list_checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -11,7 +11,7 @@ from helpers import encoder_settings, write_cache
 from runs import weights
 
 import sciflow_hf as sf
-from sciflow_hf.options import run
+from sciflow_hf.cli.run import run
 from sciflow_hf.training.out_of_memory import (
     HOST_LADDER,
     LADDER,

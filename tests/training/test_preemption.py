@@ -11,8 +11,8 @@ from helpers import encoder_settings, write_cache
 from runs import weights
 from transformers import TrainerCallback
 
+from sciflow_hf.cli.run import run
 from sciflow_hf.errors import Preempted
-from sciflow_hf.options import run
 from sciflow_hf.training.callbacks.preemption import SIGNALS
 from sciflow_hf.training.checkpoints import checkpoint_fault, list_checkpoints
 

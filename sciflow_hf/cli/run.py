@@ -1,0 +1,54 @@
+"""A recipe's `main` with the exit statuses that launchers and users rely on."""
+
+import errno
+import gc
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from ..errors import Preempted, SciflowError
+
+
+def run(main: Callable[[], Any]) -> NoReturn:
+    """Runs a recipe's `main`.
+
+    Exit status: 0; 2 after a user's mistake or too little memory, with a message; 75 saved and stopped by a signal
+    (`Preempted`); 130 Ctrl-C. torchrun and `accelerate launch` of several processes report 1 for any but 0.
+    """
+    status: Any = 0
+    try:
+        main()
+    except Preempted as stop:
+        status = stop.code
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped; go on with --resume_from_checkpoint latest\n")
+        sys.exit(130)
+    except Exception as error:
+        message = str(error) if isinstance(error, SciflowError) else _shortage(error)
+        if message is None:
+            raise
+        sys.stderr.write(f"\nerror: {message}\n")
+        leave_process_group(together=False)  # the other ranks may be anywhere
+        sys.exit(2)
+    leave_process_group()
+    sys.exit(status)
+
+
+def _shortage(error: Exception) -> str | None:
+    """What to say where a disk is full or memory used up; None for other errors."""
+    from ..training.out_of_memory import memory_message  # torch, which is not needed before
+
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"{error}: make room; the same command with --resume_from_checkpoint latest goes on."
+    return memory_message(error)
+
+
+def leave_process_group(*, together: bool = True) -> None:
+    """A rank that exits with gloo's threads alive may abort after its work is done; `together`: once all are here."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        gc.collect()  # networks under DDP, in the trainer's cycles of references, would keep the group's threads alive
+        if together:
+            dist.barrier()
+        dist.destroy_process_group()

@@ -1,0 +1,82 @@
+"""Files and folders that are complete or not there: written aside, brought to the disk, then renamed."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def atomic_file(file: str | os.PathLike) -> Iterator[Path]:
+    """A path next to `file` to write to, which replaces it when the block ends without an error.
+
+    Whenever the process is killed or the power fails, `file` is the old one or the new one, complete. Makes its folder.
+    """
+    file = Path(file)
+    temporary = _aside(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, file)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    sync(file.parent)
+
+
+@contextmanager
+def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """An empty folder next to `folder` to fill, which becomes `folder` when the block ends without an error.
+
+    Raises:
+        OSError: `folder` exists and is not an empty folder.
+    """
+    folder = Path(folder)
+    temporary = _aside(folder)
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with this number
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        move_folder(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def move_folder(source: Path, target: Path) -> None:
+    """Renames a folder on the same disk once everything below it is on the disk.
+
+    Raises:
+        OSError: `target` exists and is not an empty folder.
+    """
+    for path, _, names in os.walk(source):
+        for name in names:
+            sync(Path(path, name))
+        sync(Path(path))
+    os.replace(source, target)
+    sync(target.parent)
+
+
+def write_json(file: str | os.PathLike, value: Any) -> None:
+    """Writes JSON with sorted keys, see `atomic_file`."""
+    with atomic_file(file) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, sort_keys=True), encoding="utf-8")
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows has no way to
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
