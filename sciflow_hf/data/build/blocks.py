@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...errors import SciflowError
-
-from ..layouts.members import (CODECS, Stored, encode_member)
-from ..parquet import (METADATA_KEY, portable)
-from ..layouts.shards import (shard_columns, shard_file, write_shard)
+from ..layouts.members import CODECS, Stored, encode_member
+from ..layouts.shards import shard_columns, shard_file, write_shard
 from ..layouts.stored import TEXT_TENSORS
-from .writing import (write_payload, write_whole)
+from ..parquet import METADATA_KEY, portable
+from .writing import write_payload, write_whole
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -13,15 +13,14 @@ import torch
 
 from ... import __version__
 from ...errors import SciflowError
-
-from .blocks import (Layout, locked)
 from ..batches.buckets import aspect_ratio_buckets
-from .jobs import (by_bucket, find_jobs)
-from .packing import (InlineStore, ShardStore)
-from .sources import (Record, find_records)
-from .stores import (NpzStore, Skips, Store)
+from .blocks import Layout, locked
+from .jobs import by_bucket, find_jobs
+from .packing import InlineStore, ShardStore
+from .sources import Record, find_records
+from .stores import NpzStore, Skips, Store
 from .work import Work
-from .writing import (check_output, readable_bytes)
+from .writing import check_output, readable_bytes
 
 logger = logging.getLogger(__name__)
 

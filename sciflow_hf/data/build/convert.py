@@ -15,19 +15,18 @@ import torch
 from tqdm import tqdm
 
 from ... import __version__
-from ...errors import (CacheError, SciflowError)
-
+from ...errors import CacheError, SciflowError
 from .. import storage
-from .blocks import (Layout, index_file, locked, write_part, write_payloads)
-from ..cache import (LatentCache, load_cache)
-from .convert_plan import ConvertPlan
+from ..cache import LatentCache, load_cache
 from ..index import EMPTY_PROMPT_FILE
 from ..layouts.inline import count_rows
-from ..layouts.members import (Member, quantise, target_dtype)
-from ..layouts.shards import (read_header, shard_file)
+from ..layouts.members import Member, quantise, target_dtype
+from ..layouts.shards import read_header, shard_file
 from ..layouts.stored import TEXT_TENSORS
+from .blocks import Layout, index_file, locked, write_part, write_payloads
+from .convert_plan import ConvertPlan
 from .writing import SETTINGS_FILE as BUILD_SETTINGS
-from .writing import (readable_bytes, write_whole)
+from .writing import readable_bytes, write_whole
 
 logger = logging.getLogger(__name__)
 

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ...errors import (CacheError, SciflowError)
-
-from .blocks import (Layout, cut_blocks, first_rows, prompt_hash)
+from ...errors import CacheError, SciflowError
 from ..cache import LatentCache
 from ..index import CAPTION_COLUMNS
-from ..layouts.members import (Member, target_dtype)
+from ..layouts.members import Member, target_dtype
+from ..layouts.stored import TEXT_TENSORS, payload_columns
 from ..parquet import METADATA_KEY
-from ..layouts.stored import (TEXT_TENSORS, payload_columns)
+from .blocks import Layout, cut_blocks, first_rows, prompt_hash
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..batches.buckets import nearest_bucket
-from .sources import (Record, oriented_size)
-from .views import (View, variants, view_of)
+from .sources import Record, oriented_size
+from .views import View, variants, view_of
 
 _Bucket = tuple[int, int]
 

@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import CacheError
-
-from .blocks import (index_file, prompt_hash, write_part)
 from ..layouts.inline import write_inline
-from .jobs import Job
 from ..layouts.members import Stored
+from ..layouts.shards import shard_file, write_shard
 from ..parquet import METADATA_KEY
-from ..layouts.shards import (shard_file, write_shard)
-from .stored_blocks import (StoredBlock, StoredInline, StoredShard)
-from .stores import (STAGING, Part, Store, Tensors)
-from .writing import (OWN_COLUMNS, index_schema, index_table, write_whole)
+from .blocks import index_file, prompt_hash, write_part
+from .jobs import Job
+from .stored_blocks import StoredBlock, StoredInline, StoredShard
+from .stores import STAGING, Part, Store, Tensors
+from .writing import OWN_COLUMNS, index_schema, index_table, write_whole
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import storage
-from .blocks import prompt_hash
 from ..layouts.inline import value_offsets
 from ..layouts.members import Stored
+from ..layouts.shards import read_header, shard_file
+from ..layouts.stored import TEXT_TENSORS, shape_column
 from ..parquet import METADATA_KEY
-from ..layouts.shards import (read_header, shard_file)
-from ..layouts.stored import (TEXT_TENSORS, shape_column)
+from .blocks import prompt_hash
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -11,12 +11,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from ...errors import (CacheError, SciflowError)
-
+from ...errors import CacheError, SciflowError
+from ..layouts.npz import npz_members
 from .blocks import Layout
 from .jobs import Job
-from ..layouts.npz import npz_members
-from .writing import (index_schema, write_index, write_payload)
+from .writing import index_schema, write_index, write_payload
 
 logger = logging.getLogger(__name__)
 

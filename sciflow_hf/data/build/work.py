@@ -14,14 +14,13 @@ import torch
 from tqdm import tqdm
 
 from ... import __version__
-
-from ..index import EMPTY_PROMPT_FILE
-from .jobs import (Batch, Job, in_batches, reason)
 from ..batches.samples import text_rows
+from ..index import EMPTY_PROMPT_FILE
+from .jobs import Batch, Job, in_batches, reason
 from .sources import to_rgb
-from .stores import (STAGING, Skips, Store)
-from .views import (average_mask, fit_mask, fit_pixels)
-from .writing import (SETTINGS_FILE, readable_bytes, write_payload, write_whole)
+from .stores import STAGING, Skips, Store
+from .views import average_mask, fit_mask, fit_pixels
+from .writing import SETTINGS_FILE, readable_bytes, write_payload, write_whole
 
 if TYPE_CHECKING:
     from PIL import Image

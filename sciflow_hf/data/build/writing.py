@@ -12,8 +12,7 @@ import numpy as np
 import torch
 
 from ...errors import SciflowError
-
-from ..parquet import (METADATA_KEY, same_setting)
+from ..parquet import METADATA_KEY, same_setting
 
 if TYPE_CHECKING:
     import pyarrow as pa
