@@ -61,7 +61,8 @@ def option(
     return dataclasses.field(default=default, metadata={"help": described})
 
 
-@dataclass_transform(field_specifiers=(option, dataclasses.field))
+# For type checkers every `option` has a default: they see one only where it is given by keyword.
+@dataclass_transform(field_specifiers=(dataclasses.field,))
 def arguments(kind: type) -> Any:
     """`dataclass` for argument classes: the help texts of its options become the `Args` of its docstring."""
     made: Any = dataclasses.dataclass(kind)
