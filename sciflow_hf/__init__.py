@@ -43,11 +43,11 @@ _PUBLIC = {
     "parse_args": "options",
     "plan": "report.plan",
     "plot_training": "report.plots",
-    "prepare_class_images": "training.prepare_classes",
+    "prepare_class_images": "training.prepare",
     "prepare_data": "training.prepare",
-    "prepare_microscopy": "training.prepare_microscopy",
+    "prepare_microscopy": "training.prepare",
     "run": "cli.run",
-    "summary": "report.run_facts",
+    "summary": "report.summary",
     "verify_cache": "data.inspect.verify",
 }
 
@@ -82,13 +82,11 @@ if TYPE_CHECKING:
     from .options import parse_args
     from .report.plan import debug_batch, plan
     from .report.plots import plot_training
-    from .report.run_facts import summary
+    from .report.summary import summary
     from .training.arguments import DiffusionTrainingArguments
     from .training.callbacks.ema import EMACallback
     from .training.callbacks.progressive import ProgressiveResolution
-    from .training.prepare import build_cache_for, prepare_data
-    from .training.prepare_classes import prepare_class_images
-    from .training.prepare_microscopy import prepare_microscopy
+    from .training.prepare import build_cache_for, prepare_class_images, prepare_data, prepare_microscopy
     from .training.trainer import DiffusionTrainer
 
 

@@ -140,7 +140,7 @@ def _build(args: argparse.Namespace) -> None:
 def _build_classes(args: argparse.Namespace) -> None:
     """A cache of VAE latents with classes, for `dit`."""
     from ..images.class_source import ClassImageArguments
-    from ..training.prepare_classes import build_class_cache
+    from ..training.prepare import build_class_cache
 
     if not args.vae_name_or_path:
         raise SciflowError("`vae_name_or_path` is missing: `dit` needs a cache only for the latents of a VAE.")

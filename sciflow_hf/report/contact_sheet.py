@@ -200,3 +200,20 @@ def _wrap(prompt: str, font: "Font", width: int, max_lines: int = 3) -> list[str
             lines[-1] = lines[-1].rpartition(" ")[0]
         lines[-1] += " …"
     return lines
+
+
+def sample_images(output_dir: str | Path, *, step: int | None = None, limit: int = 4) -> list[tuple[str, str]]:
+    """Images for the model card: (path relative to `output_dir` with "/", prompt), of `step` or the latest.
+
+    Every prompt comes once before one comes twice.
+    """
+    folder = Path(output_dir) / "validation"
+    found = step_folders(folder)
+    chosen = found.get(step) if step is not None else found[max(found)] if found else None
+    if chosen is None:
+        return []
+    by_seed: dict[str, list[Path]] = {}
+    for path in sorted(chosen.glob("p*_seed*.png")):
+        by_seed.setdefault(path.stem.partition("_")[2], []).append(path)
+    paths = [path for group in by_seed.values() for path in group][:limit]
+    return [(path.relative_to(output_dir).as_posix(), read_image(path).info.get("prompt", "")) for path in paths]

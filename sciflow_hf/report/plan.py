@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import Trainer, TrainingArguments
 
 from ..adapters.adapter import adapter_facts
 from ..adapters.export import check_run
@@ -18,10 +19,6 @@ from ..engines.optimizers import rates_of, state_bytes
 from ..engines.quantisation import saved_bytes
 from ..families.base import ModelFamily
 
-if TYPE_CHECKING:
-    from ..training.arguments import DiffusionTrainingArguments
-    from ..training.trainer import DiffusionTrainer
-
 GIB = 2**30
 ACTIVATIONS_PER_BLOCK = 27  # 16-bit values kept per token and hidden unit; fits klein 9B's 51 GB at 1024 px
 ACTIVATIONS_PER_RESNET = 3  # per pixel and channel, in and out: two group norms and what they feed
@@ -30,7 +27,7 @@ ACTIVATIONS_PER_RESNET = 3  # per pixel and channel, in and out: two group norms
 def plan(
     model: torch.nn.Module,
     family: ModelFamily,
-    args: "DiffusionTrainingArguments",
+    args: TrainingArguments,
     train_dataset: Any,
     eval_dataset: Any = None,
 ) -> str:
@@ -70,7 +67,7 @@ def _lines(options: dict[str, Any]) -> str:
     return "\n".join(f"{name}: {value}" for name, value in options.items()) or "none"
 
 
-def _trained(model: torch.nn.Module, args: "DiffusionTrainingArguments") -> str:
+def _trained(model: torch.nn.Module, args: TrainingArguments) -> str:
     rates = rates_of(model, args, learning_rate=args.learning_rate or 0.0)
     facts = adapter_facts(model)
     if facts is None:
@@ -110,7 +107,7 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _estimate(
     model: torch.nn.Module,
-    args: "DiffusionTrainingArguments",
+    args: TrainingArguments,
     tokens: int,
     image_tokens: int,
     steps: int,
@@ -178,7 +175,7 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.1f} MiB"
 
 
-def debug_batch(trainer: "DiffusionTrainer", *, largest: int = 20) -> str:
+def debug_batch(trainer: Trainer, *, largest: int = 20) -> str:
     """Shapes, first position ids and gradient norms of one batch; weights and generators stay as they are."""
     model, device = trainer.model.train(), trainer.args.device
     seen: dict[str, Any] = {}

@@ -8,7 +8,6 @@ import numpy as np
 
 from ..data.build.writing import write_whole
 from ..errors import SciflowError
-from ..training.evaluation import NUM_QUARTERS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -95,7 +94,7 @@ def thinned(line: Line) -> Line:
 
 
 def _draw_losses(axes: "Axes", history: Sequence[Mapping[str, Any]]) -> None:
-    ends = {1: " (least noise)", NUM_QUARTERS: " (most noise)"}
+    ends = {1: " (least noise)", len(_RANGES): " (most noise)"}
     _draw(axes, thinned(series(history, "loss")), _INK, "all", 2.4)
     for number, colour in enumerate(_RANGES, start=1):
         _draw(axes, thinned(series(history, f"loss_q{number}")), colour, f"quarter {number}{ends.get(number, '')}", 1.3)

@@ -8,19 +8,19 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..errors import DiskFullError, SciflowError
+from ..files import move_folder, write_json
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 STAGING = ".saving"
 """Folder in the run's, in which a checkpoint is written before it is moved to its place."""
-RUN_FACTS = "run.json"
 FROM_THE_START = (None, False, "", "False", "false")
 """Values of `--resume_from_checkpoint` that mean a new run."""
 
@@ -28,16 +28,6 @@ FROM_THE_START = (None, False, "", "False", "false")
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON whole or not at all: temporary name, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def write_manifest(folder: Path) -> None:
@@ -48,10 +38,10 @@ def write_manifest(folder: Path) -> None:
 
 
 def publish(staged: Path, folder: Path) -> None:
-    """Gives a whole checkpoint the name that it is found by; a damaged one that stood there goes."""
+    """Gives a complete checkpoint, once all of it is on the disk, its name; a damaged one that stood there goes."""
     if folder.exists():
         shutil.rmtree(folder)
-    os.replace(staged, folder)
+    move_folder(staged, folder)
     staged.parent.rmdir()
 
 
@@ -196,32 +186,3 @@ def rotate(
 
 def _step(folder: Path) -> int:
     return int(folder.name.split("-")[1])
-
-
-def check_run_facts(
-    folder: Path, now: dict[str, Any], advice: Mapping[str, Callable[[Any], str]] | None = None
-) -> None:
-    """Refuses to resume a run of another family, model, adapter, data or batch; says what differs.
-
-    Args:
-        now: facts of this run, as written to `run.json` of the checkpoint.
-        advice: for some facts, from the value then to what to do.
-    """
-    before = json.loads((folder / RUN_FACTS).read_text(encoding="utf-8"))
-    before, now = _flat({k: before.get(k) for k in now}), _flat(json.loads(json.dumps(now)))
-    names = sorted(k for k in now | before if now.get(k) != before.get(k))
-    differs = [f"{k}: {before.get(k)!r} then, {now.get(k)!r} now" for k in names]
-    if differs:
-        todo = [tell(before[name]) for name, tell in (advice or {}).items() if name in names and before.get(name)]
-        raise SciflowError(
-            f"`resume_from_checkpoint` {folder} belongs to another run: {'; '.join(differs)}. "
-            f"{' '.join([*todo, 'Use the same options'])}, or start a new run from its weights with `--adapter_path`."
-        )
-
-
-def _flat(facts: dict[str, Any]) -> dict[str, Any]:
-    """{"adapter": {"rank": 4}} -> {"adapter.rank": 4}."""
-    flat: dict[str, Any] = {}
-    for key, value in facts.items():
-        flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
-    return flat

@@ -3,19 +3,17 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate.utils import find_batch_size, release_memory
 from accelerate.utils.memory import should_reduce_batch_size
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer
 
 from ..data.batches.threads import release
-from ..errors import SciflowError
-
-if TYPE_CHECKING:
-    from .trainer_hooks import HookedTrainer
+from ..errors import SciflowError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +51,7 @@ def memory_message(error: BaseException) -> str | None:
     beside = is_out_of_memory(error) and "DefaultCPUAllocator" in text and torch.accelerator.is_available()
     if isinstance(error, MemoryError) or shared or beside:
         return f"{'/dev/shm or the' if shared else 'the'} memory of the host is used up ({text}). {HOST_LADDER}"
-    return f"out of memory ({_first_line(error)}). {LADDER}" if is_out_of_memory(error) else None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]
+    return f"out of memory ({first_line(error)}). {LADDER}" if is_out_of_memory(error) else None
 
 
 class MicroBatches:
@@ -73,10 +67,10 @@ class MicroBatches:
     meet once in a step, to take the mean of the gradients.
 
     Args:
-        trainer: gives the loss (`compute_loss`), and has `_trained`, `_losses` and `accelerator`.
+        trainer: a `DiffusionTrainer`: gives the loss (`compute_loss`), and has `_trained`, `_losses` and `accelerator`.
     """
 
-    def __init__(self, trainer: "HookedTrainer") -> None:
+    def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.largest: int | None = None  # samples of one pass
         self._step: list[Mapping[str, Any]] = []  # the batches of this optimizer step so far
@@ -138,15 +132,15 @@ class MicroBatches:
             engine = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed"
             raise SciflowError(
                 f"`per_device_train_batch_size` {trainer.args.per_device_train_batch_size} does not fit into memory, "
-                f"and under {engine} a step cannot be repeated on one rank ({_first_line(error)}). {LADDER}"
+                f"and under {engine} a step cannot be repeated on one rank ({first_line(error)}). {LADDER}"
             ) from error
         if largest == 1:
-            raise SciflowError(f"one sample does not fit into memory ({_first_line(error)}). {LADDER}") from error
+            raise SciflowError(f"one sample does not fit into memory ({first_line(error)}). {LADDER}") from error
         self.largest = -(-largest // 2)
         logger.warning(
             "Out of memory at step %d with %d samples at once (%s). The step is repeated and the run goes on with at "
             "most %d; losses and gradients stay the same.%s",
-            trainer.state.global_step + 1, largest, _first_line(error), self.largest, f" {LADDER}" if first else "",
+            trainer.state.global_step + 1, largest, first_line(error), self.largest, f" {LADDER}" if first else "",
         )  # fmt: skip
 
 

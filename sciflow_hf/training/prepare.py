@@ -1,28 +1,49 @@
-"""From flags to data: the demo's own figures and network, and the cache that is built before training."""
+"""From flags to the data of a run: the demo's own, caches that are built first, images with classes, microscopes."""
 
 import dataclasses
 import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..data.arguments import DataArguments, load_data
+import torch
+from accelerate import PartialState
+
+from ..data.arguments import DataArguments, load_data, spread
+from ..data.build.build import BuildReport, build_cache
+from ..data.cache import LatentCache, load_cache
+from ..data.stream.stream import StreamingCache
+from ..demo import demo_figures, demo_pipeline
+from ..demo.digits import DIGITS, write_digits
+from ..errors import SciflowError
 from ..families.base import ModelFamily
+from ..families.dit import DiT
+from ..families.microscopy_unet import MicroscopyUNet
+from ..images.class_latents import ClassLatents, class_records
+from ..images.class_source import ClassImageArguments, ClassSource
+from ..images.classes import load_class_images
+from ..images.microscopes import MicroscopyDataArguments, MicroscopyTiles, load_microscopy_images
+from ..images.optics import ForwardModel
+from .arguments import DiffusionTrainingArguments
 from .checkpoints import check_output_dir
-
-if TYPE_CHECKING:
-    import torch
-
-    from ..data.build.build import BuildReport
-    from ..data.cache import LatentCache
-    from ..data.stream.stream import StreamingCache
-    from .arguments import DiffusionTrainingArguments
 
 logger = logging.getLogger(__name__)
 
 DEMO = "demo"
 DEMO_NIGHT = "demo_night"  # small figures that `mini_klein` is fine-tuned on
+
+
+def _processes(args: DiffusionTrainingArguments, make_demo: Callable[[], object]) -> PartialState:
+    """The processes of the run, once the first of them has looked at the output folder and made what a demo needs."""
+    _ = args.device  # sets up the process group as TrainingArguments does
+    state = PartialState()
+    if state.is_main_process:
+        if not (args.dry_run or args.debug_batch):  # say so before hours of encoding and loading
+            check_output_dir(args.output_dir, resume=args.resume_from_checkpoint, overwrite=args.overwrite_output_dir)
+        make_demo()
+    state.wait_for_everyone()
+    return state
 
 
 def build_cache_for(
@@ -33,14 +54,11 @@ def build_cache_for(
     device: Any = "cpu",
     encoder_dtype: Any = None,
     **options: Any,
-) -> "BuildReport":
+) -> BuildReport:
     """Builds a cache of `input_dir` with the encoders of `family`; `options` are those of `build_cache`.
 
     The encoders are loaded at first use: where nothing is left to encode, they never are.
     """
-    import torch
-
-    from ..data.build.build import build_cache
 
     @functools.cache
     def encoders() -> Any:
@@ -59,7 +77,7 @@ def build_cache_for(
     )
 
 
-def online_text(family: ModelFamily, *, device: Any, dtype: Any) -> "Callable[[list[str]], dict[str, torch.Tensor]]":
+def online_text(family: ModelFamily, *, device: Any, dtype: Any) -> Callable[[list[str]], dict[str, torch.Tensor]]:
     """A function: captions -> what `family.encode_prompts` makes of them, (B, ...) on `device`, without gradients.
 
     A caption that a batch has twice is encoded once. The encoder is loaded at first use: a dry run needs none.
@@ -69,7 +87,7 @@ def online_text(family: ModelFamily, *, device: Any, dtype: Any) -> "Callable[[l
     def encoders() -> Any:
         return family.load_text_encoder(device=device, dtype=dtype)
 
-    def encode(captions: list[str]) -> dict[str, "torch.Tensor"]:
+    def encode(captions: list[str]) -> dict[str, torch.Tensor]:
         distinct = list(dict.fromkeys(captions))
         rows = [distinct.index(caption) for caption in captions]
         return {name: value[rows] for name, value in family.encode_prompts(distinct, encoders()).items()}
@@ -81,28 +99,16 @@ def resolve_demo(family: ModelFamily, data_args: DataArguments, output_dir: str)
     """Replaces `demo` (figures: or `demo_night`) in the options by what is made below `output_dir` at first use."""
     folder = Path(output_dir) / "demo"
     if family.pretrained_model_name_or_path == DEMO:
-        from ..demo import demo_pipeline
-
         family.pretrained_model_name_or_path = str(demo_pipeline(folder, family.name))
     if data_args.input_dir in (DEMO, DEMO_NIGHT):
-        from ..demo import demo_figures
-
         data_args.input_dir = str(demo_figures(folder, data_args.input_dir))
 
 
 def prepare_data(
-    data_args: DataArguments, family: ModelFamily, args: "DiffusionTrainingArguments"
-) -> tuple["LatentCache | StreamingCache", "LatentCache | None"]:
+    data_args: DataArguments, family: ModelFamily, args: DiffusionTrainingArguments
+) -> tuple[LatentCache | StreamingCache, LatentCache | None]:
     """The training and held-out data; with `--input_dir` the cache is built first, by all ranks, resumable."""
-    from accelerate import PartialState
-
-    device = args.device  # sets up the process group in the way of TrainingArguments
-    state = PartialState()
-    if state.is_main_process:
-        if not (args.dry_run or args.debug_batch):  # say so before hours of encoding and loading
-            check_output_dir(args.output_dir, resume=args.resume_from_checkpoint, overwrite=args.overwrite_output_dir)
-        resolve_demo(family, data_args, args.output_dir)
-    state.wait_for_everyone()
+    state = _processes(args, lambda: resolve_demo(family, data_args, args.output_dir))
     resolve_demo(family, data_args, args.output_dir)
     online = data_args.text_encoding == "online"
     if data_args.input_dir:
@@ -111,7 +117,7 @@ def prepare_data(
             family,
             data_args.input_dir,
             directory,
-            device=device,
+            device=args.device,
             encoder_dtype=args.weight_dtype,
             resolution=data_args.resolution,
             caption_column=data_args.caption_column,
@@ -125,5 +131,156 @@ def prepare_data(
         )
         state.wait_for_everyone()
         data_args = dataclasses.replace(data_args, input_dir=None, dataset_dir=[directory])
-    encode = online_text(family, device=device, dtype=args.weight_dtype) if online else None
+    encode = online_text(family, device=args.device, dtype=args.weight_dtype) if online else None
     return load_data(data_args, dtype=args.weight_dtype, online_text=encode)
+
+
+def prepare_class_images(
+    data_args: ClassImageArguments, family: DiT, args: DiffusionTrainingArguments
+) -> tuple[Any, Any]:
+    """The training and the held-out images; tells `family` the number of channels and the names of the classes.
+
+    Raises:
+        SciflowError: an output folder with checkpoints and no word on them, or data that cannot be used.
+    """
+    folder = Path(args.output_dir) / "data" / DIGITS
+    state = _processes(args, lambda: write_digits(folder) if data_args.input_dir == DIGITS else None)
+    if data_args.input_dir == DIGITS:
+        data_args.input_dir, data_args.eval_split = str(folder), "test"
+    family.check_size(family.image_size)
+    if family.has_vae:
+        return _class_latents(data_args, family, args, state)
+    if not data_args.input_dir:
+        raise SciflowError("`dataset_dir` holds latents: name their VAE (`--vae_name_or_path`), or give `--input_dir`.")
+    with state.main_process_first():  # `datasets` writes its own cache
+        train, held_out = load_class_images(data_args, image_size=family.image_size, num_classes=family.num_classes)
+    if family.in_channels not in (None, train.channels):
+        raise SciflowError(
+            f"`in_channels` {family.in_channels}: the images have {train.channels}. Leave it out, or convert them by "
+            "`--image_mode`."
+        )
+    family.in_channels, family.num_classes, family.class_names = train.channels, train.num_classes, train.class_names
+    return train, held_out
+
+
+def build_class_cache(
+    data_args: ClassImageArguments,
+    family: DiT,
+    output_dir: str,
+    *,
+    split: str | None = None,
+    device: Any = "cpu",
+    encoder_dtype: Any = None,
+    **options: Any,
+) -> BuildReport:
+    """Builds a cache of one split with the VAE of `family`: squares of `image_size`, classes in the column `label`.
+
+    Args:
+        split: default `data_args.train_split`.
+        options: of `build_cache`.
+    """
+    family.check_size(family.image_size)
+    records, names = class_records(ClassSource(data_args, split or data_args.train_split), family.num_classes)
+
+    @functools.cache
+    def encoders() -> Any:
+        return family.load_encoders(device=device, dtype=encoder_dtype or torch.float32)
+
+    side = family.image_size
+    return build_cache(
+        str(data_args.input_dir),
+        output_dir,
+        encode_images=lambda pixel_values: family.encode_images(pixel_values, encoders()),
+        encode_prompts=lambda prompts: family.encode_prompts(prompts, None),  # never: nothing of text is stored
+        settings=family.encoder_settings() | {"class_names": names},
+        bucket_step=family.bucket_step(),
+        resolution=side,
+        records=records,
+        buckets=[(side, side)],
+        embeds="none",
+        **options,
+    )
+
+
+def _class_latents(
+    data_args: ClassImageArguments, family: DiT, args: DiffusionTrainingArguments, state: Any
+) -> tuple[Any, Any]:
+    """The training and the held-out latents; with `input_dir` the caches are built first, by all ranks, resumable."""
+    folders = {data_args.train_split: data_args.dataset_dir}
+    if data_args.input_dir:
+        if len(data_args.dataset_dir) > 1:
+            raise SciflowError(f"`dataset_dir` {data_args.dataset_dir}: with `--input_dir` it is the one to build.")
+        root = Path(data_args.dataset_dir[0] if data_args.dataset_dir else Path(args.output_dir) / "cache")
+        splits = [split for split in (data_args.train_split, data_args.eval_split) if split]
+        folders = {split: [str(root / split)] for split in splits}
+        for split, (folder,) in folders.items():
+            build_class_cache(
+                data_args,
+                family,
+                folder,
+                split=split,
+                device=args.device,
+                encoder_dtype=args.weight_dtype,
+                batch_size=data_args.encode_batch_size,
+                flip=data_args.flip and split == data_args.train_split,
+                rank=state.process_index,
+                world_size=state.num_processes,
+                barrier=state.wait_for_everyone,
+            )
+            state.wait_for_everyone()
+    caches: Any = [load_cache(folder, dtype=args.weight_dtype) for folder in folders.values()]
+    train, held_out = caches if len(caches) == 2 else caches[0].split(data_args.eval_fraction)
+    if data_args.max_train_samples and data_args.max_train_samples < len(train):
+        train = train.select(spread(len(train), data_args.max_train_samples))
+    if family.num_classes != 0:
+        train, held_out = (ClassLatents.of(cache) for cache in (train, held_out))
+        _check_classes(family, train, held_out)
+    logger.info("%d latents of %d classes to train on, %d held out.", len(train), family.num_classes, len(held_out))
+    return train, held_out if len(held_out) else None
+
+
+def _check_classes(family: DiT, *caches: ClassLatents) -> None:
+    """Takes the classes from the caches; refuses labels beyond `num_classes`."""
+    names = caches[0].class_names
+    largest = max(int(cache.class_labels.max()) for cache in caches if len(cache))
+    family.num_classes = len(names) if family.num_classes is None else family.num_classes
+    if largest >= family.num_classes:
+        raise SciflowError(
+            f"`num_classes` {family.num_classes}: the cache has the label {largest}. Raise it, or mend that."
+        )
+    family.class_names = [*names, *map(str, range(len(names), family.num_classes))][: family.num_classes]
+
+
+def prepare_microscopy(
+    data_args: MicroscopyDataArguments,
+    optics: ForwardModel,
+    family: MicroscopyUNet,
+    args: DiffusionTrainingArguments,
+) -> tuple[MicroscopyTiles, MicroscopyTiles | None]:
+    """The training and held-out tiles; tells `family` their channels, intensities and optics.
+
+    With `input_dir` "demo" the images of scikit-image's wheel are written below `output_dir` first.
+
+    Raises:
+        SciflowError: see `load_microscopy_images`; a `tile_size` that the network cannot halve often enough.
+    """
+    folder = Path(args.output_dir) / DEMO
+    _processes(args, lambda: _write_microscope_images(folder) if data_args.input_dir == DEMO else None)
+    if data_args.input_dir == DEMO:
+        data_args.input_dir = str(folder)
+    known = family.take_over() if family.pretrained_model_name_or_path else None
+    step = family.bucket_step()
+    if data_args.tile_size % step:
+        raise SciflowError(
+            f"`tile_size` {data_args.tile_size}: the {len(family.block_out_channels)} levels of `block_out_channels` "
+            f"halve it, so it must be a multiple of {step}."
+        )
+    train, held_out = load_microscopy_images(data_args, optics, transforms=known)
+    family.describe_data(train)
+    return train, held_out
+
+
+def _write_microscope_images(folder: Path) -> None:
+    from ..demo.microscope_images import microscope_images  # scikit-image, which no other run needs
+
+    microscope_images(folder)

@@ -1,15 +1,84 @@
-"""A run that goes on with another number of processes: the same samples a step, from the same place in the epoch."""
+"""Resuming: what must be the same as in the run of a checkpoint, and its place in the epoch, on any number of ranks."""
 
+import dataclasses
 import json
 import math
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from ..data.batches.loader import BucketLoader
-from .checkpoints import RUN_FACTS
+from ..adapters.adapter import adapter_facts
+from ..data.batches.loader import BucketLoader, batch_keys_of, row_ids_of
+from ..diffusion.randomness import hash64
+from ..errors import SciflowError
+from ..families.base import ModelFamily
+from .arguments import DiffusionTrainingArguments
 
-if TYPE_CHECKING:
-    from .arguments import DiffusionTrainingArguments
+IDENTITY_NAME = "run.json"
+"""File of a checkpoint that holds its `run_identity` and `Place`."""
+
+
+def run_identity(
+    family: ModelFamily, args: DiffusionTrainingArguments, model: Any, *, data: str | None, total_batch: int
+) -> dict[str, Any]:
+    """What must be the same for a checkpoint to be resumed; plain JSON values.
+
+    Args:
+        model: the network without wrappers.
+        data: `data_fingerprint` of the training data.
+        total_batch: samples of an optimizer step.
+    """
+    path = family.pretrained_model_name_or_path
+    return {
+        "family": family.name,
+        "network": dataclasses.asdict(family) if family.from_scratch else None,
+        "pretrained_model_name_or_path": Path(path).name if os.path.isdir(path) else path,
+        "revision": family.revision,
+        "adapter": adapter_facts(model),
+        "data": data,
+        "total_train_batch_size": total_batch,
+        "seed": args.order_seed,
+        "optim": str(getattr(args.optim, "value", args.optim)),
+        "lora_plus_ratio": args.lora_plus_ratio,
+        "text_encoder_learning_rate": args.text_encoder_learning_rate,
+        "quantize_base": args.quantize_base,
+    }
+
+
+def data_fingerprint(dataset: Any) -> str | None:
+    """Identity of the rows of a data set and of their order."""
+    if dataset is None:
+        return None
+    own = getattr(dataset, "fingerprint", None)
+    return own if isinstance(own, str) else f"{hash64(*row_ids_of(dataset), str(batch_keys_of(dataset))):016x}"
+
+
+def check_identity(folder: Path, now: dict[str, Any], advice: Mapping[str, Callable[[Any], str]] | None = None) -> None:
+    """Refuses to resume a run of another family, model, adapter, data or batch; says what differs.
+
+    Args:
+        now: `run_identity` of this run.
+        advice: for some of its keys, from the value then to what to do.
+    """
+    before = json.loads((folder / IDENTITY_NAME).read_text(encoding="utf-8"))
+    before, now = _flat({k: before.get(k) for k in now}), _flat(json.loads(json.dumps(now)))
+    names = sorted(k for k in now | before if now.get(k) != before.get(k))
+    differs = [f"{k}: {before.get(k)!r} then, {now.get(k)!r} now" for k in names]
+    if differs:
+        todo = [tell(before[name]) for name, tell in (advice or {}).items() if name in names and before.get(name)]
+        raise SciflowError(
+            f"`resume_from_checkpoint` {folder} belongs to another run: {'; '.join(differs)}. "
+            f"{' '.join([*todo, 'Use the same options'])}, or start a new run from its weights with `--adapter_path`."
+        )
+
+
+def _flat(identity: dict[str, Any]) -> dict[str, Any]:
+    """{"adapter": {"rank": 4}} -> {"adapter.rank": 4}."""
+    flat: dict[str, Any] = {}
+    for key, value in identity.items():
+        flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
 
 
 class Place(NamedTuple):
@@ -34,7 +103,7 @@ class Place(NamedTuple):
     @classmethod
     def saved_in(cls, folder: Path) -> "Place | None":
         """What `of` gave when a checkpoint was written."""
-        saved = json.loads((folder / RUN_FACTS).read_text(encoding="utf-8")).get("place")
+        saved = json.loads((folder / IDENTITY_NAME).read_text(encoding="utf-8")).get("place")
         return saved and cls(*saved)
 
     def in_steps(self, per_epoch: int) -> tuple[int, int]:
@@ -48,7 +117,7 @@ class Place(NamedTuple):
         return (math.ceil((max_steps - ahead) / per_epoch), max_steps) if by_steps else (epochs, max_steps + ahead)
 
 
-def same_total_batch(before: int, args: "DiffusionTrainingArguments") -> str:
+def same_total_batch(before: int, args: DiffusionTrainingArguments) -> str:
     """Which options make steps of `before` samples on as many processes as there are now."""
     ranks = args.world_size
     now = f"{args.train_batch_size} per device x {ranks} processes x {args.gradient_accumulation_steps} accumulation"

@@ -1,50 +1,92 @@
 """`DiffusionTrainer`: transformers.Trainer with one step per model family."""
 
+import functools
 import json
 import logging
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import accelerate.optimizer
 import torch
+import transformers.trainer
+from accelerate.utils import TorchDynamoPlugin, broadcast_object_list
 from diffusers import ConfigMixin
-from transformers import EvalPrediction, TrainerCallback
-from transformers.trainer_utils import TrainOutput
+from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import HubStrategy, SaveStrategy, TrainOutput
 
 from ..adapters.adapter import adapter_disabled, adapter_layers
-from ..adapters.export import check_run
+from ..adapters.export import Exported, check_run, export_run
+from ..adapters.files import load_adapter_weights, save_adapter
 from ..adapters.text_encoders import NetworkWithText, network_of, use_captions, with_text
 from ..data.batches.buckets import BucketBatchSampler
-from ..data.batches.loader import BucketLoader, batch_keys_of, evaluation_keys, row_ids_of
+from ..data.batches.loader import BucketLoader, batch_keys_of, evaluation_keys, row_ids_of, training_sampler
 from ..data.batches.samples import collate, describe_row
 from ..data.batches.threads import release
 from ..data.cache import LatentCache
-from ..data.prior import loss_weights
+from ..data.prior import loss_weights, without_prior
 from ..data.stream.loader import StreamLoader
 from ..data.stream.stream import StreamingCache
 from ..diffusion.randomness import hash64
+from ..engines.compilation import compile_blocks
 from ..engines.offload import offload_blocks
-from ..engines.optimizers import effective_learning_rate, group_rates, rates_of
+from ..engines.optimizers import (
+    OPTIMIZERS,
+    effective_learning_rate,
+    group_rates,
+    optimizer_class,
+    rates_of,
+    split_groups,
+)
 from ..engines.quantisation import check_loaded, keep_from_broadcast
-from ..engines.sharding import check_sharding
-from ..errors import SciflowError
+from ..engines.sharding import (
+    WholeWeights,
+    as_without_fsdp,
+    check_sharding,
+    load_whole_state,
+    resharded,
+    whole_state,
+)
+from ..errors import DiskFullError, SciflowError
 from ..families.base import ModelFamily
-from ..report import run_facts
-from . import checkpoints
+from ..families.loading import network_dtype
+from ..files import write_json
+from ..hub.upload import check_access, upload, upload_checkpoint
+from ..report.summary import save_model_card
 from .arguments import DiffusionTrainingArguments
 from .callbacks.ema import EMACallback
 from .callbacks.preemption import PreemptionCallback
+from .callbacks.validation import ValidationCallback, commonest_size
+from .checkpoints import (
+    STAGING,
+    check_output_dir,
+    disk_full_named,
+    explain_unpickling,
+    publish,
+    remove_unfinished,
+    resolve_checkpoint,
+    rotate,
+    write_manifest,
+)
 from .evaluation import summarise
-from .loaders import loader_options, training_loader
 from .loss_log import LossLog
-from .resume import Place, same_total_batch
-from .trainer_hooks import EVAL_BASE, STREAM, HookedTrainer
+from .out_of_memory import MicroBatches
+from .resume import IDENTITY_NAME, Place, check_identity, data_fingerprint, run_identity, same_total_batch
+from .trackers import prepare_wandb
 
 logger = logging.getLogger(__name__)
 
+EVAL_BASE = "eval_base.json"
+STREAM = "stream.json"
+HOST_KEYS = ("noise_key", "step_key", "position", "row")
+"""Entries of a batch that stay on the host: they seed generators and name rows, which on a GPU would be a sync."""
 
-class DiffusionTrainer(HookedTrainer):
+
+class DiffusionTrainer(Trainer):
     """Trains a diffusion network of one family. What `transformers.Trainer` does, it does unchanged.
 
     Args:
@@ -65,6 +107,17 @@ class DiffusionTrainer(HookedTrainer):
     """
 
     loss_is_scaled_for_ga = False  # `compute_loss` returns a mean; the step divides by the accumulation itself
+
+    is_fsdp_enabled: bool
+    exported: Sequence[Exported] = ()
+    _trained: list[torch.nn.Parameter]
+    _stream: StreamLoader | None = None
+    _stream_state: dict[str, Any] | None = None
+    _whole: WholeWeights | None = None  # for a network that FSDP spreads over the ranks
+    _saving = False
+    _disk_full: DiskFullError | None = None
+    _measure_first = False
+    _place: Place | None = None  # of the checkpoint that was resumed
 
     def __init__(
         self,
@@ -96,7 +149,7 @@ class DiffusionTrainer(HookedTrainer):
         self._measure_base = False
         if isinstance(train_dataset, StreamingCache) and args.max_steps <= 0:
             raise SciflowError("`max_steps` is missing: a stream has no end. Say after how many steps to stop.")
-        run_facts.prepare_wandb(args)
+        prepare_wandb(args)
         if args.ema_decay is not None:  # before those that look at weights
             callbacks = [EMACallback(args.ema_decay, args.ema_warmup), *(callbacks or [])]
         self._preemption = PreemptionCallback()
@@ -117,8 +170,9 @@ class DiffusionTrainer(HookedTrainer):
         check_sharding(self)
         for dataset in (train_dataset, *_as_datasets(eval_dataset)):
             self._check_data(dataset)
+        self._fingerprint = (train_dataset, data_fingerprint(train_dataset))
         if args.validation_prompts or args.validation_class_labels:
-            self.add_callback(run_facts.validation_callback(self))
+            self.add_callback(self._validation_callback())
 
     def _check_model(self, model: Any, args: DiffusionTrainingArguments) -> None:
         check_run(model, args.export_formats, self.family)
@@ -162,6 +216,26 @@ class DiffusionTrainer(HookedTrainer):
         if isinstance(dataset, LatentCache) and dataset.online_text is None:  # of every bucket the shapes
             for row in {key[:2]: i for i, key in enumerate(dataset.batch_keys)}.values():
                 self.family.check_sample(self.model, dataset.shapes(row))
+
+    def _validation_callback(self) -> ValidationCallback:
+        """Images of `--validation_prompts` or `--validation_class_labels` during training."""
+        args = self.args
+        size = tuple(args.validation_size) or commonest_size(without_prior(self.train_dataset))
+        if size is None:
+            raise SciflowError("`validation_size`: give height and width, the data has no buckets to take them from.")
+        return ValidationCallback(
+            family=self.family,
+            prompts=args.validation_prompts or args.validation_class_labels,
+            negative_prompts=args.validation_negative_prompt,
+            seeds=args.validation_seeds,
+            steps=args.validation_steps,
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.validation_guidance_scale,
+            size=(int(size[0]), int(size[1])),
+            output_dir=args.output_dir,
+            trackers=lambda: self.callback_handler.callbacks,
+            weights=self.averaged_weights,
+        )
 
     def call_model_init(self, trial: Any = None) -> torch.nn.Module:
         model = super().call_model_init(trial)
@@ -216,18 +290,52 @@ class DiffusionTrainer(HookedTrainer):
 
     # -- data ----------------------------------------------------------------------------------------------------
 
-    def get_train_dataloader(self) -> Any:
-        """Batches of one bucket, sharded and keyed by our own sampler; says what each bucket gives."""
-        if self.train_dataset is None:
+    def get_train_dataloader(self) -> BucketLoader | StreamLoader:
+        """Batches of one bucket, sharded and keyed by our own sampler; says what each bucket gives.
+
+        Raises:
+            SciflowError: no data; worker processes for a stream.
+        """
+        dataset, args = self.train_dataset, self.args
+        if dataset is None:
             raise SciflowError("`train_dataset` is missing.")
-        loader = training_loader(
-            self.train_dataset, self.args, self.family, self.data_collator, caption_dropout=self.caption_dropout
+        options = self._loader_options() | {"caption_dropout": self.caption_dropout}
+        options["step_keys"] = args.stratified_levels
+        # A step holds its batches until it is done (`MicroBatches`), while those of the next are read.
+        options["buffers"] = 2 * args.gradient_accumulation_steps + 1
+        if not isinstance(dataset, StreamingCache):
+            sampler = training_sampler(dataset, args, pads_text=self.family.pads_text)
+            logger.info("Buckets of an epoch:\n%s", sampler.table())
+            return BucketLoader(dataset, sampler, **options)
+        del options["prefetch_factor"]
+        if options.pop("num_workers"):
+            raise SciflowError("`dataloader_num_workers` does not go with a stream: see `--dataloader_threads`.")
+        self._stream = StreamLoader(
+            dataset,
+            batch_size=args.train_batch_size,
+            num_replicas=args.world_size,
+            rank=args.process_index,
+            accumulation_steps=args.gradient_accumulation_steps,
+            seed=args.order_seed,
+            drop_last=args.dataloader_drop_last,
+            **options,
         )
-        if isinstance(loader, StreamLoader):
-            self._stream = loader
-            if self._stream_state is not None:
-                loader.load_state_dict(self._stream_state)
-        return loader
+        if self._stream_state is not None:
+            self._stream.load_state_dict(self._stream_state)
+        return self._stream
+
+    def _loader_options(self) -> dict[str, Any]:
+        """How training and evaluation read alike."""
+        args, workers = self.args, self.args.dataloader_num_workers
+        return {
+            "collate_fn": self.data_collator,
+            "threads": args.dataloader_threads,
+            "pads_text": self.family.pads_text,
+            "posterior": self.family.posterior == "sample",
+            "num_workers": workers,
+            "pin_memory": args.dataloader_pin_memory and torch.cuda.is_available(),
+            "prefetch_factor": args.dataloader_prefetch_factor if workers else None,
+        }
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Evaluation batches in row order, their noise keyed by the row's name."""
@@ -246,8 +354,7 @@ class DiffusionTrainer(HookedTrainer):
         self._eval_groups = dict(zip(self._eval_rows, getattr(dataset, "groups", self._eval_rows), strict=True))
         known = all(row in self._eval_base for row in self._eval_rows)
         self._measure_base = not known and self._base_is_at_hand()
-        options = loader_options(self.args, self.family, self.data_collator)
-        return BucketLoader(dataset, sampler, key_of=evaluation_keys(self._eval_rows), **options)
+        return BucketLoader(dataset, sampler, key_of=evaluation_keys(self._eval_rows), **self._loader_options())
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """As for evaluation."""
@@ -308,7 +415,7 @@ class DiffusionTrainer(HookedTrainer):
         objective = compute_objective or (lambda metrics: metrics["eval_loss"])
         return super().hyperparameter_search(hp_space, objective, *args, **kwargs)
 
-    # -- training, saving, publishing ----------------------------------------------------------------------------
+    # -- training ----------------------------------------------------------------------------
 
     def train(
         self,
@@ -327,14 +434,14 @@ class DiffusionTrainer(HookedTrainer):
         output_dir = self.args.output_dir
         if trial is None:
             if self.args.should_save:
-                checkpoints.check_output_dir(output_dir, resume=value, overwrite=self.args.overwrite_output_dir)
-                checkpoints.remove_unfinished(output_dir)
+                check_output_dir(output_dir, resume=value, overwrite=self.args.overwrite_output_dir)
+                remove_unfinished(output_dir)
             self.accelerator.wait_for_everyone()
-        folder = checkpoints.resolve_checkpoint(value, output_dir)
+        folder = resolve_checkpoint(value, output_dir)
         self._place = None if folder is None else Place.saved_in(folder)
         if folder is not None:
             advice = {"total_train_batch_size": lambda before: same_total_batch(before, self.args)}
-            checkpoints.check_run_facts(folder, run_facts.identity(self), advice)
+            check_identity(folder, self._identity(), advice)
             if (folder / STREAM).is_file():
                 self._stream_state = json.loads((folder / STREAM).read_text(encoding="utf-8"))
             if (folder / EVAL_BASE).is_file():
@@ -344,13 +451,21 @@ class DiffusionTrainer(HookedTrainer):
         self._measure_first = fresh and self.eval_dataset is not None
         before = self._weight_sums()
         try:
-            with self._preemption.listening(), checkpoints.explain_unpickling(folder):
+            with self._preemption.listening(), explain_unpickling(folder):
                 output = super().train(str(folder) if folder else None, trial, ignore_keys_for_eval)
         finally:
             self.model_wrapped.__dict__.pop("zero_grad", None)  # see `_prepare_for_training`
         if before and self._weight_sums() == before:
             logger.warning("No trained weight moved in %d steps: look at the learning rate.", self.state.global_step)
         return output
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint of this run to be resumed."""
+        if self._fingerprint[0] is not self.train_dataset:
+            self._fingerprint = (self.train_dataset, data_fingerprint(self.train_dataset))
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        total_batch = self.get_total_train_batch_size(self.args)
+        return run_identity(self.family, self.args, model, data=self._fingerprint[1], total_batch=total_batch)
 
     def _weight_sums(self) -> list[float]:
         """A sum per trained parameter, enough to see that none moved; empty where weights are sharded or not made."""
@@ -365,15 +480,23 @@ class DiffusionTrainer(HookedTrainer):
             if self._measure_base:
                 self.evaluation_loop(loader, "Evaluation of the initial weights")
 
+    # -- publishing ----------------------------------------------------------------------------------------------
+
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Makes the repository and checks the right to write, before training."""
+        args = self.args
         if self.is_world_process_zero():
-            self.hub_model_id = run_facts.check_hub(self.args, token=token, private=private)
+            self.hub_model_id = check_access(
+                args.hub_model_id or Path(args.output_dir).resolve().name,
+                token=token or args.hub_token,
+                private=args.hub_private_repo if private is None else private,
+                revision=args.hub_revision,
+            )
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes README.md from the facts of this run into `output_dir`."""
         if self.is_world_process_zero():
-            run_facts.save_model_card(self)
+            save_model_card(self)
 
     def push_to_hub(
         self, commit_message: str | None = "End of training", blocking: bool = True, token: str | None = None,
@@ -388,7 +511,372 @@ class DiffusionTrainer(HookedTrainer):
         if not self.is_world_process_zero():
             return None
         self.create_model_card()
-        return run_facts.upload(self, commit_message, token=token, revision=revision, blocking=blocking)
+        return self._upload(commit_message, token=token, revision=revision, blocking=blocking)
+
+    def _upload(
+        self, message: str | None, *, token: str | None = None, revision: str | None = None, blocking: bool = False
+    ) -> Any:
+        """What a user needs of the output folder, in one commit."""
+        return upload(
+            str(self.hub_model_id),
+            self.args.output_dir,
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+            commit_message=message or "End of training",
+            run_as_future=not blocking,
+        )
+
+    def _push_checkpoint(self, folder: Path) -> None:
+        """`--hub_strategy`: weights and card so far in the background, and the checkpoint `folder` where asked for.
+
+        On all ranks, since sharded weights are gathered. A push under way makes it pass, unless `--hub_always_push`,
+        which waits for it: no file changes while it is read. A failure is logged, not fatal.
+        """
+        args, state = self.args, self.state
+        busy = any(not push.done() for push in self.running_pushes)
+        if args.hub_strategy == HubStrategy.END or broadcast_object_list([busy and not args.hub_always_push])[0]:
+            return
+        self._finish_current_push()
+        self.callback_handler.on_push_begin(args, state, self.control)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return
+        self.create_model_card()
+        steps = args.save_strategy == SaveStrategy.STEPS
+        message = f"Training in progress, {f'step {state.global_step}' if steps else f'epoch {int(state.epoch or 0)}'}"
+        self.running_pushes.append(self._upload(message))
+        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            place = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else folder.name
+            self.running_pushes.append(
+                upload_checkpoint(
+                    str(self.hub_model_id),
+                    folder,
+                    place,
+                    token=args.hub_token,
+                    revision=args.hub_revision,
+                    commit_message=f"{message}, checkpoint",
+                )
+            )
+            self.pushed_checkpoint = folder
+
+    # -- averaged weights ----------------------------------------------------------------------------------------
+
+    @property
+    def _ema(self) -> EMACallback | None:
+        return next((c for c in self.callback_handler.callbacks if isinstance(c, EMACallback)), None)
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """Context manager: swap in the EMA weights, if there are any and training has begun."""
+        self._to_average()
+        return nullcontext() if self._ema is None else self._ema.swapped()
+
+    def _to_average(self) -> None:
+        """A schedule-free optimizer puts its average in place, where it stays until the next step."""
+        if callable(getattr(self.optimizer, "eval", None)):
+            self.optimizer.eval()
+
+    # ==== hooks of transformers.Trainer ====
+    #
+    # All that follows in this class overrides what the parent calls, mostly private, in transformers 5.23.
+    # tests/training/test_trainer_hooks.py fails where one is renamed, no longer called, or changes its arguments.
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
+        """The parent's, of which epochs and steps are counted from the place in the epoch that was saved."""
+        epochs, per_epoch, *numbers, max_steps = super().set_initial_training_values(args, dataloader)
+        if self._place is not None:
+            by_steps = args.max_steps > 0
+            epochs, max_steps = self._place.length_of_run(epochs, max_steps, per_epoch, by_steps=by_steps)
+        return epochs, per_epoch, *numbers, max_steps
+
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, *args: Any, **kwargs: Any
+    ) -> tuple[int, int]:
+        epochs, batches = super()._init_training_state(max_steps, num_update_steps_per_epoch, *args, **kwargs)
+        if self._place is not None:
+            epochs, steps = self._place.in_steps(num_update_steps_per_epoch)
+            batches = 0 if self.args.ignore_data_skip else steps * self.args.gradient_accumulation_steps
+        return epochs, batches
+
+    def _run_epoch(self, model: Any, epoch: int, train_dataloader: Any, *args: Any, **kwargs: Any) -> None:
+        with _position_exact_resume(), _optional_packages_looked_up_once(), _closed_after(train_dataloader):
+            super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._to_average()
+        return super()._finalize_training(*args, **kwargs)
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """The parent's, of the averaged weights where there are any; no reader thread outlives it."""
+        with _closed_after(dataloader), self.averaged_weights(), resharded(self.model):
+            return super().evaluation_loop(dataloader, *args, **kwargs)
+
+    def _prepare_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        moved = super()._prepare_inputs({k: v for k, v in inputs.items() if k not in HOST_KEYS})
+        return {**moved, **{k: inputs[k] for k in HOST_KEYS if k in inputs}}
+
+    def _prepare_input(self, data: Any) -> Any:
+        """The parent's, but the copy of page-locked memory is queued: its loader waits until it is done."""
+        pinned = isinstance(data, torch.Tensor) and data.is_pinned()
+        return super()._prepare_input(data.to(self.args.device, non_blocking=True) if pinned else data)
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """The parent's, but accelerate compiles nothing: it would compile all of the network, `compile_blocks` less."""
+        return super()._build_accelerator_args(**kwargs) | {"dynamo_plugin": TorchDynamoPlugin(backend="no")}
+
+    # -- a step: walk over the trained parameters, not over every module of the network --------------------------
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        if self.is_fsdp_enabled and self._whole is None:
+            self._whole = WholeWeights(self.model)
+        if self.args.torch_compile:
+            compile_blocks(network_of(self.accelerator.unwrap_model(self.model)), self.args)
+        model, loader = super()._prepare_for_training(*args, **kwargs)
+        trained = self._trained = [p for p in model.parameters() if p.requires_grad]
+        self._micro_batches = MicroBatches(self)
+        model.train()
+
+        def zero_grad(set_to_none: bool = True) -> None:
+            for parameter in trained:
+                parameter.grad = None
+
+        model.zero_grad = zero_grad  # on the instance; `train` removes it
+        if self._measure_first:
+            self._measure_initial_weights()
+            model.train()
+        return model, loader
+
+    @functools.cached_property
+    def _micro_batches(self) -> MicroBatches:
+        return MicroBatches(self)
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """The parent's, without walking all modules for `train()` when they are in that mode already.
+
+        A batch that does not fit into memory is taken in parts. After the last one of an optimizer step all are given
+        back to their loader, which empties them.
+        """
+        if not (model.training and self.model.training):
+            model.train()
+        if callable(getattr(self.optimizer, "train", None)):  # schedule-free: back from the average
+            self.optimizer.train()
+        return self._micro_batches.run(model, inputs)
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._clip_grad_norm(model)
+        return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            grad_norm = self.accelerator.clip_grad_norm_(self._trained, float("inf"))
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
+        if args.optim in OPTIMIZERS:
+            cls, kwargs = optimizer_class(args.optim, args.learning_rate, args.optim_args)
+            return cls, kwargs
+        return Trainer.get_optimizer_cls_and_kwargs(args, model)
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> Any:
+        """The parent's, its groups divided where `--lora_plus_ratio` or `--text_encoder_learning_rate` ask for it."""
+        is_new, trained = self.optimizer is None, self.model if model is None else model
+        optimizer = super().create_optimizer(model)
+        if is_new and (self.args.lora_plus_ratio or self.args.text_encoder_learning_rate):
+            split_groups(optimizer, trained, rates_of(trained, self.args, learning_rate=optimizer.defaults["lr"]))
+        return optimizer
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """The parent's; while a checkpoint is written, the folder in it from which it is moved to its place."""
+        run_dir = super()._get_output_dir(trial)
+        return os.path.join(run_dir, STAGING) if self._saving else run_dir
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """The parent's, but a checkpoint appears once it is complete and on the disk, and old ones go only then.
+
+        A disk that is full, on any rank, costs this checkpoint, not the run.
+        """
+        self._check_finite()
+        self._to_average()  # on every rank, so that all go on from the same bits
+        run_dir, best = self._get_output_dir(trial=trial), self.state.best_model_checkpoint
+        folder = Path(run_dir) / f"checkpoint-{self.state.global_step}"
+        staged = Path(run_dir) / STAGING / folder.name
+        if self.args.should_save:
+            remove_unfinished(run_dir)
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self._saving, self._disk_full = True, None
+        try:
+            with self._full_disk_noted(folder):
+                super()._save_checkpoint(model, trial)
+        finally:
+            self._saving, self.args.save_total_limit = False, limit
+        self.accelerator.wait_for_everyone()
+        if is_best := self.state.best_model_checkpoint == str(staged):
+            self.state.best_model_checkpoint = str(folder)
+        if self.args.should_save and self._disk_full is None:
+            with self._full_disk_noted(folder):
+                if is_best:
+                    self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+                if self._stream is not None:
+                    (staged / STREAM).write_text(json.dumps(self._stream.state_dict()), encoding="utf-8")
+                write_manifest(staged)
+        failed = torch.tensor(float(self._disk_full is not None), device=self.args.device)
+        if self.accelerator.reduce(failed, "sum").item():
+            self.state.best_model_checkpoint = best
+            if self.args.should_save:
+                remove_unfinished(run_dir)
+                why = self._disk_full or f"{folder} could not be written, the disk of another rank is full."
+                logger.warning("No checkpoint of step %d: %s The next save tries again.", self.state.global_step, why)
+            return
+        if self.args.should_save:
+            publish(staged, folder)
+            busy = self.pushed_checkpoint if any(not push.done() for push in self.running_pushes) else None
+            rotate(run_dir, limit=limit, newest=folder, best=self.state.best_model_checkpoint, busy=busy)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            with self._full_disk_noted(run_dir):
+                self._push_checkpoint(folder)
+            if self._disk_full is not None:
+                logger.warning("Step %d is not pushed: %s", self.state.global_step, self._disk_full)
+
+    @contextmanager
+    def _full_disk_noted(self, folder: str | Path) -> Iterator[None]:
+        """Notes a full disk instead of raising: the other ranks would wait for a rank that leaves here."""
+        try:
+            with disk_full_named(folder):
+                yield
+        except DiskFullError as error:
+            self._disk_full = self._disk_full or error
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The parent's; under FSDP, too, all ranks come to `_save`, and nothing else is gathered."""
+        folder = output_dir or str(self.args.output_dir)
+        alone = as_without_fsdp(self) if self.is_fsdp_enabled else nullcontext()
+        with alone, self._full_disk_noted(folder) if self._saving else disk_full_named(folder):
+            super().save_model(output_dir, _internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """The parent's; under FSDP the files that one process would write, in place of all weights and shards."""
+        if self._whole is None:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        state = whole_state(self.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self._whole is None or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        load_whole_state(self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The adapter as the family's LoRA file, or the network in diffusers layout. Never the frozen base.
+
+        A checkpoint gets the weights as trained and the average beside them, any other folder the averaged weights.
+        """
+        if not (self.args.should_save or self._whole):
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        is_checkpoint = folder.name.startswith("checkpoint-")
+        with nullcontext() if is_checkpoint else self.averaged_weights():
+            model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            if self._whole is not None:
+                model = self._whole.gather(model)
+            if self.args.should_save:
+                folder.mkdir(parents=True, exist_ok=True)
+                self._save_weights(model, folder)
+        if is_checkpoint and self._ema is not None:
+            self._ema.save(folder)
+        if not self.args.should_save:
+            return
+        if not is_checkpoint:
+            self.exported = export_run(folder, self.args.export_formats, self.family, network_of(model))
+        loader = self.callback_handler.train_dataloader
+        place = Place.of(self.state, loader, self.args.gradient_accumulation_steps)
+        write_json(folder / IDENTITY_NAME, self._identity() | {"place": place})
+        if self._eval_base and is_checkpoint:
+            write_json(folder / EVAL_BASE, self._eval_base)
+
+    def _save_weights(self, model: Any, folder: Path) -> None:
+        if adapter_layers(model):
+            save_adapter(model, folder, family=self.family)
+        else:
+            self.family.save_network(model, folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        network: Any = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
+        folder = Path(resume_from_checkpoint)
+        if self._whole is None:
+            self._load_weights(network, folder)
+        else:
+            whole = self._whole.gather(network)
+            if self.is_world_process_zero():
+                self._load_weights(whole, folder)
+            self._whole.scatter(network)
+        if self._ema is not None:
+            self._ema.load(folder, network)
+
+    def _load_weights(self, network: Any, folder: Path) -> None:
+        if adapter_layers(network):
+            load_adapter_weights(network, folder, family=self.family)
+        else:
+            saved = type(network).from_pretrained(folder / self.family.component, dtype=network_dtype(network))
+            network.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Later, by `_save_checkpoint`, once the checkpoint is whole."""
+
+    def _finish_current_push(self) -> None:
+        """Waits for pushes under way, so that no file changes below them. Their failure was logged when it happened."""
+        wait(self.running_pushes)
+        self.running_pushes.clear()
+
+
+@contextmanager
+def _position_exact_resume() -> Iterator[None]:
+    """Lets our loader skip by itself: accelerate's `skip_first_batches` rebuilds a plain DataLoader, without epochs."""
+    stock: Callable[..., Any] = transformers.trainer.skip_first_batches
+
+    def skip(loader: Any, num_batches: int = 0) -> Any:
+        return (
+            loader.skip(num_batches) if isinstance(loader, BucketLoader | StreamLoader) else stock(loader, num_batches)
+        )
+
+    transformers.trainer.skip_first_batches = skip
+    try:
+        yield
+    finally:
+        transformers.trainer.skip_first_batches = stock
+
+
+@contextmanager
+def _optional_packages_looked_up_once() -> Iterator[None]:
+    """accelerate 1.15 searches the import path for `lomo_optim` twice an optimizer step: here once an epoch."""
+    stock: Callable[[], bool] = accelerate.optimizer.is_lomo_available
+    accelerate.optimizer.is_lomo_available = functools.cache(stock)
+    try:
+        yield
+    finally:
+        accelerate.optimizer.is_lomo_available = stock
+
+
+@contextmanager
+def _closed_after(loader: Any) -> Iterator[None]:
+    """Ends the threads of our loader however an epoch ends: a traceback would keep its iterator alive."""
+    try:
+        yield
+    finally:
+        if isinstance(loader, BucketLoader | StreamLoader):
+            loader.close()
 
 
 def _as_datasets(datasets: Any) -> list[Any]:

@@ -11,7 +11,7 @@ import sciflow_hf as sf
 from sciflow_hf.adapters.adapter import adapter_parameters
 from sciflow_hf.adapters.files import load_adapter_weights
 from sciflow_hf.hub.upload import publishable_files
-from sciflow_hf.report import run_facts
+from sciflow_hf.report.summary import summary
 
 TYPES = {
     "pissa": {"rank": 4, "lora_alpha": 6, "init_lora_weights": "pissa", "rank_pattern": "to_q=2"},
@@ -109,7 +109,7 @@ def test_what_goes_to_the_hub_and_what_the_end_says(run):
     if adapter.get("adapter_type") in ("lokr", "loha", "oft"):
         files = ["adapter_config.json", "adapter_model.safetensors"]
     assert publishable_files(folder) == sorted(["README.md", "run_facts.json", "training.png", *files])
-    assert f"Weights: {folder / files[-1]}" in run_facts.summary(trainer)
+    assert f"Weights: {folder / files[-1]}" in summary(trainer)
     assert {file.name for file in (folder / "checkpoint-4").iterdir()} >= set(files)
 
 

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from sciflow_hf.cli.run import leave_process_group
 from sciflow_hf.errors import Preempted
-from sciflow_hf.training import trainer_hooks
+from sciflow_hf.training import trainer as trainer_module
 from sciflow_hf.training.checkpoints import checkpoint_fault, list_checkpoints
 
 ERRORS = {
@@ -86,7 +86,7 @@ class FullDisk:
             "optimizer": (trainer, "_save_optimizer_and_scheduler", RuntimeError("inline_container.cc:672] . pos 5")),
             "rng": (trainer, "_save_rng_state", OSError(errno.ENOSPC, "No space left on device")),
             "state": (type(trainer.state), "save_to_json", OSError(errno.ENOSPC, "No space left on device")),
-            "manifest": (trainer_hooks, "write_manifest", OSError(errno.EDQUOT, "Disk quota exceeded")),
+            "manifest": (trainer_module, "write_manifest", OSError(errno.EDQUOT, "Disk quota exceeded")),
         }[at]
         write = getattr(place, name)
 

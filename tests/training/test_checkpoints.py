@@ -20,17 +20,17 @@ from test_trainer import make_trainer, same, trained
 
 import sciflow_hf as sf
 from sciflow_hf.adapters.files import WEIGHT_NAME
+from sciflow_hf.files import write_json
 from sciflow_hf.training.checkpoints import (
     MANIFEST,
     check_output_dir,
-    check_run_facts,
     checkpoint_fault,
     list_checkpoints,
     resolve_checkpoint,
     rotate,
-    write_json,
     write_manifest,
 )
+from sciflow_hf.training.resume import check_identity
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -179,7 +179,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_what_differs_is_named(tmp_path):
     facts = {"family": "a", "adapter": {"rank": 4, "alpha": 4}, "data": "x", "layers": ("to_q",)}
     write_json(tmp_path / "run.json", facts)
-    check_run_facts(tmp_path, facts)
+    check_identity(tmp_path, facts)
     for changes, words in (
         ({"family": "b"}, ["family: 'a' then, 'b' now"]),
         ({"adapter": {"rank": 8, "alpha": 4}}, ["adapter.rank: 4 then, 8 now"]),
@@ -188,7 +188,7 @@ def test_what_differs_is_named(tmp_path):
         ({"new": 1}, ["new: None then, 1 now"]),
     ):
         with pytest.raises(sf.SciflowError, match="`resume_from_checkpoint`") as caught:
-            check_run_facts(tmp_path, facts | changes)
+            check_identity(tmp_path, facts | changes)
         assert all(word in str(caught.value) for word in words)
         assert str(caught.value).count(" then, ") == len(words) + ("adapter" in changes and changes["adapter"] is None)
 

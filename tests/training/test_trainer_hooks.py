@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback
 
 import sciflow_hf as sf
 from sciflow_hf.data.batches.threads import Batch, Buffer, ThreadedReader
-from sciflow_hf.training.trainer_hooks import HOST_KEYS, HookedTrainer
+from sciflow_hf.training.trainer import HOST_KEYS
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -95,7 +95,7 @@ def parameters_of(function):
 @pytest.mark.parametrize("name", PRIVATE | PUBLIC)
 def test_what_we_override_is_there_with_its_parameters(name):
     wanted = (PRIVATE | PUBLIC)[name]
-    assert name in vars(Trainer), f"transformers renamed `Trainer.{name}`: look at sciflow_hf/training/trainer_hooks.py"
+    assert name in vars(Trainer), f"transformers renamed `Trainer.{name}`: look at sciflow_hf/training/trainer.py"
     if wanted is None:
         return
     stock = inspect.signature(getattr(Trainer, name))
@@ -110,7 +110,7 @@ def test_what_we_override_is_there_with_its_parameters(name):
 def test_the_trainer_still_calls_them(caller):
     used = names_in(getattr(Trainer, caller))
     missing = [name for name in CALLED_BY[caller] if name not in used]
-    assert missing == [], f"`Trainer.{caller}` no longer uses them: look at sciflow_hf/training/trainer_hooks.py"
+    assert missing == [], f"`Trainer.{caller}` no longer uses them: look at sciflow_hf/training/trainer.py"
 
 
 def names_in(function):
@@ -125,9 +125,7 @@ def names_in(function):
 
 def test_every_override_is_listed_here():
     """A method of ours that transformers comes to have as well would be an override by accident."""
-    ours = {
-        n for c in (HookedTrainer, sf.DiffusionTrainer) for n, v in vars(c).items() if callable(v) or "method" in str(v)
-    }
+    ours = {name for name, value in vars(sf.DiffusionTrainer).items() if callable(value) or "method" in str(value)}
     both = {name for name in ours if name in vars(Trainer) and not (name.startswith("__") and name != "__init__")}
     assert both == set(PRIVATE | PUBLIC)
 

@@ -14,9 +14,10 @@ from transformers import TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from sciflow_hf.errors import SciflowError
-from sciflow_hf.report.contact_sheet import read_image, thin_out, write_contact_sheet
+from sciflow_hf.report.contact_sheet import read_image, sample_images, thin_out, write_contact_sheet
+from sciflow_hf.report.summary import final_step
 from sciflow_hf.training.callbacks import validation
-from sciflow_hf.training.callbacks.validation import ValidationCallback, final_step, log_images, sample_images
+from sciflow_hf.training.callbacks.validation import ValidationCallback, log_images
 
 SIZE = (48, 64)  # (height, width)
 PROMPTS = ["A bar chart.", "A scatter plot."]

@@ -3,6 +3,7 @@
 import logging
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -18,12 +19,12 @@ from ...adapters.text_encoders import NetworkWithText, network_of
 from ...engines.compilation import uncompiled
 from ...engines.sharding import resharded
 from ...errors import SciflowError
+from ...families.base import ModelFamily
 from ...report.contact_sheet import STEP_FOLDER, image_name, read_image, save_image, step_folders, write_contact_sheet
+from ...report.summary import final_step
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-    from ...families.base import ModelFamily
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class ValidationCallback(TrainerCallback):
     def __init__(
         self,
         *,
-        family: "ModelFamily",
+        family: ModelFamily,
         prompts: Sequence[str],
         negative_prompts: Sequence[str] = (),
         seeds: Sequence[int],
@@ -267,28 +268,13 @@ class ValidationCallback(TrainerCallback):
             raise SciflowError(f"{what} ({type(error).__name__}: {str(error).strip()[:300]}). {remedy}") from error
 
 
-def final_step(args: TrainingArguments, state: TrainerState) -> int:
-    """The step whose weights a finished run has: the best with `--load_best_model_at_end`, or the last."""
-    if args.load_best_model_at_end and state.best_model_checkpoint is not None and state.best_global_step:
-        return state.best_global_step
-    return state.global_step
-
-
-def sample_images(output_dir: str | Path, *, step: int | None = None, limit: int = 4) -> list[tuple[str, str]]:
-    """Images for the model card: (path relative to `output_dir` with "/", prompt), of `step` or the latest.
-
-    Every prompt comes once before one comes twice.
-    """
-    folder = Path(output_dir) / "validation"
-    found = step_folders(folder)
-    chosen = found.get(step) if step is not None else found[max(found)] if found else None
-    if chosen is None:
-        return []
-    by_seed: dict[str, list[Path]] = {}
-    for path in sorted(chosen.glob("p*_seed*.png")):
-        by_seed.setdefault(path.stem.partition("_")[2], []).append(path)
-    paths = [path for group in by_seed.values() for path in group][:limit]
-    return [(path.relative_to(output_dir).as_posix(), read_image(path).info.get("prompt", "")) for path in paths]
+def commonest_size(dataset: Any) -> tuple[int, int] | None:
+    """Height and width of the bucket with most rows; None for data without buckets."""
+    buckets = getattr(dataset, "buckets", None)
+    if not buckets:
+        return None
+    height, width = Counter(tuple(b)[:2] for b in buckets).most_common(1)[0][0]
+    return int(height), int(width)
 
 
 def log_images(callbacks: Iterable[TrainerCallback], images: dict[str, tuple["Image", str]], *, step: int) -> None:

@@ -1,0 +1,125 @@
+"""What a finished run tells people: its model card, and a few lines for the console."""
+
+import importlib.metadata
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerState, TrainingArguments
+
+from ..adapters.adapter import adapter_facts
+from ..adapters.files import weight_name
+from ..data.batches.loader import row_ids_of
+from ..data.prior import without_prior
+from ..data.stream.stream import StreamingCache
+from ..engines.optimizers import effective_learning_rate
+from .contact_sheet import sample_images
+from .model_card import CardFacts, save_card
+from .plots import PLOT_NAME, loss_names, plot_training
+
+PACKAGES = ("torch", "transformers", "diffusers", "peft", "datasets", "accelerate")
+
+
+def save_model_card(trainer: Trainer) -> None:
+    """README.md, run_facts.json and training.png in the output folder."""
+    args, family, held_out = trainer.args, trainer.family, trainer.eval_dataset
+    train, prior = without_prior(trainer.train_dataset), getattr(trainer.train_dataset, "prior", None)
+    metrics = last_metrics(trainer)
+    folder = Path(args.output_dir)
+    samples = sample_images(folder, step=final_step(args, trainer.state))
+    samples += [
+        (p.relative_to(folder).as_posix(), "over training") for p in folder.glob("validation/contact_sheet.png")
+    ]
+    losses = [e["train_loss"] for e in trainer.state.log_history if "train_loss" in e]
+    adapter = adapter_facts(trainer.model)
+    sets = [d for d in (train, held_out) if d is not None and not isinstance(d, dict)]
+    buckets = Counter(tuple(b)[:2] for b in getattr(train, "buckets", None) or [])
+    facts = CardFacts(
+        repo_name=trainer.hub_model_id or args.hub_model_id or folder.resolve().name,
+        family=family.name,
+        base_model=family.pretrained_model_name_or_path,
+        revision=family.revision,
+        pipeline_class=family.pipeline_class().__name__,
+        weight_name=weight_name(adapter["type"]) if adapter else None,
+        component=family.component,
+        call_arguments=family.call_arguments(args),
+        task=family.task,
+        whole_pipeline=family.whole_pipeline and not adapter,
+        adapter=adapter,
+        dataset={
+            "names": trainer.dataset_names,
+            "samples": len(train) if train is not None else 0,
+            "eval_samples": len(held_out) if held_out is not None else 0,
+            "groups": None if isinstance(train, StreamingCache) else _count_groups(sets),
+            "buckets": dict(buckets),
+            **({} if prior is None else {"prior_samples": int(prior.rows.sum()), "prior_weight": prior.loss_weight}),
+        },
+        non_default_args=args.changed_options(),
+        metrics=metrics,
+        interval_note="fewer than 10 held-out groups" if "eval_gain" in metrics else "",
+        global_step=trainer.state.global_step,
+        train_loss=losses[-1] if losses else None,
+        versions={name: importlib.metadata.version(name) for name in PACKAGES},
+        sample_images=[path for path, _ in samples],
+        sample_prompts=[prompt for _, prompt in samples],
+        exports={done.file.name: done.readers for done in trainer.exported},
+        plot=_save_plot(trainer),
+    )
+    save_card(facts, folder)
+
+
+def _save_plot(trainer: Trainer) -> str | None:
+    """`training.png` in the output folder, where something was logged: its name."""
+    history = trainer.state.log_history
+    if not loss_names(history):
+        return None
+    return plot_training(history, Path(trainer.args.output_dir) / PLOT_NAME).name
+
+
+def _count_groups(datasets: list[Any]) -> int:
+    return len({group for dataset in datasets for group in getattr(dataset, "groups", row_ids_of(dataset))})
+
+
+def final_step(args: TrainingArguments, state: TrainerState) -> int:
+    """The step whose weights a finished run has: the best with `--load_best_model_at_end`, or the last."""
+    if args.load_best_model_at_end and state.best_model_checkpoint is not None and state.best_global_step:
+        return state.best_global_step
+    return state.global_step
+
+
+def last_metrics(trainer: Trainer) -> dict[str, float]:
+    """The newest value of every evaluation metric in the log."""
+    found: dict[str, float] = {}
+    for entry in trainer.state.log_history:
+        if "eval_loss" in entry:
+            found = {k: v for k, v in entry.items() if k.startswith("eval_")}
+    return found
+
+
+def summary(trainer: Trainer) -> str:
+    """A few plain lines for the end of a run: what was learnt, and where it lies."""
+    metrics, folder = last_metrics(trainer), Path(trainer.args.output_dir)
+    lines = [f"Trained {trainer.state.global_step} steps."]
+    if "eval_gain" in metrics:
+        base, loss, gain = metrics["eval_base_loss"], metrics["eval_loss"], metrics["eval_gain"]
+        verdict = "fewer than 10 held-out groups: no interval"
+        if "eval_gain_low" in metrics:
+            low, high = metrics["eval_gain_low"], metrics["eval_gain_high"]
+            verdict = f"95 % interval {low:.4f} to {high:.4f}: {'better' if low > 0 else 'not clearly better'}"
+        lines.append(f"Held-out loss: {base:.4f} base model, {loss:.4f} now; gain {gain:.4f} ({verdict}).")
+    elif "eval_loss" in metrics:
+        lines.append(f"Held-out loss: {metrics['eval_loss']:.4f}.")
+    rate = effective_learning_rate(trainer.optimizer.param_groups) if trainer.optimizer is not None else None
+    if rate is not None:
+        lines.append(f"Prodigy's step size at the end: {rate:.2e}; it starts at 1e-06 and grows for some 100 steps.")
+    adapter = adapter_facts(trainer.model)
+    weights = weight_name(adapter["type"]) if adapter else trainer.family.component
+    for what, path in (
+        ("Weights", weights),
+        ("Model card", "README.md"),
+        ("Plot", PLOT_NAME),
+        ("Images", "validation/contact_sheet.png"),
+    ):
+        if (folder / path).exists():
+            lines.append(f"{what}: {folder / path}")
+    return "\n".join(lines)
