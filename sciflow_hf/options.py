@@ -47,8 +47,8 @@ def option(
         choices: allowed values; of a list, allowed elements.
         within: interval of allowed numbers, such as "[0, 1)" or "(0, inf)".
         advice: sentence added to the error where the value is out of range.
-        check: called with the dataclass when the option is not at its default, for what depends on other options;
-            raises SciflowError.
+        check: called with the dataclass when the option is not at its default, once for all options that name it, for
+            what depends on other options; raises SciflowError.
     """
     many = isinstance(default, list)
     allowed = f"One{' or more' * many} of {', '.join(map(str, choices))}." if choices else ""
@@ -93,10 +93,9 @@ def check_options(args: Any) -> None:
             if described.within and not _is_within(single, described.within):
                 words = f"`{field.name}` {value}: {_in_words(described.within)}."
                 raise SciflowError(" ".join(filter(None, (words, described.advice))))
-    for field in fields:
-        check = field.metadata["help"].check
-        if check is not None and getattr(args, field.name) != _default(field):
-            check(args)
+    changed = [field.metadata["help"].check for field in fields if getattr(args, field.name) != _default(field)]
+    for check in dict.fromkeys(filter(None, changed)):  # once where several options name it
+        check(args)
 
 
 def _described(args: Any) -> list[dataclasses.Field]:
@@ -143,18 +142,20 @@ class RecipeParser(HfArgumentParser):
         self.add_argument("--config", metavar="FILE", help="YAML of options; flags win over it.")
 
     def _add_dataclass_arguments(self, dtype: Any) -> None:
-        """The parent's, in groups: each option below the `heading` of the class that declares it."""
+        """The parent's, in groups: each option below the `heading` of the class that declares it, bases last."""
         hints = get_type_hints(dtype)
-        groups: dict[type, Any] = {}
+        declared: dict[type, list[dataclasses.Field]] = {kind: [] for kind in dtype.__mro__}
         for field in filter(lambda f: f.init, dataclasses.fields(dtype)):
             owner = next(kind for kind in dtype.__mro__ if field.name in vars(kind).get("__annotations__", {}))
-            if owner not in groups:
-                groups[owner] = self.add_argument_group(vars(owner).get("heading", owner.__name__))
-            found = copy.copy(field)
-            found.type = hints[field.name]
-            if text := field.metadata.get("help"):  # argparse formats it with `%`, which may stand in it by itself
-                found.metadata = {**field.metadata, "help": _escaped(text)}  # type: ignore[assignment]
-            self._parse_dataclass_field(groups[owner], found)
+            declared[owner].append(field)
+        for owner, fields in declared.items():
+            group = self.add_argument_group(vars(owner).get("heading", owner.__name__)) if fields else None
+            for field in fields:
+                found = copy.copy(field)
+                found.type = hints[field.name]
+                if text := field.metadata.get("help"):  # argparse formats it with `%`, which may stand in it by itself
+                    found.metadata = {**field.metadata, "help": _escaped(text)}  # type: ignore[assignment]
+                self._parse_dataclass_field(group, found)
 
     def error(self, message: str) -> NoReturn:
         """One line on stderr, without argparse's page of usage; exit status 2."""

@@ -12,6 +12,9 @@ from .randomness import uniform
 if TYPE_CHECKING:
     from ..training.arguments import DiffusionTrainingArguments
 
+WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
+"""Densities of the noise level (see `density`) and weights of the loss (see `flow_weight`)."""
+
 
 class NoiseLevels:
     """The noise levels of flow matching, sigmas in [0, 1]; families with others override what differs."""

@@ -1,28 +1,35 @@
 """`--torch_compile` with buckets: the repeated blocks of a network are compiled, in place and for changing shapes."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import DynamoBackend
 
-from ..errors import SciflowError
-
-if TYPE_CHECKING:
-    from ..training.arguments import DiffusionTrainingArguments
+from ..options import arguments, option
 
 RECOMPILE_LIMIT = 64
 """Compilations of one kind of block before torch goes on without. Its own 8 count evaluations and base models, too."""
 
 
-def check_compilation(args: "DiffusionTrainingArguments") -> None:
-    """Raises SciflowError for a backend that accelerate does not know."""
-    there = [backend.value.lower() for backend in DynamoBackend if backend is not DynamoBackend.NO]
-    if args.torch_compile and args.torch_compile_backend not in there:
-        raise SciflowError(f"`torch_compile_backend` {args.torch_compile_backend!r}: use one of {', '.join(there)}.")
+@arguments
+class CompilationArguments:
+    """Options of the parent, about what they do here."""
+
+    heading: ClassVar[str] = "Compilation"
+
+    torch_compile: bool = option(False, "Compile the repeated blocks of the network by `torch.compile`.")
+    torch_compile_backend: str | None = option(
+        None,
+        "Backend of `torch.compile`, which it switches on; inductor when not given.",
+        choices=[backend.value.lower() for backend in DynamoBackend if backend is not DynamoBackend.NO],
+    )
+    torch_compile_mode: str | None = option(
+        None, "Mode of `torch.compile`, which it switches on, such as max-autotune; torch's default when not given."
+    )
 
 
-def compile_blocks(network: Any, args: "DiffusionTrainingArguments") -> None:
+def compile_blocks(network: Any, args: Any) -> None:
     """Compiles the repeated blocks of `network` (of one without any the whole), each kind of block once for all.
 
     The blocks are those that diffusers' `compile_repeated_blocks` takes, else those that must not be split. A first

@@ -1,14 +1,39 @@
 """The frozen weights of the blocks in host memory: on the device only while a layer computes with them."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import torch
 
 from ..errors import SciflowError
+from ..options import arguments, option
 
-if TYPE_CHECKING:
-    from ..training.arguments import DiffusionTrainingArguments
+
+def check(args: Any) -> None:
+    """Raises SciflowError for options that `--offload` cannot work with, or not save anything with."""
+    if not args.activation_checkpointing:
+        raise SciflowError(
+            "`offload` saves nothing without `--activation_checkpointing`: the weights of all blocks would stay on "
+            "the device for the backward pass. Add it."
+        )
+    for name in ("quantize_base", "fsdp", "deepspeed", "torch_compile"):
+        value = getattr(args, name)
+        if value:
+            raise SciflowError(f"`offload` cannot work with `{name}` {value!r}: leave one of the two out.")
+
+
+@arguments
+class OffloadArguments:
+    """Where the frozen weights are kept."""
+
+    heading: ClassVar[str] = "Offload"
+
+    offload: bool = option(
+        False,
+        "Keep the frozen weights of the blocks in host memory and copy each to the device only while its layer "
+        "computes; needs --activation_checkpointing.",
+        check=check,
+    )
 
 
 def offload_blocks(network: Any, device: torch.device | str) -> None:
@@ -98,18 +123,3 @@ def held_bytes(network: torch.nn.Module) -> tuple[int, int]:
     kinds = getattr(network, "_no_split_modules", None) or []
     blocks = (module for module in network.modules() if type(module).__name__ in kinds)
     return sum(sizes.values()), max((sum(sizes.get(m, 0) for m in block.modules()) for block in blocks), default=0)
-
-
-def check_offload(args: "DiffusionTrainingArguments") -> None:
-    """Raises SciflowError for options that `--offload` cannot work with, or not save anything with."""
-    if not args.offload:
-        return
-    if not args.activation_checkpointing:
-        raise SciflowError(
-            "`offload` saves nothing without `--activation_checkpointing`: the weights of all blocks would stay on "
-            "the device for the backward pass. Add it."
-        )
-    for name in ("quantize_base", "fsdp", "deepspeed", "torch_compile"):
-        value = getattr(args, name)
-        if value:
-            raise SciflowError(f"`offload` cannot work with `{name}` {value!r}: leave one of the two out.")

@@ -4,18 +4,97 @@ import importlib.util
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
+
+import torch
+from transformers.training_args import OptimizerNames
 
 from ..errors import SciflowError
-
-if TYPE_CHECKING:
-    import torch
-
-    from ..training.arguments import DiffusionTrainingArguments
+from ..options import arguments, option
 
 logger = logging.getLogger(__name__)
 
-OPTIMIZERS = ("prodigy",)
+OPTIMIZERS = {"prodigy": 1.0}
+"""What transformers does not know, with the learning rate of each when none is given."""
+DEFAULT_LEARNING_RATE = 1e-4
+
+
+def needed_package(optim: str) -> str | None:
+    """The package that transformers imports for an optimizer of bitsandbytes or a schedule-free one."""
+    if optim.startswith("schedule_free"):
+        return "schedulefree"
+    if re.match(r"adamw_8bit|.*_bnb|paged_|ademamix|lion_", optim):
+        return "bitsandbytes"
+    return None
+
+
+def check(args: Any) -> None:
+    """Raises SciflowError where an optimizer, or rates for its groups, cannot work: before any model is loaded."""
+    optim = str(getattr(args.optim, "value", args.optim))
+    package = needed_package(optim)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise SciflowError(f"`optim` {optim!r} needs {package}: `pip install {package}`, or choose another optimizer.")
+    if optim.startswith("paged_") and args.device.type == "cpu":
+        raise SciflowError(
+            f"`optim` {optim!r} pages its state between a GPU and the host, and this run is on a CPU: "
+            f"{optim.removeprefix('paged_')!r} is the same without paging."
+        )
+    if optim.startswith("schedule_free"):
+        _check_schedule_free(optim, args)
+    for name in ("lora_plus_ratio", "text_encoder_learning_rate"):
+        value = getattr(args, name)
+        if value is not None and (optim in OPTIMIZERS or "layerwise" in optim or "lomo" in optim):
+            raise SciflowError(
+                f"`{name}` {value} cannot work with `optim` {optim!r}, which has one rate for everything: choose an "
+                "AdamW, or leave it out."
+            )
+    if optim in OPTIMIZERS and args.learning_rate < 0.1:
+        logger.warning("`learning_rate` %g with `%s`: it is a factor here, usually 1.0.", args.learning_rate, optim)
+
+
+def _check_schedule_free(optim: str, args: Any) -> None:
+    if 0 < args.warmup_steps < 1:
+        raise SciflowError(
+            f"`warmup_steps` {args.warmup_steps} with `optim` {optim!r}, which warms up by itself and counts: give "
+            "the number of steps."
+        )
+    schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    if not schedule.startswith("constant"):
+        logger.warning("`lr_scheduler_type` %s with `%s`, which is meant to go without.", schedule, optim)
+
+
+@arguments
+class OptimizerArguments:
+    """The optimizer and its learning rates."""
+
+    heading: ClassVar[str] = "Optimizer"
+
+    optim: str = option(
+        "adamw_torch_fused",
+        "Optimizer, of transformers or of ours.",
+        choices=[*OPTIMIZERS, *(name.value for name in OptimizerNames)],
+        check=check,
+    )
+    learning_rate: float | None = option(
+        None,
+        f"Initial learning rate; {DEFAULT_LEARNING_RATE:g}, usual for LoRA, when not given. With --optim prodigy, "
+        f"which finds the rate itself, a factor on it; {OPTIMIZERS['prodigy']:g} when not given.",
+    )
+    lora_plus_ratio: float | None = option(
+        None,
+        "LoRA+ (Hayou et al. 2024): lora_B learns at this multiple of --learning_rate, such as 16; at the same rate "
+        "when not given.",
+        within="(0, inf)",
+        advice="Leave it out for one rate.",
+        check=check,
+    )
+    text_encoder_learning_rate: float | None = option(
+        None,
+        "Learning rate of trained text encoders; --learning_rate when not given.",
+        within="(0, inf)",
+        advice="Leave it out for one rate.",
+        check=check,
+    )
 
 
 def optimizer_class(name: str, learning_rate: float, options: str | None) -> tuple[type, dict[str, Any]]:
@@ -81,51 +160,6 @@ def state_bytes(optim: str) -> int:
     return 2 if "8bit" in name else 8
 
 
-# -- what an optimizer needs -----------------------------------------------------------------------------------------
-
-
-def needed_package(optim: str) -> str | None:
-    """The package that transformers imports for an optimizer of bitsandbytes or a schedule-free one."""
-    if optim.startswith("schedule_free"):
-        return "schedulefree"
-    if re.match(r"adamw_8bit|.*_bnb|paged_|ademamix|lion_", optim):
-        return "bitsandbytes"
-    return None
-
-
-def check_optimizer(args: "DiffusionTrainingArguments") -> None:
-    """Raises SciflowError where an optimizer, or rates for its groups, cannot work: before any model is loaded."""
-    optim = str(getattr(args.optim, "value", args.optim))
-    package = needed_package(optim)
-    if package is not None and importlib.util.find_spec(package) is None:
-        raise SciflowError(f"`optim` {optim!r} needs {package}: `pip install {package}`, or choose another optimizer.")
-    if optim.startswith("paged_") and args.device.type == "cpu":
-        raise SciflowError(
-            f"`optim` {optim!r} pages its state between a GPU and the host, and this run is on a CPU: "
-            f"{optim.removeprefix('paged_')!r} is the same without paging."
-        )
-    if optim.startswith("schedule_free"):
-        if 0 < args.warmup_steps < 1:
-            raise SciflowError(
-                f"`warmup_steps` {args.warmup_steps} with `optim` {optim!r}, which warms up by itself and counts: give "
-                "the number of steps."
-            )
-        schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
-        if not schedule.startswith("constant"):
-            logger.warning("`lr_scheduler_type` %s with `%s`, which is meant to go without.", schedule, optim)
-    rates = {"lora_plus_ratio": args.lora_plus_ratio, "text_encoder_learning_rate": args.text_encoder_learning_rate}
-    for name, value in rates.items():
-        if value is None:
-            continue
-        if not value > 0:
-            raise SciflowError(f"`{name}` {value}: above 0, or leave it out.")
-        if optim in OPTIMIZERS or "layerwise" in optim or "lomo" in optim:
-            raise SciflowError(
-                f"`{name}` {value} cannot work with `optim` {optim!r}, which has one rate for everything: choose an "
-                "AdamW, or leave it out."
-            )
-
-
 # -- parameter groups --------------------------------------------------------------------------------------------------
 
 
@@ -158,9 +192,7 @@ def parameter_groups(
     return groups
 
 
-def rates_of(
-    model: "torch.nn.Module", args: "DiffusionTrainingArguments", *, learning_rate: float
-) -> dict[str, tuple[float, list[str]]]:
+def rates_of(model: torch.nn.Module, args: Any, *, learning_rate: float) -> dict[str, tuple[float, list[str]]]:
     """`parameter_groups` of what `model` trains; SciflowError where an option would change nothing."""
     groups = parameter_groups(
         (name for name, parameter in model.named_parameters() if parameter.requires_grad),
@@ -181,7 +213,7 @@ def rates_of(
     return groups
 
 
-def split_groups(optimizer: Any, model: "torch.nn.Module", groups: Mapping[str, tuple[float, list[str]]]) -> None:
+def split_groups(optimizer: Any, model: torch.nn.Module, groups: Mapping[str, tuple[float, list[str]]]) -> None:
     """Divides the groups of a new optimizer (with and without weight decay) once more, by `parameter_groups`."""
     parameters = dict(model.named_parameters())
     of = {id(parameters[name]): group for group, (_, names) in groups.items() for name in names}

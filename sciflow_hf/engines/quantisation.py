@@ -4,15 +4,13 @@ import importlib.util
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import PartialState
 
 from ..errors import SciflowError
-
-if TYPE_CHECKING:
-    from ..training.arguments import DiffusionTrainingArguments
+from ..options import arguments, option
 
 QUANTIZATIONS = {"int8": "bitsandbytes", "nf4": "bitsandbytes", "torchao_int8": "torchao", "torchao_fp8": "torchao"}
 """Values of `--quantize_base`, and the package of each."""
@@ -35,10 +33,8 @@ def check_quantization(kind: str) -> None:
         )
 
 
-def check_quantized_training(args: "DiffusionTrainingArguments") -> None:
+def check(args: Any) -> None:
     """Raises SciflowError for options that `--quantize_base` cannot work with, or not save anything with."""
-    if args.quantize_base is None:
-        return
     check_quantization(args.quantize_base)
     for name in ("fsdp", "deepspeed", "torch_compile"):
         value = getattr(args, name)
@@ -51,6 +47,22 @@ def check_quantized_training(args: "DiffusionTrainingArguments") -> None:
             f"`quantize_base` {args.quantize_base!r} saves nothing without `--activation_checkpointing`: torchao "
             "unpacks the weights of every layer, and all would stay for the backward pass. Add it, or take int8 or nf4."
         )
+
+
+@arguments
+class QuantisationArguments:
+    """How the frozen weights are stored."""
+
+    heading: ClassVar[str] = "Quantisation"
+
+    quantize_base: str | None = option(
+        None,
+        "Keep the frozen network in 8 or 4 bits (see `load_quantized`); in the dtype that it computes in when not "
+        "given.",
+        choices=tuple(QUANTIZATIONS),
+        advice="Leave it out for no quantisation.",
+        check=check,
+    )
 
 
 def load_quantized(load: Callable[..., Any], kind: str, *, empty: torch.nn.Module, dtype: torch.dtype) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import HfArgumentParser
 
 import sciflow_hf as sf
 from sciflow_hf.cli.run import run
@@ -322,6 +323,47 @@ def test_a_stray_percent_sign_does_not_break_help(capsys):
 def test_every_option_of_ours_has_a_help_text():
     texts = {action.dest: action.help for action in RecipeParser(KINDS)._actions}
     assert [name for name, text in texts.items() if not text or not text.strip()] == []
+
+
+def test_the_parser_of_transformers_takes_the_same_classes():
+    """HfArgumentParser, as in anybody's script: the same flags and defaults, the same objects, and a help page."""
+    stock, ours = HfArgumentParser(KINDS), RecipeParser(KINDS)
+    flags = [
+        {flag: (a.dest, a.default, a.nargs, a.required) for a in parser._actions for flag in a.option_strings}
+        for parser in (stock, ours)
+    ]
+    assert flags[1].pop("--config") and flags[0] == flags[1]
+    words = [*NEEDED, "--optim", "prodigy", "--export_formats", "kohya", "--ema_decay", "0.5"]
+    *_, args = stock.parse_args_into_dataclasses(words)
+    assert type(args) is sf.DiffusionTrainingArguments and (args.optim, args.learning_rate) == ("prodigy", 1.0)
+    assert (args.export_formats, args.ema_decay, args.validation_seeds) == (["kohya"], 0.5, [0])
+    printed = " ".join(stock.format_help().split())
+    for words in ("Decay of an exponential moving average", "In [0, 1).", "nf4, torchao_int8", "0 to 4."):
+        assert words in printed
+    with pytest.raises(SciflowError, match=r"`ema_decay` 1\.0: in"):
+        stock.parse_args_into_dataclasses([*NEEDED, "--ema_decay", "1"])
+
+
+HEADINGS = {
+    "weighting_scheme": "Noise levels", "min_snr_gamma": "Loss", "learning_rate": "Optimizer", "optim": "Optimizer",
+    "ema_decay": "Averaged weights", "eval_levels": "Evaluation", "validation_seeds": "Validation images",
+    "dataloader_threads": "Reading", "export_formats": "Output", "quantize_base": "Quantisation", "offload": "Offload",
+    "torch_compile": "Compilation", "seed": "TrainingArguments",
+}  # fmt: skip
+
+
+def test_help_has_each_option_below_its_heading():
+    """In the order in which the class is composed, the parent's options last."""
+    groups = {g.title: {a.dest for a in g._group_actions} for g in RecipeParser(KINDS[3:])._action_groups}
+    assert {name: next(title for title, names in groups.items() if name in names) for name in HEADINGS} == HEADINGS
+    order = [title for title in groups if title in HEADINGS.values()]
+    assert order == list(dict.fromkeys(HEADINGS.values()))
+
+
+def test_arguments_are_documented_by_their_options():
+    doc = " ".join(sf.DiffusionTrainingArguments.__doc__.split())
+    assert "offload: Keep the frozen weights of the blocks" in doc and "Defaults that differ" in doc
+    assert "quantize_base: Keep the frozen network in 8 or 4 bits" in doc and "100%%" not in doc
 
 
 SECTION_8 = re.findall(

@@ -302,8 +302,10 @@ def test_two_ranks(tmp_path, tiny_klein):
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 99.99])
 def test_decay_out_of_range(tmp_path, family, tiny_cache, decay):
-    with pytest.raises(sf.SciflowError, match=r"`ema_decay`.*from 0 to below 1"):
+    with pytest.raises(sf.SciflowError, match=r"`ema_decay`.*in \[0, 1\)"):
         make_trainer(tmp_path, family, tiny_cache, ema_decay=decay)
+    with pytest.raises(sf.SciflowError, match=r"`ema_decay`.*from 0 to below 1"):
+        EMACallback(decay)
 
 
 def test_refused_with_what_averages_or_shards_itself(tmp_path, family, tiny_cache, monkeypatch):

@@ -2,12 +2,12 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import TrainerCallback
 
 from ...errors import SciflowError
+from ...options import Options, arguments, option
 
 if TYPE_CHECKING:
     from ...families.microscopy_unet import MicroscopyUNet
@@ -15,28 +15,33 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class ProgressiveResolution:
-    """Stages of a run, each with images averaged over blocks; the schedule's SNR rises with the pixels of a block.
+def _check_blocks(args: Any) -> None:
+    blocks = args.progressive_resolutions
+    if blocks[-1] != 1 or blocks != sorted(set(blocks), reverse=True):
+        raise SciflowError(f"`progressive_resolutions` {blocks}: sides of blocks that fall to 1, such as 4 2 1.")
 
-    Args:
-        progressive_resolutions: sides of the blocks, falling to 1, e.g. 4 2 1; none trains at full resolution only.
-        progressive_shares: share of the steps of each stage, in order; equal by default.
-    """
 
-    progressive_resolutions: list[int] = field(
-        default_factory=list, metadata={"help": "Stages: images averaged over blocks of 4, 2, then 1 pixels."}
+def _check_shares(args: Any) -> None:
+    stages, shares = len(args.progressive_resolutions), args.progressive_shares
+    if len(shares) != stages or any(share <= 0 for share in shares):
+        raise SciflowError(f"`progressive_shares` {shares}: {stages} numbers above 0, one for each stage.")
+
+
+@arguments
+class ProgressiveResolution(Options):
+    """Stages of a run, each with images averaged over blocks; the schedule's SNR rises with the pixels of a block."""
+
+    heading: ClassVar[str] = "Progressive resolution"
+
+    progressive_resolutions: list[int] = option(
+        [],
+        "Stages: images are averaged over blocks with sides of so many pixels, falling to 1, such as 4 2 1; full "
+        "resolution throughout when not given.",
+        check=_check_blocks,
     )
-    progressive_shares: list[float] = field(
-        default_factory=list, metadata={"help": "Share of the steps of each stage; equal by default."}
+    progressive_shares: list[float] = option(
+        [], "Share of the steps of each stage, in order; equal when not given.", check=_check_shares
     )
-
-    def __post_init__(self) -> None:
-        blocks, shares = self.progressive_resolutions, self.progressive_shares
-        if blocks and (blocks[-1] != 1 or blocks != sorted(set(blocks), reverse=True)):
-            raise SciflowError(f"`progressive_resolutions` {blocks}: sides of blocks that fall to 1, such as 4 2 1.")
-        if shares and (len(shares) != len(blocks) or any(share <= 0 for share in shares)):
-            raise SciflowError(f"`progressive_shares` {shares}: {len(blocks)} numbers above 0, one for each stage.")
 
     def callbacks(self, family: "MicroscopyUNet", *, tile_size: int) -> list[TrainerCallback]:
         """The callback that sets `family.block`; none without stages.
