@@ -1,5 +1,6 @@
 """Files and folders that are complete or not there: written aside, brought to the disk, then renamed."""
 
+import errno
 import json
 import os
 import shutil
@@ -7,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from .errors import DiskFullError
 
 
 @contextmanager
@@ -65,6 +68,29 @@ def write_json(file: str | os.PathLike, value: Any) -> None:
     """Writes JSON with sorted keys, see `atomic_file`."""
     with atomic_file(file) as temporary:
         temporary.write_text(json.dumps(value, indent=1, sort_keys=True), encoding="utf-8")
+
+
+@contextmanager
+def disk_full_named(folder: str | os.PathLike) -> Iterator[None]:
+    """Gives errors that mean a full disk one name, `DiskFullError`, and says what to do."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_disk_full(error):
+            raise
+        free = shutil.disk_usage(next(p for p in (Path(folder), *Path(folder).resolve().parents) if p.exists())).free
+        raise DiskFullError(
+            f"{folder} could not be written, its disk is full ({free / 2**20:.0f} MiB free, or a quota is used up). "
+            "Make room, or keep fewer checkpoints by `--save_total_limit`. Where the run has ended, the same command "
+            "with `--resume_from_checkpoint latest` goes on."
+        ) from error
+
+
+def _is_disk_full(error: Exception) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    # safetensors' own error, and torch.save's, which looks for its place in the file after a short write
+    return any(words in str(error) for words in ("os error 28", "os error 122", "inline_container.cc"))
 
 
 def sync(path: Path) -> None:

@@ -1,6 +1,5 @@
 """Checkpoints that are whole or not there: written aside, a manifest last; and the choice of what to resume from."""
 
-import errno
 import hashlib
 import json
 import logging
@@ -13,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import DiskFullError, SciflowError
+from ..errors import SciflowError
 from ..files import move_folder, write_json
 
 logger = logging.getLogger(__name__)
@@ -48,29 +47,6 @@ def publish(staged: Path, folder: Path) -> None:
 def remove_unfinished(run_dir: str | os.PathLike) -> None:
     """Removes what a save left that did not end."""
     shutil.rmtree(Path(run_dir) / STAGING, ignore_errors=True)
-
-
-@contextmanager
-def disk_full_named(folder: str | os.PathLike) -> Iterator[None]:
-    """Gives errors that mean a full disk one name, `DiskFullError`, and says what to do."""
-    try:
-        yield
-    except Exception as error:
-        if not _is_disk_full(error):
-            raise
-        free = shutil.disk_usage(next(p for p in (Path(folder), *Path(folder).resolve().parents) if p.exists())).free
-        raise DiskFullError(
-            f"{folder} could not be written, its disk is full ({free / 2**20:.0f} MiB free, or a quota is used up). "
-            "Make room, or keep fewer checkpoints by `--save_total_limit`. Where the run has ended, the same command "
-            "with `--resume_from_checkpoint latest` goes on."
-        ) from error
-
-
-def _is_disk_full(error: Exception) -> bool:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    # safetensors' own error, and torch.save's, which looks for its place in the file after a short write
-    return any(words in str(error) for words in ("os error 28", "os error 122", "inline_container.cc"))
 
 
 def checkpoint_fault(folder: Path) -> str | None:

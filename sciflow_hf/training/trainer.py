@@ -54,7 +54,7 @@ from ..engines.sharding import (
 from ..errors import DiskFullError, SciflowError
 from ..families.base import ModelFamily
 from ..families.loading import network_dtype
-from ..files import write_json
+from ..files import disk_full_named, write_json
 from ..hub.upload import check_access, upload, upload_checkpoint
 from ..report.summary import save_model_card
 from .arguments import DiffusionTrainingArguments
@@ -64,7 +64,6 @@ from .callbacks.validation import ValidationCallback, commonest_size
 from .checkpoints import (
     STAGING,
     check_output_dir,
-    disk_full_named,
     explain_unpickling,
     publish,
     remove_unfinished,

@@ -16,7 +16,8 @@ from runs import environment, weights
 import sciflow_hf as sf
 from sciflow_hf.cli.run import run
 from sciflow_hf.errors import DiskFullError
-from sciflow_hf.training.checkpoints import checkpoint_fault, disk_full_named, list_checkpoints
+from sciflow_hf.files import disk_full_named
+from sciflow_hf.training.checkpoints import checkpoint_fault, list_checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
