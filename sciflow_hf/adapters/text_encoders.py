@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ..errors import SciflowError
-from ..families.base import ModelFamily, PipelineFamily, network_dtype
+from ..families.base import ModelFamily, PipelineFamily
+from ..families.loading import model_source, network_dtype
 from .adapter import ADAPTER_NAME, AdapterArguments, fill_adapter, to_float32
 from .types import adapter_config
 
@@ -134,7 +135,7 @@ def _without_weights(family: PipelineFamily) -> Any:
     where = {"revision": family.revision}
     for name in family.trained_text_parts:
         encoder_class = getattr(transformers, family.config()[name][1])
-        path = family.pretrained_model_name_or_path
+        path = model_source(family.pretrained_model_name_or_path)
         config = encoder_class.config_class.from_pretrained(path, subfolder=name, **where)
         with torch.device("meta"):
             made[name] = encoder_class(config)

@@ -87,7 +87,7 @@ def common_metadata(names: Sequence[str], found: Sequence[Mapping[str, Any]]) ->
         differ = [
             f"`{key}` is {found[0].get(key)!r} and {metadata.get(key)!r}"
             for key in sorted(set(found[0]) | set(metadata))
-            if key not in _OF_THE_BUILD and found[0].get(key) != metadata.get(key)
+            if key not in _OF_THE_BUILD and not same_setting(key, found[0].get(key), metadata.get(key))
         ]
         if differ:
             raise CacheError(

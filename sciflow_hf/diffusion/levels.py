@@ -2,15 +2,25 @@
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
-from . import timesteps
 from .randomness import uniform
 
-if TYPE_CHECKING:
-    from ..training.arguments import DiffusionTrainingArguments
+
+class LevelArguments(Protocol):
+    """The options of training that say which noise levels it sees, as in `DiffusionTrainingArguments`."""
+
+    weighting_scheme: str
+    logit_mean: float
+    logit_std: float
+    mode_scale: float
+    timestep_shift: str
+    stratified_levels: bool
+
+    @property
+    def total_batch(self) -> int: ...
 
 WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
 """Densities of the noise level (see `density`) and weights of the loss (see `flow_weight`)."""
@@ -24,7 +34,7 @@ class NoiseLevels:
         return 0.0
 
     def level_quantiles(
-        self, keys: torch.Tensor, args: "DiffusionTrainingArguments", batch: Mapping[str, Any] | None
+        self, keys: torch.Tensor, args: LevelArguments, batch: Mapping[str, Any] | None
     ) -> torch.Tensor:
         """Uniform numbers that become noise levels: (B,), float64, on the CPU.
 
@@ -34,21 +44,21 @@ class NoiseLevels:
         u = uniform(keys, stream="level")
         if not args.stratified_levels or batch is None or "step_key" not in batch:
             return u
-        return timesteps.stratify(u, batch["position"], batch["step_key"], args.total_batch)
+        return stratify(u, batch["position"], batch["step_key"], args.total_batch)
 
     def sample_levels(
         self,
         keys: torch.Tensor,
-        args: "DiffusionTrainingArguments",
+        args: LevelArguments,
         image_seq_len: int,
         batch: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
         """Noise levels of a batch, after the shift: sigmas in [0, 1], (B,), float32, on the CPU."""
         options = {"logit_mean": args.logit_mean, "logit_std": args.logit_std, "mode_scale": args.mode_scale}
-        sigmas = timesteps.density(self.level_quantiles(keys, args, batch), args.weighting_scheme, **options)
-        return timesteps.shift_sigmas(sigmas, self.shift_mu(args, image_seq_len)).float()
+        sigmas = density(self.level_quantiles(keys, args, batch), args.weighting_scheme, **options)
+        return shift_sigmas(sigmas, self.shift_mu(args, image_seq_len)).float()
 
-    def shift_mu(self, args: "DiffusionTrainingArguments", image_seq_len: int) -> float:
+    def shift_mu(self, args: LevelArguments, image_seq_len: int) -> float:
         """mu of `--timestep_shift`: "resolution" asks the family, "none" is 0, a number is the shift e^mu."""
         if args.timestep_shift == "resolution":
             return self.resolution_mu(image_seq_len)
@@ -60,7 +70,7 @@ class NoiseLevels:
 
     def evaluation_levels(self, num_levels: int) -> torch.Tensor:
         """The fixed grid of `eval_loss`, (num_levels,); the same in every run."""
-        return timesteps.level_grid(num_levels)
+        return level_grid(num_levels)
 
 
 class TimestepLevels(NoiseLevels):
@@ -71,7 +81,7 @@ class TimestepLevels(NoiseLevels):
     def sample_levels(
         self,
         keys: torch.Tensor,
-        args: "DiffusionTrainingArguments",
+        args: LevelArguments,
         image_seq_len: int,
         batch: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
@@ -91,3 +101,65 @@ class TimestepLevels(NoiseLevels):
         if self._alpha_bar.device != device:
             self.__dict__["_alpha_bar"] = self._alpha_bar.to(device)
         return self._alpha_bar
+
+
+def stratify(jitter: torch.Tensor, positions: torch.Tensor, step_keys: torch.Tensor, total_batch: int) -> torch.Tensor:
+    """u = frac((position + turn + jitter) / total_batch): (B,), float64, in [0, 1); the `u` of the densities below.
+
+    The `total_batch` samples of an optimizer step get one number in each of `total_batch` equal parts of [0, 1). The
+    turn, a whole number that they share, makes each number alone uniform: a sample that comes at the same place of a
+    step every epoch sees all levels, and so does a step of fewer samples. (One jitter for the whole step, as in
+    Kingma et al. 2021, appendix I.1, does the same, but leaves more variance: of order T^-2, and not T^-3.)
+
+    Args:
+        jitter: independent uniform numbers in [0, 1), (B,), float64.
+        positions: in the order of the epoch, whose steps begin at multiples of `total_batch`, (B,).
+        step_keys: random 64-bit integers, alike in all samples of a step, (B,).
+    """
+    part = (positions % total_batch + step_keys % total_batch) % total_batch
+    return ((part + jitter) / total_batch).clamp_max(1 - 2.0**-53)
+
+
+def uniform_density(u: torch.Tensor) -> torch.Tensor:
+    """sigma = u: every noise level equally often."""
+    return u
+
+
+def logit_normal_density(u: torch.Tensor, *, logit_mean: float = 0.0, logit_std: float = 1.0) -> torch.Tensor:
+    """sigma = sigmoid(logit_mean + logit_std * z), z standard normal (Esser et al. 2024, section 3.1).
+
+    A positive `logit_mean` moves training towards noise, as in the paper. diffusers' example scripts look the
+    density up in a descending list of timesteps, so that there a positive mean moves towards the data.
+
+    Args:
+        u: uniform numbers in [0, 1), any shape; z is their normal quantile.
+    """
+    return torch.sigmoid(logit_mean + logit_std * torch.special.ndtri(u.clamp(1e-12, 1 - 1e-12)))
+
+
+def mode_density(u: torch.Tensor, *, mode_scale: float = 1.29) -> torch.Tensor:
+    """Heavy in the middle (s > 0) or at the ends (s < 0): equation 20 of Esser et al. 2024, with s = `mode_scale`."""
+    return 1 - u - mode_scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
+
+
+def density(
+    u: torch.Tensor, weighting_scheme: str, *, logit_mean: float = 0.0, logit_std: float = 1.0, mode_scale: float = 1.29
+) -> torch.Tensor:
+    """sigma of uniform numbers: "logit_normal", "mode", or uniform for any other `weighting_scheme` (a weight then)."""
+    if weighting_scheme == "logit_normal":
+        return logit_normal_density(u, logit_mean=logit_mean, logit_std=logit_std)
+    return mode_density(u, mode_scale=mode_scale) if weighting_scheme == "mode" else uniform_density(u)
+
+
+def shift_sigmas(sigmas: torch.Tensor, mu: float) -> torch.Tensor:
+    """sigma' = e^mu sigma / (1 + (e^mu - 1) sigma): more noise for more tokens (Esser et al. 2024, equation 23).
+
+    Args:
+        mu: logarithm of the shift; 0 changes nothing, ln 3 is SD3's shift of 3.
+    """
+    return math.exp(mu) * sigmas / (1 + math.expm1(mu) * sigmas)
+
+
+def level_grid(num_levels: int) -> torch.Tensor:
+    """The fixed noise levels of evaluation: midpoints of `num_levels` equal parts of [0, 1], float32."""
+    return (torch.arange(num_levels, dtype=torch.float32) + 0.5) / num_levels

@@ -8,7 +8,12 @@ from .losses import flow_weight
 from .objectives import alphas_cumprod, beta_schedule, convert_prediction, ddpm_weight, variational_bound
 
 OBJECTIVES = ("flow", "ddpm")
-PREDICTIONS = ("velocity", "epsilon", "sample")
+PREDICTIONS = ("velocity", "v_prediction", "epsilon", "sample")
+
+
+def current_name(prediction_type: str, objective: str) -> str:
+    """`prediction_type`; ddpm's "v_prediction" (Salimans and Ho 2022) was called "velocity" in earlier versions."""
+    return "v_prediction" if (objective, prediction_type) == ("ddpm", "velocity") else prediction_type
 
 
 @dataclass
@@ -17,8 +22,8 @@ class NoiseProcess:
 
     Args:
         objective: "flow": 1 - sigma and sigma; "ddpm": sqrt(alpha_bar) and sqrt(1 - alpha_bar).
-        prediction_type: what the network predicts: "velocity" (noise - data; under ddpm signal noise - noise_scale
-            data), "epsilon" or "sample".
+        prediction_type: what the network predicts: "velocity" (noise - data) of a flow, "v_prediction" (signal noise -
+            noise_scale data) of ddpm, "epsilon" or "sample". See `current_name` for older names.
         num_train_timesteps, schedule: of ddpm; see `beta_schedule`.
     """
 
@@ -29,13 +34,8 @@ class NoiseProcess:
     alpha_bar: torch.Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self.prediction_type = current_name(self.prediction_type, self.objective)
         self.alpha_bar = alphas_cumprod(beta_schedule(self.schedule, self.num_train_timesteps))
-
-    @property
-    def kind(self) -> str:
-        """`prediction_type` in the words of `convert_prediction`."""
-        is_v = (self.objective, self.prediction_type) == ("ddpm", "velocity")
-        return "v_prediction" if is_v else self.prediction_type
 
     @property
     def level_range(self) -> float:
@@ -69,13 +69,13 @@ class NoiseProcess:
             return flow_weight(levels, weighting_scheme=weighting_scheme, min_snr_gamma=min_snr_gamma)
         signal, noise_scale = self.mixture(levels)
         share = signal**2 / (signal**2 + noise_scale**2)
-        return ddpm_weight(share, prediction_type=self.kind, min_snr_gamma=min_snr_gamma)
+        return ddpm_weight(share, prediction_type=self.prediction_type, min_snr_gamma=min_snr_gamma)
 
     def clean(self, model_pred: torch.Tensor, noisy: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
         """The data that a prediction means, (B, ...)."""
         signal, noise_scale = self.mixture(levels)
         return convert_prediction(
-            model_pred, noisy, signal=signal, noise_scale=noise_scale, source=self.kind, target="sample"
+            model_pred, noisy, signal=signal, noise_scale=noise_scale, source=self.prediction_type, target="sample"
         )
 
     def variance_loss(

@@ -58,7 +58,7 @@ def generator(key: int, stream: str, *, device: torch.device | str = "cpu") -> t
     return torch.Generator(device).manual_seed(hash64(key, stream) & 0xFFFFFFFF)
 
 
-def batch_keys(batch: Mapping[str, torch.Tensor], batch_size: int) -> torch.Tensor:
+def sample_keys(batch: Mapping[str, torch.Tensor], batch_size: int) -> torch.Tensor:
     """The keys of a batch, (B,) int64; fresh ones from torch's default generator where a loader gave none."""
     if "noise_key" in batch:
         return batch["noise_key"]

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .objectives import ddpm_log_variance, ddpm_mean, posterior_variance
-from .timesteps import shift_sigmas
 
 FLOW_SAMPLERS = ("euler", "heun")
 TIMESTEP_SPACINGS = ("trailing", "quadratic")
@@ -32,15 +31,15 @@ def guide(conditional: torch.Tensor, unconditional: torch.Tensor, scale: float) 
 # -- flow matching -----------------------------------------------------------------------------------------------------
 
 
-def flow_sigmas(num_steps: int, *, mu: float = 0.0) -> torch.Tensor:
-    """Noise levels of `num_steps` steps from 1 to 0, shifted by `mu` (see `shift_sigmas`): (num_steps + 1,), float32.
+def flow_sigmas(num_steps: int) -> torch.Tensor:
+    """Noise levels of `num_steps` equal steps from 1 to 0: (num_steps + 1,), float32.
 
     Raises:
         ValueError: no steps.
     """
     if num_steps < 1:
         raise ValueError(f"`num_inference_steps` {num_steps}: at least 1.")
-    return shift_sigmas(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), mu).float()
+    return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).float()
 
 
 def sample_flow(

@@ -2,49 +2,72 @@
 
 import functools
 import inspect
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 
-from ..diffusion.levels import NoiseLevels
+from ..diffusion.levels import LevelArguments, NoiseLevels
 from ..engines.quantisation import check_quantization, load_quantized
 from ..errors import SciflowError
-from .loading import check_kind, explain_loading, network_dtype, read_config, read_index, read_pipeline
+from ..options import Options, arguments, option
+from .loading import (
+    check_kind,
+    explain_loading,
+    model_source,
+    network_dtype,
+    quiet_loading,
+    read_config,
+    refuse_code,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ..training.arguments import DiffusionTrainingArguments
-
-
-logger = logging.getLogger(__name__)
-
 POSTERIORS = ("mode", "sample")
 
 
-@dataclass
-class ModelFamily(NoiseLevels, ABC):
-    """One model family. The fields are its command-line flags; the methods are all that the rest needs of it.
+class LossArguments(LevelArguments, Protocol):
+    """The options of training that `compute_loss` reads, as in `DiffusionTrainingArguments`."""
 
-    Args:
-        pretrained_model_name_or_path: folder or Hub repository in diffusers layout.
-        revision: branch, tag or commit of the Hub repository.
-        posterior: "mode" stores the mean of the VAE's posterior as latents; "sample" its standard deviation, too
-            (twice the bytes of the latents), and training draws a fresh latent per step.
-    """
+    loss_type: str
+    huber_delta: float
+    min_snr_gamma: float | None
 
-    pretrained_model_name_or_path: str = field(
-        metadata={"help": "Folder or Hub repository of the pipeline, in diffusers layout."}
+
+class SamplingArguments(Protocol):
+    """The options of training that say how images are drawn, as in `DiffusionTrainingArguments`."""
+
+    seed: int
+    num_inference_steps: int
+    validation_prompts: list[str]
+    validation_negative_prompt: list[str]
+    validation_guidance_scale: float
+
+
+def posterior_option(default: str) -> Any:
+    """The option `posterior` of a family."""
+    return option(
+        default,
+        "Latents of training: `mode`, the mean of the VAE's posterior, or `sample`, a fresh draw in each step. For "
+        "that a cache also stores the standard deviation, which doubles the bytes of its latents.",
+        choices=POSTERIORS,
     )
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the Hub repository."})
-    posterior: str = field(
-        default="mode", metadata={"help": "Latents of training: mode (the VAE's mean), or sample (drawn each step)."}
+
+
+@arguments
+class ModelFamily(NoiseLevels, Options, ABC):
+    """One model family. The fields are its command-line flags; the methods are all that the rest needs of it."""
+
+    heading: ClassVar[str] = "Model"
+
+    pretrained_model_name_or_path: str = option(
+        help="Folder or Hub repository of the pipeline, in diffusers layout; `mini_klein` comes with this package."
     )
+    revision: str | None = option(None, "Branch, tag or commit of the Hub repository.")
+    posterior: str = posterior_option("mode")
 
     name: ClassVar[str]
     """Command-line name; equals the file name."""
@@ -55,24 +78,23 @@ class ModelFamily(NoiseLevels, ABC):
     stores_time_ids: ClassVar[bool] = False
     """True: a cache has `time_ids` (6,) for each sample: original size, crop, size (see `build_cache`)."""
     task: ClassVar[str] = "text-to-image"
-    """Of the Hub's tasks, for model cards."""
+    """The Hub task shown on model cards."""
     whole_pipeline: ClassVar[bool] = False
     """True where `save_network` writes a pipeline that loads by itself."""
     lora_presets: ClassVar[dict[str, str]] = {}
     """Names for `--lora_layers`, each a comma list of layer names."""
 
-    def __post_init__(self) -> None:
-        if self.pretrained_model_name_or_path == "mini_klein":  # comes with the package
-            self.pretrained_model_name_or_path = str(Path(__file__).parents[1] / "assets" / "mini_klein")
-        if self.posterior not in POSTERIORS:
-            raise SciflowError(f"`posterior` {self.posterior!r}: use one of {', '.join(POSTERIORS)}.")
+    @classmethod
+    def renamed_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """The fields of a family as an earlier version wrote them into a checkpoint, in today's words."""
+        return options
 
     @abstractmethod
     def compute_loss(
         self,
         model: torch.nn.Module,
         batch: dict[str, torch.Tensor],
-        args: "DiffusionTrainingArguments",
+        args: LossArguments,
         *,
         noise: torch.Tensor | None = None,
         levels: torch.Tensor | None = None,
@@ -165,7 +187,7 @@ class ModelFamily(NoiseLevels, ABC):
     ) -> list["Image"]:
         """Images of one prompt."""
 
-    def call_arguments(self, args: "DiffusionTrainingArguments") -> list[str]:
+    def call_arguments(self, args: SamplingArguments) -> list[str]:
         """Code of further arguments in the pipeline's call, for the model card."""
         return []
 
@@ -202,15 +224,15 @@ class ModelFamily(NoiseLevels, ABC):
                 raise SciflowError(f"`{name}` {tuple(sample[name].shape)}: `latents` {latents} need {expected}.")
 
 
-@dataclass
+@arguments
 class PipelineFamily(ModelFamily):
-    """A family whose parts diffusers loads and saves as one pipeline folder. Its files name the classes.
+    """A family whose parts diffusers loads and saves as one pipeline folder. Its files name the classes."""
 
-    Args:
-        trust_remote_code: load a folder that brings code of its own for parts beside the network, and run that code.
-    """
+    heading: ClassVar[str] = "Pipeline"
 
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that the model folder brings along."})
+    trust_remote_code: bool = option(
+        False, "Load a model folder that brings code of its own for parts other than the network, and run that code."
+    )
 
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     """Parts of the pipeline that encode prompts."""
@@ -223,14 +245,28 @@ class PipelineFamily(ModelFamily):
         """The configuration of one part of the pipeline ("vae", "transformer", "scheduler"), or of the pipeline.
 
         Raises:
-            SciflowError: it cannot be read, or belongs to another kind of network.
+            SciflowError: it cannot be read, belongs to another kind of network, or without `trust_remote_code` brings
+                code of its own.
         """
         whole, path = self._index, self.pretrained_model_name_or_path
         return read_config(path, subfolder, revision=self.revision) if subfolder else whole
 
     @functools.cached_property
     def _index(self) -> dict[str, Any]:
-        return read_index(self)
+        path = self.pretrained_model_name_or_path
+        index = read_config(path, revision=self.revision)
+        classes = [(index.get(part) or [None, None])[1] for part in (self.component, "transformer", "unet")]
+        found = next(filter(None, classes), "pipeline without a network")
+        check_kind(path, found, family=self.name, network=self.network_class().__name__)
+        if not self.trust_remote_code:
+            refuse_code(path, index, revision=self.revision)
+        return index
+
+    def read_pipeline(self, what: str, **parts: Any) -> Any:
+        """The pipeline with these `parts` instead of its own, None for none; `what` is how errors call it."""
+        path, options = self.pretrained_model_name_or_path, {"trust_remote_code": self.trust_remote_code}
+        with explain_loading(path, what), quiet_loading():
+            return self.pipeline_class().from_pretrained(model_source(path), revision=self.revision, **options, **parts)
 
     def setting(self, part: str, name: str) -> Any:
         """A value of the configuration of one part; SciflowError where the checkpoint does not say it."""
@@ -250,7 +286,7 @@ class PipelineFamily(ModelFamily):
                 network = self.network_class().from_config(self.config(self.component))
                 return torch.nn.Module.to(network, dtype)
         options = {"subfolder": self.component, "revision": self.revision}
-        load = functools.partial(self.network_class().from_pretrained, path, dtype=dtype, **options)
+        load = functools.partial(self.network_class().from_pretrained, model_source(path), dtype=dtype, **options)
         if quantize is not None:
             check_quantization(quantize)
             empty = PipelineFamily.load_model(self, dtype=dtype, meta=True)
@@ -263,7 +299,7 @@ class PipelineFamily(ModelFamily):
     ) -> Any:
         self.config()  # refuses another kind of pipeline
         without = [self.component, *(() if images else ("vae",)), *(() if text else self.text_parts)]
-        pipeline = read_pipeline(self, "VAE and text encoder", dtype=dtype, **dict.fromkeys(without))
+        pipeline = self.read_pipeline("VAE and text encoder", dtype=dtype, **dict.fromkeys(without))
         if text:
             self.shorten_text_encoder(pipeline)
         for part in pipeline.components.values():
@@ -287,7 +323,7 @@ class PipelineFamily(ModelFamily):
         self.config()  # refuses another kind of pipeline
         without: dict[str, Any] = {} if with_text_encoder else dict.fromkeys(self.text_parts)
         given = {} if model is None else {self.component: model, "dtype": network_dtype(model)}
-        pipeline = read_pipeline(self, "pipeline", **without, **given)
+        pipeline = self.read_pipeline("pipeline", **without, **given)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(device)
 
@@ -357,7 +393,7 @@ class PipelineFamily(ModelFamily):
         """Whether the pipeline's call has guidance only where it is given a negative prompt."""
         return False
 
-    def call_arguments(self, args: "DiffusionTrainingArguments") -> list[str]:
+    def call_arguments(self, args: SamplingArguments) -> list[str]:
         """The length of text where it is not the usual one, and what validation images were drawn with."""
         found, length = [], vars(self).get("max_sequence_length")
         takes_length = "max_sequence_length" in inspect.signature(self.pipeline_class().__call__).parameters

@@ -3,25 +3,24 @@
 import functools
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from ..diffusion.levels import LevelArguments
 from ..diffusion.losses import sample_loss
 from ..diffusion.objectives import BETA_SCHEDULES
-from ..diffusion.process import OBJECTIVES, PREDICTIONS, NoiseProcess
-from ..diffusion.randomness import batch_keys, randn, uniform
+from ..diffusion.process import OBJECTIVES, PREDICTIONS, NoiseProcess, current_name
+from ..diffusion.randomness import randn, sample_keys, uniform
 from ..errors import SciflowError
-from .base import ModelFamily, network_dtype
-from .loading import explain_loading, load_vae, vae_config
+from ..options import arguments, option
+from .base import LossArguments, ModelFamily, SamplingArguments
+from .loading import explain_loading, load_vae, network_dtype, vae_config
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-    from ..training.arguments import DiffusionTrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -33,57 +32,75 @@ PRESETS = {  # hidden size, blocks, heads, parameters at patch 2, 4 channels, 1,
 }
 
 
-@dataclass
+def _check_prediction(family: "DiT") -> None:
+    if (family.objective, family.prediction_type) == ("flow", "v_prediction"):
+        raise SciflowError("`prediction_type` v_prediction needs `--objective ddpm`: that of a flow is velocity.")
+
+
+def _check_variance(family: "DiT") -> None:
+    if family.learn_sigma and family.objective == "flow":
+        raise SciflowError("`learn_sigma` needs `--objective ddpm`: a flow has no variance to predict.")
+
+
+@arguments
 class DiT(ModelFamily):
-    """A diffusion transformer trained from scratch on images with class labels, or without.
+    """A diffusion transformer trained from scratch on images with class labels, or without."""
 
-    Args:
-        pretrained_model_name_or_path: a saved run to fine-tune, folder or Hub repository; its network and objective
-            then count, not the options here. Empty: random initial weights.
-        vae_name_or_path: `AutoencoderKL` of diffusers, folder or Hub repository: the network works on its latents.
-            None: on pixels.
-        preset: S, B, L or XL: hidden size, blocks and heads.
-        hidden_size, num_hidden_layers, num_attention_heads: in place of the preset's.
-        image_size: side of the images in pixels; they are cut to a square and resized.
-        patch_size: side of a patch, in pixels or latents.
-        in_channels: of the input; by default those of the data, or of the VAE's latents.
-        num_classes: by default as many as the data has; 0: without classes.
-        class_dropout_prob: share of samples trained without their class, which guidance needs; by sample key.
-        objective: "flow", rectified flow: noisy = (1 - sigma) data + sigma noise; or "ddpm".
-        prediction_type: what the network predicts: "velocity" (noise - data, under ddpm sqrt(a) noise - sqrt(1 - a)
-            data), "epsilon" (the noise) or "sample" (the data).
-        learn_sigma: predict the variance of the steps, too (Nichol and Dhariwal 2021); ddpm only.
-        num_train_timesteps, beta_schedule: of ddpm.
-        init_seed: of the initial weights.
-    """
+    heading: ClassVar[str] = "DiT"
 
-    pretrained_model_name_or_path: str = field(
-        default="", metadata={"help": "A saved run to fine-tune, folder or Hub repository; default: from scratch."}
+    pretrained_model_name_or_path: str = option(
+        "",
+        "A saved run to fine-tune, folder or Hub repository; its network and objective then count, not the options "
+        "here. By default the initial weights are random.",
     )
-    vae_name_or_path: str | None = field(
-        default=None, metadata={"help": "AutoencoderKL of diffusers to train in the latents of; default: pixels."}
+    vae_name_or_path: str | None = option(
+        None,
+        "`AutoencoderKL` of diffusers, folder or Hub repository: the network works on its latents. By default, "
+        "on pixels.",
     )
-    preset: str = field(default="S", metadata={"help": f"Size of the network: {', '.join(PRESETS)}."})
-    hidden_size: int | None = field(default=None, metadata={"help": "Width of a token, in place of the preset's."})
-    num_hidden_layers: int | None = field(default=None, metadata={"help": "Blocks, in place of the preset's."})
-    num_attention_heads: int | None = field(default=None, metadata={"help": "In place of the preset's."})
-    image_size: int = field(default=32, metadata={"help": "Side of the images in pixels."})
-    patch_size: int = field(default=2, metadata={"help": "Side of a patch, in pixels or latents."})
-    in_channels: int | None = field(default=None, metadata={"help": "Channels; default: the data's, or the VAE's."})
-    num_classes: int | None = field(default=None, metadata={"help": "Classes; default: the data's. 0: none."})
-    class_dropout_prob: float = field(default=0.1, metadata={"help": "Share of samples trained without class."})
-    objective: str = field(default="flow", metadata={"help": f"One of {', '.join(OBJECTIVES)}."})
-    prediction_type: str = field(default="velocity", metadata={"help": f"One of {', '.join(PREDICTIONS)}."})
-    learn_sigma: bool = field(default=False, metadata={"help": "Predict the variance of the steps; ddpm only."})
-    num_train_timesteps: int = field(default=1000, metadata={"help": "Timesteps of ddpm."})
-    beta_schedule: str = field(default="linear", metadata={"help": f"Of ddpm: {', '.join(BETA_SCHEDULES)}."})
-    init_seed: int = field(default=0, metadata={"help": "Seed of the initial weights."})
+    preset: str = option("S", "Hidden size, blocks and heads of the network.", choices=tuple(PRESETS))
+    hidden_size: int | None = option(None, "Width of a token, instead of the preset's.", within="[1, inf)")
+    num_hidden_layers: int | None = option(None, "Blocks, instead of the preset's.", within="[1, inf)")
+    num_attention_heads: int | None = option(None, "Attention heads, instead of the preset's.", within="[1, inf)")
+    image_size: int = option(
+        32, "Side of the images in pixels; they are cut to a square and resized.", within="[1, inf)"
+    )
+    patch_size: int = option(2, "Side of a patch, in pixels or latents.", within="[1, inf)")
+    in_channels: int | None = option(
+        None, "Channels of the input; by default those of the data, or of the VAE's latents.", within="[1, inf)"
+    )
+    num_classes: int | None = option(
+        None, "Classes, by default as many as the data has; 0 trains without.", within="[0, inf)"
+    )
+    class_dropout_prob: float = option(
+        0.1,
+        "Share of the samples, chosen by their keys, that are trained without their class, which guidance needs.",
+        within="[0, 1)",
+    )
+    objective: str = option(
+        "flow",
+        "flow: rectified flow, noisy = (1 - sigma) data + sigma noise. ddpm: noisy = sqrt(a) data + sqrt(1 - a) noise.",
+        choices=OBJECTIVES,
+    )
+    prediction_type: str = option(
+        "velocity",
+        "What the network predicts: velocity (noise - data), under ddpm v_prediction (sqrt(a) noise - sqrt(1 - a) "
+        "data), epsilon (the noise) or sample (the data). Under ddpm, velocity means v_prediction.",
+        choices=PREDICTIONS,
+        check=_check_prediction,
+    )
+    learn_sigma: bool = option(
+        False, "Predict the variance of the steps, too (Nichol and Dhariwal 2021); ddpm only.", check=_check_variance
+    )
+    num_train_timesteps: int = option(1000, "Timesteps of ddpm.", within="[1, inf)")
+    beta_schedule: str = option("linear", "Noise schedule of ddpm.", choices=BETA_SCHEDULES)
+    init_seed: int = option(0, "Seed of the initial weights.")
 
     def compute_loss(
         self,
         model: torch.nn.Module,
         batch: dict[str, torch.Tensor],
-        args: "DiffusionTrainingArguments",
+        args: LossArguments,
         *,
         noise: torch.Tensor | None = None,
         levels: torch.Tensor | None = None,
@@ -95,7 +112,7 @@ class DiT(ModelFamily):
         """
         latents = self.clean_latents(batch)  # (B, C, h, w)
 
-        keys = batch_keys(batch, len(latents))
+        keys = sample_keys(batch, len(latents))
         if noise is None:
             noise = randn(keys, latents.shape, device=latents.device, draw_on_cpu=not model.training)
         if levels is None:
@@ -115,7 +132,7 @@ class DiT(ModelFamily):
         model_pred, fraction = model_pred.chunk(2, dim=1) if self.learn_sigma else (model_pred, None)
 
         velocity = noise - latents if self.objective == "flow" else a * noise - b * latents
-        target = {"velocity": velocity, "epsilon": noise, "sample": latents}[self.prediction_type]
+        target = {"epsilon": noise, "sample": latents}.get(self.prediction_type, velocity)
         loss = sample_loss(model_pred, target, loss_type=args.loss_type, huber_delta=args.huber_delta)
         scheme, gamma = args.weighting_scheme, args.min_snr_gamma
         loss = loss * self.process.weight(levels, weighting_scheme=scheme, min_snr_gamma=gamma)
@@ -129,17 +146,7 @@ class DiT(ModelFamily):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choices = {"preset": PRESETS, "objective": OBJECTIVES, "prediction_type": PREDICTIONS}
-        for name, allowed in (choices | {"beta_schedule": BETA_SCHEDULES}).items():
-            if getattr(self, name) not in allowed:
-                raise SciflowError(f"`{name}` {getattr(self, name)!r}: use one of {', '.join(allowed)}.")
-        if not 0 <= self.class_dropout_prob < 1:
-            raise SciflowError(f"`class_dropout_prob` {self.class_dropout_prob}: in [0, 1).")
-        if self.learn_sigma and self.objective == "flow":
-            raise SciflowError("`learn_sigma` needs `--objective ddpm`: a flow has no variance to predict.")
-        for name in ("image_size", "patch_size", "num_train_timesteps"):
-            if getattr(self, name) < 1:
-                raise SciflowError(f"`{name}` {getattr(self, name)}: at least 1.")
+        self.prediction_type = current_name(self.prediction_type, self.objective)
         width, blocks, heads = PRESETS[self.preset]
         self.hidden_size = width if self.hidden_size is None else self.hidden_size
         self.num_hidden_layers = blocks if self.num_hidden_layers is None else self.num_hidden_layers
@@ -150,6 +157,10 @@ class DiT(ModelFamily):
                 f"({4 * self.num_attention_heads}) is needed."
             )
         self.class_names: list[str] = []
+
+    @classmethod
+    def renamed_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        return options | {"prediction_type": current_name(options["prediction_type"], options["objective"])}
 
     @property
     def from_scratch(self) -> bool:
@@ -183,7 +194,7 @@ class DiT(ModelFamily):
         return NoiseProcess(self.objective, self.prediction_type, self.num_train_timesteps, self.beta_schedule)
 
     def sample_levels(
-        self, keys: torch.Tensor, args: "DiffusionTrainingArguments", image_seq_len: int, batch: Any = None
+        self, keys: torch.Tensor, args: LevelArguments, image_seq_len: int, batch: Any = None
     ) -> torch.Tensor:
         """Sigmas in [0, 1]; under ddpm whole timesteps, by the same densities (`--weighting_scheme none`: uniform)."""
         return self.process.levels(super().sample_levels(keys, args, image_seq_len, batch))
@@ -239,6 +250,7 @@ class DiT(ModelFamily):
         self.num_classes, self.learn_sigma = model.config.num_classes, model.config.learn_sigma
         for name in ("objective", "prediction_type", "num_train_timesteps", "beta_schedule"):
             setattr(self, name, self._saved_index[name])
+        self.prediction_type = current_name(self.prediction_type, self.objective)
         self.__dict__.pop("process", None)
         logger.info("Going on from %s: %s, it predicts the %s.", path, self.objective, self.prediction_type)
         return model
@@ -353,7 +365,7 @@ class DiT(ModelFamily):
         whole = self.has_vae and not folder.name.startswith("checkpoint-")
         self._pipeline(model, load_vae(**self._vae_place) if whole else None).save_pretrained(folder)
 
-    def call_arguments(self, args: "DiffusionTrainingArguments") -> list[str]:
+    def call_arguments(self, args: SamplingArguments) -> list[str]:
         labels = [f"class_labels=[{self.num_classes - 1}]"] if self.num_classes else []
         steps, scale = f"num_inference_steps={args.num_inference_steps}", args.validation_guidance_scale
         return [*labels, steps, *([f"guidance_scale={scale}"] if labels else [])]

@@ -3,18 +3,16 @@
 import functools
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from ..diffusion.losses import flow_weight, sample_loss
-from ..diffusion.randomness import batch_keys, randn
+from ..diffusion.randomness import randn, sample_keys
 from ..errors import SciflowError
-from .base import PipelineFamily, network_dtype
-
-if TYPE_CHECKING:
-    from ..training.arguments import DiffusionTrainingArguments
+from ..options import arguments, option
+from .base import LossArguments, PipelineFamily, posterior_option
+from .loading import network_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -22,41 +20,40 @@ PATCH = 2
 LONGEST_TEXT = 512  # T5 tokens that the pipeline takes
 
 
-@dataclass
+@arguments
 class Flux(PipelineFamily):
-    """FLUX.1.
+    """FLUX.1: `black-forest-labs/FLUX.1-dev`. Train dev, not the step-distilled schnell.
 
-    Args:
-        pretrained_model_name_or_path: `black-forest-labs/FLUX.1-dev`, or a folder. Train dev, not the step-distilled
-            schnell; networks that take further channels (Fill, Depth, Canny) are not trained here.
-        posterior: as in the published training, a fresh latent is drawn each step.
-        max_sequence_length: tokens that T5 reads, at most 512. Padding is not masked, so sampling must use the same
-            length. CLIP reads the first 77 tokens and gives the pooled embedding.
-        guidance_scale: what the guidance embedding is told in training. At 1.0 the network's own guidance stays as
-            it is in sampling (3.5 there). Networks without the embedding are told nothing.
-        validation_true_cfg_scale: above 1, validation images are drawn with true classifier-free guidance away from
-            `--validation_negative_prompt` (default: the empty prompt), too. `--validation_guidance_scale` stays what
-            the embedding is told.
+    Networks that take further channels (Fill, Depth, Canny) are not trained here.
     """
 
-    posterior: str = field(
-        default="sample", metadata={"help": "Latents of training: sample (drawn each step), or mode (the VAE's mean)."}
+    heading: ClassVar[str] = "FLUX.1"
+
+    posterior: str = posterior_option("sample")  # as in the published training
+    max_sequence_length: int = option(
+        512,
+        "Tokens of a prompt that T5 reads. Padding is not masked: sample with the same length. CLIP reads the first 77 "
+        "tokens and gives the pooled embedding.",
+        within=f"[1, {LONGEST_TEXT}]",
+        advice="The pipeline takes no other number of T5 tokens.",
     )
-    max_sequence_length: int = field(
-        default=512, metadata={"help": "T5 tokens per prompt. Padding is not masked: sample with the same length."}
+    guidance_scale: float = option(
+        1.0,
+        "Input of the guidance embedding in training, where the network has one. At 1.0 the network's own guidance "
+        "stays as it is in sampling (3.5 there).",
     )
-    guidance_scale: float = field(
-        default=1.0, metadata={"help": "Input of the guidance embedding in training, where the network has one."}
-    )
-    validation_true_cfg_scale: float = field(
-        default=1.0, metadata={"help": "Above 1: validation images with true guidance, in twice the time."}
+    validation_true_cfg_scale: float = option(
+        1.0,
+        "Above 1, validation images are also drawn with true classifier-free guidance, away from "
+        "`--validation_negative_prompt` (default: the empty prompt), in twice the time. `--validation_guidance_scale` "
+        "stays the input of the embedding.",
     )
 
     def compute_loss(
         self,
         model: torch.nn.Module,
         batch: dict[str, torch.Tensor],
-        args: "DiffusionTrainingArguments",
+        args: LossArguments,
         *,
         noise: torch.Tensor | None = None,
         levels: torch.Tensor | None = None,
@@ -69,7 +66,7 @@ class Flux(PipelineFamily):
         latents = (batch["latents"].float() - self.latents_shift) * self.latents_scale  # (B, 16, h, w)
         size, height, width = len(latents), latents.shape[2] // PATCH, latents.shape[3] // PATCH
 
-        keys = batch_keys(batch, size)
+        keys = sample_keys(batch, size)
         if noise is None:
             noise = randn(keys, latents.shape, device=latents.device, draw_on_cpu=not model.training)
         if levels is None:
@@ -114,14 +111,6 @@ class Flux(PipelineFamily):
         "full": "to_k,to_q,to_v,add_q_proj,add_k_proj,add_v_proj,to_out.0,to_add_out,ff.net.0.proj,ff.net.2,"
         "ff_context.net.0.proj,ff_context.net.2,proj_mlp,single_transformer_blocks.*.proj_out",
     }
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 1 <= self.max_sequence_length <= LONGEST_TEXT:
-            raise SciflowError(
-                f"`max_sequence_length` {self.max_sequence_length}: the pipeline of `{self.name}` takes 1 to "
-                f"{LONGEST_TEXT} T5 tokens."
-            )
 
     def guidance(self, sigmas: torch.Tensor) -> torch.Tensor | None:
         """(B,), float32: `guidance_scale` for each sample, or None where the network has no guidance embedding."""

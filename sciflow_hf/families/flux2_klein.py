@@ -3,18 +3,16 @@
 import functools
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from ..diffusion.losses import flow_weight, sample_loss
-from ..diffusion.randomness import batch_keys, randn
+from ..diffusion.randomness import randn, sample_keys
 from ..errors import SciflowError
-from .base import PipelineFamily, explain_loading, network_dtype
-
-if TYPE_CHECKING:
-    from ..training.arguments import DiffusionTrainingArguments
+from ..options import arguments, option
+from .base import LossArguments, PipelineFamily
+from .loading import explain_loading, model_source, network_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -22,27 +20,26 @@ TEXT_ENCODER_LAYERS = (9, 18, 27)  # as the pipeline; diffusers' training script
 PATCH = 2
 
 
-@dataclass
+@arguments
 class Flux2Klein(PipelineFamily):
-    """FLUX.2 klein.
+    """FLUX.2 klein: `black-forest-labs/FLUX.2-klein-base-9B` or `-base-4B`.
 
-    Args:
-        pretrained_model_name_or_path: `black-forest-labs/FLUX.2-klein-base-9B` or `-base-4B`, or a folder.
-            Train the base weights, not the distilled ones.
-        max_sequence_length: tokens of a prompt, chat template included. All of them, padding too, take part in
-            attention, so sampling must use the same length.
+    Train the base weights, not the distilled ones.
     """
 
-    max_sequence_length: int = field(
-        default=512,
-        metadata={"help": "Tokens per prompt. Padding is not masked: sample with the same length."},
+    heading: ClassVar[str] = "FLUX.2 klein"
+
+    max_sequence_length: int = option(
+        512,
+        "Tokens of a prompt, chat template included. All of them, padding too, take part in attention: sample with the "
+        "same length.",
     )
 
     def compute_loss(
         self,
         model: torch.nn.Module,
         batch: dict[str, torch.Tensor],
-        args: "DiffusionTrainingArguments",
+        args: LossArguments,
         *,
         noise: torch.Tensor | None = None,
         levels: torch.Tensor | None = None,
@@ -55,7 +52,7 @@ class Flux2Klein(PipelineFamily):
         latents = self.normalise(patchify(batch["latents"].float()))  # (B, 128, h/2, w/2)
         batch_size, _, height, width = latents.shape
 
-        keys = batch_keys(batch, batch_size)
+        keys = sample_keys(batch, batch_size)
         if noise is None:
             noise = randn(keys, latents.shape, device=latents.device, draw_on_cpu=not model.training)
         if levels is None:
@@ -114,7 +111,7 @@ class Flux2Klein(PipelineFamily):
 
         with explain_loading(self.pretrained_model_name_or_path, "VAE"):
             return AutoencoderKLFlux2.from_pretrained(
-                self.pretrained_model_name_or_path, subfolder="vae", revision=self.revision
+                model_source(self.pretrained_model_name_or_path), subfolder="vae", revision=self.revision
             )
 
     def pipeline_class(self) -> Any:

@@ -5,14 +5,18 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from ..errors import SciflowError
+from ..errors import SciflowError, first_line
 
-if TYPE_CHECKING:
-    from .base import PipelineFamily
+MINI_KLEIN = "mini_klein"
+
+
+def model_source(name_or_path: str) -> str:
+    """Where the parts of a model are loaded from: the package's own folder for `mini_klein`, else what was given."""
+    return str(Path(__file__).parents[1] / "assets" / MINI_KLEIN) if name_or_path == MINI_KLEIN else name_or_path
 
 
 def read_config(path: str, part: str = "", *, revision: str | None = None) -> dict[str, Any]:
@@ -22,32 +26,8 @@ def read_config(path: str, part: str = "", *, revision: str | None = None) -> di
     with explain_loading(path, f"{part or 'pipeline'} configuration"):
         names = {"": "model_index.json", "scheduler": "scheduler_config.json"}
         reader: Any = type("Reader", (ConfigMixin,), {"config_name": names.get(part, "config.json")})
-        found: dict[str, Any] = reader.load_config(path, subfolder=part or None, revision=revision)
+        found: dict[str, Any] = reader.load_config(model_source(path), subfolder=part or None, revision=revision)
         return found
-
-
-def read_index(family: "PipelineFamily") -> dict[str, Any]:
-    """`model_index.json` of the family's pipeline.
-
-    Raises:
-        SciflowError: it has another network than the family trains, or without `trust_remote_code` it brings code of
-            its own.
-    """
-    path, revision, network = family.pretrained_model_name_or_path, family.revision, family.network_class().__name__
-    index = read_config(path, revision=revision)
-    classes = [(index.get(part) or [None, None])[1] for part in (family.component, "transformer", "unet")]
-    check_kind(path, next(filter(None, classes), "pipeline without a network"), family=family.name, network=network)
-    if not family.trust_remote_code:
-        refuse_code(path, index, revision=revision)
-    return index
-
-
-def read_pipeline(family: "PipelineFamily", what: str, **parts: Any) -> Any:
-    """The family's pipeline with these `parts` in place of its own, None for none; `what` is it for the user."""
-    path, where = family.pretrained_model_name_or_path, {"revision": family.revision}
-    with explain_loading(path, what), quiet_loading():
-        trusted = {"trust_remote_code": family.trust_remote_code}
-        return family.pipeline_class().from_pretrained(path, **where, **trusted, **parts)
 
 
 def check_kind(path: str, found: str, *, family: str, network: str) -> None:
@@ -94,7 +74,7 @@ def _auto_maps(path: str, parts: dict[str, Any], revision: str | None) -> Iterat
         for file in names:
             with explain_loading(path, f"{name} configuration"):
                 where = {"subfolder": name, "revision": revision}
-                local = cached_file(path, file, _raise_exceptions_for_missing_entries=False, **where)
+                local = cached_file(model_source(path), file, _raise_exceptions_for_missing_entries=False, **where)
                 if local is not None and "auto_map" in json.loads(Path(local).read_text(encoding="utf-8")):
                     yield f"{name}/{file}"
 
@@ -105,10 +85,10 @@ def explain_loading(path: str, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # every layer below has errors of its own, the HTTP client's included
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SciflowError(
-            f"`pretrained_model_name_or_path` {path!r}: cannot load its {what} ({reason}). It must be a folder "
-            "or a Hub repository in diffusers layout; for a gated one accept its licence and run `hf auth login`."
+            f"`pretrained_model_name_or_path` {path!r}: cannot load its {what} ({first_line(error)}). It must be a "
+            "folder or a Hub repository in diffusers layout; for a gated one accept its licence and run "
+            "`hf auth login`."
         ) from error
 
 

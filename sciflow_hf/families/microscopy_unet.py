@@ -4,9 +4,9 @@ import functools
 import importlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +16,12 @@ from ..diffusion.image_losses import fourier_loss, multiscale_loss, perceptual_l
 from ..diffusion.levels import TimestepLevels
 from ..diffusion.losses import sample_loss
 from ..diffusion.objectives import add_noise, convert_prediction, ddpm_target, ddpm_weight
-from ..diffusion.randomness import batch_keys, randn
+from ..diffusion.randomness import randn, sample_keys
 from ..errors import SciflowError
 from ..images.transforms import IntensityTransform
-from .base import ModelFamily, network_dtype
-from .loading import explain_loading
-
-if TYPE_CHECKING:
-    from ..training.arguments import DiffusionTrainingArguments
+from ..options import arguments, option
+from .base import LossArguments, ModelFamily, SamplingArguments
+from .loading import explain_loading, network_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -31,51 +29,60 @@ SCHEDULES = ("linear", "cosine", "sigmoid", "exponential")
 _OF_DIFFUSERS = {"linear": "linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
 
 
-@dataclass
+def _check_widths(family: "MicroscopyUNet") -> None:
+    if not family.block_out_channels or any(width % 8 or width < 8 for width in family.block_out_channels):
+        raise SciflowError(f"`block_out_channels` {family.block_out_channels}: one or more multiples of 8.")
+
+
+def _check_attention(family: "MicroscopyUNet") -> None:
+    if not 0 <= family.attention_levels <= len(family.block_out_channels):
+        raise SciflowError(f"`attention_levels` {family.attention_levels}: 0 to {len(family.block_out_channels)}.")
+
+
+def _check_features(family: "MicroscopyUNet") -> None:
+    if family.perceptual_weight and family.feature_network is None:
+        raise SciflowError("`perceptual_weight` needs `feature_network`: `package.module:callable`, or a file.")
+
+
+@arguments
 class MicroscopyUNet(TimestepLevels, ModelFamily):
     """p(sharp image | measured image) by DDPM, on images of one or more channels (Saharia et al. 2022, SR3).
 
-    Args:
-        pretrained_model_name_or_path: a saved pipeline of this kind to go on from; "" makes a new network.
-        block_out_channels: width of each level of a new network; each level halves the image. Multiples of 8.
-        layers_per_block: residual blocks of a level.
-        attention_levels: how many of the lowest levels have self-attention.
-        dropout: in the residual blocks.
-        init_seed: of the weights of a new network.
-        beta_schedule: "linear", "cosine", "sigmoid" or "exponential".
-        num_train_timesteps: noise levels of the schedule.
-        prediction_type: "v_prediction", "epsilon" or "sample".
-        fourier_weight, multiscale_weight, perceptual_weight: of losses on the clean image that the prediction means,
-            added to `--loss_type`'s; they make images crisper, and the spread of the samples less honest.
-        feature_network: of the perceptual loss: `package.module:callable`, which returns a torch module, or a
-            TorchScript file. It gets images in the network's units, about [-1, 1].
+    The losses in Fourier space, over scales and of features are on the clean image that the prediction means, added to
+    `--loss_type`'s; they make images crisper, and the spread of the samples less honest.
     """
 
-    pretrained_model_name_or_path: str = field(
-        default="", metadata={"help": "Saved pipeline to go on from; default: a new network."}
+    heading: ClassVar[str] = "Restoration network"
+
+    pretrained_model_name_or_path: str = option(
+        "", "A saved pipeline of this kind to continue from. By default a new network."
     )
-    block_out_channels: list[int] = field(
-        default_factory=lambda: [32, 64, 96, 128], metadata={"help": "Width of each level of a new network."}
+    block_out_channels: list[int] = option(
+        [32, 64, 96, 128],
+        "Width of each level of a new network, multiples of 8; each level halves the image.",
+        check=_check_widths,
     )
-    layers_per_block: int = field(default=1, metadata={"help": "Residual blocks of a level."})
-    attention_levels: int = field(default=0, metadata={"help": "How many of the lowest levels have attention."})
-    dropout: float = field(default=0.0, metadata={"help": "Dropout in the residual blocks."})
-    init_seed: int = field(default=0, metadata={"help": "Seed of the weights of a new network."})
-    beta_schedule: str = field(default="cosine", metadata={"help": f"One of {', '.join(SCHEDULES)}."})
-    num_train_timesteps: int = field(default=1000, metadata={"help": "Noise levels of the schedule."})
-    prediction_type: str = field(default="v_prediction", metadata={"help": "v_prediction, epsilon or sample."})
-    fourier_weight: float = field(default=0.0, metadata={"help": "Weight of the loss in Fourier space."})
-    multiscale_weight: float = field(default=0.0, metadata={"help": "Weight of the loss over several scales."})
-    perceptual_weight: float = field(default=0.0, metadata={"help": "Weight of the loss of --feature_network."})
-    feature_network: str | None = field(
-        default=None, metadata={"help": "package.module:callable, or a TorchScript file."}
+    layers_per_block: int = option(1, "Residual blocks of a level.", within="[1, inf)")
+    attention_levels: int = option(0, "How many of the lowest levels have self-attention.", check=_check_attention)
+    dropout: float = option(0.0, "Dropout in the residual blocks.", within="[0, 1)")
+    init_seed: int = option(0, "Seed of the weights of a new network.")
+    beta_schedule: str = option("cosine", "Noise schedule.", choices=SCHEDULES)
+    num_train_timesteps: int = option(1000, "Noise levels of the schedule.", within="[2, inf)")
+    prediction_type: str = option("v_prediction", "What the network predicts.", choices=objectives.PREDICTION_TYPES)
+    fourier_weight: float = option(0.0, "Weight of the loss in Fourier space.")
+    multiscale_weight: float = option(0.0, "Weight of the loss over several scales.")
+    perceptual_weight: float = option(0.0, "Weight of the loss of `--feature_network`.", check=_check_features)
+    feature_network: str | None = option(
+        None,
+        "Network of the perceptual loss: `package.module:callable`, which returns a torch module, or a TorchScript "
+        "file. It gets images in the network's units, about [-1, 1].",
     )
 
     def compute_loss(
         self,
         model: torch.nn.Module,
         batch: dict[str, torch.Tensor],
-        args: "DiffusionTrainingArguments",
+        args: LossArguments,
         *,
         noise: torch.Tensor | None = None,
         levels: torch.Tensor | None = None,
@@ -90,7 +97,7 @@ class MicroscopyUNet(TimestepLevels, ModelFamily):
             F.avg_pool2d(batch[name].float(), block) for name in ("pixel_values", "conditioning_pixel_values")
         )
 
-        keys = batch_keys(batch, len(images))
+        keys = sample_keys(batch, len(images))
         if noise is None:
             noise = randn(keys, images.shape, device=images.device, draw_on_cpu=not model.training)
         if levels is None:
@@ -123,27 +130,11 @@ class MicroscopyUNet(TimestepLevels, ModelFamily):
     optics: dict[str, Any] | None = field(default=None, init=False, repr=False)
     tile_size: int = field(default=64, init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.block_out_channels or any(width % 8 or width < 8 for width in self.block_out_channels):
-            raise SciflowError(f"`block_out_channels` {self.block_out_channels}: one or more multiples of 8.")
-        if not 0 <= self.attention_levels <= len(self.block_out_channels):
-            raise SciflowError(f"`attention_levels` {self.attention_levels}: 0 to {len(self.block_out_channels)}.")
-        for name, allowed in (("beta_schedule", SCHEDULES), ("prediction_type", objectives.PREDICTION_TYPES)):
-            if getattr(self, name) not in allowed:
-                raise SciflowError(f"`{name}` {getattr(self, name)!r}: use one of {', '.join(allowed)}.")
-        if self.num_train_timesteps < 2 or self.layers_per_block < 1:
-            raise SciflowError("`num_train_timesteps` is at least 2, `layers_per_block` at least 1.")
-        if self.perceptual_weight and self.feature_network is None:
-            raise SciflowError("`perceptual_weight` needs `feature_network`: `package.module:callable`, or a file.")
-
     def describe_data(self, dataset: Any) -> None:
         """Takes what the network must know of the images from a `MicroscopyTiles`: channels, intensities, optics."""
-        import dataclasses
-
         self.intensity = dataset.transform.to_dict()
         self.conditioning_intensity = dataset.conditioning_transform.to_dict()
-        self.optics = dataclasses.asdict(dataset.optics) if dataset.optics else None
+        self.optics = asdict(dataset.optics) if dataset.optics else None
         self.tile_size = dataset.tile_size
 
     # -- the step --------------------------------------------------------------------------------------------------
@@ -313,7 +304,7 @@ class MicroscopyUNet(TimestepLevels, ModelFamily):
     def bucket_step(self) -> int:
         return 2 ** (len(self.block_out_channels) - 1)
 
-    def call_arguments(self, args: "DiffusionTrainingArguments") -> list[str]:
+    def call_arguments(self, args: SamplingArguments) -> list[str]:
         return ["images", "num_samples=16"]  # images: (B, C, H, W), in their own intensities
 
     def check_sample(self, model: Any, sample: dict[str, torch.Tensor]) -> None:

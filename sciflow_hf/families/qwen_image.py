@@ -2,20 +2,19 @@
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from ..diffusion.losses import flow_weight, sample_loss
-from ..diffusion.randomness import batch_keys, randn
+from ..diffusion.randomness import randn, sample_keys
 from ..errors import SciflowError
-from .base import PipelineFamily, network_dtype
+from ..options import arguments, option
+from .base import LossArguments, PipelineFamily, posterior_option
+from .loading import network_dtype
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-    from ..training.arguments import DiffusionTrainingArguments
 
 PATCH = 2
 MAX_TEXT_LENGTH = 1024  # what the pipeline allows
@@ -27,29 +26,26 @@ _OTHER_NETWORKS = {
 }
 
 
-@dataclass
+@arguments
 class QwenImage(PipelineFamily):
-    """Qwen-Image.
+    """Qwen-Image: `Qwen/Qwen-Image` or `Qwen/Qwen-Image-2512`."""
 
-    Args:
-        pretrained_model_name_or_path: `Qwen/Qwen-Image`, `Qwen/Qwen-Image-2512`, or a folder.
-        posterior: as published, the latents of training are drawn from the VAE's posterior.
-        max_sequence_length: tokens of a prompt, after the 34 of the template; longer prompts are cut. Shorter ones
-            are stored as they are and share a batch, so this length does not change what short prompts learn.
-    """
+    heading: ClassVar[str] = "Qwen-Image"
 
-    posterior: str = field(
-        default="sample", metadata={"help": "Latents of training: mode (the VAE's mean), or sample (drawn each step)."}
-    )
-    max_sequence_length: int = field(
-        default=512, metadata={"help": "Longer prompts are cut to this many tokens; at most 1024."}
+    posterior: str = posterior_option("sample")  # as in the published training
+    max_sequence_length: int = option(
+        512,
+        "Tokens of a prompt, after the 34 of the template; longer prompts are cut. Shorter ones are stored as they are "
+        "and share a batch, so this length does not change what short prompts learn.",
+        within=f"[1, {MAX_TEXT_LENGTH}]",
+        advice="Qwen-Image takes no other number of tokens.",
     )
 
     def compute_loss(
         self,
         model: torch.nn.Module,
         batch: dict[str, torch.Tensor],
-        args: "DiffusionTrainingArguments",
+        args: LossArguments,
         *,
         noise: torch.Tensor | None = None,
         levels: torch.Tensor | None = None,
@@ -63,7 +59,7 @@ class QwenImage(PipelineFamily):
         batch_size, _, _, height, width = latents.shape
         tokens = (1, height // PATCH, width // PATCH)
 
-        keys = batch_keys(batch, batch_size)
+        keys = sample_keys(batch, batch_size)
         if noise is None:
             noise = randn(keys, latents.shape, device=latents.device, draw_on_cpu=not model.training)
         noise = with_frame(noise)
@@ -101,13 +97,6 @@ class QwenImage(PipelineFamily):
         "full": "to_q,to_k,to_v,to_out.0,add_q_proj,add_k_proj,add_v_proj,to_add_out,"
         "img_mlp.net.0.proj,img_mlp.net.2,txt_mlp.net.0.proj,txt_mlp.net.2",
     }
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 1 <= self.max_sequence_length <= MAX_TEXT_LENGTH:
-            raise SciflowError(
-                f"`max_sequence_length` {self.max_sequence_length}: Qwen-Image takes 1 to {MAX_TEXT_LENGTH} tokens."
-            )
 
     def normalise(self, latents: torch.Tensor) -> torch.Tensor:
         """(B, C, 1, h, w): per channel by the statistics in the VAE's configuration."""
@@ -147,9 +136,9 @@ class QwenImage(PipelineFamily):
     def load_model(self, *, dtype: torch.dtype, meta: bool = False, quantize: str | None = None) -> torch.nn.Module:
         config = self.config(self.component)
         where = f"`pretrained_model_name_or_path` {self.pretrained_model_name_or_path!r}"
-        for option, what in _OTHER_NETWORKS.items():
-            if config.get(option):
-                raise SciflowError(f"{where}: `{option}` in its {self.component}'s configuration asks for {what}.")
+        for name, what in _OTHER_NETWORKS.items():
+            if config.get(name):
+                raise SciflowError(f"{where}: `{name}` in its {self.component}'s configuration asks for {what}.")
         return super().load_model(dtype=dtype, meta=meta, quantize=quantize)
 
     def idle_layers(self, model: Any) -> tuple[str, ...]:

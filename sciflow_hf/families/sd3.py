@@ -4,19 +4,16 @@ import functools
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from ..diffusion.losses import flow_weight, sample_loss
-from ..diffusion.randomness import batch_keys, randn
+from ..diffusion.randomness import randn, sample_keys
 from ..errors import SciflowError
-from .base import PipelineFamily, network_dtype
-from .loading import read_pipeline
-
-if TYPE_CHECKING:
-    from ..training.arguments import DiffusionTrainingArguments
+from ..options import arguments, option
+from .base import LossArguments, PipelineFamily, posterior_option
+from .loading import network_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -27,38 +24,39 @@ TEXT_STATES = ("text_encoder -2", "text_encoder_2 -2", "text_encoder_3 -1")
 T5 = ("text_encoder_3", "tokenizer_3")
 
 
-@dataclass
+@arguments
 class SD3(PipelineFamily):
-    """Stable Diffusion 3 medium, 3.5 medium and 3.5 large.
+    """Stable Diffusion 3 medium, 3.5 medium and 3.5 large: `stabilityai/stable-diffusion-3.5-large` or `-medium`.
 
-    Args:
-        pretrained_model_name_or_path: `stabilityai/stable-diffusion-3.5-large` or `-medium`, or a folder. Train these,
-            not the distilled `-turbo`.
-        posterior: as in the published training, a fresh latent is drawn each step.
-        max_sequence_length: tokens that T5 reads, at most 512. Padding is not masked, so sampling must use the same
-            length. CLIP always reads the first 77 tokens.
-        use_t5: off, T5 (4.8 billion parameters) is not loaded, and zeros stand for its tokens, as in the pipeline
-            without `text_encoder_3`. What a caption says after CLIP's 77 tokens is then lost.
-        precondition_outputs: compare x0 = noisy_latents - sigma * prediction with the latents, the default of
-            diffusers' scripts. With `mse` that weighs the loss on the velocity by sigma^2.
+    Train these, not the distilled `-turbo`.
     """
 
-    posterior: str = field(
-        default="sample", metadata={"help": "Latents of training: sample (drawn each step), or mode (the VAE's mean)."}
+    heading: ClassVar[str] = "Stable Diffusion 3"
+
+    posterior: str = posterior_option("sample")  # as in the published training
+    max_sequence_length: int = option(
+        256,
+        "Tokens of a prompt that T5 reads. Padding is not masked: sample with the same length. CLIP always reads the "
+        "first 77 tokens.",
+        within=f"[1, {LONGEST_TEXT}]",
+        advice="The pipeline takes no other number of T5 tokens.",
     )
-    max_sequence_length: int = field(
-        default=256, metadata={"help": "T5 tokens per prompt. Padding is not masked: sample with the same length."}
+    use_t5: bool = option(
+        True,
+        "Encode prompts by T5 (4.8 billion parameters), too. Without, zeros stand for its tokens, as in the pipeline "
+        "without `text_encoder_3`, and what a caption says after CLIP's 77 tokens is lost.",
     )
-    use_t5: bool = field(default=True, metadata={"help": "Encode prompts by T5, too; zeros in its place without."})
-    precondition_outputs: bool = field(
-        default=False, metadata={"help": "Loss on x0 in place of the velocity: weighs mse by sigma^2."}
+    precondition_outputs: bool = option(
+        False,
+        "Compare x0 = noisy_latents - sigma * prediction with the latents, the default of diffusers' scripts. With "
+        "`--loss_type mse` that weighs the loss on the velocity by sigma^2.",
     )
 
     def compute_loss(
         self,
         model: torch.nn.Module,
         batch: dict[str, torch.Tensor],
-        args: "DiffusionTrainingArguments",
+        args: LossArguments,
         *,
         noise: torch.Tensor | None = None,
         levels: torch.Tensor | None = None,
@@ -71,7 +69,7 @@ class SD3(PipelineFamily):
         latents = (batch["latents"].float() - self.latents_shift) * self.latents_scale  # (B, 16, h, w)
         batch_size, _, height, width = latents.shape
 
-        keys = batch_keys(batch, batch_size)
+        keys = sample_keys(batch, batch_size)
         if noise is None:
             noise = randn(keys, latents.shape, device=latents.device, draw_on_cpu=not model.training)
         if levels is None:
@@ -116,15 +114,7 @@ class SD3(PipelineFamily):
         "ff.net.0.proj,ff.net.2,ff_context.net.0.proj,ff_context.net.2",
     }
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 1 <= self.max_sequence_length <= LONGEST_TEXT:
-            raise SciflowError(
-                f"`max_sequence_length` {self.max_sequence_length}: the pipeline of `{self.name}` takes 1 to "
-                f"{LONGEST_TEXT} T5 tokens."
-            )
-
-    def loss_weight(self, sigmas: torch.Tensor, args: "DiffusionTrainingArguments") -> torch.Tensor:
+    def loss_weight(self, sigmas: torch.Tensor, args: LossArguments) -> torch.Tensor:
         """Weight of the noise levels, (B,) -> (B,)."""
         if self.precondition_outputs and args.min_snr_gamma is not None:
             raise SciflowError(
@@ -183,7 +173,7 @@ class SD3(PipelineFamily):
         if self.use_t5 or not text:
             return super().load_encoders(device=device, dtype=dtype, images=images, text=text)
         without = [self.component, *T5, *(() if images else ("vae",))]
-        pipeline = read_pipeline(self, "VAE and text encoders", dtype=dtype, **dict.fromkeys(without))
+        pipeline = self.read_pipeline("VAE and text encoders", dtype=dtype, **dict.fromkeys(without))
         for part in pipeline.components.values():
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval()

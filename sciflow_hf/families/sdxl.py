@@ -3,21 +3,19 @@
 import functools
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from ..diffusion import objectives
-from ..diffusion.levels import TimestepLevels
+from ..diffusion.levels import LevelArguments, TimestepLevels
 from ..diffusion.losses import sample_loss
 from ..diffusion.objectives import add_noise, ddpm_target, ddpm_weight
-from ..diffusion.randomness import batch_keys, randn
+from ..diffusion.randomness import randn, sample_keys
 from ..errors import SciflowError
-from .base import PipelineFamily, network_dtype
-
-if TYPE_CHECKING:
-    from ..training.arguments import DiffusionTrainingArguments
+from ..options import arguments, option
+from .base import LossArguments, PipelineFamily, posterior_option
+from .loading import network_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -25,33 +23,31 @@ PIPELINE_STEP = 8  # pixels: the pipeline takes no other heights and widths
 TIME_IDS = ("original height", "original width", "crop top", "crop left", "height", "width")
 
 
-@dataclass
+@arguments
 class SDXL(TimestepLevels, PipelineFamily):
-    """Stable Diffusion XL base, and fine-tuned ones: epsilon or v prediction, as the checkpoint's scheduler says.
+    """Stable Diffusion XL, `stabilityai/stable-diffusion-xl-base-1.0` or fine-tuned ones.
+
+    They predict epsilon or v, as the checkpoint's scheduler says.
 
     Timesteps are integers, drawn uniformly, and the loss has weight 1 or `--min_snr_gamma`'s: the densities, weights
     and shifts of flow matching have no meaning here. `--weighting_scheme none` says so; its default, logit_normal,
     is passed over with a warning, any other value is refused, and so is a number for `--timestep_shift`.
-
-    Args:
-        pretrained_model_name_or_path: `stabilityai/stable-diffusion-xl-base-1.0`, a fine-tuned one, or a folder.
-        posterior: "sample", as SDXL was trained, or "mode".
-        max_sequence_length: tokens of a prompt. The text encoders read 77; fewer mean less padding, which takes part
-            in attention, and the pipeline's own encoding always has 77.
     """
 
-    posterior: str = field(
-        default="sample", metadata={"help": "Latents of training: sample (drawn each step), or mode (the VAE's mean)."}
-    )
-    max_sequence_length: int = field(
-        default=77, metadata={"help": "Tokens per prompt, at most 77. Padding is not masked: sample with the same."}
+    heading: ClassVar[str] = "Stable Diffusion XL"
+
+    posterior: str = posterior_option("sample")  # as in the published training
+    max_sequence_length: int = option(
+        77,
+        "Tokens of a prompt, at most the 77 that the text encoders read. Fewer mean less padding, which takes part in "
+        "attention: the pipeline's own encoding always has 77.",
     )
 
     def compute_loss(
         self,
         model: torch.nn.Module,
         batch: dict[str, torch.Tensor],
-        args: "DiffusionTrainingArguments",
+        args: LossArguments,
         *,
         noise: torch.Tensor | None = None,
         levels: torch.Tensor | None = None,
@@ -63,7 +59,7 @@ class SDXL(TimestepLevels, PipelineFamily):
         """
         latents = self.normalise(batch["latents"].float())
 
-        keys = batch_keys(batch, len(latents))
+        keys = sample_keys(batch, len(latents))
         if noise is None:
             noise = randn(keys, latents.shape, device=latents.device, draw_on_cpu=not model.training)
         if levels is None:
@@ -137,7 +133,7 @@ class SDXL(TimestepLevels, PipelineFamily):
     def sample_levels(
         self,
         keys: torch.Tensor,
-        args: "DiffusionTrainingArguments",
+        args: LevelArguments,
         image_seq_len: int,
         batch: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:

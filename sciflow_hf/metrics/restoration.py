@@ -1,12 +1,12 @@
 """How good a restored image is: PSNR, SSIM, power spectrum, histogram; and whether its uncertainty is honest."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from ..errors import SciflowError
+from ..options import Options, arguments, option
 
 if TYPE_CHECKING:
     import torch
@@ -123,26 +123,21 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.corrcoef(of_a, of_b)[0, 1])
 
 
-@dataclass
-class RestorationMetrics:
-    """Scores of restored held-out tiles in every evaluation, as `eval_psnr` and so on.
+@arguments
+class RestorationMetrics(Options):
+    """Scores of restored held-out tiles in every evaluation, as `eval_psnr` and so on."""
 
-    Args:
-        metric_tiles: held-out tiles that are restored, spread over all; 0 for none.
-        metric_samples: drawn for each; the mean is scored, and the first alone (`eval_sample_psnr`).
-        metric_steps: sampling steps.
-    """
+    heading: ClassVar[str] = "Metrics of restored images"
 
-    metric_tiles: int = field(default=8, metadata={"help": "Held-out tiles restored and scored; 0 for none."})
-    metric_samples: int = field(default=4, metadata={"help": "Samples of each, whose mean is scored."})
-    metric_steps: int = field(default=20, metadata={"help": "Sampling steps of the scored tiles."})
-
-    def __post_init__(self) -> None:
-        if self.metric_tiles < 0 or self.metric_samples < 2 or self.metric_steps < 1:
-            raise SciflowError(
-                f"`metric_tiles` {self.metric_tiles}, `metric_samples` {self.metric_samples}, `metric_steps` "
-                f"{self.metric_steps}: at least 0, 2 and 1."
-            )
+    metric_tiles: int = option(
+        8, "Held-out tiles that are restored and scored, spread over all; 0 for none.", within="[0, inf)"
+    )
+    metric_samples: int = option(
+        4,
+        "Samples drawn for each tile; their mean is scored, and the first alone (`eval_sample_psnr`).",
+        within="[2, inf)",
+    )
+    metric_steps: int = option(20, "Sampling steps of the scored tiles.", within="[1, inf)")
 
     def of(
         self, family: "MicroscopyUNet", model: "torch.nn.Module", dataset: "MicroscopyTiles | None"

@@ -4,60 +4,60 @@ import functools
 import importlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 
 from ..diffusion.randomness import hash64
 from ..errors import SciflowError
+from ..options import Options, arguments, option
 from .classifier import class_accuracy, train_classifier
 from .frechet import frechet_distance, image_features, kernel_distance
 
 if TYPE_CHECKING:
+    from ..families.base import SamplingArguments
     from ..families.dit import DiT
-    from ..training.arguments import DiffusionTrainingArguments
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class SampleMetrics:
+def _check_number(metrics: "SampleMetrics") -> None:
+    if metrics.metric_images == 1:
+        raise SciflowError("`metric_images` 1: 0 or at least 2, for one image is no set.")
+
+
+@arguments
+class SampleMetrics(Options):
     """Scores of images that are drawn in every evaluation, class after class, as `eval_fid`, `eval_kid` and so on.
 
     The distances are to the held-out images. By default their feature space is that of a small classifier, trained on
     the training images before the first evaluation (`train_classifier`), which also says whether a drawn image shows
     the class that was asked for. Such numbers compare runs on one data set; they are not those of papers, which take
     Inception-v3: name a function that makes it by `metric_network`.
-
-    Args:
-        metric_images: drawn in each evaluation, shared among ranks; 0 for none.
-        metric_batch_size: drawn at once.
-        metric_network: dotted path of a function without arguments that makes the feature network, images (B, C, H, W)
-            in [-1, 1] to (B, D).
-        metric_classifier: the same for a classifier, to (B, classes).
     """
 
-    metric_images: int = field(default=0, metadata={"help": "Images drawn and scored in each evaluation; 0 for none."})
-    metric_batch_size: int = field(default=100, metadata={"help": "Images drawn at once for that."})
-    metric_network: str | None = field(
-        default=None,
-        metadata={"help": "Dotted path of what makes the feature network; default: a small classifier, trained here."},
-    )
-    metric_classifier: str | None = field(
-        default=None, metadata={"help": "Dotted path of what makes the classifier; default: the same one."}
-    )
+    heading: ClassVar[str] = "Metrics of drawn images"
 
-    def __post_init__(self) -> None:
-        if self.metric_images < 0 or self.metric_images == 1 or self.metric_batch_size < 1:
-            raise SciflowError(
-                f"`metric_images` {self.metric_images}, `metric_batch_size` {self.metric_batch_size}: 0 or at least 2, "
-                "and at least 1."
-            )
+    metric_images: int = option(
+        0,
+        "Images drawn and scored in each evaluation, shared among ranks; 0 for none, else at least 2.",
+        within="[0, inf)",
+        check=_check_number,
+    )
+    metric_batch_size: int = option(100, "Images drawn at once for that.", within="[1, inf)")
+    metric_network: str | None = option(
+        None,
+        "Dotted path of a function without arguments that makes the feature network, images (B, C, H, W) in [-1, 1] to "
+        "(B, D). By default a small classifier, trained here.",
+    )
+    metric_classifier: str | None = option(
+        None,
+        "The same for a classifier, to (B, classes). By default the same one.",
+    )
 
     def of(
-        self, family: "DiT", model: torch.nn.Module, train: Any, held_out: Any, args: "DiffusionTrainingArguments"
+        self, family: "DiT", model: torch.nn.Module, train: Any, held_out: Any, args: "SamplingArguments"
     ) -> Callable[[Any], dict[str, float]] | None:
         """What a trainer takes as `compute_metrics`: draws with `model` as it is then (averaged, where it is)."""
         if not self.metric_images or held_out is None:

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from ..diffusion.process import NoiseProcess
+from ..diffusion.process import NoiseProcess, current_name
 from ..diffusion.sampling import (
     DDPM_SAMPLERS,
     FLOW_SAMPLERS,
@@ -31,8 +31,8 @@ class DiTImagePipeline(DiffusionPipeline):
         transformer: `DiTForImageDiffusion`.
         vae: `AutoencoderKL`; None for a network of pixels.
         objective: "flow" (noisy = (1 - sigma) data + sigma noise) or "ddpm".
-        prediction_type: what the network predicts: "velocity" (noise - data; under ddpm the v of Salimans and Ho 2022),
-            "epsilon" or "sample".
+        prediction_type: what the network predicts: "velocity" (noise - data) of a flow, "v_prediction" (Salimans and Ho
+            2022) of ddpm, "epsilon" or "sample".
         num_train_timesteps, beta_schedule: of ddpm.
     """
 
@@ -49,6 +49,7 @@ class DiTImagePipeline(DiffusionPipeline):
         beta_schedule: str = "linear",
     ) -> None:
         super().__init__()
+        prediction_type = current_name(prediction_type, objective)
         self.register_modules(transformer=transformer, vae=vae)
         self.register_to_config(
             objective=objective,

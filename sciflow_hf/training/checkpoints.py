@@ -162,3 +162,42 @@ def rotate(
 
 def _step(folder: Path) -> int:
     return int(folder.name.split("-")[1])
+<<<<<<< HEAD
+=======
+
+
+def check_run_facts(
+    folder: Path,
+    now: dict[str, Any],
+    advice: Mapping[str, Callable[[Any], str]] | None = None,
+    *,
+    renamed_options: Callable[[dict[str, Any]], dict[str, Any]] = lambda options: options,
+) -> None:
+    """Refuses to resume a run of another family, model, adapter, data or batch; says what differs.
+
+    Args:
+        now: facts of this run, as written to `run.json` of the checkpoint.
+        advice: for some facts, from the value then to what to do.
+        renamed_options: of the family, which may call a network's option otherwise than the checkpoint does.
+    """
+    before = json.loads((folder / RUN_FACTS).read_text(encoding="utf-8"))
+    if before.get("network"):
+        before["network"] = renamed_options(before["network"])
+    before, now = _flat({k: before.get(k) for k in now}), _flat(json.loads(json.dumps(now)))
+    names = sorted(k for k in now | before if now.get(k) != before.get(k))
+    differs = [f"{k}: {before.get(k)!r} then, {now.get(k)!r} now" for k in names]
+    if differs:
+        todo = [tell(before[name]) for name, tell in (advice or {}).items() if name in names and before.get(name)]
+        raise SciflowError(
+            f"`resume_from_checkpoint` {folder} belongs to another run: {'; '.join(differs)}. "
+            f"{' '.join([*todo, 'Use the same options'])}, or start a new run from its weights with `--adapter_path`."
+        )
+
+
+def _flat(facts: dict[str, Any]) -> dict[str, Any]:
+    """{"adapter": {"rank": 4}} -> {"adapter.rank": 4}."""
+    flat: dict[str, Any] = {}
+    for key, value in facts.items():
+        flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
+>>>>>>> 72abc59 (Families: options declared by option(), no import circles, mini_klein stays a name, ddpm's v is v_prediction; densities come home to levels.py)

@@ -9,10 +9,10 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 
+from sciflow_hf.diffusion.levels import level_grid, logit_normal_density, mode_density, shift_sigmas, uniform_density
 from sciflow_hf.diffusion.losses import LOSSES, flow_weight, sample_loss
 from sciflow_hf.diffusion.objectives import ddpm_weight
-from sciflow_hf.diffusion.randomness import batch_keys, generator, hash64, noise_keys, randn, uniform
-from sciflow_hf.diffusion.timesteps import level_grid, logit_normal_density, mode_density, shift_sigmas, uniform_density
+from sciflow_hf.diffusion.randomness import generator, hash64, noise_keys, randn, sample_keys, uniform
 
 SIGMAS = torch.linspace(0.02, 0.98, 25, dtype=torch.float64)
 GRID = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000  # the quantiles of a uniform number
@@ -290,9 +290,9 @@ def test_uniform_is_flat_and_independent_between_streams():
 
 def test_without_keys_torch_decides():
     torch.manual_seed(3)
-    first = batch_keys({}, 4)
+    first = sample_keys({}, 4)
     torch.manual_seed(3)
-    assert torch.equal(batch_keys({}, 4), first) and first.dtype == torch.int64 and len(set(first.tolist())) == 4
-    assert not torch.equal(batch_keys({}, 4), first)
+    assert torch.equal(sample_keys({}, 4), first) and first.dtype == torch.int64 and len(set(first.tolist())) == 4
+    assert not torch.equal(sample_keys({}, 4), first)
     given = torch.tensor([1, 2])
-    assert batch_keys({"noise_key": given}, 2) is given
+    assert sample_keys({"noise_key": given}, 2) is given

@@ -1,5 +1,7 @@
 """Samplers against diffusers' schedulers on the same noise, against closed forms, and a perfect model."""
 
+import math
+
 import pytest
 import torch
 from diffusers import (
@@ -11,6 +13,7 @@ from diffusers import (
 )
 
 from sciflow_hf.diffusion import sampling
+from sciflow_hf.diffusion.levels import shift_sigmas
 from sciflow_hf.diffusion.objectives import alphas_cumprod, beta_schedule, convert_prediction
 from sciflow_hf.diffusion.sampling import (
     ddpm_timesteps,
@@ -140,7 +143,7 @@ def test_flow_sigmas():
     torch.testing.assert_close(flow_sigmas(4), torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0]))
     shifted = FlowMatchEulerDiscreteScheduler(shift=3.0)
     shifted.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
-    torch.testing.assert_close(flow_sigmas(4, mu=torch.tensor(3.0).log().item()), shifted.sigmas)
+    torch.testing.assert_close(shift_sigmas(flow_sigmas(4), math.log(3)), shifted.sigmas)
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun"])
