@@ -54,14 +54,23 @@ def data_fingerprint(dataset: Any) -> str | None:
     return own if isinstance(own, str) else f"{hash64(*row_ids_of(dataset), str(batch_keys_of(dataset))):016x}"
 
 
-def check_identity(folder: Path, now: dict[str, Any], advice: Mapping[str, Callable[[Any], str]] | None = None) -> None:
+def check_identity(
+    folder: Path,
+    now: dict[str, Any],
+    advice: Mapping[str, Callable[[Any], str]] | None = None,
+    *,
+    renamed_options: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> None:
     """Refuses to resume a run of another family, model, adapter, data or batch; says what differs.
 
     Args:
         now: `run_identity` of this run.
         advice: for some of its keys, from the value then to what to do.
+        renamed_options: of the family, for a checkpoint that calls an option of the network by an earlier name.
     """
     before = json.loads((folder / IDENTITY_NAME).read_text(encoding="utf-8"))
+    if before.get("network"):
+        before["network"] = renamed_options(before["network"])
     before, now = _flat({k: before.get(k) for k in now}), _flat(json.loads(json.dumps(now)))
     names = sorted(k for k in now | before if now.get(k) != before.get(k))
     differs = [f"{k}: {before.get(k)!r} then, {now.get(k)!r} now" for k in names]

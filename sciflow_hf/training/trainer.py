@@ -440,12 +440,7 @@ class DiffusionTrainer(Trainer):
         self._place = None if folder is None else Place.saved_in(folder)
         if folder is not None:
             advice = {"total_train_batch_size": lambda before: same_total_batch(before, self.args)}
-<<<<<<< HEAD
-            check_identity(folder, self._identity(), advice)
-=======
-            facts, renamed = run_facts.identity(self), self.family.renamed_options
-            checkpoints.check_run_facts(folder, facts, advice, renamed_options=renamed)
->>>>>>> 72abc59 (Families: options declared by option(), no import circles, mini_klein stays a name, ddpm's v is v_prediction; densities come home to levels.py)
+            check_identity(folder, self._identity(), advice, renamed_options=self.family.renamed_options)
             if (folder / STREAM).is_file():
                 self._stream_state = json.loads((folder / STREAM).read_text(encoding="utf-8"))
             if (folder / EVAL_BASE).is_file():

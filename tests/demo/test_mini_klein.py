@@ -224,10 +224,9 @@ ASSET = ROOT / "sciflow_hf" / "assets" / "mini_klein"
 
 
 def test_mini_klein_is_found_in_the_package() -> None:
-    from sciflow_hf import Flux2Klein
+    from sciflow_hf.families.loading import model_source
 
-    assert Path(Flux2Klein("mini_klein").pretrained_model_name_or_path) == ASSET
-    assert Flux2Klein("./mini_klein").pretrained_model_name_or_path == "./mini_klein"
+    assert Path(model_source("mini_klein")) == ASSET
     assert sum(file.stat().st_size for file in ASSET.rglob("*") if file.is_file()) <= 8e6
 
 
