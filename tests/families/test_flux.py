@@ -6,11 +6,11 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from parity import FEW, MANY, roundings
 from steps import (
     Spy,
     assert_folders_equal,
     assert_resume_is_exact,
-    differs,
     edited,
     make_trainer,
     weights,
@@ -134,12 +134,12 @@ def test_loss_and_every_gradient_equal_diffusers(family, model, pipeline, batch,
     guided = dataclasses.replace(family, guidance_scale=guidance_scale)
     for names in (batch.keys(), batch.keys() - {"loss_mask"}):
         chosen = {name: batch[name] for name in names}
-        difference = differs(
+        difference = roundings(
             lambda chosen=chosen: guided.compute_loss(model, chosen, args, noise=noise, levels=sigmas)[0],
             lambda chosen=chosen: Reference(pipeline, guidance=guidance_scale).loss(model, chosen, noise, timesteps),
             model,
         )
-        assert difference < 1e-5
+        assert difference < FEW
 
 
 def test_a_network_without_guidance_embedding_is_told_nothing(tiny_flux, tmp_path, batch, args, noise, levels, caplog):
@@ -147,14 +147,14 @@ def test_a_network_without_guidance_embedding_is_told_nothing(tiny_flux, tmp_pat
     family = Flux(pretrained_model_name_or_path=str(folder), max_sequence_length=LENGTH)
     model = with_adapter(family)
     assert "schnell" not in caplog.text  # its scheduler shifts: no step-distilled network
-    difference = differs(
+    difference = roundings(
         lambda: family.compute_loss(model, batch, args, noise=noise, levels=levels[0])[0],
         lambda: Reference(FluxPipeline.from_pretrained(folder), guidance=None, scheduler=Unshifted()).loss(
             model, batch, noise, levels[1]
         ),
         model,
     )
-    assert difference < 1e-5
+    assert difference < FEW
     spy = Spy()
     family.compute_loss(spy, {n: v for n, v in batch.items() if n != "loss_mask"}, args, noise=noise)
     assert spy.calls[0]["guidance"] is None
@@ -218,12 +218,12 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_parity_catches(name, family, model, pipeline, batch, args, noise, levels):
     sigmas, timesteps = levels
-    difference = differs(
+    difference = roundings(
         lambda: family.compute_loss(model, batch, args, noise=noise, levels=sigmas)[0],
         lambda: Reference(pipeline, **MISTAKES[name]).loss(model, batch, noise, timesteps),
         model,
     )
-    assert difference > 1e-3
+    assert difference > MANY
 
 
 @pytest.mark.parametrize("scheme", ["none", "sigma_sqrt", "cosmap", "logit_normal", "mode"])

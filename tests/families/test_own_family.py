@@ -12,8 +12,9 @@ import pytest
 import torch
 from diffusers import AuraFlowPipeline
 from hub_server import HubServer, hub  # noqa: F401
+from parity import FEW, MANY, roundings
 from runs import command
-from steps import Spy, differs, make_trainer, with_adapter
+from steps import Spy, make_trainer, with_adapter
 
 import sciflow_hf as sf
 from sciflow_hf.cli import main
@@ -146,10 +147,10 @@ def of_pipeline(pipeline, model, batch, noise, places):
 
 
 def difference(family, model, pipeline, batch, args, noise):
-    """Between the family's losses and gradients and those of the pipeline's parts, relative."""
+    """Between the family's losses and gradients and those of the pipeline's parts, in roundings."""
     places = torch.tensor([250, 800])
     levels = pipeline.scheduler.sigmas[places]
-    return differs(
+    return roundings(
         lambda: family.compute_loss(model, batch, args, noise=noise, levels=levels)[0],
         lambda: of_pipeline(pipeline, model, batch, noise, places),
         model,
@@ -162,7 +163,7 @@ def test_the_example_is_short():
 
 
 def test_loss_and_every_gradient_equal_the_pipelines(family, model, pipeline, batch, args, noise):
-    assert difference(family, model, pipeline, batch, args, noise) < 1e-5
+    assert difference(family, model, pipeline, batch, args, noise) < FEW
 
 
 # Mistake in the page's file: what stands there, what stands there then.
@@ -186,7 +187,7 @@ def test_parity_catches(name, tmp_path, monkeypatch, tiny, model, pipeline, batc
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "broken_family", raising=False)
     broken = sf.load_family("broken_family.MyFamily")(str(tiny), max_sequence_length=LENGTH)
-    assert difference(broken, model, pipeline, batch, args, noise) > 1e-3
+    assert difference(broken, model, pipeline, batch, args, noise) > MANY
 
 
 def test_perfect_model_has_zero_loss(family, batch, args, noise):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
+from parity import FEW, MANY, roundings
 
 import sciflow_hf as sf
 from sciflow_hf.adapters.adapter import adapter_parameters
@@ -102,29 +103,16 @@ def reference_loss(model, pipeline, batch, noise, sigmas, change=None):
     return torch.stack([torch.nn.functional.mse_loss(p, t) for p, t in zip(prediction, target, strict=True)])
 
 
-def loss_and_gradients(compute, model):
-    model.zero_grad()
-    loss = compute()
-    loss.mean().backward()
-    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def difference(ours, theirs):
-    """Largest difference of losses and gradients, relative to the largest value of each."""
-    (loss, gradients), (other, other_gradients) = ours, theirs
-    assert gradients.keys() == other_gradients.keys()
-    worst = float((loss - other).abs().max() / other.abs().max())
-    for name, gradient in other_gradients.items():
-        worst = max(worst, float((gradients[name] - gradient).abs().max() / gradient.abs().max().clamp_min(1e-12)))
-    return worst
-
-
 def test_loss_and_every_gradient_equal_diffusers(family, model, pipeline, batch, args, noise):
-    ours = loss_and_gradients(lambda: family.compute_loss(model, batch, args, noise=noise, levels=SIGMAS)[0], model)
-    theirs = loss_and_gradients(lambda: reference_loss(model, pipeline, batch, noise, SIGMAS), model)
-    assert difference(ours, theirs) < 1e-5
-    assert ours[1].keys() == adapter_parameters(model).keys()
-    assert all(gradient.any() for gradient in ours[1].values())
+    difference = roundings(
+        lambda: family.compute_loss(model, batch, args, noise=noise, levels=SIGMAS)[0],
+        lambda: reference_loss(model, pipeline, batch, noise, SIGMAS),
+        model,
+    )
+    assert difference < FEW
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert gradients.keys() == adapter_parameters(model).keys()
+    assert all(gradient.any() for gradient in gradients.values())
 
 
 @pytest.mark.parametrize("no_adapter", [False, True])
@@ -132,10 +120,8 @@ def test_every_trained_parameter_takes_part(no_adapter, family, batch, args, noi
     """DistributedDataParallel needs it; what the last block makes of its text is read by nothing."""
     model = family.load_model(dtype=torch.float32)
     sf.add_adapter(model, sf.AdapterArguments(rank=2, no_adapter=no_adapter), family=family)
-    _, gradients = loss_and_gradients(
-        lambda: family.compute_loss(model, batch, args, noise=noise, levels=SIGMAS)[0], model
-    )
-    assert gradients.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    family.compute_loss(model, batch, args, noise=noise, levels=SIGMAS)[0].mean().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
     ends = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp")
     assert family.idle_layers(model) == tuple(f"transformer_blocks.1.{end}" for end in ends)
 
@@ -170,37 +156,38 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_parity_catches(name, family, model, pipeline, batch, args, noise):
-    """Each mistake moves the reference a hundred times further than the tolerance of parity."""
-    right = loss_and_gradients(lambda: reference_loss(model, pipeline, batch, noise, SIGMAS), model)
-    wrong = loss_and_gradients(lambda: reference_loss(model, pipeline, batch, noise, SIGMAS, MISTAKES[name]), model)
-    assert difference(wrong, right) > 1e-3
+    difference = roundings(
+        lambda: reference_loss(model, pipeline, batch, noise, SIGMAS, MISTAKES[name]),
+        lambda: reference_loss(model, pipeline, batch, noise, SIGMAS),
+        model,
+    )
+    assert difference > MANY
 
 
 def test_three_prompt_lengths_have_the_mean_of_three_single_losses(family, model, batch, args, noise):
     lengths = batch["prompt_embeds_mask"].sum(1).tolist()
     assert len(set(lengths)) == 3
-    together = loss_and_gradients(lambda: family.compute_loss(model, batch, args, noise=noise, levels=SIGMAS)[0], model)
-    alone, gradients = [], {}
-    for i, length in enumerate(lengths):
-        one = {"latents": batch["latents"][i : i + 1], "prompt_embeds": batch["prompt_embeds"][i : i + 1, :length]}
-        loss, grads = loss_and_gradients(
-            lambda one=one, i=i: family.compute_loss(
-                model, one, args, noise=noise[i : i + 1], levels=SIGMAS[i : i + 1]
-            )[0], model
-        )  # fmt: skip
-        alone.append(loss)
-        gradients = {name: gradients.get(name, 0) + grad / 3 for name, grad in grads.items()}
-    assert difference(together, (torch.cat(alone), gradients)) < 1e-5
+
+    def together(batch=batch):
+        return family.compute_loss(model, batch, args, noise=noise, levels=SIGMAS)[0]
+
+    def alone():
+        losses = []
+        for i, length in enumerate(lengths):
+            row = slice(i, i + 1)
+            one = {"latents": batch["latents"][row], "prompt_embeds": batch["prompt_embeds"][row, :length]}
+            losses.append(family.compute_loss(model, one, args, noise=noise[row], levels=SIGMAS[row])[0])
+        return torch.cat(losses)
+
+    assert roundings(together, alone, model) < FEW
     # The loader's own padding is the pipeline's.
     rows = [
         {"latents": batch["latents"][i, :, 0], "prompt_embeds": batch["prompt_embeds"][i, :length]}
         for i, length in enumerate(lengths)
     ]
-    loss, _ = family.compute_loss(model, collate(rows, pads_text=True), args, noise=noise, levels=SIGMAS)
-    assert torch.equal(loss.detach(), together[0])
+    assert torch.equal(together(collate(rows, pads_text=True)), together())
     unmasked = {name: value for name, value in batch.items() if name != "prompt_embeds_mask"}
-    loss, _ = family.compute_loss(model, unmasked, args, noise=noise, levels=SIGMAS)
-    assert abs(loss[1].item() / together[0][1].item() - 1) > 1e-3
+    assert abs(together(unmasked)[1].item() / together()[1].item() - 1) > 1e-3
 
 
 class _Spy(torch.nn.Module):

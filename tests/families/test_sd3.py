@@ -7,11 +7,11 @@ import shutil
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from parity import FEW, MANY, roundings
 from steps import (
     Spy,
     assert_folders_equal,
     assert_resume_is_exact,
-    differs,
     edited,
     make_trainer,
     weights,
@@ -127,12 +127,12 @@ def test_loss_and_every_gradient_equal_diffusers(family, model, pipeline, batch,
     sigmas, timesteps = levels
     for names in (batch.keys(), batch.keys() - {"loss_mask"}):
         chosen = {name: batch[name] for name in names}
-        difference = differs(
+        difference = roundings(
             lambda chosen=chosen: family.compute_loss(model, chosen, args, noise=noise, levels=sigmas)[0],
             lambda chosen=chosen: Reference(pipeline).loss(model, chosen, noise, timesteps),
             model,
         )
-        assert difference < 1e-5
+        assert difference < FEW
 
 
 def _unshifted(timesteps):
@@ -171,12 +171,12 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_parity_catches(name, family, model, pipeline, batch, args, noise, levels):
     sigmas, timesteps = levels
-    difference = differs(
+    difference = roundings(
         lambda: family.compute_loss(model, batch, args, noise=noise, levels=sigmas)[0],
         lambda: Reference(pipeline, **MISTAKES[name]).loss(model, batch, noise, timesteps),
         model,
     )
-    assert difference > 1e-3
+    assert difference > MANY
 
 
 def test_preconditioning_is_that_of_the_scripts(family, model, pipeline, batch, args, noise, levels):
@@ -195,7 +195,7 @@ def test_preconditioning_is_that_of_the_scripts(family, model, pipeline, batch, 
     def compute():
         return preconditioned.compute_loss(model, batch, args, noise=noise, levels=sigmas)[0]
 
-    assert differs(compute, lambda: Script(pipeline).loss(model, batch, noise, timesteps), model) < 1e-5
+    assert roundings(compute, lambda: Script(pipeline).loss(model, batch, noise, timesteps), model) < FEW
     usual = family.compute_loss(model, batch, args, noise=noise, levels=sigmas)[0]
     torch.testing.assert_close(compute(), sigmas**2 * usual, rtol=1e-5, atol=0)
     with pytest.raises(SciflowError, match=r"`min_snr_gamma` 5.0 does not go with `precondition_outputs`"):

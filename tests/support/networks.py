@@ -4,6 +4,7 @@ from functools import partial
 from importlib import import_module
 
 import torch
+from parity import rounded_otherwise
 
 import sciflow_hf as sf
 from sciflow_hf.adapters.adapter import adapter_parameters
@@ -62,9 +63,30 @@ def _question(family, config):
 
 
 def answer(model, family):
-    """The network's output for one fixed, non-square input."""
+    """The network's output for one fixed, non-square input, computed in float64: only its weights are rounded."""
+    model.double()
     with torch.no_grad():
-        return model(**_question(family.name, model.config), return_dict=False)[0]
+        found = model(**_double(_question(family.name, model.config)), return_dict=False)[0]
+    model.float()
+    return found
+
+
+def _double(value):
+    if isinstance(value, dict):
+        return {name: _double(part) for name, part in value.items()}
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def rounding(model, family):
+    """What the network's answer changes by if every weight is rounded otherwise."""
+    expected = answer(model, family)
+    with rounded_otherwise(model):
+        return (answer(model, family) - expected).abs().max()
+
+
+def apart(found, model, family):
+    """How far the answers of two networks lie apart, in roundings: below `parity.FEW` if they have the same weights."""
+    return (answer(found, family) - answer(model, family)).abs().max() / rounding(model, family)
 
 
 def trained_adapter(family, **options):
