@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-# So that every test file can say `from helpers import write_cache`.
+# So that every test file can say `from caches import write_cache`.
 for _folder in Path(__file__).parent.iterdir():
     sys.path.insert(0, str(_folder))
 
-from helpers import encoder_settings, write_cache  # noqa: E402
+from caches import encoder_settings, write_cache  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)

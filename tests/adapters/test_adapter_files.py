@@ -6,7 +6,7 @@ import pickle
 import fsspec
 import pytest
 import torch
-from adapting import randomise, same
+from adapter_bench import randomise, same
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_adapters import adapted, output

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from networks import apart, read_back, tiny_family, trained_adapter
+from answers import apart, read_back, tiny_family, trained_adapter
 from parity import FEW
 from safetensors.torch import load_file, save_file
 

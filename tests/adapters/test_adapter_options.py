@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from adapting import Bench, make_tiny_family, randomise
+from adapter_bench import Bench, make_tiny_family, randomise
 from peft import IA3Config, LoraConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from adapting import FAMILIES, Bench, make_tiny_family, randomise, same, values
+from adapter_bench import FAMILIES, Bench, make_tiny_family, randomise, same, values
 
 import sciflow_hf as sf
 from sciflow_hf.adapters.adapter import adapter_disabled, adapter_facts, adapter_parameters

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from adapting import randomise, same
+from adapter_bench import randomise, same
 from peft import LoraConfig
 
 import sciflow_hf as sf

@@ -4,11 +4,11 @@ import re
 
 import pytest
 import torch
-from networks import FAMILIES, answer, read_back, rounding, tiny_family, trained_adapter
+from answers import FAMILIES, answer, read_back, rounding, tiny_family, trained_adapter
+from kohya_names import kohya_layers
+from lora_formulas import merged
 from parity import FEW
-from published_names import kohya_layers
 from safetensors.torch import load_file
-from tools_reader import merged
 
 import sciflow_hf as sf
 from sciflow_hf.adapters.adapter import adapter_layers, adapter_parameters

@@ -6,7 +6,7 @@ import pickle
 import fsspec
 import pytest
 import torch
-from networks import apart, read_back, tiny_family, trained_adapter
+from answers import apart, read_back, tiny_family, trained_adapter
 from parity import FEW
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file

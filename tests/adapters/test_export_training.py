@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from networks import apart, tiny_family, trained_adapter
+from answers import apart, tiny_family, trained_adapter
 from parity import FEW
 from safetensors.torch import load_file
 from steps import make_trainer

@@ -6,7 +6,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from runs import ROOT, logged_losses, run
+from recipe_runs import ROOT, logged_losses, run
 from safetensors.torch import load_file
 from steps import weights
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import TINY_BUCKETS, encoder_settings, write_cache
+from caches import TINY_BUCKETS, encoder_settings, write_cache
 from PIL import Image
-from runs import environment
+from recipe_runs import environment
 
 import sciflow_hf as sf
 from sciflow_hf.cli import main

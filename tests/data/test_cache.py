@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import encoder_settings, write_cache
+from caches import encoder_settings, write_cache
 from torch.utils.data import DataLoader
 
 from sciflow_hf.data.cache import LatentCache, load_cache

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import write_cache
+from caches import write_cache
 from test_cache import edit, index_files, payload_of, resave
 
 from sciflow_hf.data.cache import load_cache

@@ -6,8 +6,8 @@ import threading
 import numpy as np
 import pytest
 import torch
-from helpers import write_cache
-from rows import BFLOAT16, PATHS, Rows, assert_same, make_rows, make_sampler, released
+from caches import write_cache
+from memory_cache import BFLOAT16, PATHS, Rows, assert_same, make_rows, make_sampler, released
 from test_trainer import losses, make_args, make_trainer, trained
 
 import sciflow_hf as sf

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import write_cache
+from caches import write_cache
 
 from sciflow_hf.data.cache import load_cache
 from sciflow_hf.data.layouts.members import read_members

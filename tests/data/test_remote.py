@@ -11,8 +11,8 @@ from typing import ClassVar
 import fsspec
 import pytest
 import torch
+from caches import write_cache
 from fsspec.implementations.memory import MemoryFileSystem
-from helpers import write_cache
 from hub_server import HubServer, hub  # noqa: F401
 
 from sciflow_hf.data import storage

@@ -5,8 +5,8 @@ import threading
 
 import pytest
 import torch
-from helpers import write_cache
-from rows import BFLOAT16, DIM, PATHS, assert_same, make_rows, make_sampler, released
+from caches import write_cache
+from memory_cache import BFLOAT16, DIM, PATHS, assert_same, make_rows, make_sampler, released
 from test_trainer import make_args
 
 import sciflow_hf as sf

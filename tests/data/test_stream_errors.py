@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import write_cache
+from caches import write_cache
 
 from sciflow_hf.data.cache import load_cache
 from sciflow_hf.data.stream.loader import StreamLoader

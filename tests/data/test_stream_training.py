@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import encoder_settings, write_cache
+from caches import encoder_settings, write_cache
 from test_trainer import family, losses, make_args, trained  # noqa: F401
 
 import sciflow_hf as sf

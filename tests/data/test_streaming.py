@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import TINY_EMBED_DIM, write_cache
+from caches import TINY_EMBED_DIM, write_cache
 
 from sciflow_hf.data.batches.buckets import BucketBatchSampler
 from sciflow_hf.data.batches.loader import BucketLoader

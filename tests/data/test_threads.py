@@ -281,7 +281,7 @@ def test_ctrl_c_ends_the_threads():
 def test_an_interpreter_exits_with_readers_left_open():
     """Blocked for a buffer, in the middle of a batch, and with batches handed out."""
     code = (
-        "import sys; sys.path.insert(0, 'tests')\n"
+        "import sys; sys.path[:0] = ['tests/data', 'tests/support']\n"
         "from test_threads import *\n"
         "waiting = ThreadedReader(Numbers(), indices(100), threads=4)\n"
         "busy = ThreadedReader(Numbers(sizes=(10**6,)), indices(10**9), threads=4, buffers=50)\n"

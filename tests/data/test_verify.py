@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import encoder_settings, write_cache
+from caches import encoder_settings, write_cache
 
 from sciflow_hf.data.build.convert import convert_cache
 from sciflow_hf.data.cache import load_cache

@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from helpers import write_cache
+from caches import write_cache
 
 from sciflow_hf.data.arguments import DataArguments, load_data
 from sciflow_hf.data.batches.buckets import BucketBatchSampler

@@ -307,7 +307,7 @@ def test_a_hand_written_cache_reads_back(tiny_cache: Path) -> None:
 
 
 def test_bfloat16_bits_are_torchs() -> None:
-    from helpers import to_dtype
+    from caches import to_dtype
 
     values = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
     expected = torch.from_numpy(values).to(torch.bfloat16).view(torch.uint16).numpy()

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo
-from helpers import encoder_settings, write_cache
+from caches import encoder_settings, write_cache
 from ranks import make
-from runs import weights
+from recipe_runs import weights
 
 import sciflow_hf as sf
 from sciflow_hf.engines.compilation import compile_blocks

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from caches import encoder_settings, write_cache
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
-from helpers import encoder_settings, write_cache
 from ranks import launch, train
 from safetensors.torch import load_file
 

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from runs import run
+from recipe_runs import run
 from safetensors.torch import load_file
 from steps import edited
 from test_reports import sizes

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from runs import run
+from recipe_runs import run
 from safetensors.torch import load_file
 from test_trainer import even_cache, family, make_args, make_trainer, same, trained  # noqa: F401
 from transformers import TrainerCallback, trainer_optimizer

@@ -7,9 +7,9 @@ from types import MethodType
 
 import pytest
 import torch
-from helpers import encoder_settings, write_cache
+from caches import encoder_settings, write_cache
 from peft.utils.integrations import dequantize_module_weight
-from runs import run
+from recipe_runs import run
 from safetensors.torch import load_file
 from test_reports import UNIT, sizes
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from dits import make_network
-from runs import environment
+from recipe_runs import environment
 
 import sciflow_hf as sf
 from sciflow_hf.networks.dit import DiTForImageDiffusion

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from dits import SMALL, FewImages, make_trainer
-from runs import ROOT, run
+from recipe_runs import ROOT, run
 from safetensors.torch import load_file
 
 import sciflow_hf as sf

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from runs import ROOT, logged_losses, run
+from recipe_runs import ROOT, logged_losses, run
 from safetensors.torch import load_file
 
 import sciflow_hf as sf

@@ -13,7 +13,7 @@ import torch
 from diffusers import AuraFlowPipeline
 from hub_server import HubServer, hub  # noqa: F401
 from parity import FEW, MANY, roundings
-from runs import command
+from recipe_runs import command
 from steps import Spy, make_trainer, with_adapter
 
 import sciflow_hf as sf

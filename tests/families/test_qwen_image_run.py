@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from diffusers import QwenImagePipeline
-from runs import ROOT, command, environment
+from recipe_runs import ROOT, command, environment
 
 import sciflow_hf as sf
 from sciflow_hf.adapters.adapter import adapter_layers, adapter_parameters

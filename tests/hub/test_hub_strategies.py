@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import encoder_settings, write_cache
+from caches import encoder_settings, write_cache
 from hub_server import HubServer, hub  # noqa: F401
 from safetensors.torch import load
 

@@ -1,8 +1,8 @@
 """From the recipe's `--push_to_hub` to `load_lora_weights("user/repo")`, over a Hub on the loopback interface."""
 
-from helpers import encoder_settings, write_cache
+from caches import encoder_settings, write_cache
 from hub_server import HubServer, hub  # noqa: F401
-from runs import run
+from recipe_runs import run
 
 CHECK = """
 import sys, torch

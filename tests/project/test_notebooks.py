@@ -7,7 +7,7 @@ import nbformat
 import pytest
 from hub_server import hub  # noqa: F401
 from nbclient import NotebookClient
-from runs import ROOT, environment
+from recipe_runs import ROOT, environment
 
 FOLDER = ROOT / "notebooks"
 NAMES = [

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import encoder_settings, write_cache
+from caches import encoder_settings, write_cache
 from hub_server import HubServer, hub  # noqa: F401
 from PIL import Image
-from runs import run
+from recipe_runs import run
 from test_trainer import make_trainer
 
 import sciflow_hf as sf

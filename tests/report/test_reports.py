@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import TINY_BUCKETS
+from caches import TINY_BUCKETS
 from test_trainer import make_args, make_trainer
 
 import sciflow_hf as sf

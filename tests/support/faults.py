@@ -10,7 +10,7 @@ from pathlib import Path
 
 import ranks
 import torch
-from runs import run
+from recipe_runs import run
 from transformers import TrainerCallback
 
 from sciflow_hf.cli.run import leave_process_group

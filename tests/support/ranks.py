@@ -12,7 +12,7 @@ import torch.distributed.tensor
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from runs import run
+from recipe_runs import run
 from torch.distributed.fsdp import FSDPModule
 
 import sciflow_hf as sf

@@ -6,8 +6,8 @@ import shutil
 import sys
 
 import pytest
-from helpers import encoder_settings, write_cache
-from runs import ROOT, environment, logged_losses, run, run_and_kill, weights
+from caches import encoder_settings, write_cache
+from recipe_runs import ROOT, environment, logged_losses, run, run_and_kill, weights
 from test_processes import equal, flags, largest_difference
 
 from sciflow_hf.training.checkpoints import checkpoint_fault, list_checkpoints

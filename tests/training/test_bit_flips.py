@@ -5,7 +5,7 @@ import random
 
 import pytest
 import ranks
-from helpers import encoder_settings, write_cache
+from caches import encoder_settings, write_cache
 
 from sciflow_hf.training.checkpoints import MANIFEST, checkpoint_fault, resolve_checkpoint, write_manifest
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from helpers import encoder_settings, write_cache
+from caches import encoder_settings, write_cache
 from safetensors.torch import load_file
 from test_trainer import make_trainer, same, trained
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
+from caches import encoder_settings, write_cache
 from faults import FullDisk, launch
-from helpers import encoder_settings, write_cache
-from runs import environment, weights
+from recipe_runs import environment, weights
 
 import sciflow_hf as sf
 from sciflow_hf.cli.run import run

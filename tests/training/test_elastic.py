@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import encoder_settings, write_cache
+from caches import encoder_settings, write_cache
 from ranks import launch, train
 
 EVEN = {(32, 48): 12, (48, 32): 8, (24, 64): 4}  # 6 steps of 4 an epoch, no tails

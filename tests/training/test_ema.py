@@ -10,8 +10,8 @@ import pytest
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from helpers import encoder_settings, write_cache
-from runs import run
+from caches import encoder_settings, write_cache
+from recipe_runs import run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from caches import encoder_settings, write_cache
 from diffusers import Flux2KleinPipeline
-from helpers import encoder_settings, write_cache
 
 from sciflow_hf.data.arguments import DataArguments
 from sciflow_hf.data.cache import load_cache

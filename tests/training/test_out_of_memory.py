@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import ranks
 import torch
+from caches import encoder_settings, write_cache
 from faults import ERRORS, Memory, launch
-from helpers import encoder_settings, write_cache
-from runs import weights
+from recipe_runs import weights
 
 import sciflow_hf as sf
 from sciflow_hf.cli.run import run

@@ -6,9 +6,9 @@ import threading
 import pytest
 import ranks
 import torch
+from caches import encoder_settings, write_cache
 from faults import Signal, launch
-from helpers import encoder_settings, write_cache
-from runs import weights
+from recipe_runs import weights
 from transformers import TrainerCallback
 
 from sciflow_hf.cli.run import run

@@ -8,10 +8,10 @@ from collections import Counter
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import runs
+import recipe_runs
 import torch
-from helpers import TINY_BUCKETS, encoder_settings, write_cache
-from rows import released
+from caches import TINY_BUCKETS, encoder_settings, write_cache
+from memory_cache import released
 from steps import make_trainer, weights
 
 import sciflow_hf as sf
@@ -251,10 +251,10 @@ def test_two_processes_train_as_one(tmp_path, tiny_klein, even_folders):
             learning_rate=1e-3, max_steps=12, logging_steps=1, save_steps=12, use_cpu=True, seed=3, disable_tqdm=True,
             output_dir=tmp_path / str(ranks), per_device_train_batch_size=4 // ranks, report_to="none",
         )  # fmt: skip
-        runs.run(*(word for name, value in options.items() for word in (f"--{name}", value)), ranks=ranks)
+        recipe_runs.run(*(word for name, value in options.items() for word in (f"--{name}", value)), ranks=ranks)
         state = json.loads((tmp_path / str(ranks) / "checkpoint-12" / "trainer_state.json").read_text())
         logs = [[e.get(k, 0.0) for k in ("loss", "instance_loss", "prior_loss")] for e in state["log_history"][:12]]
-        found[ranks] = np.array(logs), runs.weights(tmp_path / str(ranks))
+        found[ranks] = np.array(logs), recipe_runs.weights(tmp_path / str(ranks))
     np.testing.assert_allclose(found[2][0], found[1][0], rtol=1e-5)
     assert (found[1][0] > 0).all(axis=0).any()
     for name, value in found[1][1].items():

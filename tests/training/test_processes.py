@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from helpers import encoder_settings, write_cache
-from runs import logged_losses, run, run_and_kill, weights
+from caches import encoder_settings, write_cache
+from recipe_runs import logged_losses, run, run_and_kill, weights
 
 from sciflow_hf.training.checkpoints import checkpoint_fault
 

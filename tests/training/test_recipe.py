@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from runs import ROOT, run, weights
+from recipe_runs import ROOT, run, weights
 
 DEMO = ROOT / "tests" / "flux2klein_tiny.yaml"
 

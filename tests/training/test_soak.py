@@ -11,9 +11,9 @@ import time
 
 import psutil
 import pytest
-from helpers import encoder_settings, write_cache
+from caches import encoder_settings, write_cache
 from hub_server import hub  # noqa: F401
-from runs import ROOT, command, environment, logged_losses, run, weights
+from recipe_runs import ROOT, command, environment, logged_losses, run, weights
 from test_processes import equal, flags
 
 from sciflow_hf.training.checkpoints import checkpoint_fault, list_checkpoints

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import encoder_settings, write_cache
-from rows import PATHS, make_rows, make_sampler, released
+from caches import encoder_settings, write_cache
+from memory_cache import PATHS, make_rows, make_sampler, released
 from steps import make_trainer
 
 import sciflow_hf as sf

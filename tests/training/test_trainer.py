@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import encoder_settings, write_cache
+from caches import encoder_settings, write_cache
 from safetensors import safe_open
 from safetensors.torch import load_file
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from caches import write_cache
 from family_steps import FAMILIES, make_pipelines
-from helpers import write_cache
 from steps import edited
 
 import sciflow_hf as sf
