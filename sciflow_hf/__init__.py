@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 
 # Public name -> module. Imported at first use, so that `import sciflow_hf` and `--help` load no torch models.
 _PUBLIC = {
-    "AdapterArguments": "adapters.adapter",
+    "AdapterArguments": "adapters.arguments",
     "BucketBatchSampler": "data.batches.buckets",
     "CacheError": "errors",
     "ClassImageArguments": "images.class_source",
@@ -54,7 +54,8 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
-    from .adapters.adapter import AdapterArguments, add_adapter
+    from .adapters.adapter import add_adapter
+    from .adapters.arguments import AdapterArguments
     from .cli.run import run
     from .data.arguments import DataArguments, load_data
     from .data.batches.buckets import BucketBatchSampler

@@ -1,1 +1,1 @@
-"""Adapters by PEFT: options, types, files and other programs' formats. May import `families`, `engines` and below."""
+"""Adapters by PEFT: options, layers, files and formats of other programs. May import `families` and below."""

@@ -10,39 +10,34 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .. import __version__
 from ..errors import SciflowError
-from .formats import plain, tools
-from .formats.layers import DORA, LOHA, LOKR, LORA, OFT, Adapter
-from .formats.names import COMFY, DIFFUSERS, DTYPES, FAMILIES, FORMATS, place_of, rows_of, unet_name
-from .peft_files import is_peft
-from .sources import PEFT_CONFIG_NAME, WEIGHT_NAME, family_of_run, local_adapter, read_tensors
+from ..files import atomic_file
+from .files import (
+    PEFT_CONFIG_NAME,
+    PEFT_PREFIX,
+    WEIGHT_NAME,
+    family_of_run,
+    is_peft,
+    local_adapter,
+    read_tensors,
+)
+from .formats import diffusers, kohya
+from .formats.diffusers import LOHA, LOKR, OFT, Adapter
+from .formats.names import DIFFUSERS, DTYPES, FAMILIES, FORMATS
+from .layers import ADAPTER_NAME, adapter_layers, network_of, trained_parts, type_of
 
 if TYPE_CHECKING:
     from ..families.base import ModelFamily
 
 logger = logging.getLogger(__name__)
 
-# What kohya's tools write of the network they trained: train_network.py, library/sai_model_spec.py; musubi-tuner alike.
-_MODULES = {
-    "sdxl": "networks.lora",
-    "sd3": "networks.lora_sd3",
-    "flux": "networks.lora_flux",
-    "flux2_klein": "networks.lora_flux_2",
-    "qwen_image": "networks.lora_qwen_image",
-}
-_MUSUBI = ("flux2_klein", "qwen_image")
-_ARCHITECTURES = {
-    "sdxl": ("stable-diffusion-xl-v1-base", "https://github.com/Stability-AI/generative-models"),
-    "sd3": ("stable-diffusion-3", "https://github.com/Stability-AI/sd3-ref"),
-    "flux": ("flux-1-dev", "https://github.com/black-forest-labs/flux"),
-    "flux2_klein": ("Flux.2-klein", "https://github.com/black-forest-labs/flux2"),
-    "qwen_image": ("Qwen-Image", "https://github.com/QwenLM/Qwen-Image"),
-}
+_SOFTWARE = {"name": "sciflow_hf", "version": __version__}
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """An exported file.
 
     Args:
         file: the file.
@@ -62,14 +57,9 @@ class Exported:
     def readers(self) -> str:
         """The programs that read it."""
         if self.format == DIFFUSERS:
-            whole = self.adapter_type != LOKR or self.family == "flux2_klein"
-            return "diffusers (`load_lora_weights`)" if whole else "diffusers (`load_lora_adapter` of the network)"
-        if self.format == COMFY:
-            return "ComfyUI"
-        if self.adapter_type == DORA:
-            return "LyCORIS; not for ComfyUI, which would draw other images"
-        trainer = "musubi-tuner" if self.family in _MUSUBI else "sd-scripts" if self.adapter_type == LORA else "LyCORIS"
-        return f"{trainer} and ComfyUI"
+            by_pipeline = self.adapter_type != LOKR or self.family == "flux2_klein"
+            return f"diffusers ({'`load_lora_weights`' if by_pipeline else '`load_lora_adapter` of the network'})"
+        return kohya.readers(self.adapter_type, self.format, str(self.family))
 
 
 def export_adapter(
@@ -82,15 +72,15 @@ def export_adapter(
     overwrite: bool = False,
     network: Mapping[str, Any] | None = None,
 ) -> Exported:
-    """Writes an adapter as one file of another format, whole or not at all.
+    """Writes an adapter as one file of another format, complete or not at all.
 
     Args:
         adapter_path: file, folder (a run's, a checkpoint), Hub repository or fsspec URL; of this library, diffusers,
             PEFT, kohya's tools or ComfyUI.
         output_file: a `.safetensors` file.
         file_format: `diffusers`, `kohya` or `comfy`.
-        family: model family, as `load_family` takes it; found by the facts beside the adapter or by its layers' names
-            when not given.
+        family: model family, as `load_family` takes it; found from the run's facts next to the adapter or from its
+            layers' names when not given.
         dtype: `float32`, `bfloat16` or `float16`; as stored when not given.
         overwrite: replace `output_file`.
         network: configuration of the network (`config.json`), where its blocks are not those of published SDXL, or for
@@ -115,15 +105,16 @@ def export_adapter(
         if file_format == DIFFUSERS:
             _refuse_for_diffusers({layer.kind for layer in adapter.values()})
             if config is None:  # it came in another layout
-                state, config = plain.write(adapter)
-            facts |= {plain.METADATA: json.dumps(config, indent=2, sort_keys=True)} if config else {}
-            state = {unet_name(name) if name.startswith("unet.") else name: v for name, v in state.items()}
+                state, config = diffusers.write(adapter)
+            facts |= {diffusers.METADATA: json.dumps(config, indent=2, sort_keys=True)} if config else {}
+            state = {diffusers.unet_name(name) if name.startswith("unet.") else name: v for name, v in state.items()}
         else:
-            known = known or _only(_families(adapter))
+            known = known or _only(kohya.families_of_layers(adapter))
             if known is None:
                 raise SciflowError(_which_family(adapter_path, adapter))
-            state = tools.write(adapter, file_format, known, config=network)
-            facts |= _facts(state, adapter, file_format, known, target.stem)
+            state = kohya.write(adapter, file_format, known, config=network)
+            facts |= kohya.metadata(state, adapter, file_format, known)
+            facts |= {"modelspec.title": target.stem, "software": json.dumps(_SOFTWARE)}
         _save(_cast(state, dtype), target, facts)
     kind = next(iter(adapter.values())).kind
     return Exported(target, file_format, known, kind, len(adapter))
@@ -131,32 +122,28 @@ def export_adapter(
 
 def check_run(model: Any, formats: Sequence[str], family: "ModelFamily") -> None:
     """Raises SciflowError where the adapter of `model` cannot be exported to one of the formats: before it trains."""
-    from .adapter import ADAPTER_NAME, adapter_layers
-    from .text_encoders import network_of, trained_parts
-    from .types import type_of
-
     kinds = {}
     for component, part in trained_parts(model, family).items():
         for path in adapter_layers(part):
-            # LoRA files go on having what transformers 5.6 took from one of its CLIP classes.
+            # transformers 5.6 took `text_model.` from one of the two CLIP classes; LoRA files keep it.
             full = path if component == family.component else f"text_model.{path.removeprefix('text_model.')}"
             kinds[f"{component}.{full}"] = type_of(part.peft_config[ADAPTER_NAME])
     for file_format in formats:
         try:
             if not kinds:
-                raise SciflowError("only adapters are exported, and the whole network is trained. Leave it out.")
+                raise SciflowError("only adapters are exported, and the complete network is trained. Leave it out.")
             if file_format == DIFFUSERS:
                 _refuse_for_diffusers(set(kinds.values()))
             else:
-                tools.plan(kinds, file_format, family.name, config=dict(network_of(model).config))
+                kohya.plan(kinds, file_format, family.name, config=dict(network_of(model).config))
         except SciflowError as error:
             raise SciflowError(f"`export_formats` {file_format!r}: {error}") from error
 
 
 def export_run(folder: Path, formats: Sequence[str], family: "ModelFamily", network: Any) -> list[Exported]:
-    """Writes the adapter in a run's folder in these formats beside it, and takes away those of an earlier run.
+    """Writes the adapter in a run's folder next to it in these formats, and removes those of an earlier run.
 
-    `diffusers` is there already for lora and dora.
+    Nothing is written for `diffusers` where the adapter is a lora or dora: its file has that format.
     """
     done = []
     for file_format in FORMATS:
@@ -195,7 +182,7 @@ def _checked_target(output_file: str | os.PathLike, file_format: str, dtype: str
 def _family(given: str | type | None, of_run: str | None, path: str) -> tuple[str | None, str]:
     """Name of the family as far as it is said, and what its pipeline calls the network."""
     if given is None:
-        return of_run, tools.component_of(of_run or "")
+        return of_run, kohya.component_of(of_run or "")
     from ..families import load_family
 
     found: Any = load_family(given)
@@ -210,17 +197,17 @@ def _read(
     state: dict[str, torch.Tensor], metadata: Mapping[str, str], family: str | None, network: Any
 ) -> tuple[dict[str, Any] | None, Adapter, str | None]:
     """Configuration where the file is as diffusers has it, its layers, and its family as far as it can be told."""
-    config = plain.config_of(metadata)
-    if tools.is_tools_file(state, configured=bool(config)):
-        candidates = tools.families_of(state)
-        family = family or tools.family_of(metadata) or _only(candidates)
+    config = diffusers.config_of(metadata)
+    if kohya.is_kohya_file(state, configured=bool(config)):
+        candidates = kohya.families_of_names(state)
+        family = family or kohya.family_of(metadata) or _only(candidates)
         if family is None:
             raise SciflowError(
                 f"its names are of other programs, and {', '.join(candidates) or 'none of the families'} "
                 f"{'have' if len(candidates) != 1 else 'has'} them all. Say which it is by `--family`."
             )
-        return None, tools.read(state, family, config=network), family
-    adapter = plain.read(state, config)
+        return None, kohya.read(state, family, config=network), family
+    adapter = diffusers.read(state, config)
     if family in FAMILIES and not all(path.startswith(_components(family)) for path in adapter):
         there = ", ".join(sorted({path.partition(".")[0] for path in adapter}))
         raise SciflowError(f"it holds layers of {there}, which are none of `{family}`.")
@@ -228,33 +215,23 @@ def _read(
 
 
 def _read_peft(file: Path, state: Mapping[str, torch.Tensor], component: str) -> Adapter:
-    """PEFT's own folder: paths of the network alone, and a configuration beside them."""
+    """PEFT's own folder: paths of the network alone, and a configuration next to them."""
     text = (file.parent / PEFT_CONFIG_NAME).read_text(encoding="utf-8")
     config = {f"{component}.{name}": value for name, value in json.loads(text).items()}
-    named = {f"{component}.{name.removeprefix('base_model.model.')}": value for name, value in state.items()}
-    return plain.read(named, config)
+    named = {f"{component}.{name.removeprefix(PEFT_PREFIX)}": value for name, value in state.items()}
+    return diffusers.read(named, config)
 
 
 def _components(family: str) -> tuple[str, ...]:
-    return (f"{tools.component_of(family)}.", "text_encoder")
+    return (f"{kohya.component_of(family)}.", "text_encoder")
 
 
 def _only(families: Sequence[str]) -> str | None:
     return families[0] if len(families) == 1 else None
 
 
-def _families(adapter: Adapter) -> list[str]:
-    """The families that have layers of these names."""
-    paths = [path.partition(".")[::2] for path in adapter if not path.startswith("text_encoder")]
-    return [
-        family
-        for family in FAMILIES
-        if paths and all(c == tools.component_of(family) and place_of(path, rows_of(family)) for c, path in paths)
-    ]
-
-
 def _which_family(path: str, adapter: Adapter) -> str:
-    candidates = _families(adapter)
+    candidates = kohya.families_of_layers(adapter)
     return (
         f"`adapter_path` {path!r}: its layers' names do not say of which family it is"
         + (f"; {', '.join(candidates)} have all of them" if candidates else "")
@@ -283,47 +260,13 @@ def _cast(state: dict[str, torch.Tensor], dtype: str | None) -> dict[str, torch.
     return found
 
 
-def _facts(
-    state: Mapping[str, torch.Tensor], adapter: Adapter, file_format: str, family: str, title: str
-) -> dict[str, str]:
-    """Metadata that users' programs show: what is known, and nothing else."""
-    from .. import __version__
-
-    architecture, implementation = _ARCHITECTURES[family]
-    facts = {
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{architecture}/lora",
-        "modelspec.implementation": implementation,
-        "modelspec.title": title,
-        "software": json.dumps({"name": "sciflow_hf", "version": __version__}),
-    }
-    if file_format == COMFY and family != "sdxl":
-        return facts
-    kind = next(iter(adapter.values())).kind
-    ranks = {value.shape[0] for name, value in state.items() if name.endswith((".lora_down.weight", "_w1_b", "_w2_b"))}
-    alphas = {float(value) for name, value in state.items() if name.endswith(".alpha")}
-    facts["ss_network_module"] = _MODULES[family] if kind == LORA else "lycoris.kohya"
-    if kind in (LOHA, LOKR) and family in _MUSUBI:
-        facts["ss_network_module"] = f"networks.{kind}"
-    elif kind != LORA:
-        facts["ss_network_args"] = json.dumps({"algo": LORA, "dora_wd": True} if kind == DORA else {"algo": kind})
-    facts["ss_network_dim"] = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
-    facts["ss_network_alpha"] = f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic"
-    return facts
-
-
 def _save(state: dict[str, torch.Tensor], target: Path, metadata: dict[str, str]) -> None:
-    """Writes the file under a temporary name and renames it: it is there whole or not at all."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        save_file(state, temporary, metadata=metadata)
-        os.replace(temporary, target)
+        with atomic_file(target) as temporary:
+            save_file(state, temporary, metadata=metadata)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise SciflowError(f"`output_file` {str(target)!r} cannot be written: {reason}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)

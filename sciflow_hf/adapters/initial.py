@@ -1,4 +1,4 @@
-"""A LoRA that begins with what the base weights say: PiSSA, OLoRA, orthogonal. The base stays as it is."""
+"""Initial weights of a LoRA beyond random ones: PiSSA, OLoRA, orthogonal. The base weights are not changed."""
 
 import copy
 import math
@@ -8,22 +8,20 @@ from typing import Any
 
 import torch
 
-from .types import FROM_BASE
-
+FROM_BASE = ("pissa", "olora")
+"""Beginnings of the values of `init_lora_weights` that start from the base weights."""
 INITIAL = "initial"
-"""The frozen adapter (A0, -B0) that takes away what PiSSA and OLoRA begin with."""
+"""Name of the frozen adapter (A0, -B0) that subtracts the initial update of PiSSA and OLoRA."""
 
 
 def initialise(network: Any, name: str, kind: str) -> None:
-    """First values of the adapter `name`, by PEFT.
+    """Initial weights of the adapter `name`, by PEFT: `orthogonal`, `pissa`, `pissa_niter_N` or `olora`.
 
-    PiSSA (Meng et al. 2024: principal singular vectors) and OLoRA (Büyükakyüz 2024: QR decomposition) begin with a
-    part s B0 A0 of the base weight W, which PEFT then subtracts from W. Here W stays, and a second adapter, frozen,
-    subtracts: W + s (B A - B0 A0). So no weight of the base is rounded, quantised ones can be used, the network
-    without adapter is the base, and both adapters together are a plain LoRA of twice the rank (`plain_lora`).
+    PiSSA (Meng et al. 2024: principal singular vectors) and OLoRA (Büyükakyüz 2024: QR decomposition) start with a part
+    s B0 A0 of the base weight W, which PEFT then subtracts from W. Here W stays, and a second, frozen adapter subtracts
+    it: W + s (B A - B0 A0). So no weight of the base is rounded, quantised ones can be used, the network without
+    adapter is the base, and both adapters together are a plain LoRA of twice the rank (`as_plain_lora`).
     """
-    if kind in ("gaussian", "kaiming"):  # PEFT has done so
-        return
     layers = [module for module in network.modules() if name in getattr(module, "lora_A", {})]
     for layer in layers:
         base, layer.base_layer = layer.base_layer, _in_float32(layer.base_layer)
@@ -62,29 +60,27 @@ def _in_float32(layer: torch.nn.Module) -> torch.nn.Linear:
     return made
 
 
-def plain_lora(network: Any, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """State dict and options of the adapter `name` as a LoRA or DoRA that needs nothing beside it.
+def as_plain_lora(
+    network: Any, state: Mapping[str, torch.Tensor], options: dict[str, Any]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The trained adapter and the `INITIAL` one as a single LoRA: [B, -B0] [A; A0] of rank 2r, at the same scale.
 
-    With an `INITIAL` one: [B, -B0] [A; A0] of rank 2r, and alpha such that the scale stays.
+    Args:
+        state: PEFT's state dict of the trained adapter.
+        options: its configuration, which is changed.
     """
     from peft.utils import get_peft_model_state_dict
 
-    state = get_peft_model_state_dict(network, adapter_name=name)
-    options = network.peft_config[name].to_dict()
-    if options["init_lora_weights"] != "gaussian":  # another name would make PEFT do it again at loading
-        options["init_lora_weights"] = True
-    if INITIAL in network.peft_config:
-        frozen = get_peft_model_state_dict(network, adapter_name=INITIAL)
-        state = {key: torch.cat([value, frozen[key]], _rank_dim(key)) for key, value in state.items()}
-        scale = math.sqrt(2) if options["use_rslora"] else 2
-        for option, pattern, factor in (("r", "rank_pattern", 2), ("lora_alpha", "alpha_pattern", scale)):
-            options[option] *= factor
-            options[pattern] = {path: value * factor for path, value in options[pattern].items()}
-    return state, options
+    frozen = get_peft_model_state_dict(network, adapter_name=INITIAL)
+    scale = math.sqrt(2) if options["use_rslora"] else 2
+    for option, pattern, factor in (("r", "rank_pattern", 2), ("lora_alpha", "alpha_pattern", scale)):
+        options[option] *= factor
+        options[pattern] = {path: value * factor for path, value in options[pattern].items()}
+    return {key: torch.cat([value, frozen[key]], _rank_dim(key)) for key, value in state.items()}, options
 
 
 def split_state(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """What `plain_lora` put together: the trained half and the `INITIAL` one."""
+    """Undoes `as_plain_lora`: the trained half and the `INITIAL` one."""
     halves = {key: value.tensor_split(2, _rank_dim(key)) for key, value in state.items()}
     return {key: half[0] for key, half in halves.items()}, {key: half[1] for key, half in halves.items()}
 

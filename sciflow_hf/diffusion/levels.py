@@ -22,6 +22,7 @@ class LevelArguments(Protocol):
     @property
     def total_batch(self) -> int: ...
 
+
 WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
 """Densities of the noise level (see `density`) and weights of the loss (see `flow_weight`)."""
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..adapters.adapter import adapter_layers, adapter_parameters
 from ..adapters.initial import INITIAL
+from ..adapters.layers import adapter_layers, adapter_parameters
 from ..adapters.text_encoders import NetworkWithText
 from ..errors import SciflowError
 

@@ -12,7 +12,8 @@ from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..adapters.types import PIPELINE_TYPES, option_text
+from ..adapters.arguments import PIPELINE_TYPES
+from ..adapters.layers import option_text
 from ..errors import SciflowError
 
 RUN_FACTS_NAME = "run_facts.json"

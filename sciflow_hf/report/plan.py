@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments
 
-from ..adapters.adapter import adapter_facts
 from ..adapters.export import check_run
-from ..adapters.text_encoders import network_of
-from ..adapters.types import title
+from ..adapters.layers import adapter_facts, network_of, title
 from ..data.batches.loader import batch_keys_of, training_sampler
 from ..data.batches.threads import release
 from ..data.prior import without_prior

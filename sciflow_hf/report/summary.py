@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import Trainer, TrainerState, TrainingArguments
 
-from ..adapters.adapter import adapter_facts
 from ..adapters.files import weight_name
+from ..adapters.layers import adapter_facts
 from ..data.batches.loader import row_ids_of
 from ..data.prior import without_prior
 from ..data.stream.stream import StreamingCache

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..adapters.adapter import adapter_facts
+from ..adapters.layers import adapter_facts
 from ..data.batches.loader import BucketLoader, batch_keys_of, row_ids_of
 from ..diffusion.randomness import hash64
 from ..errors import SciflowError

@@ -19,10 +19,10 @@ from transformers import EvalPrediction, Trainer, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import HubStrategy, SaveStrategy, TrainOutput
 
-from ..adapters.adapter import adapter_disabled, adapter_layers
 from ..adapters.export import Exported, check_run, export_run
 from ..adapters.files import load_adapter_weights, save_adapter
-from ..adapters.text_encoders import NetworkWithText, network_of, use_captions, with_text
+from ..adapters.layers import adapter_disabled, adapter_layers, network_of
+from ..adapters.text_encoders import NetworkWithText, use_captions, with_text
 from ..data.batches.buckets import BucketBatchSampler
 from ..data.batches.loader import BucketLoader, batch_keys_of, evaluation_keys, row_ids_of, training_sampler
 from ..data.batches.samples import collate, describe_row

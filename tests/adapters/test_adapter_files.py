@@ -1,6 +1,7 @@
 """Files of LoRA and DoRA: what survives saving, what is read, and what is refused, on a tiny klein."""
 
 import json
+import os
 import pickle
 
 import fsspec
@@ -12,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from test_adapters import adapted, output
 
 import sciflow_hf as sf
-from sciflow_hf.adapters.adapter import adapter_facts, adapter_parameters
 from sciflow_hf.adapters.files import WEIGHT_NAME, load_adapter_weights, save_adapter
+from sciflow_hf.adapters.layers import adapter_facts, adapter_parameters
 
 
 @pytest.fixture(scope="module")
@@ -213,3 +214,19 @@ def test_a_save_that_fails_leaves_the_old_file(family, tmp_path, monkeypatch):
         save_adapter(model, tmp_path, family=family)
     monkeypatch.undo()
     assert file.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [WEIGHT_NAME]
+
+
+def test_a_kill_while_saving_leaves_no_configuration_without_weights(family, tmp_path, monkeypatch):
+    """PEFT's configuration says that the weights are there, so that a reader takes the folder for complete."""
+    model, replace = adapted(family, adapter_type="oft"), os.replace
+
+    def killed_after(source, target):
+        replace(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed_after)
+    with pytest.raises(KeyboardInterrupt):
+        save_adapter(model, tmp_path, family=family)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter_model.safetensors"]
+    with pytest.raises(sf.SciflowError, match="are of no known kind"):
+        adapted(family, adapter_path=str(tmp_path))

@@ -7,9 +7,9 @@ from parity import FEW
 from safetensors.torch import load_file, save_file
 
 import sciflow_hf as sf
-from sciflow_hf.adapters.adapter import adapter_parameters
 from sciflow_hf.adapters.export import export_adapter
 from sciflow_hf.adapters.files import save_adapter
+from sciflow_hf.adapters.layers import adapter_parameters
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sciflow_hf as sf
-from sciflow_hf.adapters.adapter import (
-    adapter_disabled,
-    adapter_facts,
-    adapter_layers,
-    adapter_parameters,
-    match_layers,
-)
+from sciflow_hf.adapters.adapter import match_layers
 from sciflow_hf.adapters.files import WEIGHT_NAME, save_adapter
+from sciflow_hf.adapters.layers import adapter_disabled, adapter_facts, adapter_layers, adapter_parameters
 from sciflow_hf.options import RecipeParser
 
 LAYER = "transformer_blocks.0.attn.to_q"  # 32 wide

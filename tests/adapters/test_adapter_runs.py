@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 import sciflow_hf as sf
-from sciflow_hf.adapters.adapter import adapter_parameters
 from sciflow_hf.adapters.files import load_adapter_weights
+from sciflow_hf.adapters.layers import adapter_parameters
 from sciflow_hf.hub.upload import publishable_files
 from sciflow_hf.report.summary import summary
 

@@ -5,8 +5,8 @@ import torch
 from adapter_bench import FAMILIES, Bench, make_tiny_family, randomise, same, values
 
 import sciflow_hf as sf
-from sciflow_hf.adapters.adapter import adapter_disabled, adapter_facts, adapter_parameters
 from sciflow_hf.adapters.files import load_adapter_weights, save_adapter
+from sciflow_hf.adapters.layers import adapter_disabled, adapter_facts, adapter_parameters
 
 LOW = {"rank": 4, "lora_alpha": 6}
 PATTERNS = {"rank_pattern": "to_q=2,to_k=6", "alpha_pattern": {"to_v": 1, "to_q": 5}}

@@ -8,14 +8,9 @@ from adapter_bench import randomise, same
 from peft import LoraConfig
 
 import sciflow_hf as sf
-from sciflow_hf.adapters.adapter import (
-    adapter_disabled,
-    adapter_facts,
-    adapter_layers,
-    adapter_parameters,
-    match_layers,
-)
+from sciflow_hf.adapters.adapter import match_layers
 from sciflow_hf.adapters.files import save_adapter
+from sciflow_hf.adapters.layers import adapter_disabled, adapter_facts, adapter_layers, adapter_parameters
 
 # The two strings that the older code recommended for klein; plain PEFT fails on both.
 OLD_FULL = (

@@ -11,10 +11,10 @@ from parity import FEW
 from safetensors.torch import load_file
 
 import sciflow_hf as sf
-from sciflow_hf.adapters.adapter import adapter_layers, adapter_parameters
 from sciflow_hf.adapters.export import export_adapter
 from sciflow_hf.adapters.files import save_adapter
 from sciflow_hf.adapters.formats.names import COMFY, DIFFUSERS, FORMATS, KOHYA
+from sciflow_hf.adapters.layers import adapter_layers, adapter_parameters
 
 TYPES = {
     "lora": {},
@@ -163,8 +163,8 @@ def test_the_converter_of_flux_at_published_widths():
     """diffusers' reader of FLUX.1's kohya files takes 3072 channels and 12288 of the MLP for granted."""
     from diffusers import FluxPipeline
 
-    from sciflow_hf.adapters.formats import tools
-    from sciflow_hf.adapters.formats.layers import Layer
+    from sciflow_hf.adapters.formats import kohya
+    from sciflow_hf.adapters.formats.diffusers import Layer
 
     rng = torch.Generator().manual_seed(0)
     sizes = {"attn.to_q": 3072, "attn.to_k": 3072, "attn.to_v": 3072, "proj_mlp": 12288}
@@ -180,7 +180,7 @@ def test_the_converter_of_flux_at_published_widths():
         )
         for name, size in sizes.items()
     }
-    state = tools.write(adapter, KOHYA, "flux")
+    state = kohya.write(adapter, KOHYA, "flux")
     assert state["lora_unet_single_blocks_7_linear1.lora_up.weight"].shape == (21504, 14)
     converted = FluxPipeline.lora_state_dict(dict(state))
     assert {key.rsplit(".lora_", 1)[0] for key in converted} == set(adapter)
@@ -188,7 +188,7 @@ def test_the_converter_of_flux_at_published_widths():
         theirs = converted[f"{path}.lora_B.weight"] @ converted[f"{path}.lora_A.weight"][:, :64]
         ours = layer.scale * layer.weights["lora_B"] @ layer.weights["lora_A"][:, :64]
         torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
-    back = tools.read(state, "flux")
+    back = kohya.read(state, "flux")
     assert {path: layer.rank for path, layer in back.items()} == {p: x.rank for p, x in adapter.items()}
 
 

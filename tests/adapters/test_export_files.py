@@ -212,9 +212,9 @@ def test_files_that_are_no_adapter(trained, tmp_path):
     for name in ("a", "b"):
         save_file({"x": torch.ones(1)}, tmp_path / "two" / f"{name}.safetensors")
     for name, words in (
-        ("cut.safetensors", "no whole safetensors file"),
-        ("nothing.safetensors", "no whole safetensors file"),
-        ("pickled.safetensors", "no whole safetensors file"),
+        ("cut.safetensors", "no complete safetensors file"),
+        ("nothing.safetensors", "no complete safetensors file"),
+        ("pickled.safetensors", "no complete safetensors file"),
         ("lora.ckpt", "a pickle can run code"),
         ("empty.safetensors", "without tensors"),
         ("network.safetensors", "1 tensors are none of an adapter, such as transformer.x.weight"),

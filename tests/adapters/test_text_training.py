@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from steps import weights
 
 import sciflow_hf as sf
-from sciflow_hf.adapters.adapter import adapter_disabled, adapter_facts, adapter_parameters
-from sciflow_hf.adapters.files import WEIGHT_NAME, load_adapter_weights, save_adapter
-from sciflow_hf.adapters.text_encoders import NetworkWithText, network_of, text_states
+from sciflow_hf.adapters.files import WEIGHT_NAME, load_adapter_weights, save_adapter, text_states
+from sciflow_hf.adapters.layers import adapter_disabled, adapter_facts, adapter_parameters, network_of
+from sciflow_hf.adapters.text_encoders import NetworkWithText
 from sciflow_hf.data.cache import load_cache
 from sciflow_hf.training.prepare import build_cache_for, online_text
 

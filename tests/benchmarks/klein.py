@@ -15,7 +15,8 @@ import torch
 import transformers
 from accelerate.state import AcceleratorState
 
-from sciflow_hf.adapters.adapter import AdapterArguments, add_adapter
+from sciflow_hf.adapters.adapter import add_adapter
+from sciflow_hf.adapters.arguments import AdapterArguments
 from sciflow_hf.families.flux2_klein import Flux2Klein
 from sciflow_hf.training.arguments import DiffusionTrainingArguments
 from sciflow_hf.training.trainer import DiffusionTrainer

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from test_reports import UNIT, sizes
 
 import sciflow_hf as sf
-from sciflow_hf.adapters.adapter import adapter_disabled, adapter_parameters
 from sciflow_hf.adapters.files import WEIGHT_NAME
+from sciflow_hf.adapters.layers import adapter_disabled, adapter_parameters
 from sciflow_hf.engines.quantisation import QUANTIZATIONS, keep_from_broadcast, saved_bytes
 from sciflow_hf.families.loading import network_dtype
 

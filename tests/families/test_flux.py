@@ -18,7 +18,8 @@ from steps import (
 )
 
 import sciflow_hf as sf
-from sciflow_hf.adapters.adapter import adapter_disabled, match_layers
+from sciflow_hf.adapters.adapter import match_layers
+from sciflow_hf.adapters.layers import adapter_disabled
 from sciflow_hf.demo.tiny_flux import make_tiny
 from sciflow_hf.errors import SciflowError
 from sciflow_hf.families.flux import Flux

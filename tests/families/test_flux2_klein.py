@@ -8,7 +8,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from parity import FEW, MANY, roundings
 
-from sciflow_hf.adapters.adapter import AdapterArguments, add_adapter
+from sciflow_hf.adapters.adapter import add_adapter
+from sciflow_hf.adapters.arguments import AdapterArguments
 from sciflow_hf.data.batches.loader import collate
 from sciflow_hf.diffusion.randomness import noise_keys, randn
 from sciflow_hf.errors import SciflowError

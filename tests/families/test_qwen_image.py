@@ -11,7 +11,7 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from parity import FEW, MANY, roundings
 
 import sciflow_hf as sf
-from sciflow_hf.adapters.adapter import adapter_parameters
+from sciflow_hf.adapters.layers import adapter_parameters
 from sciflow_hf.data.batches.loader import collate
 from sciflow_hf.demo.tiny_qwen_image import make_tiny
 from sciflow_hf.diffusion.losses import flow_weight

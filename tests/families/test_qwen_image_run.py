@@ -11,7 +11,7 @@ from diffusers import QwenImagePipeline
 from recipe_runs import ROOT, command, environment
 
 import sciflow_hf as sf
-from sciflow_hf.adapters.adapter import adapter_layers, adapter_parameters
+from sciflow_hf.adapters.layers import adapter_layers, adapter_parameters
 from sciflow_hf.demo.tiny_qwen_image import make_tiny
 from sciflow_hf.families.qwen_image import QwenImage
 from sciflow_hf.training.prepare import build_cache_for, online_text

@@ -19,7 +19,7 @@ from steps import (
 )
 
 import sciflow_hf as sf
-from sciflow_hf.adapters.adapter import adapter_disabled
+from sciflow_hf.adapters.layers import adapter_disabled
 from sciflow_hf.demo.tiny_sd3 import make_tiny
 from sciflow_hf.diffusion.levels import shift_sigmas
 from sciflow_hf.errors import CacheError, SciflowError

@@ -10,7 +10,8 @@ from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from diffusers.training_utils import compute_snr
 from parity import FEW, MANY, roundings
 
-from sciflow_hf.adapters.adapter import AdapterArguments, add_adapter
+from sciflow_hf.adapters.adapter import add_adapter
+from sciflow_hf.adapters.arguments import AdapterArguments
 from sciflow_hf.demo.tiny_sdxl import make_tiny
 from sciflow_hf.diffusion.randomness import noise_keys
 from sciflow_hf.errors import SciflowError

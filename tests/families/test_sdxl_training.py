@@ -10,7 +10,8 @@ from diffusers import StableDiffusionXLPipeline
 from test_sdxl import adapted
 
 import sciflow_hf as sf
-from sciflow_hf.adapters.adapter import AdapterArguments, add_adapter
+from sciflow_hf.adapters.adapter import add_adapter
+from sciflow_hf.adapters.arguments import AdapterArguments
 from sciflow_hf.adapters.files import load_adapter_weights, save_adapter
 from sciflow_hf.data.batches.loader import collate
 from sciflow_hf.demo.tiny_sdxl import make_tiny

@@ -171,7 +171,7 @@ def test_adapters_that_are_pickles_are_refused(tmp_path, tiny_klein, marker, nam
             sf.add_adapter(network, sf.AdapterArguments(adapter_path=str(path)), family=family)
     disguised = folder / "pytorch_lora_weights.safetensors"
     (folder / name).rename(disguised)
-    with pytest.raises(SciflowError, match="no whole safetensors file"):
+    with pytest.raises(SciflowError, match="no complete safetensors file"):
         sf.add_adapter(
             family.load_model(dtype=torch.float32), sf.AdapterArguments(adapter_path=str(disguised)), family=family
         )

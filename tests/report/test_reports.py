@@ -9,7 +9,7 @@ from caches import TINY_BUCKETS
 from test_trainer import make_args, make_trainer
 
 import sciflow_hf as sf
-from sciflow_hf.adapters.adapter import adapter_layers, adapter_parameters
+from sciflow_hf.adapters.layers import adapter_layers, adapter_parameters
 from sciflow_hf.data.batches.loader import collate
 from sciflow_hf.diffusion.randomness import noise_keys
 from sciflow_hf.training.checkpoints import list_checkpoints

@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 
 import sciflow_hf as sf
-from sciflow_hf.adapters.adapter import adapter_parameters
+from sciflow_hf.adapters.layers import adapter_parameters
 from sciflow_hf.demo import make_tiny_klein
 
 FAMILIES = ("flux2_klein", "qwen_image", "sd3", "flux", "sdxl")

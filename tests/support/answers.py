@@ -7,7 +7,7 @@ import torch
 from parity import rounded_otherwise
 
 import sciflow_hf as sf
-from sciflow_hf.adapters.adapter import adapter_parameters
+from sciflow_hf.adapters.layers import adapter_parameters
 
 FAMILIES = ("flux2_klein", "qwen_image", "sd3", "flux", "sdxl")
 

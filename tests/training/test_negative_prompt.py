@@ -11,7 +11,7 @@ from steps import edited, make_trainer
 from test_validation import SIZE, StubFamily, callback
 
 import sciflow_hf as sf
-from sciflow_hf.adapters.text_encoders import with_text_adapters
+from sciflow_hf.adapters.adapter import with_text_adapters
 from sciflow_hf.errors import SciflowError
 from sciflow_hf.report.contact_sheet import read_image
 

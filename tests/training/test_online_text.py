@@ -156,7 +156,8 @@ def test_another_encoder_than_the_caches_is_refused(prepared, family):
 
 def test_online_and_cached_runs_log_the_same_losses(tmp_path, tiny_klein, family):
     """Float32 embeddings of the whole encoder in npz files, against the truncated one beside the network."""
-    from sciflow_hf.adapters.adapter import AdapterArguments, add_adapter
+    from sciflow_hf.adapters.adapter import add_adapter
+    from sciflow_hf.adapters.arguments import AdapterArguments
     from sciflow_hf.training.trainer import DiffusionTrainer
 
     folder = write_cache(

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import sciflow_hf as sf
-from sciflow_hf.adapters.adapter import adapter_disabled, adapter_parameters
 from sciflow_hf.adapters.files import WEIGHT_NAME
+from sciflow_hf.adapters.layers import adapter_disabled, adapter_parameters
 from sciflow_hf.diffusion.randomness import hash64, noise_keys
 from sciflow_hf.training.checkpoints import checkpoint_fault
 

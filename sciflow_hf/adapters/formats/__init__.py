@@ -1,1 +1,1 @@
-"""LoRA files: names of layers (`names`), layers (`layers`), files of diffusers and PEFT (`plain`), others (`tools`)."""
+"""LoRA files: of diffusers and PEFT, of kohya's tools and ComfyUI, and the names they use. May import `errors`."""

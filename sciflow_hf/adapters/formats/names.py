@@ -1,16 +1,13 @@
-"""Names of a network's layers in the tools around kohya's scripts and ComfyUI, one table a family.
+"""Names of families and of their layers in kohya's tools and ComfyUI: one table a family.
 
 A row is a layer of the original network (Black Forest Labs, Stability AI) and the diffusers layers that are its rows,
 top to bottom: where the original has one matrix for query, key and value, diffusers has three. `*` is a block's number.
 """
 
 import functools
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from ...errors import SciflowError
 
 Row = tuple[str, tuple[str, ...]]
 
@@ -21,93 +18,48 @@ FORMATS = (DIFFUSERS, KOHYA, COMFY)
 DTYPES = ("float32", "bfloat16", "float16")
 
 MLP_RATIO = 4
-"""Of a FLUX.1 single block: its last part has four times as many rows as each of the others."""
+"""Rows of the last part of a FLUX.1 single block, relative to each of the other parts."""
+
+SD_SCRIPTS, MUSUBI = "sd-scripts", "musubi-tuner"
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a diffusers layer lies in the original network.
+class Architecture:
+    """A family in the metadata of kohya's tools: train_network.py, library/sai_model_spec.py; musubi-tuner alike.
 
     Args:
-        layer: path of the original layer.
-        parts: paths of all diffusers layers that are its rows, top to bottom.
+        trainer: the program that trains it.
+        name: `modelspec.architecture`, without the type of the adapter.
+        beginnings: how it may begin in the files of the family's other models; lower case.
+        repository: `modelspec.implementation`, on GitHub.
+        network_module: `ss_network_module` of a LoRA.
     """
 
-    layer: str
-    parts: tuple[str, ...]
+    trainer: str
+    name: str
+    beginnings: tuple[str, ...]
+    repository: str
+    network_module: str
 
 
-def rows_of(family: str, config: Mapping[str, Any] | None = None) -> tuple[Row, ...]:
-    """The table of a family.
-
-    Args:
-        config: configuration of the network, for the numbers of a UNet's blocks; default: SDXL as published.
-
-    Raises:
-        SciflowError: there is no convention for this family.
-    """
-    if family == "sdxl":
-        config = SDXL_UNET if config is None else config
-        return _unet_rows(
-            int(config["layers_per_block"]), *(tuple(config[n]) for n in ("down_block_types", "up_block_types"))
-        )
-    if family not in _TABLES:
-        raise SciflowError(
-            f"`family` {family!r}: kohya's tools and ComfyUI have no names for its layers, only for those of "
-            f"{', '.join(FAMILIES)}. Export it with `--format diffusers`."
-        )
-    return _TABLES[family]
-
-
-def idle_layers(family: str, config: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """Layers whose output is read by nothing, so that they are not adapted: known with the network's configuration."""
-    if family != "sd3" or config is None:
-        return ()
-    return (f"transformer.transformer_blocks.{config['num_layers'] - 1}.attn.add_q_proj",)
-
-
-def place_of(path: str, rows: tuple[Row, ...]) -> Place | None:
-    """Where the diffusers layer `path` is found in the original network; None where the table does not have it."""
-    for pattern, layer, parts in _by_part(rows):
-        if found := pattern.fullmatch(path):
-            return Place(*_filled(layer, parts, found.groups()))
-    return None
-
-
-def find(name: str, rows: tuple[Row, ...], *, flat: bool) -> Place | None:
-    """The layer that a file calls `name`: in the original's spelling or in diffusers'.
-
-    Args:
-        flat: dots are written as underscores, as in kohya's files.
-    """
-    for pattern, layer, parts in _by_name(rows, flat):
-        if found := pattern.fullmatch(name):
-            return Place(*_filled(layer, parts, found.groups()))
-    return None
-
-
-def _filled(layer: str, parts: tuple[str, ...], numbers: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-    def fill(name: str) -> str:
-        left = iter(numbers)
-        return "".join(next(left) if piece == "*" else piece for piece in re.split(r"(\*)", name))
-
-    return fill(layer), tuple(map(fill, parts))
-
-
-def _pattern(name: str) -> re.Pattern[str]:
-    return re.compile(re.escape(name).replace(r"\*", r"(\d+)"))
-
-
-@functools.cache
-def _by_part(rows: tuple[Row, ...]) -> tuple[tuple[re.Pattern[str], str, tuple[str, ...]], ...]:
-    return tuple((_pattern(part), layer, parts) for layer, parts in rows for part in parts)
-
-
-@functools.cache
-def _by_name(rows: tuple[Row, ...], flat: bool) -> tuple[tuple[re.Pattern[str], str, tuple[str, ...]], ...]:
-    """The original's names first, then diffusers' own: a part is then a row of its own."""
-    both = [*rows, *((part, (part,)) for _, parts in rows for part in parts)]
-    return tuple((_pattern(name.replace(".", "_") if flat else name), name, parts) for name, parts in both)
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "flux": Architecture(
+        SD_SCRIPTS, "flux-1-dev", ("flux-1", "flux.1"), "black-forest-labs/flux", "networks.lora_flux"
+    ),
+    "flux2_klein": Architecture(MUSUBI, "Flux.2-klein", ("flux.2",), "black-forest-labs/flux2", "networks.lora_flux_2"),
+    "qwen_image": Architecture(MUSUBI, "Qwen-Image", ("qwen-image",), "QwenLM/Qwen-Image", "networks.lora_qwen_image"),
+    "sd3": Architecture(
+        SD_SCRIPTS, "stable-diffusion-3", ("stable-diffusion-3",), "Stability-AI/sd3-ref", "networks.lora_sd3"
+    ),
+    "sdxl": Architecture(
+        SD_SCRIPTS,
+        "stable-diffusion-xl-v1-base",
+        ("stable-diffusion-xl",),
+        "Stability-AI/generative-models",
+        "networks.lora",
+    ),
+}
+FAMILIES = tuple(ARCHITECTURES)
 
 
 def _attention(layer: str, block: str, names: tuple[str, ...], output: str) -> tuple[Row, Row]:
@@ -189,8 +141,8 @@ _QWEN_IMAGE: tuple[Row, ...] = tuple(
     )
 )
 
-_TABLES = {"flux": _FLUX, "flux2_klein": _FLUX2, "qwen_image": _QWEN_IMAGE, "sd3": _SD3}
-FAMILIES = (*_TABLES, "sdxl")
+TABLES = {"flux": _FLUX, "flux2_klein": _FLUX2, "qwen_image": _QWEN_IMAGE, "sd3": _SD3}
+"""The families whose layers have the same names in every network; for SDXL see `unet_rows`."""
 
 SDXL_UNET: Mapping[str, Any] = {
     "layers_per_block": 2,
@@ -211,7 +163,7 @@ _TRANSFORMER = (
 
 
 @functools.cache
-def _unet_rows(layers: int, down: tuple[str, ...], up: tuple[str, ...]) -> tuple[Row, ...]:
+def unet_rows(layers: int, down: tuple[str, ...], up: tuple[str, ...]) -> tuple[Row, ...]:
     """The blocks of Stability AI's UNet, numbered through: sd-scripts, library/sdxl_model_util.py."""
     rows = {
         "input_blocks.0.0": "conv_in",
@@ -263,8 +215,3 @@ TEXT_ENCODERS: Mapping[str, tuple[str, ...]] = {
     "sdxl": ("text_encoder", "text_encoder_2"),
 }
 """Which of a family's text encoders a LoRA file may hold."""
-
-
-def unet_name(name: str) -> str:
-    """PEFT's name of a LoRA tensor as LoRA files of UNets have had it since before PEFT."""
-    return name.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up.")

@@ -15,7 +15,8 @@ from accelerate import PartialState
 from accelerate.utils import extract_model_from_parallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ...adapters.text_encoders import NetworkWithText, network_of
+from ...adapters.layers import network_of
+from ...adapters.text_encoders import NetworkWithText
 from ...engines.compilation import uncompiled
 from ...engines.sharding import resharded
 from ...errors import SciflowError

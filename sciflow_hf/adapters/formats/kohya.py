@@ -1,17 +1,30 @@
 """LoRA files of kohya's tools, LyCORIS and ComfyUI: written from an adapter's layers, and read into them."""
 
+import functools
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ...errors import SciflowError
-from . import plain
-from .layers import DORA, LOHA, LOKR, LORA, MAGNITUDE, OFT, Adapter, Layer, fuse, split
-from .names import CLIP, COMFY, FAMILIES, MLP_RATIO, TEXT_ENCODERS, Place, Row, find, idle_layers, place_of, rows_of
+from .diffusers import DORA, LOHA, LOKR, LORA, MAGNITUDE, OFT, Adapter, Layer, kind_of
+from .names import (
+    ARCHITECTURES,
+    CLIP,
+    COMFY,
+    FAMILIES,
+    MLP_RATIO,
+    MUSUBI,
+    SDXL_UNET,
+    TABLES,
+    TEXT_ENCODERS,
+    Row,
+    unet_rows,
+)
 
 _KOHYA_NAMES = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight", MAGNITUDE: "dora_scale"}
 _COMFY_NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
@@ -35,17 +48,105 @@ _PREFIXES: Mapping[str, tuple[str | None, bool]] = {
     "text_encoders.clip_l.transformer.": ("text_encoder", False),
     "text_encoders.clip_g.transformer.": ("text_encoder_2", False),
 }
-_PLAIN_PREFIXES = ("transformer.", "unet.", "text_encoder.", "text_encoder_2.", "text_encoder_3.")
-_TOOLS_PREFIXES = tuple(prefix for prefix in _PREFIXES if prefix not in _PLAIN_PREFIXES)
-# How `modelspec.architecture` begins: library/sai_model_spec.py of sd-scripts, utils/sai_model_spec.py of musubi-tuner.
-_ARCHITECTURES = {
-    "stable-diffusion-xl": "sdxl",
-    "stable-diffusion-3": "sd3",
-    "flux-1": "flux",
-    "flux.1": "flux",
-    "flux.2": "flux2_klein",
-    "qwen-image": "qwen_image",
-}
+_DIFFUSERS_PREFIXES = ("transformer.", "unet.", "text_encoder.", "text_encoder_2.", "text_encoder_3.")
+_FOREIGN_PREFIXES = tuple(prefix for prefix in _PREFIXES if prefix not in _DIFFUSERS_PREFIXES)
+
+
+# -- names ---------------------------------------------------------------------------------------------------------
+
+
+def component_of(family: str) -> str:
+    """Name of the network in the family's pipeline."""
+    return "unet" if family == "sdxl" else "transformer"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a diffusers layer lies in the original network.
+
+    Args:
+        layer: path of the original layer.
+        parts: paths of all diffusers layers that are its rows, top to bottom.
+    """
+
+    layer: str
+    parts: tuple[str, ...]
+
+
+def rows_of(family: str, config: Mapping[str, Any] | None = None) -> tuple[Row, ...]:
+    """The table of a family.
+
+    Args:
+        config: configuration of the network, for the numbers of a UNet's blocks; default: SDXL as published.
+
+    Raises:
+        SciflowError: there is no convention for this family.
+    """
+    if family == "sdxl":
+        config = SDXL_UNET if config is None else config
+        return unet_rows(
+            int(config["layers_per_block"]), *(tuple(config[n]) for n in ("down_block_types", "up_block_types"))
+        )
+    if family not in TABLES:
+        raise SciflowError(
+            f"`family` {family!r}: kohya's tools and ComfyUI have no names for its layers, only for those of "
+            f"{', '.join(FAMILIES)}. Export it with `--format diffusers`."
+        )
+    return TABLES[family]
+
+
+def idle_layers(family: str, config: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Layers whose output is read by nothing, so that they are not adapted: known with the network's configuration."""
+    if family != "sd3" or config is None:
+        return ()
+    return (f"transformer.transformer_blocks.{config['num_layers'] - 1}.attn.add_q_proj",)
+
+
+def place_of(path: str, rows: tuple[Row, ...]) -> Place | None:
+    """Where the diffusers layer `path` is found in the original network; None where the table does not have it."""
+    for pattern, layer, parts in _by_part(rows):
+        if found := pattern.fullmatch(path):
+            return Place(*_filled(layer, parts, found.groups()))
+    return None
+
+
+def find(name: str, rows: tuple[Row, ...], *, flat: bool) -> Place | None:
+    """The layer that a file calls `name`: in the original's spelling or in diffusers'.
+
+    Args:
+        flat: dots are written as underscores, as in kohya's files.
+    """
+    for pattern, layer, parts in _by_name(rows, flat):
+        if found := pattern.fullmatch(name):
+            return Place(*_filled(layer, parts, found.groups()))
+    return None
+
+
+def _filled(layer: str, parts: tuple[str, ...], numbers: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    def fill(name: str) -> str:
+        left = iter(numbers)
+        return "".join(next(left) if piece == "*" else piece for piece in re.split(r"(\*)", name))
+
+    return fill(layer), tuple(map(fill, parts))
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    return re.compile(re.escape(name).replace(r"\*", r"(\d+)"))
+
+
+@functools.cache
+def _by_part(rows: tuple[Row, ...]) -> tuple[tuple[re.Pattern[str], str, tuple[str, ...]], ...]:
+    return tuple((_pattern(part), layer, parts) for layer, parts in rows for part in parts)
+
+
+@functools.cache
+def _by_name(rows: tuple[Row, ...], flat: bool) -> tuple[tuple[re.Pattern[str], str, tuple[str, ...]], ...]:
+    """The original's names first, then diffusers' own: a part is then a row of its own."""
+    both = [*rows, *((part, (part,)) for _, parts in rows for part in parts)]
+    return tuple((_pattern(name.replace(".", "_") if flat else name), name, parts) for name, parts in both)
+
+
+# -- writing -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -61,11 +162,6 @@ class Target:
     parts: tuple[str, ...]
 
 
-def component_of(family: str) -> str:
-    """Name of the network in the family's pipeline."""
-    return "unet" if family == "sdxl" else "transformer"
-
-
 def plan(
     kinds: Mapping[str, str], file_format: str, family: str, *, config: Mapping[str, Any] | None = None
 ) -> list[Target]:
@@ -73,7 +169,7 @@ def plan(
 
     Args:
         kinds: full path of each of our layers -> type of its adapter.
-        config: configuration of the network: see `names.rows_of` and `names.idle_layers`.
+        config: configuration of the network: see `rows_of` and `idle_layers`.
 
     Raises:
         SciflowError: the format has no name for a layer, or cannot hold such an adapter.
@@ -171,6 +267,44 @@ def write(
     return state
 
 
+def metadata(state: Mapping[str, torch.Tensor], adapter: Adapter, file_format: str, family: str) -> dict[str, str]:
+    """Metadata of a file, which these programs show: what is known, and nothing else.
+
+    Args:
+        state: the tensors of the file, see `write`.
+        adapter: the layers that were written.
+    """
+    known = ARCHITECTURES[family]
+    facts = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{known.name}/lora",
+        "modelspec.implementation": f"https://github.com/{known.repository}",
+    }
+    if file_format == COMFY and family != "sdxl":
+        return facts
+    kind = next(iter(adapter.values())).kind
+    ranks = {value.shape[0] for name, value in state.items() if name.endswith((".lora_down.weight", "_w1_b", "_w2_b"))}
+    alphas = {float(value) for name, value in state.items() if name.endswith(".alpha")}
+    facts["ss_network_module"] = known.network_module if kind == LORA else "lycoris.kohya"
+    if kind in (LOHA, LOKR) and known.trainer == MUSUBI:
+        facts["ss_network_module"] = f"networks.{kind}"
+    elif kind != LORA:
+        facts["ss_network_args"] = json.dumps({"algo": LORA, "dora_wd": True} if kind == DORA else {"algo": kind})
+    facts["ss_network_dim"] = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
+    facts["ss_network_alpha"] = f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic"
+    return facts
+
+
+def readers(kind: str, file_format: str, family: str) -> str:
+    """The programs that read such a file."""
+    if file_format == COMFY:
+        return "ComfyUI"
+    if kind == DORA:
+        return "LyCORIS; not for ComfyUI, which would draw other images"
+    trainer = ARCHITECTURES[family].trainer
+    return f"{trainer if kind == LORA or trainer == MUSUBI else 'LyCORIS'} and ComfyUI"
+
+
 def _with_one_alpha(adapter: Adapter) -> Adapter:
     """The same updates, all with the commonest alpha: diffusers 0.42 loses those of SDXL's attention that differ."""
     alpha = Counter(layer.alpha for layer in adapter.values()).most_common(1)[0][0]
@@ -181,16 +315,19 @@ def _ratios(parts: Sequence[str]) -> list[int]:
     return [MLP_RATIO if part.endswith(".proj_mlp") else 1 for part in parts]
 
 
-def is_tools_file(names: Iterable[str], *, configured: bool) -> bool:
+# -- reading -------------------------------------------------------------------------------------------------------
+
+
+def is_kohya_file(names: Iterable[str], *, configured: bool) -> bool:
     """Whether these tensors' names are those of kohya's tools, LyCORIS or ComfyUI, not of diffusers.
 
     Args:
         configured: the file has PEFT's configuration in its metadata.
     """
     return any(
-        name.startswith(_TOOLS_PREFIXES)
+        name.startswith(_FOREIGN_PREFIXES)
         or name.endswith((".dora_scale", ".lora_down.weight"))
-        or (not name.startswith(_PLAIN_PREFIXES) and _KEY.fullmatch(name))
+        or (not name.startswith(_DIFFUSERS_PREFIXES) and _KEY.fullmatch(name))
         or (not configured and (".hada_" in name or ".lokr_" in name))
         for name in names
     )
@@ -232,16 +369,26 @@ def read(state: Mapping[str, torch.Tensor], family: str, *, config: Mapping[str,
     return adapter
 
 
-def families_of(names: Iterable[str]) -> list[str]:
+def families_of_names(names: Iterable[str]) -> list[str]:
     """The families that have layers of all these tensors' names."""
     groups = {found[1] for name in names if (found := _KEY.fullmatch(name))}
     return [family for family in FAMILIES if groups and not _unknown(groups, family)]
 
 
+def families_of_layers(adapter: Adapter) -> list[str]:
+    """The families that have layers of these paths, which are diffusers'."""
+    paths = [path.partition(".")[::2] for path in adapter if not path.startswith("text_encoder")]
+    return [
+        family
+        for family in FAMILIES
+        if paths and all(c == component_of(family) and place_of(path, rows_of(family)) for c, path in paths)
+    ]
+
+
 def family_of(metadata: Mapping[str, str]) -> str | None:
     """The family that the metadata of kohya's tools name; None where they name none of ours."""
-    architecture = metadata.get("modelspec.architecture", "").lower()
-    return next((family for start, family in _ARCHITECTURES.items() if architecture.startswith(start)), None)
+    found = metadata.get("modelspec.architecture", "").lower()
+    return next((family for family, known in ARCHITECTURES.items() if found.startswith(known.beginnings)), None)
 
 
 def _unknown(groups: Iterable[str], family: str) -> list[str]:
@@ -262,7 +409,7 @@ def _layer(name: str, tensors: dict[str, torch.Tensor]) -> Layer:
     alpha = tensors.pop("alpha", None)
     if not tensors:
         raise SciflowError(f"{name} has an alpha and no weights.")
-    kind = plain.kind_of(tensors)
+    kind = kind_of(tensors)
     needed = {
         LORA: {"lora_A", "lora_B"},
         DORA: {"lora_A", "lora_B", MAGNITUDE},
@@ -292,3 +439,107 @@ def _magnitude(name: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
             "each row. Train it on with the tool that made it."
         )
     return value.reshape(rows) if dims == 2 else value.reshape(1, rows, *[1] * (dims - 2))
+
+
+# -- fused matrices ------------------------------------------------------------------------------------------------
+
+
+_ROWS = {LORA: ("lora_B",), DORA: ("lora_B", MAGNITUDE), LOHA: ("hada_w1_a", "hada_w2_a")}
+_COLUMNS = {LORA: ("lora_A",), DORA: ("lora_A",), LOHA: ("hada_w1_b", "hada_w2_b")}
+"""Factors of an update (rows, rank) and (rank, columns), in the same order; the magnitude has rows only."""
+
+
+def fuse(layers: Sequence[Layer | None], ratios: Sequence[int]) -> Layer:
+    """One adapter for a matrix whose rows are several layers; those without adapter get zeros (norms: ones).
+
+    The ranks add up: a block of the new factor (rows, rank) for each layer, zero elsewhere. Where all layers share
+    the factor on the input side (a fused adapter that was split), it stays one.
+
+    Args:
+        ratios: rows of the layers relative to each other.
+    """
+    there = [layer for layer in layers if layer is not None]
+    kind, scale = there[0].kind, there[0].scale
+    there = [layer.scaled(layer.scale / scale) for layer in there]
+    weights: dict[str, torch.Tensor] = {}
+    shared = len(there) == len(layers) and all(
+        torch.equal(layer.weights[name], there[0].weights[name]) for layer in there[1:] for name in _COLUMNS[kind]
+    )
+    for name in _COLUMNS[kind]:
+        factors = [layer.weights[name] for layer in there]
+        weights[name] = factors[0] if shared else torch.cat(factors)
+    for name in _ROWS[kind]:
+        factors = [layer.weights[name] for layer in there]
+        if shared:
+            weights[name] = torch.cat(factors)
+            continue
+        pairs = list(zip(layers, ratios, strict=True))
+        unit = next(len(layer.weights[name]) // ratio for layer, ratio in pairs if layer is not None)
+        if name == MAGNITUDE:  # a row that nothing reads may have any norm
+            weights[name] = torch.cat(
+                [factors[0].new_ones(unit * r) if x is None else x.weights[name] for x, r in pairs]
+            )
+            continue
+        whole = factors[0].new_zeros(unit * sum(ratios), sum(factor.shape[1] for factor in factors))
+        row = column = 0
+        for layer, ratio in pairs:
+            if layer is not None:
+                factor = factors.pop(0)
+                whole[row : row + len(factor), column : column + factor.shape[1]] = factor
+                column += factor.shape[1]
+            row += unit * ratio
+        weights[name] = whole
+    return Layer(kind, weights, scale)
+
+
+def split(layer: Layer, ratios: Sequence[int], name: str) -> list[Layer | None]:
+    """The adapters of several layers out of that of the matrix they are the rows of; None for one without.
+
+    Where the layers use columns of their own, as after `fuse`, each keeps those only; otherwise all of them.
+
+    Args:
+        name: of the matrix, for errors.
+
+    Raises:
+        SciflowError: the update is a Kronecker product, whose rows are none.
+    """
+    if layer.kind not in _ROWS:
+        raise SciflowError(
+            f"{name}: a {layer.kind} of the fused matrix is none of the {len(ratios)} layers that it is made of "
+            "here (query, key, value). Train such an adapter on networks in diffusers' layout."
+        )
+    rows = len(layer.weights[_ROWS[layer.kind][0]])
+    if rows % sum(ratios):
+        raise SciflowError(f"{name}: {rows} rows cannot be cut in the ratio {':'.join(map(str, ratios))}.")
+    sizes = [rows // sum(ratios) * ratio for ratio in ratios]
+    cut = {key: layer.weights[key].split(sizes) for key in _ROWS[layer.kind]}
+    used = {key: [part.ne(0).any(dim=0) for part in parts] for key, parts in cut.items() if key != MAGNITUDE}
+    apart = _apart(used, len(ratios))
+    found: list[Layer | None] = []
+    for i in range(len(ratios)):
+        weights = {key: parts[i] for key, parts in cut.items()}
+        weights |= {key: layer.weights[key] for key in _COLUMNS[layer.kind]}
+        if apart:
+            for row, column in zip((n for n in _ROWS[layer.kind] if n != MAGNITUDE), _COLUMNS[layer.kind], strict=True):
+                mask = used[row][i]
+                if layer.kind == DORA and not mask.any():  # its norms count all the same
+                    mask = torch.ones_like(mask)
+                weights[row], weights[column] = weights[row][:, mask], weights[column][mask]
+        nothing = not weights[_COLUMNS[layer.kind][0]].shape[0]
+        found.append(None if nothing else replace(layer, weights=weights))
+    return found
+
+
+def _apart(used: dict[str, list[torch.Tensor]], parts: int) -> bool:
+    """Whether no column belongs to two layers. An adapter of zeros, not yet trained, is cut into equal pieces."""
+    for masks in used.values():
+        rank = len(masks[0])
+        if not any(bool(mask.any()) for mask in masks):
+            if rank % parts:
+                return False
+            for i, mask in enumerate(masks):
+                mask[i * rank // parts : (i + 1) * rank // parts] = True
+    counts = [[int(mask.sum()) for mask in masks] for masks in used.values()]
+    return all(counts[0] == other for other in counts) and all(
+        int(torch.stack(masks).sum(dim=0).max()) <= 1 for masks in used.values()
+    )

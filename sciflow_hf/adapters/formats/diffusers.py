@@ -1,20 +1,67 @@
-"""LoRA files as diffusers' pipelines and PEFT have them: names of the layers as they are, alpha in the metadata."""
+"""An adapter as its layers, in PEFT's names, and the LoRA files of diffusers' pipelines and of PEFT, which use them."""
 
 import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
 
 from ...errors import SciflowError
-from .layers import DORA, LOHA, LOKR, LORA, MAGNITUDE, OFT, Adapter, Layer
+
+LORA, DORA, LOHA, LOKR, OFT = "lora", "dora", "loha", "lokr", "oft"
+MAGNITUDE = "lora_magnitude_vector"
 
 METADATA = "lora_adapter_metadata"
 """Key of the file's metadata with PEFT's configuration as JSON, each option behind the component's name."""
 
 _NAMES = re.compile(r"(.+)\.(?:(lora_[AB])\.weight|(lora_magnitude_vector|oft_R)(?:\.weight)?|((?:hada|lokr)_\w+))")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The adapter of one layer.
+
+    Args:
+        kind: `lora`, `dora`, `loha`, `lokr` or `oft`.
+        weights: PEFT's names of its parameters, such as `lora_A`, and their values.
+        scale: the update is multiplied by it: alpha / rank, or alpha / sqrt(rank) of rank-stabilised LoRA.
+    """
+
+    kind: str
+    weights: dict[str, torch.Tensor]
+    scale: float
+
+    @property
+    def rank(self) -> int | None:
+        """Inner dimension; None where nothing is decomposed (LoKr of two whole matrices)."""
+        for name in ("lora_A", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
+            if name in self.weights:
+                return self.weights[name].shape[0]
+        return None
+
+    @property
+    def alpha(self) -> float:
+        """What makes alpha / rank the scale; 1 where there is no rank."""
+        return float(f"{self.scale * (self.rank or 1):.9g}")
+
+    def scaled(self, factor: float) -> "Layer":
+        """The same update with `factor` less in its scale and more in its weights."""
+        if factor == 1:
+            return self
+        weights = dict(self.weights)
+        first = next(n for n in ("lora_B", "hada_w1_a", "lokr_w1", "lokr_w1_a") if n in weights)
+        weights[first] = weights[first] * factor
+        return replace(self, weights=weights, scale=self.scale / factor)
+
+
+Adapter: TypeAlias = dict[str, Layer]
+"""Full path of a layer, `transformer.` and the like included -> its adapter."""
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
 
 
 def config_of(metadata: Mapping[str, str] | None) -> dict[str, Any]:
@@ -179,3 +226,8 @@ def peft_config(config: Mapping[str, Any], component: str) -> Any:
 
     options = {k.removeprefix(f"{component}."): v for k, v in config.items() if k.startswith(f"{component}.")}
     return {"LORA": LoraConfig, "LOHA": LoHaConfig, "LOKR": LoKrConfig}[options.pop("peft_type")](**options)
+
+
+def unet_name(name: str) -> str:
+    """PEFT's name of a LoRA tensor as LoRA files of UNets have had it since before PEFT."""
+    return name.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up.")
