@@ -37,8 +37,8 @@ _PUBLIC = {
     "debug_batch": "report.plan",
     "describe_cache": "data.inspect.describe",
     "draw_bucket_chart": "data.inspect.chart",
-    "load_cache": "data.cache",
-    "load_data": "data.arguments",
+    "load_cache": "data.load",
+    "load_data": "data.load",
     "load_family": "families",
     "parse_args": "options",
     "plan": "report.plan",
@@ -57,14 +57,14 @@ if TYPE_CHECKING:
     from .adapters.adapter import add_adapter
     from .adapters.arguments import AdapterArguments
     from .cli.run import run
-    from .data.arguments import DataArguments, load_data
+    from .data.arguments import DataArguments
     from .data.batches.buckets import BucketBatchSampler
     from .data.build.build import build_cache
     from .data.build.convert import convert_cache
-    from .data.cache import load_cache
     from .data.inspect.chart import draw_bucket_chart
     from .data.inspect.describe import describe_cache
     from .data.inspect.verify import verify_cache
+    from .data.load import load_cache, load_data
     from .errors import CacheError, SciflowError
     from .families import load_family
     from .families.base import ModelFamily, PipelineFamily

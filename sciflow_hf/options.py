@@ -27,6 +27,7 @@ class _Help(str):
     choices: Sequence[Any]
     within: str
     advice: str
+    required_unless: str
     check: Callable[[Any], None] | None
 
 
@@ -37,6 +38,7 @@ def option(
     choices: Sequence[Any] = (),
     within: str = "",
     advice: str = "",
+    required_unless: str = "",
     check: Callable[[Any], None] | None = None,
 ) -> Any:
     """A field of an argument dataclass: default, explanation and range in one place.
@@ -47,6 +49,7 @@ def option(
         choices: allowed values; of a list, allowed elements.
         within: interval of allowed numbers, such as "[0, 1)" or "(0, inf)".
         advice: sentence added to the error where the value is out of range.
+        required_unless: the option that may be given instead: without either of them `advice` is the error.
         check: called with the dataclass when the option is not at its default, once for all options that name it, for
             what depends on other options; raises SciflowError.
     """
@@ -56,6 +59,7 @@ def option(
     text = " ".join(filter(None, (help, allowed, f"{words[:1].upper()}{words[1:]}." if within else "")))
     described = _Help(_escaped(text))
     described.choices, described.within, described.advice, described.check = choices, within, advice, check
+    described.required_unless = required_unless
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: copy.copy(default), metadata={"help": described})
     return dataclasses.field(default=default, metadata={"help": described})
@@ -83,6 +87,8 @@ def check_options(args: Any) -> None:
     fields = _described(args)
     for field in fields:
         value, described = getattr(args, field.name), field.metadata["help"]
+        if (other := described.required_unless) and not value and not getattr(args, other):
+            raise SciflowError(described.advice or f"give `--{field.name}` or `--{other}`.")
         for single in value if isinstance(value, list) else [value]:
             if single is None:
                 continue

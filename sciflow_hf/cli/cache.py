@@ -281,7 +281,8 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _load(args: argparse.Namespace, **options: Any) -> "LatentCache":
-    from ..data.cache import LatentCache, load_cache
+    from ..data.cache import LatentCache
+    from ..data.load import load_cache
 
     cache = load_cache(args.dataset_dir, payload_dir=args.payload_dir, **options)
     if not isinstance(cache, LatentCache):

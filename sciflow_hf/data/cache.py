@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -11,34 +10,21 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..diffusion.randomness import hash64
 from ..errors import CacheError, SciflowError
 from . import storage
-from .index import CacheIndex, open_index
+from .index import CacheIndex
 from .layouts.members import DTYPES, REBUILD, Member, read_member, read_members, target_dtype
 from .layouts.npz import npz_members
-from .parquet import same_setting
+from .parquet import ENCODER_KEYS, same_setting
+from .prior import Prior
+from .split import check_eval_fraction, is_held_out
 
 if TYPE_CHECKING:
     import datasets
 
-    from .prior import Prior
-    from .stream.stream import StreamingCache
-
 logger = logging.getLogger(__name__)
 
 TEXT_KEYS = ("prompt_embeds", "pooled_prompt_embeds", "prompt_embeds_mask", "txt_ids")
-# What decides which numbers an encoder gives; everything else in the metadata is for people.
-ENCODER_KEYS = (
-    "family",
-    "pretrained_model_name_or_path",
-    "vae_name_or_path",
-    "revision",
-    "max_sequence_length",
-    "text_encoder_layers",
-    "padding_side",
-)
-_PathLike = str | os.PathLike[str]
 
 
 class LatentCache(Dataset[dict[str, torch.Tensor]]):
@@ -58,7 +44,7 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
 
     online_text: Callable[[list[str]], dict[str, torch.Tensor]] | None = None
     repeats: np.ndarray | None = None
-    prior: "Prior | None" = None
+    prior: Prior | None = None
 
     def __init__(
         self, index: CacheIndex, *, dtype: torch.dtype = torch.bfloat16, rows: np.ndarray | None = None
@@ -167,10 +153,8 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         Raises:
             SciflowError: if `eval_fraction` is not in [0, 1), or nothing is left to train on.
         """
-        if not 0 <= eval_fraction < 1:
-            raise SciflowError(f"`eval_fraction` is {eval_fraction}, but must lie in [0, 1). Use 0 for no evaluation.")
-        limit = int(eval_fraction * 2.0**64)
-        sides = {group: hash64(group, "eval split") < limit for group in set(self.groups)}
+        check_eval_fraction(eval_fraction)
+        sides = {group: is_held_out(group, eval_fraction) for group in set(self.groups)}
         mask = np.fromiter((sides[group] for group in self.groups), dtype=bool, count=len(self))
         if len(self) and mask.all():
             raise SciflowError(
@@ -356,36 +340,6 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
 
         column = self._index.table.column(name).take(pa.array(self._rows))
         return [None if value is None else str(value) for value in column.to_pylist()]
-
-
-def load_cache(
-    dataset_dir: _PathLike | Sequence[_PathLike],
-    *,
-    payload_dir: _PathLike | None = None,
-    streaming: bool = False,
-    dtype: torch.dtype = torch.bfloat16,
-) -> "LatentCache | StreamingCache":
-    """Open a cache: every parquet file below `dataset_dir`, checked against each other.
-
-    Args:
-        dataset_dir: folder of a cache, a parquet file, or several of these (joined in the given order).
-        payload_dir: where `cache_path` is rooted. By default, per index file, `dataset_dir` or else the
-            index file's own folder, whichever holds the payloads.
-        streaming: a `StreamingCache`, which never holds the whole index.
-        dtype: of the floating tensors that are read: bfloat16, float16 or float32.
-
-    Raises:
-        CacheError: for a missing or empty cache, parts that do not fit together, or a `cache_path` outside
-            of its root.
-        SciflowError: for another `dtype`.
-    """
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise SciflowError(f"`dtype` is {dtype}, but must be torch.bfloat16, torch.float16 or torch.float32.")
-    if streaming:
-        from .stream.stream import open_stream
-
-        return open_stream(dataset_dir, payload_dir=payload_dir, dtype=dtype)
-    return LatentCache(open_index(dataset_dir, payload_dir=payload_dir), dtype=dtype)
 
 
 def _read_text_ids(member: Member, out: torch.Tensor, where: str) -> None:

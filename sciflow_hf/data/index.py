@@ -12,10 +12,9 @@ import numpy as np
 
 from ..errors import CacheError
 from . import storage
-from .columns import Columns
 from .layouts.members import Member
 from .layouts.npz import NpzPart
-from .parquet import BUILD, check_schemas, common_metadata, is_binary, part_metadata, read_schema, read_table
+from .parquet import BUILD, Columns, check_schemas, common_metadata, is_binary, part_metadata, read_schema, read_table
 
 if TYPE_CHECKING:
     import pyarrow as pa

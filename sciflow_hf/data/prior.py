@@ -1,47 +1,26 @@
 """Prior preservation (Ruiz et al. 2023): samples of a second cache that keep what the network knew, with a weight."""
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from .cache import LatentCache
-
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Prior:
-    """What of a data set is there for prior preservation.
+    """The rows of a data set that are there for prior preservation.
 
     Args:
         rows: (N,) bool.
-        loss_weight: of the mean loss of these rows, beside 1 of the mean loss of the others.
+        loss_weight: of the mean loss of these rows; that of the others has the weight 1.
     """
 
     rows: np.ndarray
     loss_weight: float
 
     def select(self, rows: np.ndarray) -> "Prior":
-        """Of some rows."""
+        """The subset `rows`."""
         return Prior(self.rows[rows], self.loss_weight)
-
-
-def with_prior(own: LatentCache, prior: LatentCache, *, loss_weight: float) -> LatentCache:
-    """The rows of `own`, then those of `prior`, two views of one index; an epoch draws as many of either kind.
-
-    Every row comes at least once an epoch.
-    """
-    rows = np.concatenate([own._rows, prior._rows])
-    train = LatentCache(own._index, dtype=own.dtype, rows=rows)
-    train.online_text = own.online_text
-    train.prior = Prior(np.arange(len(rows)) >= len(own), loss_weight)
-    repeats = np.ones(len(own)) if own.repeats is None else own.repeats
-    draws = max(repeats.sum(), len(prior))
-    train.repeats = np.concatenate([repeats * (draws / repeats.sum()), np.full(len(prior), draws / len(prior))])
-    logger.info("%d samples of prior preservation: %.4g times each an epoch.", len(prior), draws / len(prior))
-    return train
 
 
 def loss_weights(dataset: Any) -> np.ndarray | None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import CacheError
+from ..errors import CacheError, first_line
 from .disk_cache import DiskCache
 
 logger = logging.getLogger(__name__)
@@ -145,7 +145,7 @@ def _try(url: str, action: Callable[[], T]) -> T:
                 ) from error
             if isinstance(error, FileNotFoundError):
                 raise
-            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            reason = f"{type(error).__name__}: {first_line(error)}"
             if number >= TRIES:
                 raise CacheError(
                     f"{url} could not be read in {TRIES} tries; the last one ended with {reason}. Look at the network "
@@ -163,7 +163,7 @@ def _denied(error: BaseException) -> str:
     if "RepositoryNotFoundError" in names and status != 403:  # the Hub does not tell strangers what is private
         return "there is no such repository, or this token may not see it"
     if status in (401, 403) or isinstance(error, PermissionError):
-        return str(cause).strip().partition("\n")[0] or "permission denied"
+        return first_line(cause) if str(cause).strip() else "permission denied"
     return ""
 
 

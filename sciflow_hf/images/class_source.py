@@ -3,13 +3,14 @@
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from ..data.build.sources import Record
 from ..errors import SciflowError
+from ..options import Options, arguments, option
 
 if TYPE_CHECKING:
     import datasets
@@ -18,49 +19,49 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LABEL = "label"  # column of a cache with the class of each image
 CHANNELS = {"L": 1, "RGB": 3}
 SAME_AS = {"P": "RGB", "1": "L"}
 """Modes that are another one in fewer bits."""
 
 
-@dataclass
-class ClassImageArguments:
-    """Images of a run, with the class of each.
+@arguments
+class ClassImageArguments(Options):
+    """Images of a run, with the class of each."""
 
-    Args:
-        input_dir: a folder with one subfolder of images for each class (below `train` and `test`, or not), a folder
-            written by `save_to_disk`, a folder of parquet files, or a data set of the Hub. "digits": scikit-learn's
-            1,797 digits of 8x8 pixels, 70 % to train on.
-        dataset_dir: caches of VAE latents to train on, or the one to build from `input_dir` (with
-            `--vae_name_or_path`; default `<output_dir>/cache`).
-        image_column, label_column: columns of the images and of their classes.
-        train_split, eval_split: splits of the data set. Without `eval_split`, `eval_fraction` of the training split is
-            held out, by a hash of the image's name.
-        image_mode: L (grey) or RGB, to convert all images to; by default all must be of one mode already.
-        flip: a mirror image of each training image, too.
-        max_train_samples: use that many images only, spread over the data; for a first try.
-        encode_batch_size: images that the VAE encodes at once.
-    """
+    heading: ClassVar[str] = "Images with classes"
 
-    input_dir: str | None = field(default=None, metadata={"help": "Folder of class folders, or an image data set."})
-    dataset_dir: list[str] = field(default_factory=list, metadata={"help": "Caches of VAE latents."})
-    image_column: str = field(default="image", metadata={"help": "Column with the images."})
-    label_column: str = field(default="label", metadata={"help": "Column with the classes."})
-    train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    eval_split: str | None = field(default=None, metadata={"help": "Split that is held out."})
-    eval_fraction: float = field(default=0.05, metadata={"help": "Share of the images held out without one."})
-    image_mode: str | None = field(default=None, metadata={"help": "Convert all images to L (grey) or RGB."})
-    flip: bool = field(default=False, metadata={"help": "Train on a mirror image of each image, too."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many images only."})
-    encode_batch_size: int = field(default=8, metadata={"help": "Images that the VAE encodes at once."})
-
-    def __post_init__(self) -> None:
-        if not self.input_dir and not self.dataset_dir:
-            raise SciflowError("give `--input_dir` (images) or `--dataset_dir` (a cache of latents).")
-        if not 0 <= self.eval_fraction < 1:
-            raise SciflowError(f"`eval_fraction` {self.eval_fraction}: in [0, 1).")
-        if self.image_mode not in (None, *CHANNELS):
-            raise SciflowError(f"`image_mode` {self.image_mode!r}: use one of {', '.join(CHANNELS)}.")
+    input_dir: str | None = option(
+        None,
+        "A folder with one subfolder of images for each class (below `train` and `test`, or not), a folder written by "
+        "`save_to_disk`, a folder of parquet files, or a data set of the Hub. digits: scikit-learn's 1,797 digits of "
+        "8x8 pixels, 70 % to train on.",
+        required_unless="dataset_dir",
+        advice="give `--input_dir` (images) or `--dataset_dir` (a cache of latents).",
+    )
+    dataset_dir: list[str] = option(
+        [],
+        "Caches of VAE latents to train on, or the one to build from `--input_dir` (with `--vae_name_or_path`; by "
+        "default <output_dir>/cache).",
+    )
+    image_column: str = option("image", "Column with the images.")
+    label_column: str = option("label", "Column with the classes.")
+    train_split: str = option("train", "Split to train on.")
+    eval_split: str | None = option(
+        None,
+        "Split that is held out. Without, `--eval_fraction` of the training split is, by a hash of the image's name.",
+    )
+    eval_fraction: float = option(
+        0.05, "Share of the images held out where there is no `--eval_split`.", within="[0, 1)"
+    )
+    image_mode: str | None = option(
+        None,
+        "Convert all images to L (grey) or RGB; by default all must be of one mode already.",
+        choices=tuple(CHANNELS),
+    )
+    flip: bool = option(False, "Train on a mirror image of each image, too.")
+    max_train_samples: int | None = option(None, "Train on so many images only, spread over the data; for a first try.")
+    encode_batch_size: int = option(8, "Images that the VAE encodes at once.", within="[1, inf)")
 
     def names(self) -> list[str]:
         """Names of the data for a model card: the last part of each folder."""
@@ -207,6 +208,17 @@ class ClassSource:
         if all(names) and len(set(names)) == len(names):
             return [Path(name).as_posix() for name in names]
         return [f"row {number}" for number in range(len(names))]
+
+
+def class_records(source: ClassSource, num_classes: int | None) -> tuple[list[Record], list[str]]:
+    """The images of a source for `build_cache`, with `label` in their columns, and the names of the classes."""
+    labels, names = source.labels(num_classes)
+    records = []
+    for row, (name, size) in enumerate(zip(source.names, source.sizes(), strict=True)):
+        columns: dict[str, Any] = {} if labels is None else {LABEL: int(labels[row])}
+        caption = "image" if labels is None else names[int(labels[row])]
+        records.append(Record(name, caption, size, lambda row=row: source.open(row), columns))  # type: ignore[misc]
+    return records, names
 
 
 def open_splits(source: str) -> "dict[str, datasets.Dataset]":

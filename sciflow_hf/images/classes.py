@@ -1,18 +1,20 @@
-"""Images with class labels, as pixels in [-1, 1]."""
+"""Images with class labels: as pixels in [-1, 1], or as a cache of VAE latents."""
 
 import logging
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..data.arguments import spread
 from ..data.build.sources import to_rgb
+from ..data.cache import LatentCache
+from ..data.split import is_held_out, spread
 from ..diffusion.randomness import hash64
-from ..errors import SciflowError
-from .class_source import CHANNELS, SAME_AS, ClassImageArguments, ClassSource
+from ..errors import CacheError, SciflowError
+from .class_source import CHANNELS, LABEL, SAME_AS, ClassImageArguments, ClassSource
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -116,6 +118,42 @@ class ClassImages(Dataset[dict[str, torch.Tensor]]):
         return self.row_ids[index]
 
 
+class ClassLatents(LatentCache):
+    """A `LatentCache` whose samples have `class_labels`, too."""
+
+    @classmethod
+    def of(cls, cache: LatentCache) -> "ClassLatents":
+        """The same rows, with labels."""
+        return cls(cache._index, dtype=cache.dtype, rows=cache._rows)
+
+    @cached_property
+    def class_labels(self) -> torch.Tensor:
+        """(N,), int64.
+
+        Raises:
+            CacheError: the index has no labels, or none in some row.
+        """
+        table = self._index.read_columns([LABEL])
+        if LABEL not in table.column_names or table.column(LABEL).null_count:
+            raise CacheError(
+                f"the index has no `{LABEL}` (class of the image) in every row. Build the cache by `sciflow-hf cache "
+                "build --family dit`, or train without classes by `--num_classes 0`."
+            )
+        return torch.from_numpy(table.column(LABEL).to_numpy()[self._rows].astype("int64"))
+
+    @property
+    def class_names(self) -> list[str]:
+        """As the build noted them; numbers where it did not."""
+        names: list[str] = self.metadata.get("class_names") or []
+        return names or [str(number) for number in range(int(self.class_labels.max()) + 1)]
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return super().__getitem__(i) | {"class_labels": self.class_labels[i]}
+
+    def shapes(self, i: int) -> dict[str, torch.Tensor]:
+        return super().shapes(i) | {"class_labels": self.class_labels[i]}
+
+
 def as_square(image: "Image.Image", side: int) -> np.ndarray:
     """The square in the middle of an L or RGB image, resized: (side, side, C), uint8."""
     from PIL import Image
@@ -151,10 +189,10 @@ def load_class_images(
         held = ClassImages(
             others, range(len(others)), labels=kept, class_names=classes, image_size=image_size, mode=mode
         )
-    limit = 0 if args.eval_split else int(args.eval_fraction * 2.0**64)
-    outside = {row for row in rows if hash64(source.names[row], "eval split") < limit}
+    fraction = 0.0 if args.eval_split else args.eval_fraction
+    outside = {row for row in rows if is_held_out(source.names[row], fraction)}
     chosen = [row for row in rows if row not in outside]
-    if limit and not (outside and chosen):
+    if fraction and not (outside and chosen):
         raise SciflowError(
             f"`eval_fraction` {args.eval_fraction} of {len(rows)} images leaves {len(chosen)} to train on and "
             f"{len(outside)} held out. Use another fraction, or 0."

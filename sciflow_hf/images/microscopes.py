@@ -1,13 +1,14 @@
 """Microscope images as a data set of tiles: sharp ones beside measured ones, or measured ones made by optics."""
 
+import functools
 import json
 import logging
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,82 +16,111 @@ from torch.utils.data import Dataset
 
 from ..diffusion.randomness import hash64, signed64, uniform
 from ..errors import SciflowError
+from ..options import Options, arguments, option
+from .files import check_plane, find_images, read_image
 from .optics import ForwardModel
-from .planes import Plane, Region, find_planes, planes_of
 from .tiles import turned
-from .transforms import IntensityTransform
+from .transforms import KINDS, IntensityTransform
 
 logger = logging.getLogger(__name__)
 
 SPLITS = ("specimen", "fold", "region")
 FIT_PIXELS = 2_000_000  # per channel, of all images together, that the intensity transform is fitted to
+IMAGES_HELD = 64  # decoded files kept in memory
+
+Region = tuple[int, int, int, int]
+"""top, left, bottom, right, in pixels."""
+_Kinds = dict[str, tuple[tuple[int, str], Path]]
 
 
-@dataclass
-class MicroscopyDataArguments:
-    """Images of a run.
+def _check_fold(args: "MicroscopyDataArguments") -> None:
+    if args.fold >= args.num_folds:
+        raise SciflowError(f"`fold` {args.fold} of `num_folds` {args.num_folds}: 0 to one less than the folds.")
 
-    Args:
-        input_dir: folder of sharp images: png, tif, ome.tif, npy, npz; all of one type and number of channels.
-        conditioning_dir: folder of measured images of the same names and sizes; without, the forward model makes
-            them from the sharp ones, with new noise in every epoch.
-        tile_size: pixels of a square training tile.
-        augment: move tiles by up to half their size, mirror and turn them, anew in every epoch.
-        split: what `eval_fraction` or `fold` holds out: whole specimens ("specimen", "fold": cross-validation), or a
-            strip of every image ("region": self-validation), with a margin between.
-        eval_fraction: share of the specimens or of every image; 0 for none. "fold" does not read it.
-        num_folds, fold: of cross-validation: specimens are dealt to folds by hash, and this one is held out.
-        split_margin: pixels between the two parts of an image; at least the reach of the PSF.
-        eval_specimens: specimens that are held out whole, whatever the split.
-        specimen_pattern: regular expression whose first group, searched in the path below `input_dir`, names the
-            specimen; default: the first folder, or the file's stem where there is none.
-        intensity_transform: percentile, anscombe or log; fitted to the training part, saved with the network.
-        intensity_percentiles: that become -1 and 1.
-        intensity_gain: intensity of one photon (anscombe), or where log sets in; 0: from the forward model, else 1.
-    """
 
-    input_dir: str = field(metadata={"help": "Folder of sharp images: png, tif, ome.tif, npy, npz."})
-    conditioning_dir: str | None = field(
-        default=None, metadata={"help": "Folder of measured images of the same names; default: the forward model's."}
+def _check_specimen_pattern(args: "MicroscopyDataArguments") -> None:
+    try:
+        groups = re.compile(args.specimen_pattern or "()").groups
+    except re.error as error:
+        raise SciflowError(f"`specimen_pattern` {args.specimen_pattern!r}: {error}.") from error
+    if not groups:
+        raise SciflowError(f"`specimen_pattern` {args.specimen_pattern!r}: put ( ) around the specimen's name.")
+
+
+@arguments
+class MicroscopyDataArguments(Options):
+    """Microscope images of a run, and what of them is held out."""
+
+    heading: ClassVar[str] = "Microscope images"
+
+    input_dir: str = option(
+        help="Folder of sharp images: png, tif, ome.tif, npy, npz; all of one type and number of channels."
     )
-    tile_size: int = field(default=64, metadata={"help": "Pixels of a square training tile."})
-    augment: bool = field(default=True, metadata={"help": "Move, mirror and turn tiles, anew in every epoch."})
-    split: str = field(default="specimen", metadata={"help": f"What is held out: {', '.join(SPLITS)}."})
-    eval_fraction: float = field(default=0.1, metadata={"help": "Share of specimens, or of every image, held out."})
-    num_folds: int = field(default=5, metadata={"help": "Folds of --split fold."})
-    fold: int = field(default=0, metadata={"help": "The fold that is held out, from 0."})
-    split_margin: int = field(default=16, metadata={"help": "Pixels between the two parts of --split region."})
-    eval_specimens: list[str] = field(default_factory=list, metadata={"help": "Specimens held out whole."})
-    specimen_pattern: str | None = field(
-        default=None, metadata={"help": "Regular expression whose first group names the specimen in the path."}
+    conditioning_dir: str | None = option(
+        None,
+        "Folder of measured images of the same names and sizes; without, the forward model makes them from the sharp "
+        "ones, with new noise in every epoch.",
     )
-    intensity_transform: str = field(default="percentile", metadata={"help": "percentile, anscombe or log."})
-    intensity_percentiles: list[float] = field(
-        default_factory=lambda: [0.1, 99.9], metadata={"help": "Percentiles that become -1 and 1."}
+    tile_size: int = option(64, "Pixels of a square training tile.", within="[8, inf)")
+    augment: bool = option(True, "Move tiles by up to half their size, mirror and turn them, anew in every epoch.")
+    split: str = option(
+        "specimen",
+        "What `--eval_fraction` or `--fold` holds out: complete specimens (specimen; fold: cross-validation), or a "
+        "strip of every image (region: self-validation), with a margin between.",
+        choices=SPLITS,
     )
-    intensity_gain: float = field(default=0.0, metadata={"help": "Intensity of a photon; 0: from the forward model."})
-
-    def __post_init__(self) -> None:
-        if self.split not in SPLITS:
-            raise SciflowError(f"`split` {self.split!r}: use one of {', '.join(SPLITS)}.")
-        if self.tile_size < 8:
-            raise SciflowError(f"`tile_size` {self.tile_size}: at least 8 pixels.")
-        if not 0 <= self.eval_fraction < 1:
-            raise SciflowError(f"`eval_fraction` {self.eval_fraction}: in [0, 1).")
-        if self.num_folds < 2 or not 0 <= self.fold < self.num_folds:
-            raise SciflowError(f"`fold` {self.fold} of `num_folds` {self.num_folds}: 0 to one less than the folds.")
-        if self.split_margin < 0:
-            raise SciflowError(f"`split_margin` {self.split_margin}: 0 or more.")
-        try:
-            groups = re.compile(self.specimen_pattern or "()").groups
-        except re.error as error:
-            raise SciflowError(f"`specimen_pattern` {self.specimen_pattern!r}: {error}.") from error
-        if not groups:
-            raise SciflowError(f"`specimen_pattern` {self.specimen_pattern!r}: put ( ) around the specimen's name.")
+    eval_fraction: float = option(
+        0.1, "Share of the specimens, or of every image, held out; `--split fold` does not read it.", within="[0, 1)"
+    )
+    num_folds: int = option(5, "Folds of `--split fold`: specimens are dealt to them by hash.", within="[2, inf)")
+    fold: int = option(0, "The fold that is held out, from 0.", within="[0, inf)", check=_check_fold)
+    split_margin: int = option(
+        16,
+        "Pixels between the two parts of an image in `--split region`; at least the reach of the PSF.",
+        within="[0, inf)",
+    )
+    eval_specimens: list[str] = option([], "Specimens that are held out completely, whatever the split.")
+    specimen_pattern: str | None = option(
+        None,
+        "Regular expression whose first group, searched in the path below `--input_dir`, names the specimen; by "
+        "default the first folder, or the file's stem where there is none.",
+        check=_check_specimen_pattern,
+    )
+    intensity_transform: str = option(
+        "percentile",
+        "How intensities are scaled; fitted to the training part, saved with the network.",
+        choices=KINDS,
+    )
+    intensity_percentiles: list[float] = option([0.1, 99.9], "Percentiles that become -1 and 1.", within="[0, 100]")
+    intensity_gain: float = option(
+        0.0,
+        "Intensity of one photon (anscombe), or where the logarithm sets in (log); 0: from the forward model, else 1.",
+        within="[0, inf)",
+    )
 
     def names(self) -> list[str]:
         """Names of the data for a model card."""
         return [Path(self.input_dir).resolve().name]
+
+
+@dataclass(frozen=True)
+class Plane:
+    """One plane of one file, with the parts to train on and to hold out."""
+
+    path: Path
+    conditioning_path: Path | None
+    number: int
+    name: str
+    specimen: str
+    size: tuple[int, int]
+    train: Region | None
+    held_out: Region | None
+
+
+@functools.lru_cache(maxsize=IMAGES_HELD)
+def planes_of(path: Path) -> np.ndarray:
+    """(P, C, H, W) of a file, kept for the next tile."""
+    return read_image(path).planes
 
 
 class MicroscopyTiles(Dataset[dict[str, torch.Tensor]]):
@@ -262,3 +292,128 @@ def _pixels(planes: Sequence[Plane], step: int, path_of: Callable[[Plane], Path]
         pixels = planes_of(path_of(plane))[plane.number][:, top:bottom, left:right]
         found.append(pixels.reshape(len(pixels), -1)[:, ::step])
     return found
+
+
+# -- planes and their parts ------------------------------------------------------------------------------------------
+
+
+def find_planes(args: MicroscopyDataArguments, optics: ForwardModel) -> list[Plane]:
+    """The planes of the files below `args.input_dir`, checked; every file is read once."""
+    root = Path(args.input_dir)
+    files = find_images(root)
+    partners = _partners(root, files, args.conditioning_dir)
+    specimens = {file: _specimen(file.relative_to(root), args.specimen_pattern) for file in files}
+    held_out = _held_out(sorted(set(specimens.values())), args)
+    planes: list[Plane] = []
+    kinds: _Kinds = {}
+    for file in files:
+        image = read_image(file)
+        _same_kind(kinds, "input_dir", file, image.planes)
+        partner = partners.get(file)
+        if partner is not None:
+            _check_partner(kinds, file, image.planes, partner)
+        size = image.planes.shape[-2], image.planes.shape[-1]
+        _check_size(file, size, args.tile_size, None if partner else optics)
+        for number, plane in enumerate(image.planes):
+            name = file.relative_to(root).as_posix() + (f"#{number}" if len(image.planes) > 1 else "")
+            check_plane(plane, name)
+            margin = max(args.split_margin, 0 if partner else optics.radius)
+            train, kept = _regions(name, size, args, margin, whole=specimens[file] in held_out)
+            planes.append(Plane(file, partner, number, name, specimens[file], size, train, kept))
+    return planes
+
+
+def _regions(
+    name: str, size: tuple[int, int], args: MicroscopyDataArguments, margin: int, *, whole: bool
+) -> tuple[Region | None, Region | None]:
+    """The parts of an image to train on and to hold out; `whole`: all of it is held out."""
+    everything = (0, 0, *size)
+    if whole or args.split != "region" or not args.eval_fraction:
+        return (None, everything) if whole else (everything, None)
+    axis = int(size[1] > size[0])  # a strip at the end of the longer side
+    start = round(size[axis] * (1 - args.eval_fraction))
+    if start - margin < args.tile_size or size[axis] - start < args.tile_size:
+        raise SciflowError(
+            f"{name}: of its {size[axis]} pixels `eval_fraction` {args.eval_fraction} leaves {start - margin} to train "
+            f"on and {size[axis] - start} held out, and a tile has {args.tile_size}. Lower `tile_size`, change "
+            "`eval_fraction`, or take `--split specimen`."
+        )
+    train, kept = [0, 0, *size], [0, 0, *size]
+    train[axis + 2], kept[axis] = start - margin, start
+    return (train[0], train[1], train[2], train[3]), (kept[0], kept[1], kept[2], kept[3])
+
+
+def _held_out(specimens: Sequence[str], args: MicroscopyDataArguments) -> set[str]:
+    """Specimens that are held out whole."""
+    unknown = sorted(set(args.eval_specimens) - set(specimens))
+    if unknown:
+        raise SciflowError(f"`eval_specimens` {unknown}: the specimens are {list(specimens)}.")
+    if args.split == "fold":
+        if len(specimens) < args.num_folds:
+            raise SciflowError(f"`num_folds` {args.num_folds}: there are only {len(specimens)} specimens.")
+        order = sorted(specimens, key=lambda name: hash64(name, "fold"))
+        return {*args.eval_specimens, *order[args.fold :: args.num_folds]}
+    if args.split == "region":
+        return set(args.eval_specimens)
+    by_hash = {s for s in specimens if uniform([signed64(hash64(s))], stream="split").item() < args.eval_fraction}
+    return {*args.eval_specimens, *by_hash}
+
+
+def _specimen(path: Path, pattern: str | None) -> str:
+    if pattern is None:
+        return path.parts[0] if len(path.parts) > 1 else path.name.split(".")[0]
+    match = re.search(pattern, path.as_posix())
+    if match is None:
+        raise SciflowError(f"`specimen_pattern` {pattern!r} finds nothing in {path.as_posix()!r}.")
+    return match[1]
+
+
+def _partners(root: Path, files: Sequence[Path], conditioning_dir: str | None) -> dict[Path, Path]:
+    """Sharp file -> measured file of the same path, but for the suffix."""
+    if conditioning_dir is None:
+        return {}
+    other = Path(conditioning_dir)
+    by_name = {_key(file.relative_to(other)): file for file in find_images(other, option="conditioning_dir")}
+    missing = [file for file in files if _key(file.relative_to(root)) not in by_name]
+    if missing:
+        raise SciflowError(f"`conditioning_dir` {conditioning_dir!r}: no image for {missing[0].relative_to(root)}.")
+    return {file: by_name[_key(file.relative_to(root))] for file in files}
+
+
+def _key(path: Path) -> str:
+    return (path.parent / path.name.split(".")[0]).as_posix()
+
+
+def _same_kind(kinds: _Kinds, option: str, file: Path, planes: np.ndarray) -> None:
+    kind = planes.shape[1], str(planes.dtype)
+    first, other = kinds.setdefault(option, (kind, file))
+    if kind != first:
+        raise SciflowError(
+            f"{file}: {kind[0]} channels of {kind[1]}, but {other} has {first[0]} of {first[1]}. Images of one "
+            f"`{option}` must be alike: convert them, or train on one kind."
+        )
+
+
+def _check_partner(kinds: _Kinds, file: Path, sharp: np.ndarray, partner: Path) -> None:
+    planes = read_image(partner).planes
+    _same_kind(kinds, "conditioning_dir", partner, planes)
+    if (len(planes), planes.shape[-2:]) != (len(sharp), sharp.shape[-2:]):
+        raise SciflowError(
+            f"{partner}: {len(planes)} planes of {planes.shape[-2:]} pixels, but {file} has {len(sharp)} of "
+            f"{sharp.shape[-2:]}. Register and resample the pair to one size."
+        )
+    for number, plane in enumerate(planes):
+        check_plane(plane, f"{partner.name}#{number}")
+
+
+def _check_size(file: Path, size: tuple[int, int], tile_size: int, optics: ForwardModel | None) -> None:
+    if min(size) < tile_size:
+        raise SciflowError(
+            f"{file}: {size[0]} x {size[1]} pixels, smaller than `tile_size` {tile_size}. Lower it, or take the "
+            "image out."
+        )
+    if optics is not None and optics.radius >= min(size):
+        raise SciflowError(
+            f"{file}: {size[0]} x {size[1]} pixels, but `psf` {optics.psf} is {len(optics.kernel)} wide, larger than "
+            "the image. Take a smaller PSF, or the image out."
+        )

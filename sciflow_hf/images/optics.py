@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,11 @@ from .files import SUFFIXES, read_image
 PSFS = ("gaussian", "airy", "born_wolf")
 
 
+def _setting(default: Any, help: str) -> Any:
+    """A field with its explanation for `--help`."""
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass
 class ForwardModel:
     """Poisson(photons * (psf * x) / white_level + background) + Gaussian read noise, brought back to intensities.
@@ -23,32 +29,31 @@ class ForwardModel:
     The image that it makes has the unit of the sharp one: background is taken off, and `white_level` is `photons`
     photons. Draws are keyed; all but the draw itself is differentiable.
 
-    Args:
-        psf: "gaussian"; "airy", the focal plane of a circular pupil (Born and Wolf, section 8.5); "born_wolf", that
-            of a plane `defocus` away (section 8.8); or an image file of a measured one.
-        psf_sigma: standard deviation of "gaussian", pixels.
-        wavelength, numerical_aperture, refractive_index: of emission (nm), of the objective, of its medium.
-        pixel_size: in the specimen, nm.
-        defocus: distance from the focal plane, nm.
-        psf_exponent: 2 for two-photon excitation, whose fluorescence goes with the square of the light.
-        photons: expected per pixel at `white_level`.
-        background: photons per pixel from out of focus and stray light.
-        read_noise: standard deviation of the camera, photons.
-        white_level: intensity of `photons` photons; 0: the upper end of the fitted intensity transform.
+    Saved pipelines carry a copy of this module: a plain dataclass, without the parser of options.
     """
 
-    psf: str = field(default="gaussian", metadata={"help": "gaussian, airy, born_wolf, or the image file of a PSF."})
-    psf_sigma: float = field(default=1.5, metadata={"help": "Standard deviation of the gaussian PSF, pixels."})
-    wavelength: float = field(default=520.0, metadata={"help": "Wavelength of emission, nm."})
-    numerical_aperture: float = field(default=1.2, metadata={"help": "Numerical aperture of the objective."})
-    refractive_index: float = field(default=1.33, metadata={"help": "Refractive index of the medium."})
-    pixel_size: float = field(default=100.0, metadata={"help": "Size of a pixel in the specimen, nm."})
-    defocus: float = field(default=0.0, metadata={"help": "Distance from the focal plane, nm (born_wolf)."})
-    psf_exponent: int = field(default=1, metadata={"help": "2 for two-photon excitation: the PSF is squared."})
-    photons: float = field(default=100.0, metadata={"help": "Expected photons of a pixel at the white level."})
-    background: float = field(default=2.0, metadata={"help": "Photons of background per pixel."})
-    read_noise: float = field(default=1.0, metadata={"help": "Standard deviation of the camera's noise, photons."})
-    white_level: float = field(default=0.0, metadata={"help": "Intensity of --photons; 0: from the training images."})
+    heading: ClassVar[str] = "Forward model of the microscope"
+
+    psf: str = _setting(
+        "gaussian",
+        "gaussian; airy, the focal plane of a circular pupil (Born and Wolf, section 8.5); born_wolf, that of a plane "
+        "`--defocus` away (section 8.8); or the image file of a measured one.",
+    )
+    psf_sigma: float = _setting(1.5, "Standard deviation of the gaussian PSF, pixels. Above 0.")
+    wavelength: float = _setting(520.0, "Wavelength of emission, nm. Above 0.")
+    numerical_aperture: float = _setting(1.2, "Numerical aperture of the objective, below `--refractive_index`.")
+    refractive_index: float = _setting(1.33, "Refractive index of the medium of the objective.")
+    pixel_size: float = _setting(100.0, "Size of a pixel in the specimen, nm. Above 0.")
+    defocus: float = _setting(0.0, "Distance from the focal plane, nm (born_wolf).")
+    psf_exponent: int = _setting(
+        1, "2 for two-photon excitation, whose fluorescence goes with the square of the light. 1, 2 or 3."
+    )
+    photons: float = _setting(100.0, "Expected photons of a pixel at `--white_level`. Above 0.")
+    background: float = _setting(2.0, "Photons per pixel from out of focus and stray light. At least 0.")
+    read_noise: float = _setting(1.0, "Standard deviation of the camera's noise, photons. At least 0.")
+    white_level: float = _setting(
+        0.0, "Intensity of `--photons` photons; 0: the upper end of the intensity transform fitted to training images."
+    )
 
     def __post_init__(self) -> None:
         if self.psf not in PSFS and Path(self.psf).suffix.lower() not in SUFFIXES:

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from ..data.arguments import DataArguments, load_data, spread
+from ..data.arguments import DataArguments
 from ..data.build.build import BuildReport, build_cache
-from ..data.cache import LatentCache, load_cache
+from ..data.cache import LatentCache
+from ..data.load import load_cache, load_data
+from ..data.split import spread
 from ..data.stream.stream import StreamingCache
 from ..demo import demo_figures, demo_pipeline
 from ..demo.digits import DIGITS, write_digits
@@ -20,9 +22,8 @@ from ..errors import SciflowError
 from ..families.base import ModelFamily
 from ..families.dit import DiT
 from ..families.microscopy_unet import MicroscopyUNet
-from ..images.class_latents import ClassLatents, class_records
-from ..images.class_source import ClassImageArguments, ClassSource
-from ..images.classes import load_class_images
+from ..images.class_source import ClassImageArguments, ClassSource, class_records
+from ..images.classes import ClassLatents, load_class_images
 from ..images.microscopes import MicroscopyDataArguments, MicroscopyTiles, load_microscopy_images
 from ..images.optics import ForwardModel
 from .arguments import DiffusionTrainingArguments

@@ -14,7 +14,7 @@ from sciflow_hf.adapters.export import export_adapter, export_run
 from sciflow_hf.adapters.files import WEIGHT_NAME, save_adapter
 from sciflow_hf.adapters.layers import adapter_layers, adapter_parameters
 from sciflow_hf.adapters.text_encoders import NetworkWithText
-from sciflow_hf.data.cache import load_cache
+from sciflow_hf.data.load import load_cache
 from sciflow_hf.hub.upload import publishable_files
 
 TEXT_FAMILIES = ("sdxl", "sd3", "flux")

@@ -14,7 +14,7 @@ import sciflow_hf as sf
 from sciflow_hf.adapters.files import WEIGHT_NAME, load_adapter_weights, save_adapter, text_states
 from sciflow_hf.adapters.layers import adapter_disabled, adapter_facts, adapter_parameters, network_of
 from sciflow_hf.adapters.text_encoders import NetworkWithText
-from sciflow_hf.data.cache import load_cache
+from sciflow_hf.data.load import load_cache
 from sciflow_hf.training.prepare import build_cache_for, online_text
 
 FAMILIES = ("sdxl", "sd3", "flux")

@@ -20,7 +20,7 @@ from sciflow_hf.data.batches.buckets import BucketBatchSampler
 from sciflow_hf.data.batches.loader import BucketLoader
 from sciflow_hf.data.build.build import build_cache
 from sciflow_hf.data.build.convert import convert_cache
-from sciflow_hf.data.cache import load_cache
+from sciflow_hf.data.load import load_cache
 
 from .klein import quiet
 from .loader_data import Data, disk_bytes, in_new_process, index_row, write_index

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sciflow_hf.data.batches.buckets import BucketBatchSampler
 from sciflow_hf.data.batches.loader import BucketLoader
-from sciflow_hf.data.cache import load_cache
+from sciflow_hf.data.load import load_cache
 from sciflow_hf.data.stream.loader import StreamLoader
 
 from .loader_data import NAMES, Data, Tensors, batch_row, installed

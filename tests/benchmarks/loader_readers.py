@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sciflow_hf.data.cache import load_cache
+from sciflow_hf.data.load import load_cache
 
 from .loader_data import COMPRESSED_SAMPLES, NAMES, Data, Tensors, batch_row, installed, torch_threads
 

@@ -19,8 +19,8 @@ from recipe_runs import environment
 
 import sciflow_hf as sf
 from sciflow_hf.cli import main
-from sciflow_hf.data.cache import load_cache
 from sciflow_hf.data.inspect.chart import MAX_BARS, draw_bucket_chart, write_bucket_chart
+from sciflow_hf.data.load import load_cache
 from sciflow_hf.errors import SciflowError
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -280,7 +280,7 @@ def test_errors_are_one_line(cli: Cli, tmp_path: Path, monkeypatch: pytest.Monke
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sciflow_hf.data.cache.load_cache", interrupt)
+    monkeypatch.setattr("sciflow_hf.data.load.load_cache", interrupt)
     assert cli("cache", "info", "--dataset_dir", tmp_path)[0] == 130
 
 

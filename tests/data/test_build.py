@@ -10,7 +10,7 @@ import pytest
 import torch
 from builds import LENGTH, PAYLOADS, STEP, WIDTH, StubEncoders, build, index_of, make_images, picture, write_notes
 
-from sciflow_hf.data.cache import load_cache
+from sciflow_hf.data.load import load_cache
 from sciflow_hf.errors import SciflowError
 
 

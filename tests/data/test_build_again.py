@@ -23,7 +23,7 @@ from builds import (
     write_notes,
 )
 
-from sciflow_hf.data.cache import load_cache
+from sciflow_hf.data.load import load_cache
 from sciflow_hf.errors import SciflowError
 
 BLOCKS = ("shards", "inline")

@@ -15,8 +15,8 @@ import pytest
 import torch
 from builds import PAYLOADS, StubEncoders, build, index_of, make_images, picture, samples_of, settled, write_notes
 
-from sciflow_hf.data.cache import load_cache
 from sciflow_hf.data.inspect.verify import verify_cache
+from sciflow_hf.data.load import load_cache
 from sciflow_hf.errors import SciflowError
 
 payloads = pytest.mark.parametrize("payload", PAYLOADS)

@@ -21,7 +21,7 @@ from builds import (
 )
 
 from sciflow_hf.data.build.build import BuildReport
-from sciflow_hf.data.cache import load_cache
+from sciflow_hf.data.load import load_cache
 from sciflow_hf.errors import CacheError, SciflowError
 
 payloads = pytest.mark.parametrize("payload", PAYLOADS)

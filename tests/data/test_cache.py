@@ -15,9 +15,10 @@ import torch
 from caches import encoder_settings, write_cache
 from torch.utils.data import DataLoader
 
-from sciflow_hf.data.cache import LatentCache, load_cache
+from sciflow_hf.data.cache import LatentCache
 from sciflow_hf.data.layouts.members import read_members
 from sciflow_hf.data.layouts.npz import npz_members
+from sciflow_hf.data.load import load_cache
 from sciflow_hf.errors import CacheError, SciflowError
 
 

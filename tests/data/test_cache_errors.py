@@ -15,7 +15,7 @@ import torch
 from caches import write_cache
 from test_cache import edit, index_files, payload_of, resave
 
-from sciflow_hf.data.cache import load_cache
+from sciflow_hf.data.load import load_cache
 from sciflow_hf.errors import CacheError, SciflowError
 
 

@@ -14,8 +14,8 @@ from caches import encoder_settings, write_cache
 
 from sciflow_hf.data.build import convert
 from sciflow_hf.data.build.convert import convert_cache
-from sciflow_hf.data.cache import load_cache
 from sciflow_hf.data.layouts.shards import read_header
+from sciflow_hf.data.load import load_cache
 from sciflow_hf.errors import CacheError, SciflowError
 
 BUCKETS = {(32, 48): 7, (48, 32): 4, (24, 64): 3}

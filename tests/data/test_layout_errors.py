@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_layouts import ROWS, data_file, make
 
-from sciflow_hf.data.cache import load_cache
+from sciflow_hf.data.load import load_cache
 from sciflow_hf.errors import CacheError
 
 

@@ -24,9 +24,9 @@ from sciflow_hf.data.build.blocks import (
     write_part,
     write_payloads,
 )
-from sciflow_hf.data.cache import load_cache
 from sciflow_hf.data.layouts import inline, shards, stored
 from sciflow_hf.data.layouts.shards import read_header
+from sciflow_hf.data.load import load_cache
 from sciflow_hf.errors import CacheError, SciflowError
 
 ROWS = 6

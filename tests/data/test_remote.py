@@ -17,8 +17,8 @@ from hub_server import HubServer, hub  # noqa: F401
 
 from sciflow_hf.data import storage
 from sciflow_hf.data.build.convert import convert_cache
-from sciflow_hf.data.cache import load_cache
 from sciflow_hf.data.disk_cache import DiskCache
+from sciflow_hf.data.load import load_cache
 from sciflow_hf.errors import CacheError
 
 
@@ -296,7 +296,7 @@ def test_nothing_there(in_memory: str, streaming: bool) -> None:
 CLIENT = """
 import sys, time
 time.sleep = lambda seconds: None
-from sciflow_hf.data.cache import load_cache
+from sciflow_hf.data.load import load_cache
 from sciflow_hf.errors import CacheError
 from sciflow_hf.data.stream.loader import StreamLoader
 

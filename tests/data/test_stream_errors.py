@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from caches import write_cache
 
-from sciflow_hf.data.cache import load_cache
+from sciflow_hf.data.load import load_cache
 from sciflow_hf.data.stream.loader import StreamLoader
 from sciflow_hf.data.stream.stream import open_stream
 from sciflow_hf.errors import CacheError, SciflowError

@@ -20,7 +20,7 @@ from sciflow_hf.data.batches.buckets import BucketBatchSampler
 from sciflow_hf.data.batches.loader import BucketLoader
 from sciflow_hf.data.batches.threads import release
 from sciflow_hf.data.build.convert import convert_cache
-from sciflow_hf.data.cache import load_cache
+from sciflow_hf.data.load import load_cache
 from sciflow_hf.data.stream.index import StreamIndex
 from sciflow_hf.data.stream.loader import StreamLoader
 from sciflow_hf.data.stream.order import EpochRows

@@ -17,9 +17,9 @@ import torch
 from caches import encoder_settings, write_cache
 
 from sciflow_hf.data.build.convert import convert_cache
-from sciflow_hf.data.cache import load_cache
 from sciflow_hf.data.inspect.repair import write_repaired
 from sciflow_hf.data.inspect.verify import VerifyReport, verify_cache
+from sciflow_hf.data.load import load_cache
 from sciflow_hf.errors import CacheError, SciflowError
 
 LAYOUTS = {

@@ -12,7 +12,7 @@ from PIL import Image
 
 from sciflow_hf.data.build.sources import oriented_size, to_rgb
 from sciflow_hf.data.build.views import fit_pixels, variants, view_of
-from sciflow_hf.data.cache import load_cache
+from sciflow_hf.data.load import load_cache
 from sciflow_hf.errors import SciflowError
 
 

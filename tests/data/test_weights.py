@@ -12,8 +12,9 @@ import pytest
 import torch
 from caches import write_cache
 
-from sciflow_hf.data.arguments import DataArguments, load_data
+from sciflow_hf.data.arguments import DataArguments
 from sciflow_hf.data.batches.buckets import BucketBatchSampler
+from sciflow_hf.data.load import load_data
 from sciflow_hf.errors import SciflowError
 
 

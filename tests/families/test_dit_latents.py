@@ -10,8 +10,8 @@ from test_class_images import own_cache, write_folder  # noqa: F401
 import sciflow_hf as sf
 from sciflow_hf.cli import main
 from sciflow_hf.data.batches.loader import BucketLoader, training_sampler
-from sciflow_hf.images.class_latents import ClassLatents
 from sciflow_hf.images.class_source import ClassImageArguments
+from sciflow_hf.images.classes import ClassLatents
 
 NETWORK = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16)
 

@@ -8,7 +8,7 @@ from PIL import Image
 from steps import make_trainer
 
 import sciflow_hf as sf
-from sciflow_hf.data.cache import load_cache
+from sciflow_hf.data.load import load_cache
 from sciflow_hf.hub.upload import publishable_files
 from sciflow_hf.report.plots import MAX_POINTS, plot_training, training_figure
 

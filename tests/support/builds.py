@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from sciflow_hf.data.build.build import BuildReport, build_cache
-from sciflow_hf.data.cache import load_cache
+from sciflow_hf.data.load import load_cache
 
 PAYLOADS = ("npz", "shards", "inline")
 STEP, LENGTH, WIDTH = 8, 5, 6  # pixels per latent, tokens, embedding width

@@ -83,7 +83,7 @@ def test_a_conversion_killed_at_random_moments(tmp_path, payload):
 
     import torch
 
-    from sciflow_hf.data.cache import load_cache
+    from sciflow_hf.data.load import load_cache
 
     source = write_cache(
         tmp_path / "source", settings=encoder_settings("x"), buckets={(256, 384): 90, (384, 256): 70}, embed_dim=4096
@@ -132,8 +132,8 @@ def test_cache_build_killed_at_random_moments(tmp_path, tiny_klein, figures):
     import torch
 
     from sciflow_hf.cli import main
-    from sciflow_hf.data.cache import load_cache
     from sciflow_hf.data.inspect.verify import verify_cache
+    from sciflow_hf.data.load import load_cache
 
     def words(output):
         options = {

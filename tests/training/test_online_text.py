@@ -9,7 +9,7 @@ from caches import encoder_settings, write_cache
 from diffusers import Flux2KleinPipeline
 
 from sciflow_hf.data.arguments import DataArguments
-from sciflow_hf.data.cache import load_cache
+from sciflow_hf.data.load import load_cache
 from sciflow_hf.errors import CacheError, SciflowError
 from sciflow_hf.families import flux2_klein
 from sciflow_hf.families.flux2_klein import Flux2Klein

@@ -15,8 +15,9 @@ from memory_cache import released
 from steps import make_trainer, weights
 
 import sciflow_hf as sf
-from sciflow_hf.data.arguments import DataArguments, load_data
+from sciflow_hf.data.arguments import DataArguments
 from sciflow_hf.data.batches.loader import BucketLoader, training_sampler
+from sciflow_hf.data.load import load_data
 from sciflow_hf.data.prior import Prior, loss_weights, without_prior
 from sciflow_hf.errors import CacheError, SciflowError
 from sciflow_hf.training.loss_log import LossLog

@@ -14,7 +14,7 @@ from ...errors import SciflowError
 from ..layouts.members import CODECS, Stored, encode_member
 from ..layouts.shards import shard_columns, shard_file, write_shard
 from ..layouts.stored import TEXT_TENSORS
-from ..parquet import METADATA_KEY, portable
+from ..parquet import ENCODER_KEYS, METADATA_KEY, portable
 from .writing import write_payload, write_whole
 
 if TYPE_CHECKING:
@@ -171,8 +171,6 @@ def index_file(name: str) -> str:
 
 def prompt_hash(caption: str, settings: Mapping[str, Any]) -> str:
     """16 hex digits: equal where caption and encoders are, so that the embeddings are."""
-    from ..cache import ENCODER_KEYS
-
     encoder = portable({key: settings[key] for key in ENCODER_KEYS if key in settings})
     text = json.dumps([caption, encoder], sort_keys=True, default=list)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

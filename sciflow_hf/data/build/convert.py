@@ -17,12 +17,13 @@ from tqdm import tqdm
 from ... import __version__
 from ...errors import CacheError, SciflowError
 from .. import storage
-from ..cache import LatentCache, load_cache
+from ..cache import LatentCache
 from ..index import EMPTY_PROMPT_FILE
 from ..layouts.inline import count_rows
 from ..layouts.members import Member, quantise, target_dtype
 from ..layouts.shards import read_header, shard_file
 from ..layouts.stored import TEXT_TENSORS
+from ..load import load_cache
 from .blocks import Layout, index_file, locked, write_part, write_payloads
 from .convert_plan import ConvertPlan
 from .writing import SETTINGS_FILE as BUILD_SETTINGS

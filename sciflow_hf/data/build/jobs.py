@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...errors import first_line
 from ..batches.buckets import nearest_bucket
 from .sources import Record, oriented_size
 from .views import View, variants, view_of
@@ -93,7 +94,7 @@ def find_jobs(
                 original = oriented_size(image)
                 bucket = nearest_bucket(*original, buckets)
         except Exception as error:  # PIL lets through whatever its decoders raise; the image is named
-            skip(record.name, f"unreadable image ({reason(error)})")
+            skip(record.name, f"unreadable image ({first_line(error)})")
             continue
         content: list[Any] = [record.name, record.caption if with_caption else None, resolution, record.num_bytes]
         if masked:
@@ -148,8 +149,3 @@ def in_batches(jobs: Sequence[Job], batch_size: int, *, prompts: Collection[str]
     rest = list(left or ())
     for start in range(0, len(rest), batch_size):
         yield Batch([], rest[start : start + batch_size])
-
-
-def reason(error: Exception) -> str:
-    """The first line of an error, for a list of skipped images."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -14,9 +14,10 @@ import torch
 from tqdm import tqdm
 
 from ... import __version__
+from ...errors import first_line
 from ..batches.samples import text_rows
 from ..index import EMPTY_PROMPT_FILE
-from .jobs import Batch, Job, in_batches, reason
+from .jobs import Batch, Job, in_batches
 from .sources import to_rgb
 from .stores import STAGING, Skips, Store
 from .views import average_mask, fit_mask, fit_pixels
@@ -177,13 +178,13 @@ class Work:
                 image = self._open(job)
                 pixels.append(fit_pixels(image, job.view))
             except Exception as error:  # PIL lets through whatever its decoders raise; the image is named
-                self.skip(job.name, f"unreadable image ({reason(error)})")
+                self.skip(job.name, f"unreadable image ({first_line(error)})")
                 continue
             try:
                 masks.append(fit_mask(_mask(job), job.view))
             except Exception as error:
                 pixels.pop()
-                self.skip(job.name, f"unusable loss mask ({reason(error)})")
+                self.skip(job.name, f"unusable loss mask ({first_line(error)})")
                 continue
             good.append(job)
         images = self.encode_images(torch.from_numpy(np.stack(pixels))) if good else {}

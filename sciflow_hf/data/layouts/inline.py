@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from ...errors import CacheError
+from ...errors import CacheError, first_line
 from .. import storage
 from ..build.writing import write_whole
-from ..columns import Columns, first_line
+from ..parquet import Columns
 from .members import BROKEN, Stored, missing_file, unreadable
 from .stored import StoredPart, numbers, stored_columns, with_scales
 

@@ -12,8 +12,7 @@ import numpy as np
 from ...errors import CacheError, SciflowError
 from .. import storage
 from ..build.writing import write_whole
-from ..columns import Columns
-from ..parquet import METADATA_KEY
+from ..parquet import METADATA_KEY, Columns
 from .members import BROKEN, Stored, missing_file, unreadable
 from .stored import CONVERT, TEXT_TENSORS, StoredPart, numbers, stored_columns, with_scales
 

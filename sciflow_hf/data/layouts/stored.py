@@ -7,7 +7,7 @@ import numpy as np
 
 from ...errors import CacheError
 from .. import storage
-from ..columns import Columns
+from ..parquet import Columns
 from .members import CODECS, DTYPES, Member
 
 if TYPE_CHECKING:

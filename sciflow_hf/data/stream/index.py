@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ...errors import CacheError
+from ...errors import CacheError, first_line
 from .. import storage
 from ..cache import LatentCache
-from ..columns import Columns, first_line
 from ..index import (
     CAPTION_COLUMNS,
     EMPTY_PROMPT_FILE,
@@ -29,7 +28,7 @@ from ..index import (
     wanted_columns,
 )
 from ..layouts.npz import NpzPart
-from ..parquet import BUILD, check_schemas, common_metadata, part_metadata
+from ..parquet import BUILD, Columns, check_schemas, common_metadata, part_metadata
 from .order import Row
 
 if TYPE_CHECKING:

@@ -1,7 +1,6 @@
 """Stream a cache: the index is read as it goes by, never whole; payloads are read as in a map-style cache."""
 
 import copy
-import functools
 import hashlib
 import logging
 import os
@@ -13,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import IterableDataset
 
-from ...diffusion.randomness import hash64
 from ...errors import CacheError, SciflowError
 from ..cache import LatentCache
 from ..parquet import BUILD
+from ..split import check_eval_fraction, is_held_out
 from .index import FILES_AT_ONCE, RowsView, StreamIndex
 from .order import EpochRows, Row
 
@@ -78,8 +77,7 @@ class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
         Raises:
             SciflowError: if `eval_fraction` is not in [0, 1), or nothing is left to train on.
         """
-        if not 0 <= eval_fraction < 1:
-            raise SciflowError(f"`eval_fraction` is {eval_fraction}, but must lie in [0, 1). Use 0 for no evaluation.")
+        check_eval_fraction(eval_fraction)
         train = copy.copy(self)
         train._eval_fraction, train._running, train._resumed = eval_fraction, None, None
         train.__dict__.pop("fingerprint", None)
@@ -200,7 +198,7 @@ class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
 
     def keeps(self, row: Row) -> bool:
         """Whether a row is on this side of the split."""
-        return not self._eval_fraction or not _held_out(self._index.group(row), self._eval_fraction)
+        return not self._eval_fraction or not is_held_out(self._index.group(row), self._eval_fraction)
 
 
 def open_stream(
@@ -231,8 +229,3 @@ def open_stream(
             f"`weights` is {list(weights)}, but must be one number above 0 for each of {index.num_sources} caches."
         )
     return StreamingCache(index, shuffle_buffer=shuffle_buffer, weights=weights)
-
-
-@functools.lru_cache(maxsize=1 << 16)
-def _held_out(group: str, eval_fraction: float) -> bool:
-    return hash64(group, "eval split") < int(eval_fraction * 2.0**64)

@@ -1,0 +1,151 @@
+"""Open caches: as a data set of rows, as a stream, or as the two parts that a run trains on and holds out."""
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import CacheError, SciflowError
+from .arguments import DataArguments
+from .cache import LatentCache
+from .index import open_index
+from .prior import Prior
+from .split import spread
+from .storage import use_disk_cache
+from .stream.stream import StreamingCache, open_stream
+
+logger = logging.getLogger(__name__)
+
+_PathLike = str | os.PathLike[str]
+
+
+def load_cache(
+    dataset_dir: _PathLike | Sequence[_PathLike],
+    *,
+    payload_dir: _PathLike | None = None,
+    streaming: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+) -> LatentCache | StreamingCache:
+    """Open a cache: every parquet file below `dataset_dir`, checked against each other.
+
+    Args:
+        dataset_dir: folder of a cache, a parquet file, or several of these (joined in the given order).
+        payload_dir: where `cache_path` is rooted. By default, per index file, `dataset_dir` or else the
+            index file's own folder, whichever holds the payloads.
+        streaming: a `StreamingCache`, which never holds the whole index.
+        dtype: of the floating tensors that are read: bfloat16, float16 or float32.
+
+    Raises:
+        CacheError: for a missing or empty cache, parts that do not fit together, or a `cache_path` outside
+            of its root.
+        SciflowError: for another `dtype`.
+    """
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise SciflowError(f"`dtype` is {dtype}, but must be torch.bfloat16, torch.float16 or torch.float32.")
+    if streaming:
+        return open_stream(dataset_dir, payload_dir=payload_dir, dtype=dtype)
+    return LatentCache(open_index(dataset_dir, payload_dir=payload_dir), dtype=dtype)
+
+
+def load_data(
+    args: DataArguments,
+    *,
+    dtype: Any = None,
+    online_text: Callable[[list[str]], dict[str, torch.Tensor]] | None = None,
+) -> tuple[LatentCache | StreamingCache, LatentCache | None]:
+    """The training and the held-out part of the caches of `args`; None where nothing is held out.
+
+    With `streaming` the training part is a `StreamingCache`.
+
+    Args:
+        dtype: of the floating tensors; bfloat16 by default.
+        online_text: captions -> text tensors (B, ...), for `text_encoding` "online".
+
+    Raises:
+        CacheError: for a broken cache, or one without the embeddings that are to be read.
+    """
+    if args.remote_cache_dir:
+        use_disk_cache(args.remote_cache_dir, int(args.remote_cache_gb * 1e9))
+    where: dict[str, Any] = {"payload_dir": args.payload_dir, "dtype": dtype or torch.bfloat16}
+    folders = [*args.dataset_dir, *([] if args.prior_dataset_dir is None else [args.prior_dataset_dir])]
+    cache: LatentCache | StreamingCache
+    if args.streaming:
+        weights = args.dataset_weights or None
+        cache = open_stream(args.dataset_dir, shuffle_buffer=args.shuffle_buffer, weights=weights, **where)
+    else:
+        cache = load_cache(folders, **where)
+    cache.online_text = online_text
+    if online_text is None:
+        _check_text(cache, folders)
+    train: LatentCache | StreamingCache
+    prior: LatentCache | None = None
+    if isinstance(cache, LatentCache) and args.prior_dataset_dir is not None:
+        is_prior = cache.source_of_row == len(args.dataset_dir)
+        cache, prior = cache.select(np.flatnonzero(~is_prior)), cache.select(np.flatnonzero(is_prior))
+    train, held_out = cache.split(args.eval_fraction) if args.eval_fraction else (cache, None)
+    if args.eval_fraction and (len(train) == 0 or held_out is None or len(held_out) == 0):
+        raise SciflowError(
+            f"`eval_fraction` {args.eval_fraction} of {len(cache)} samples leaves {len(train)} to train on and "
+            f"{len(held_out or [])} held out; those of one `paper_id` stay together. Use another fraction, or 0."
+        )
+    if isinstance(train, LatentCache):
+        train = _chosen(train, args)
+        train = train if prior is None else _with_prior(train, prior, loss_weight=args.prior_loss_weight)
+    logger.info("%d samples to train on, %d held out.", len(train) - len(prior or []), len(held_out or []))
+    return train, held_out
+
+
+def _chosen(train: LatentCache, args: DataArguments) -> LatentCache:
+    """What `max_train_samples` and `dataset_weights` make of the training part."""
+    if args.max_train_samples and args.max_train_samples < len(train):
+        train = train.select(spread(len(train), args.max_train_samples))
+    if args.dataset_weights:
+        train.repeats = _repeats(train.source_of_row, args.dataset_weights, args.dataset_dir)
+    return train
+
+
+def _check_text(cache: LatentCache | StreamingCache, dirs: Sequence[str]) -> None:
+    """CacheError where embeddings are to be read and not stored."""
+    source = dirs[0] if cache.metadata.get("embeds") == "none" else None
+    if isinstance(cache, LatentCache) and 0 in (lengths := cache.text_lengths):
+        source = dirs[int(cache.source_of_row[lengths.index(0)])]
+    if source is not None:
+        raise CacheError(
+            f"`dataset_dir` {source!r} holds no text embeddings. Encode its captions in training by "
+            "`--text_encoding online`, or build it again with embeddings (`sciflow-hf cache build --embeds bf16`)."
+        )
+
+
+def _repeats(sources: np.ndarray, weights: Sequence[float], dirs: Sequence[str]) -> np.ndarray:
+    """How often an epoch shows each row, (N,), at least 1: draws of the caches are in the ratio of `weights`."""
+    samples = np.bincount(sources, minlength=len(weights))
+    if not samples.all():
+        empty = dirs[int(np.argmin(samples))]
+        raise SciflowError(
+            f"`dataset_weights` {list(weights)}: {empty!r} has no sample to train on. Leave it out, or hold less out "
+            "(`--eval_fraction`)."
+        )
+    repeats = weights / samples
+    repeats /= repeats.min()
+    for folder, count, times in zip(dirs, samples, repeats, strict=True):
+        logger.info("%s: %d samples, each %.4g times an epoch.", folder, count, times)
+    return repeats[sources]
+
+
+def _with_prior(own: LatentCache, prior: LatentCache, *, loss_weight: float) -> LatentCache:
+    """The rows of `own`, then those of `prior`, two views of one index; an epoch draws as many of either kind.
+
+    Every row comes at least once an epoch.
+    """
+    rows = np.concatenate([own._rows, prior._rows])
+    train = LatentCache(own._index, dtype=own.dtype, rows=rows)
+    train.online_text = own.online_text
+    train.prior = Prior(np.arange(len(rows)) >= len(own), loss_weight)
+    repeats = np.ones(len(own)) if own.repeats is None else own.repeats
+    draws = max(repeats.sum(), len(prior))
+    train.repeats = np.concatenate([repeats * (draws / repeats.sum()), np.full(len(prior), draws / len(prior))])
+    logger.info("%d samples of prior preservation: %.4g times each an epoch.", len(prior), draws / len(prior))
+    return train

@@ -1,0 +1,27 @@
+"""Which rows of a data set are trained on and which are held out: one rule for caches, streams and images."""
+
+import functools
+
+from ..diffusion.randomness import hash64
+from ..errors import SciflowError
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def is_held_out(group: str, eval_fraction: float) -> bool:
+    """Whether the rows of a group are held out for evaluation.
+
+    A hash of the group alone decides, so that rows of one group stay together and new data moves no old row. The
+    fraction is of the groups, and is met in the mean.
+    """
+    return hash64(group, "eval split") < int(eval_fraction * 2.0**64)
+
+
+def check_eval_fraction(eval_fraction: float) -> None:
+    """Raises SciflowError outside of [0, 1)."""
+    if not 0 <= eval_fraction < 1:
+        raise SciflowError(f"`eval_fraction` is {eval_fraction}, but must lie in [0, 1). Use 0 for no evaluation.")
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """`wanted` of `count` rows, evenly."""
+    return [int(i * (count / wanted)) for i in range(wanted)]
