@@ -187,8 +187,8 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _conversion(report: "ConvertReport") -> str:
-    from ..data.build.writing import readable_bytes
     from ..data.inspect.describe import text_table
+    from ..data.writing import readable_bytes
 
     ratio = report.bytes_before / max(report.bytes_after, 1)
     rows = [
@@ -296,9 +296,9 @@ def _load(args: argparse.Namespace, **options: Any) -> "LatentCache":
 def _verify(args: argparse.Namespace) -> int:
     import torch
 
-    from ..data.build.writing import write_whole
     from ..data.inspect.repair import write_repaired
     from ..data.inspect.verify import verify_cache
+    from ..data.writing import output_file
 
     if args.repair and len(args.dataset_dir) > 1:
         raise SciflowError(f"`repair` takes one cache at a time, but `dataset_dir` names {len(args.dataset_dir)}.")
@@ -314,7 +314,8 @@ def _verify(args: argparse.Namespace) -> int:
     if args.json:
         facts = report.as_dict() | {"afresh": [vars(d) | {"ok": d.ok} for d in differences], "clean": ok}
         text = json.dumps(facts, indent=2) + "\n"
-        write_whole(Path(args.json), lambda handle: handle.write(text.encode()))
+        with output_file(Path(args.json)) as handle:
+            handle.write(text.encode())
     if args.repair and report.bad_rows:
         empty_is_bad = any(problem.what == "the empty prompt" for problem in report.problems)
         folder, root = write_repaired(cache, args.dataset_dir[0], report.bad_rows, with_empty_prompt=not empty_is_bad)
@@ -367,8 +368,8 @@ def _comparison(args: argparse.Namespace, cache: "LatentCache") -> Any:
 
 
 def _findings(report: "VerifyReport", differences: "list[Difference]", args: argparse.Namespace) -> str:
-    from ..data.build.writing import readable_bytes
     from ..data.inspect.describe import text_table
+    from ..data.writing import readable_bytes
 
     lines = [f"{report.rows} samples, {report.arrays} arrays, {readable_bytes(report.bytes)} read."]
     lines += [f"warning: {warning}" for warning in report.warnings]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..data.build.writing import write_whole
+from ..data.writing import output_file
 from ..errors import SciflowError
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ def plot_training(log_history: Sequence[Mapping[str, Any]], path: str | Path) ->
     if figure is None:
         raise SciflowError("`log_history` holds no loss: train at least `--logging_steps` steps before plotting.")
     file = Path(path)
-    write_whole(file, lambda handle: figure.savefig(handle, format="png", dpi=110))
+    with output_file(file) as handle:
+        figure.savefig(handle, format="png", dpi=110)
     return file
 
 

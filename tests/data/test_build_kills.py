@@ -31,7 +31,6 @@ _KILLED = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
 from builds import StubEncoders, build
-import sciflow_hf.data.build.writing as writing
 calls = 0
 replace = os.replace
 def replace_or_die(source, target):

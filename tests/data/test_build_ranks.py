@@ -167,7 +167,7 @@ def test_without_embeddings_no_prompt_is_encoded(images: Path, tmp_path: Path, p
 def test_blocks_have_a_bounded_size(images: Path, tmp_path: Path, payload: str, monkeypatch: Any) -> None:
     """A block has as many samples as fit, judged by the first, and as many after a kill."""
     build(images, tmp_path / "whole", payload=payload)
-    monkeypatch.setattr("sciflow_hf.data.build.work.BLOCK_BYTES", 2700)  # of samples of about 800 bytes, staged
+    monkeypatch.setattr("sciflow_hf.data.build.build.BLOCK_BYTES", 2700)  # of samples of about 800 bytes, staged
     with pytest.raises(RuntimeError):
         build(images, tmp_path / "cut", StubEncoders(stop_after=4), payload=payload)
     build(images, tmp_path / "cut", payload=payload)

@@ -24,7 +24,7 @@ from sciflow_hf.data.build.blocks import (
     write_part,
     write_payloads,
 )
-from sciflow_hf.data.layouts import inline, shards, stored
+from sciflow_hf.data.layouts import inline, shards
 from sciflow_hf.data.layouts.shards import read_header
 from sciflow_hf.data.load import load_cache
 from sciflow_hf.errors import CacheError, SciflowError
@@ -204,15 +204,15 @@ def test_members_lead_to_the_bytes_of_the_index(tmp_path, payload, codec, monkey
     monkeypatch.setattr(inline, "ROW_GROUP_BYTES", 2000)
     make(tmp_path, payload, "fp8", codec)
     cache, table = load_cache(tmp_path), pq.read_table(tmp_path / "data_part00000.parquet")
-    columns = stored.crc_columns(cache.metadata["payload"])
-    assert set(columns) == {*NAMES, "prompt_embeds_scale"}
+    names = set(cache.metadata["payload"]["tensors"])
+    assert names == {*NAMES, "prompt_embeds_scale"}
     for row in range(ROWS):
         members = cache.members(row)
         members["prompt_embeds_scale"] = members["prompt_embeds"].scale
-        for name, column in columns.items():
+        for name in names:
             member = members[name]
             data = Path(member.file).read_bytes()[member.offset : member.offset + member.nbytes]
-            assert len(data) == member.nbytes and zlib.crc32(data) == table.column(column)[row].as_py(), name
+            assert len(data) == member.nbytes and zlib.crc32(data) == table.column(f"{name}_crc32")[row].as_py(), name
 
 
 def test_an_index_that_names_rows_of_inline_files(tmp_path, monkeypatch):

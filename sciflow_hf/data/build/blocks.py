@@ -12,10 +12,11 @@ import torch
 
 from ...errors import SciflowError
 from ..layouts.members import CODECS, Stored, encode_member
+from ..layouts.npz import write_npz
 from ..layouts.shards import shard_columns, shard_file, write_shard
 from ..layouts.stored import TEXT_TENSORS
 from ..parquet import ENCODER_KEYS, METADATA_KEY, portable
-from .writing import write_payload, write_whole
+from ..writing import output_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -115,7 +116,7 @@ def write_payloads(
     if layout.payload == "npz":
         for path, sample in zip(rows.column("cache_path").to_pylist(), samples, strict=True):
             tensors = {"text_ids" if k == "txt_ids" else k: v for k, v in layout.tensors(sample).items()}
-            write_payload(output / path, tensors, layout.dtype)
+            write_npz(output / path, tensors, layout.dtype)
         return
     encoded = (layout.encode(sample) for sample in samples)
     if layout.payload == "inline":
@@ -161,7 +162,8 @@ def write_part(
         for column, array in columns.items():
             table = table.append_column(column, array)
         table = table.replace_schema_metadata(_facts(rows, layout, tensors))
-    write_whole(output / index_file(name), lambda handle: pq.write_table(table, handle))
+    with output_file(output / index_file(name)) as handle:
+        pq.write_table(table, handle)
 
 
 def index_file(name: str) -> str:

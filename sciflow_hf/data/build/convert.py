@@ -1,16 +1,19 @@
 """Convert a cache to another layout: block by block, by several processes, from where the last run stopped."""
 
+import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -18,16 +21,19 @@ from ... import __version__
 from ...errors import CacheError, SciflowError
 from .. import storage
 from ..cache import LatentCache
-from ..index import EMPTY_PROMPT_FILE
+from ..index import CAPTION_COLUMNS, EMPTY_PROMPT_FILE
 from ..layouts.inline import count_rows
 from ..layouts.members import Member, quantise, target_dtype
 from ..layouts.shards import read_header, shard_file
-from ..layouts.stored import TEXT_TENSORS
+from ..layouts.stored import TEXT_TENSORS, payload_columns
 from ..load import load_cache
-from .blocks import Layout, index_file, locked, write_part, write_payloads
-from .convert_plan import ConvertPlan
-from .writing import SETTINGS_FILE as BUILD_SETTINGS
-from .writing import readable_bytes, write_whole
+from ..parquet import METADATA_KEY
+from ..writing import output_file, readable_bytes
+from .blocks import Layout, cut_blocks, first_rows, index_file, locked, prompt_hash, write_part, write_payloads
+from .build import SETTINGS_FILE as BUILD_SETTINGS
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +116,7 @@ def convert_cache(
     output = Path(output_dir)
     source, folders = _open(input_dir, payload_dir)
     _check_apart(output, source, folders)
-    plan = ConvertPlan(source, layout, shard_bytes)
+    plan = _Plan(source, layout, shard_bytes)
     converter = _Converter(plan, output, ConvertReport(output, len(source), len(plan.blocks), prompts=plan.prompts))
     with locked(output) if rank == 0 else nullcontext():
         if rank == 0:
@@ -119,6 +125,92 @@ def convert_cache(
         barrier()
         _claim(output, plan, folders or source.part_files)
         return converter.run(rank, world_size, barrier)
+
+
+class _Plan:
+    """Which rows go into which block, and which block stores which prompt: from index and settings alone."""
+
+    def __init__(self, source: LatentCache, layout: Layout, shard_bytes: int) -> None:
+        self.source, self.layout = source, layout
+        self.latent_shapes = source._index.latent_shapes[source._rows].astype(np.int64)  # (N, 3)
+        self.text_shapes = source._index.text_shapes[source._rows].astype(np.int64)  # (N, 2)
+        names = source.members(0)
+        if layout.embeds != "none" and "prompt_embeds" not in names:
+            raise SciflowError(
+                f"`embeds` is {layout.embeds!r}, but the source stores no text embeddings (it was made with `embeds` "
+                "none). Encode them by `sciflow-hf cache build`, or convert with `--embeds none`."
+            )
+        if layout.embeds == "fp8" and source.metadata.get("embeds") == "fp8":
+            logger.warning("The source stores fp8 already: its rounding error is not in the error that is reported.")
+        self.names = [name for name in names if layout.embeds != "none" or name not in TEXT_TENSORS]
+        known = any(name in source.index.column_names for name in CAPTION_COLUMNS)
+        # For embeds "none" a cache without captions raises an error that says so.
+        captions = source.captions if known or layout.embeds == "none" else source.row_ids
+        if layout.embeds == "none" and not any(captions):
+            raise CacheError("`embeds` is 'none', but the captions of the source are empty: nothing could be encoded.")
+        self.hashes = [prompt_hash(caption, source.metadata) for caption in captions]
+        self.prompts = len(set(self.hashes))
+        once = layout.payload == "shards" and layout.embeds != "none"
+        self.first = first_rows(self.hashes) if once else list(range(len(source)))
+        self.sizes = self._sizes(names)
+        self.blocks = cut_blocks(self.sizes, shard_bytes)
+        self.block_names = [f"part{number:05d}" for number in range(len(self.blocks))]
+        starts = np.array([block.start for block in self.blocks])
+        owners = np.searchsorted(starts, np.array(self.first), side="right") - 1
+        self.owners = [self.block_names[number] for number in owners]
+        self.rows = self._light_rows()
+        cut = [[block.start, block.stop] for block in self.blocks]
+        facts = json.loads(self.rows.schema.metadata[METADATA_KEY])
+        text = json.dumps([cut, self.hashes, facts, self.rows.column_names], sort_keys=True)
+        self.settings = {
+            "payload": layout.payload, "embeds": layout.embeds, "codec": layout.codec, "shard_bytes": shard_bytes,
+            "source": source.fingerprint, "plan": hashlib.sha256(text.encode()).hexdigest()[:16],
+        }  # fmt: skip
+
+    def _sizes(self, members: Mapping[str, Member]) -> list[int]:
+        """Stored bytes of each row before compression; of what has no shape in the index, as in the first row."""
+        text = self.text_shapes
+        sizes = 2 * sum(name in ("latents", "latents_std") for name in members) * self.latent_shapes.prod(axis=1)
+        prompts = text[:, 0] * (text[:, 1] + 4 if self.layout.embeds == "fp8" else 2 * text[:, 1])
+        for name, member in members.items():
+            if name not in ("latents", "latents_std", "prompt_embeds"):
+                nbytes = member.numel * _itemsize(member)
+                (prompts if name in TEXT_TENSORS else sizes)[:] += nbytes
+        if self.layout.embeds != "none":
+            sizes += np.where(np.array(self.first) == np.arange(len(sizes)), prompts, 0)
+        return sizes.tolist()
+
+    def _light_rows(self) -> "pa.Table":
+        """The index without what says where the source's payloads are."""
+        import pyarrow as pa
+
+        table: pa.Table = self.source.index.with_format("arrow")[:]
+        gone = {column for payload in self.source._index.payloads for column in payload_columns(payload)}
+        table = table.drop_columns([name for name in table.column_names if name in gone])
+        metadata = {k: v for k, v in self.source.metadata.items() if k not in ("payload", "embeds")}
+        if "dtype" in metadata:
+            metadata["dtype"] = "bf16"
+        if self.layout.payload == "npz":
+            shapes = {"latent_shape": self.latent_shapes}
+            if self.layout.embeds != "none":
+                shapes["prompt_embeds_shape"] = self.text_shapes
+            for name, values in shapes.items():
+                table = table.append_column(name, pa.array(values.tolist(), pa.list_(pa.int64())))
+            table = table.append_column("cache_path", pa.array(self._npz_files(), pa.string()))
+        return table.replace_schema_metadata({METADATA_KEY: json.dumps(metadata).encode()})
+
+    def _npz_files(self) -> list[str]:
+        files = []
+        for row_id, group in zip(self.source.row_ids, self.source.groups, strict=True):
+            digest = hashlib.sha256(row_id.encode()).hexdigest()[:16]
+            paper = "" if group == row_id else re.sub(r"[^\w.-]+", "_", group).strip("._")[:80]
+            files.append(f"{paper or digest[:2]}/{digest}_latents.npz")
+        return files
+
+
+def _itemsize(member: Member) -> int:
+    """Bytes of a value once it is stored anew."""
+    return target_dtype(member, torch.bfloat16).itemsize
 
 
 def _open(
@@ -153,7 +245,7 @@ def _check_apart(output: Path, source: LatentCache, folders: Sequence[str]) -> N
             )
 
 
-def _claim(output: Path, plan: ConvertPlan, source: Sequence[str]) -> None:
+def _claim(output: Path, plan: _Plan, source: Sequence[str]) -> None:
     """Writes the settings of the conversion, or compares them with what is there."""
     file = output / SETTINGS_FILE
     if not file.is_file():
@@ -163,7 +255,8 @@ def _claim(output: Path, plan: ConvertPlan, source: Sequence[str]) -> None:
                 "`sciflow-hf cache convert`. Name another folder."
             )
         text = json.dumps({"settings": plan.settings, "source": list(source), "version": __version__}, indent=2)
-        write_whole(file, lambda handle: handle.write(text.encode() + b"\n"))
+        with output_file(file) as handle:
+            handle.write(text.encode() + b"\n")
         return
     try:
         before = json.loads(file.read_text())
@@ -213,7 +306,7 @@ class _Fp8Error:
 class _Converter:
     """One process's share of a conversion."""
 
-    plan: ConvertPlan
+    plan: _Plan
     output: Path
     report: ConvertReport
     fp8: _Fp8Error = field(default_factory=_Fp8Error)
@@ -331,7 +424,8 @@ class _Converter:
         source, target = self.plan.source._index.empty_prompt_file, self.output / EMPTY_PROMPT_FILE
         if source is not None and self.plan.layout.embeds != "none" and not target.is_file():
             data = storage.read(source, 0, storage.size(source))
-            write_whole(target, lambda handle: handle.write(data))
+            with output_file(target) as handle:
+                handle.write(data)
 
     def _write_parts(self, numbers: Sequence[int]) -> None:
         """Index files of blocks whose payloads, and those of the blocks that own their prompts, are there."""

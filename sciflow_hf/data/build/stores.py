@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 import torch
 
 from ...errors import CacheError, SciflowError
-from ..layouts.npz import npz_members
+from ..layouts.npz import npz_members, write_npz
 from .blocks import Layout
+from .index import index_schema, write_index
 from .jobs import Job
-from .writing import index_schema, write_index, write_payload
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ class NpzStore(Store):
 
     def save(self, job: Job, sample: Tensors) -> int:
         file = self.output / self.files[job.id]
-        write_payload(file, sample, self.layout.dtype)
+        write_npz(file, sample, self.layout.dtype)
         self.shapes[job.id] = {name: list(sample[tensor].shape) for name, tensor in _SHAPES.items()}
         return file.stat().st_size
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import SciflowError
-from ..build.writing import write_whole
+from ..writing import output_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,7 +26,8 @@ def write_bucket_chart(buckets: Mapping[tuple[int, int], int], file: str | Path)
     """
     image = draw_bucket_chart(buckets)
     file = Path(file)
-    write_whole(file, lambda handle: image.save(handle, format="PNG"))
+    with output_file(file) as handle:
+        image.save(handle, format="PNG")
     return file
 
 

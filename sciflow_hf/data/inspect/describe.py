@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...errors import CacheError
-from ..build.writing import readable_bytes
 from ..layouts.members import Member
+from ..writing import readable_bytes
 
 if TYPE_CHECKING:
     from ..cache import LatentCache

@@ -1,19 +1,19 @@
 """A new index beside a cache, without its bad rows; the payloads stay where they are, and the old index as it is."""
 
-import functools
 import os
-import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...errors import SciflowError
+from ...files import atomic_folder
 from .. import storage
-from ..build.writing import write_whole
 from ..index import EMPTY_PROMPT_FILE
 from ..parquet import is_binary, read_schema, read_table
+from ..writing import cannot_write
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -51,7 +51,6 @@ def write_repaired(
         raise SciflowError(f"`repair` would leave nothing: all {len(cache)} rows of {dataset_dir!r} are bad.")
     folder = Path(os.path.abspath(dataset_dir))
     target = folder.with_name(f"{folder.name}-repaired")
-    new = folder.with_name(f".{target.name}.{os.getpid()}.tmp")
     schemas = [read_schema(file) for file in index.part_names]
     # An inline file holds its own payloads, wherever `payload_dir` is.
     roots = [
@@ -60,22 +59,32 @@ def write_repaired(
     root = roots[0] if len(set(roots)) == 1 else str(folder)
     keep = np.ones(len(cache), dtype=bool)
     keep[list(bad_rows)] = False
-    try:
+
+    def write(new: Path) -> None:
         for number, file in enumerate(index.part_names):
             kept = keep[index.part_starts[number] : index.part_starts[number + 1]]
             if kept.any():
                 table = _rebased(_light(file, schemas[number], folder), roots[number], root, index.payloads[number])
-                write = functools.partial(pq.write_table, table.filter(kept))
-                write_whole(new / os.path.relpath(file, folder), write)
+                part = new / os.path.relpath(file, folder)
+                part.parent.mkdir(parents=True, exist_ok=True)
+                pq.write_table(table.filter(kept), part)
         if with_empty_prompt and (empty := index.empty_prompt_file) is not None:
-            data = storage.read(empty, 0, storage.size(empty))
-            write_whole(new / EMPTY_PROMPT_FILE, lambda handle: handle.write(data))
+            (new / EMPTY_PROMPT_FILE).write_bytes(storage.read(empty, 0, storage.size(empty)))
+
+    try:
         if not target.exists():
-            os.replace(new, target)
-        elif _content(new) != _content(target):
-            raise SciflowError(f"`repair` would write {str(target)!r}, which holds something else. Move or delete it.")
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+            with atomic_folder(target) as new:
+                write(new)
+        else:
+            with TemporaryDirectory() as again:
+                write(Path(again))
+                same = _content(Path(again)) == _content(target)
+            if not same:
+                raise SciflowError(
+                    f"`repair` would write {str(target)!r}, which holds something else. Move or delete it."
+                )
+    except OSError as error:
+        raise cannot_write(target, error) from error
     return target, root
 
 

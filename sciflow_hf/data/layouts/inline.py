@@ -9,8 +9,8 @@ import numpy as np
 
 from ...errors import CacheError, first_line
 from .. import storage
-from ..build.writing import write_whole
 from ..parquet import Columns
+from ..writing import output_file
 from .members import BROKEN, Stored, missing_file, unreadable
 from .stored import StoredPart, numbers, stored_columns, with_scales
 
@@ -164,7 +164,8 @@ def write_inline(file: Path, rows: "pa.Table", samples: Iterable[Mapping[str, St
             if writer is not None:
                 writer.close()
 
-    write_whole(file, write)
+    with output_file(file) as handle:
+        write(handle)
 
 
 def _group_table(rows: "pa.Table", samples: Sequence[Mapping[str, Stored]]) -> "pa.Table":

@@ -3,12 +3,16 @@
 import re
 import struct
 import zipfile
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from ...errors import CacheError
 from .. import storage
+from ..writing import output_file
 from .members import BROKEN, Member, missing_file, numpy_reader, unreadable
 
 if TYPE_CHECKING:
@@ -228,3 +232,20 @@ class NpzPart:
     def members(self, i: int, where: str) -> dict[str, Member]:
         """The arrays of row `i`."""
         return npz_members(storage.join(self.root, self.cache_paths[i].as_py()), where)
+
+
+def write_npz(file: Path, sample: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """An npz of tensors: floating ones in `dtype` (bfloat16 as bits in uint16), masks as they are, other int64."""
+    arrays = {name: _array(value, dtype) for name, value in sample.items()}
+    with output_file(file) as handle:
+        np.savez(handle, **arrays)  # type: ignore[arg-type]
+
+
+def _array(value: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
+    value = value.detach().cpu()
+    if not value.is_floating_point():
+        return (value if value.dtype in (torch.bool, torch.uint8) else value.to(torch.int64)).numpy()
+    value = value.to(dtype).contiguous()
+    if dtype == torch.bfloat16:  # numpy has no bfloat16
+        return value.view(torch.int16).numpy().view(np.uint16)
+    return value.numpy()

@@ -11,8 +11,8 @@ import numpy as np
 
 from ...errors import CacheError, SciflowError
 from .. import storage
-from ..build.writing import write_whole
 from ..parquet import METADATA_KEY, Columns
+from ..writing import output_file
 from .members import BROKEN, Stored, missing_file, unreadable
 from .stored import CONVERT, TEXT_TENSORS, StoredPart, numbers, stored_columns, with_scales
 
@@ -138,7 +138,8 @@ def write_shard(
         if writer is not None:
             writer.finish()
 
-    write_whole(file, write)
+    with output_file(file) as handle:
+        write(handle)
 
 
 class _Writer:

@@ -23,11 +23,6 @@ def shape_column(name: str) -> str:
     return "latent_shape" if name in ("latents", "latents_std") else f"{name}_shape"
 
 
-def crc_columns(payload: Mapping[str, Any]) -> dict[str, str]:
-    """tensor (scales, too) -> the index column with the CRC-32 of its stored bytes."""
-    return {name: f"{name}_crc32" for name in payload.get("tensors", {})}
-
-
 def payload_columns(payload: Mapping[str, Any]) -> set[str]:
     """All index columns that say where and how large the tensors of a payload ({} for npz) are."""
     tensors = payload.get("tensors", {})
@@ -95,7 +90,7 @@ class StoredPart:
 
     @classmethod
     def columns(cls, payload: Mapping[str, Any]) -> list[str]:
-        """The index columns that a reader needs, where a file has them; of the checksums see `crc_columns`."""
+        """The index columns that a reader needs, where a file has them; without the checksums."""
         ends = ("offset", "nbytes", "path", "shape")
         return ["cache_path", "inline_row", *(f"{name}_{end}" for name in payload.get("tensors", {}) for end in ends)]
 

@@ -1,0 +1,84 @@
+"""The index that a build writes: its columns, its schema, and rows as a table."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..parquet import METADATA_KEY
+from ..writing import output_file
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+# Columns of every index that `build` writes; free columns of the input stand before them.
+OWN_COLUMNS = {
+    "image_path": "text",
+    "caption": "text",
+    "variant": "text",
+    "cache_path": "text",
+    "latent_shape": "shape",
+    "prompt_embeds_shape": "shape",
+    "bucket_w": "whole",
+    "bucket_h": "whole",
+    "aspect_ratio": "text",
+    "original_h": "whole",
+    "original_w": "whole",
+    "crop_top": "whole",
+    "crop_left": "whole",
+}
+
+
+def index_schema(
+    columns: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any], own: Mapping[str, str] = OWN_COLUMNS
+) -> "pa.Schema":
+    """Schema of an index whose rows have free `columns` before their `own`: the same for all parts.
+
+    A free column of whole numbers, numbers or truth values keeps its type; any other becomes a string.
+    """
+    import pyarrow as pa
+
+    kinds: dict[str, set[type]] = {}
+    for row in columns:
+        for name, value in row.items():
+            if name not in own:
+                kinds.setdefault(name, set()).update(() if value is None else {type(value)})
+    fields = []
+    for name, kind in sorted(kinds.items()):
+        if kind == {bool}:
+            fields.append(pa.field(name, pa.bool_()))
+        elif kind == {int}:
+            fields.append(pa.field(name, pa.int64()))
+        elif kind and kind <= {int, float}:
+            fields.append(pa.field(name, pa.float64()))
+        else:
+            fields.append(pa.field(name, pa.string()))
+    types = {"text": pa.string(), "whole": pa.int64(), "shape": pa.list_(pa.int64())}
+    fields += [pa.field(name, types[kind]) for name, kind in own.items()]
+    return pa.schema(fields, metadata={METADATA_KEY: json.dumps(metadata).encode()})
+
+
+def index_table(rows: Sequence[Mapping[str, Any]], schema: "pa.Schema") -> "pa.Table":
+    """Rows as a table; what is not a text where one belongs becomes JSON."""
+    import pyarrow as pa
+
+    texts = {name for name in schema.names if pa.types.is_string(schema.field(name).type)}
+    plain = [{k: _text(v) if k in texts else v for k, v in row.items() if k in schema.names} for row in rows]
+    return pa.Table.from_pylist(plain, schema=schema)
+
+
+def write_index(file: Path, rows: Sequence[Mapping[str, Any]], schema: "pa.Schema") -> None:
+    """One part of an index; left alone if it says just that already."""
+    import pyarrow.parquet as pq
+
+    if not rows:
+        file.unlink(missing_ok=True)
+        return
+    table = index_table(rows, schema)
+    if not (file.is_file() and pq.read_table(file).equals(table)):
+        with output_file(file) as handle:
+            pq.write_table(table, handle)
+
+
+def _text(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else json.dumps(value, default=str)

@@ -1,0 +1,43 @@
+"""Write the files of a cache: each is complete or not there, and errors say what to do."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from ..errors import SciflowError
+from ..files import atomic_file
+
+
+@contextmanager
+def output_file(file: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which appears under its name, complete, when the block ends without an error.
+
+    Raises:
+        SciflowError: the disk is full, or the folder cannot be written.
+    """
+    try:
+        with atomic_file(file) as temporary, open(temporary, "wb") as handle:
+            yield handle
+    except OSError as error:
+        raise cannot_write(file, error) from error
+
+
+def cannot_write(file: Path, error: OSError) -> SciflowError:
+    """The error to raise when the disk is full, or the folder cannot be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return SciflowError(
+            f"{file} cannot be written: the disk is full ({error}). Make room for `output_dir` and repeat the same "
+            "command: it goes on from here."
+        )
+    return SciflowError(f"{file} cannot be written ({error}). Is `output_dir` writable?")
+
+
+def readable_bytes(size: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} TiB"
