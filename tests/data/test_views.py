@@ -196,6 +196,31 @@ def test_crops_may_be_added_later(shapes: Path, tmp_path: Path) -> None:
     assert_same_samples(tmp_path / "cache", tmp_path / "straight")
 
 
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_time_ids_say_original_size_top_left_and_size(tmp_path: Path, payload: str) -> None:
+    """(6,) as SDXL is told them, height before width and top before left; read off the pixels, not off the view."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    coordinates(90, 250).save(folder / "wide.png")
+    coordinates(250, 90).save(folder / "tall.png")
+    for name in ("wide", "tall"):
+        (folder / f"{name}.txt").write_text(name)
+    build(folder, tmp_path / "cache", payload=payload, crops=3, time_ids=True, dtype="fp32")
+    cache = load_cache(tmp_path / "cache", dtype=torch.float32)
+    for name, (height, width) in zip(cache.row_ids, cache.buckets, strict=True):
+        sample = cache[cache.row_ids.index(name)]
+        size = (90, 250) if name.startswith("wide") else (250, 90)
+        if "#crop" in name:  # in native pixels: the mean of a block of 8 is 3.5 after its first
+            place = [round(v) for v in ((sample["latents"][:2, 0, 0] + 1) * 127.5 - 3.5).tolist()]
+            assert place[0] != place[1], "so that one for the other is noticed"
+        else:  # resized until it covers the bucket, and cut alike on both sides of its longer side
+            place = [0, 0]
+            longer = int(name.startswith("wide"))
+            place[longer] = round((size[longer] * min(height, width) / 90 - (height, width)[longer]) / 2)
+            assert place[longer] > 0
+        assert sample["time_ids"].tolist() == [*size, *place, height, width], name
+
+
 # --- loss masks ---
 
 

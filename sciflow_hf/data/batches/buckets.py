@@ -33,12 +33,12 @@ class BucketReport:
 class BucketBatchSampler(Sampler[list[int]]):
     """Batches of one bucket each, in an order that is a pure function of (seed, epoch).
 
-    Rows are shuffled inside their bucket and cut into groups of `batch_size * num_replicas *
-    accumulation_steps`. A group is one optimizer step and holds one bucket; ranks and micro-batches are
-    slices of it, so the groups do not depend on how the product splits into its three factors. What is left
-    of all buckets comes last, in device batches of one bucket each: the last one of a bucket is filled up
-    with other rows of that bucket, and whole batches of the largest bucket are added until every rank has the
-    same number. The last step of an epoch may therefore have fewer micro-batches than `accumulation_steps`.
+    Rows are shuffled inside their bucket and cut into optimizer steps of `batch_size * num_replicas *
+    accumulation_steps` rows. A step holds one bucket; ranks and micro-batches are slices of it, so the steps do not
+    depend on how the product splits into its three factors. What is left of all buckets comes last, in device batches
+    of one bucket each: the last one of a bucket is filled up with other rows of that bucket, and complete batches of
+    the largest bucket are added until every rank has the same number. The last step of an epoch may therefore have
+    fewer micro-batches than `accumulation_steps`.
     Every row is seen at least once an epoch.
 
     Args:
@@ -49,10 +49,10 @@ class BucketBatchSampler(Sampler[list[int]]):
         accumulation_steps: micro-batches of one optimizer step.
         seed: with the epoch, decides the order.
         shuffle: False keeps the row order inside a bucket, and buckets in order of first appearance.
-        drop_last: leave out what does not fill a group (counted in `report()`).
+        drop_last: leave out what does not fill a step (counted in `report()`).
         repeats: how often an epoch shows each row, at least 1; None for once. Of 100 rows of one bucket with 2.25,
             25 are shown a third time, others in every epoch until all have had their turn: so each row gets its
-            share, and epochs are equally long. A group holds no row twice where that can be avoided.
+            share, and epochs are equally long. A step holds no row twice where that can be avoided.
 
     Raises:
         SciflowError: for values out of range, no rows, or when `drop_last` would leave nothing.
@@ -100,12 +100,12 @@ class BucketBatchSampler(Sampler[list[int]]):
         self._repeats = None if repeats is None else _Repeats(repeats, self._ids, self.seed, self.shuffle)
         # Places of an epoch in each bucket before any is filled up or dropped.
         self._counts = self._samples if self._repeats is None else self._repeats.counts
-        self._groups = self._counts // self.total_batch  # full groups of each bucket
+        self._steps = self._counts // self.total_batch  # full steps of each bucket
         left = self._counts % self.total_batch
         self._tail = np.zeros_like(left) if self.drop_last else -(-left // batch_size)  # device batches in the tail
         self._padding = int(-self._tail.sum() % num_replicas)  # whole batches, of the largest bucket
         self._largest = int(self._counts.argmax())
-        self._length = int(self._groups.sum()) * accumulation_steps
+        self._length = int(self._steps.sum()) * accumulation_steps
         self._length += (int(self._tail.sum()) + self._padding) // num_replicas
         if self._length == 0:
             raise SciflowError(
@@ -137,17 +137,17 @@ class BucketBatchSampler(Sampler[list[int]]):
         """Positions in the epoch's order of the rows of this rank's micro-batch number `batch_index`."""
         if not 0 <= batch_index < self._length:
             raise SciflowError(f"`batch_index` is {batch_index}, but an epoch has {self._length} micro-batches.")
-        group, step = divmod(batch_index, self.accumulation_steps)
-        start = group * self.total_batch + (step * self.num_replicas + self.rank) * self.batch_size
+        step, micro_batch = divmod(batch_index, self.accumulation_steps)
+        start = step * self.total_batch + (micro_batch * self.num_replicas + self.rank) * self.batch_size
         return range(start, start + self.batch_size)
 
     def report(self) -> list[BucketReport]:
         """What an epoch does with each bucket, in order of first appearance; the same for all ranks."""
-        per_group = self.num_replicas * self.accumulation_steps
+        per_step = self.num_replicas * self.accumulation_steps
         rows = []
         for i, name in enumerate(self._names):
             samples, places = int(self._samples[i]), int(self._counts[i])
-            batches = int(self._groups[i]) * per_group + int(self._tail[i])
+            batches = int(self._steps[i]) * per_step + int(self._tail[i])
             batches += self._padding if i == self._largest else 0
             shown = batches * self.batch_size
             dropped = max(places - shown, 0)
@@ -187,31 +187,31 @@ class BucketBatchSampler(Sampler[list[int]]):
         if self._repeats is not None:
             order = [_deal(rows, self.total_batch, rng if self.shuffle else None) for rows in order]
 
-        full = [rows[: n * self.total_batch] for rows, n in zip(order, self._groups, strict=True)]
-        groups = np.concatenate(full).reshape(-1, self.total_batch)
+        full = [rows[: n * self.total_batch] for rows, n in zip(order, self._steps, strict=True)]
+        steps = np.concatenate(full).reshape(-1, self.total_batch)
         if self.shuffle:
-            groups = groups[rng.permutation(len(groups))]
-        # (groups, A * R * B) -> this rank's (groups * A, B)
-        mine = groups.reshape(-1, self.accumulation_steps, self.num_replicas, self.batch_size)[:, :, self.rank]
+            steps = steps[rng.permutation(len(steps))]
+        # (steps, A * R * B) -> this rank's (steps * A, B)
+        mine = steps.reshape(-1, self.accumulation_steps, self.num_replicas, self.batch_size)[:, :, self.rank]
         mine = mine.reshape(-1, self.batch_size)
         if self.drop_last:
             return mine
 
         tail = []
         for i in rng.permutation(len(order)) if self.shuffle else range(len(order)):
-            tail.append(self._tail_rows(order[i], int(self._groups[i]), int(self._tail[i])))
+            tail.append(self._tail_rows(order[i], int(self._steps[i]), int(self._tail[i])))
         # Padding goes on where the largest bucket's own fill ended, so that it repeats other rows.
         i, own = self._largest, int(self._tail[self._largest])
-        tail.append(self._tail_rows(order[i], int(self._groups[i]), own + self._padding)[own * self.batch_size :])
+        tail.append(self._tail_rows(order[i], int(self._steps[i]), own + self._padding)[own * self.batch_size :])
         batches = np.concatenate(tail).reshape(-1, self.num_replicas, self.batch_size)
         return np.concatenate([mine, batches[:, self.rank]])
 
-    def _tail_rows(self, order: np.ndarray, groups: int, batches: int) -> np.ndarray:
-        """What `groups` leave of a bucket's `order`, filled up to `batches` with its other rows: (batches * B,)."""
-        grouped, left = np.split(order, [groups * self.total_batch])
+    def _tail_rows(self, order: np.ndarray, steps: int, batches: int) -> np.ndarray:
+        """What full `steps` leave of a bucket's `order`, filled up to `batches` with its other rows: (batches * B,)."""
+        full, left = np.split(order, [steps * self.total_batch])
         fill = order
         if self._repeats is not None:  # a row of the tail is the last to be shown in it again
-            fill = np.concatenate([_unique(grouped[~np.isin(grouped, left)]), _unique(left)])
+            fill = np.concatenate([_unique(full[~np.isin(full, left)]), _unique(left)])
             left = _deal(left, self.batch_size, None)
         return np.concatenate([left, np.resize(fill, batches * self.batch_size - len(left))])
 
@@ -255,18 +255,18 @@ class _Repeats:
 
 
 def _deal(rows: np.ndarray, size: int, rng: np.random.Generator | None) -> np.ndarray:
-    """`rows`, with equal ones side by side, ordered so that consecutive groups of `size` hold no row twice.
+    """`rows`, with equal ones side by side, ordered so that consecutive hands of `size` hold no row twice.
 
-    As cards are dealt: one to every group, round by round, in a random order of the groups (without `rng` from the
-    first to the last). What does not fill a group comes last. A row of more copies than groups must repeat.
+    As cards are dealt: one to every hand, round by round, in a random order of the hands (without `rng` from the
+    first to the last). What does not fill a hand comes last. A row of more copies than hands must repeat.
     """
-    groups, left = divmod(len(rows), size)
-    if not groups:
+    hands, left = divmod(len(rows), size)
+    if not hands:
         return rows
-    dealt = np.empty(len(rows), dtype=np.int64)  # group of each place
+    dealt = np.empty(len(rows), dtype=np.int64)  # hand of each place
     last, start = 0, 0  # where the round before began, and this one
     for number in range(size):
-        count = groups + (number < left)
+        count = hands + (number < left)
         turns = np.arange(count) if rng is None else rng.permutation(count)
         if start:  # copies of one row on both sides of the border between two rounds
             taken = dealt[last:start][rows[last:start] == rows[start]]

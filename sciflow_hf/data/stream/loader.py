@@ -1,4 +1,4 @@
-"""From a stream to batches: the same groups of one bucket on every rank, which reads its own part of the payload."""
+"""From a stream to batches: the same steps of one bucket on every rank, which reads its own part of the payload."""
 
 import itertools
 import weakref
@@ -21,9 +21,9 @@ _SNAPSHOT = 1000  # rows between two
 
 
 class StreamLoader:
-    """Endless batches of a stream, in the form of `BucketLoader`: one bucket each, groups and keys from positions.
+    """Endless batches of a stream, in the form of `BucketLoader`: one bucket each, steps and keys from positions.
 
-    All ranks read all light rows and form the same groups of batch_size x num_replicas x accumulation_steps rows of
+    All ranks read all light rows and form the same steps of batch_size x num_replicas x accumulation_steps rows of
     one bucket; of their payloads each reads its own only. What is left at the end of an epoch comes in batches of one
     bucket each, filled up with rows of the same bucket, in whole steps (`BucketBatchSampler` makes the same batches,
     but lets the last step of an epoch be shorter). Then the next epoch begins.
@@ -146,14 +146,14 @@ class StreamLoader:
         self, start: int, step: int, begin: int, state: Mapping[str, Any] | None, snapshots: deque[Any]
     ) -> Iterator[list[_Place]]:
         for epoch in itertools.count(begin):
-            groups = _Groups(self, epoch, state)
+            steps = _EpochSteps(self, epoch, state)
             state, first = None, step
-            for number, group, snapshot in groups:
+            for number, step_rows, snapshot in steps:
                 if snapshot is not None:
                     snapshots.append((step, snapshot))
                 for micro in range(max(0, start - step * self.accumulation_steps), self.accumulation_steps):
                     offset = (micro * self.num_replicas + self.rank) * self.batch_size
-                    rows = group[offset : offset + self.batch_size]
+                    rows = step_rows[offset : offset + self.batch_size]
                     first_position = number * self.total_batch + offset
                     positions = range(first_position, first_position + len(rows))
                     columns = [rows, positions, noise_keys(self.seed, epoch, positions).tolist()]
@@ -161,22 +161,22 @@ class StreamLoader:
                         columns.append(step_keys(self.seed, epoch, positions, self.total_batch).tolist())
                     yield list(zip(*columns, strict=True))
                 step += 1
-            if step == first and not groups.resumed:
+            if step == first and not steps.resumed:
                 raise SciflowError(
                     f"an epoch of this stream gives no batch: a step takes {self.total_batch} rows of one bucket. "
                     "Switch `--dataloader_drop_last` off, or make the batch or the accumulation smaller."
                 )
 
 
-class _Groups:
+class _EpochSteps:
     """Rows of the optimizer steps of one epoch: (number in the epoch, total_batch rows, maybe a snapshot before it)."""
 
     def __init__(self, loader: StreamLoader, epoch: int, state: Mapping[str, Any] | None) -> None:
         self.loader, self.epoch, self.resumed = loader, epoch, state is not None
         self.rows = EpochRows(loader.dataset, loader.seed, epoch, state and state["rows"])
         self.number = state["number"] if state else 0
-        self.waiting: dict[Any, list[Row]] = {}  # rows that do not fill a group yet, by batch key
-        self.first: dict[Any, list[Row]] = {}  # the first group of each key, to fill up the last batches with
+        self.waiting: dict[Any, list[Row]] = {}  # rows that do not fill a step yet, by batch key
+        self.first: dict[Any, list[Row]] = {}  # the first step of each key, to fill up the last batches with
         self.counts: dict[Any, int] = {}
         if state:
             self.waiting = {tuple(key): [row_from_json(row) for row in rows] for key, rows in state["waiting"]}
