@@ -1,1 +1,1 @@
-"""Caches of latents and text embeddings, buckets and loaders; knows no model family."""
+"""Caches of latents and text embeddings: layouts, builds, batches, streams. May import `diffusion`; no model family."""

@@ -8,7 +8,7 @@ from ..errors import SciflowError
 from ..options import Options, arguments, option
 
 TEXT_ENCODINGS = ("cached", "online")
-PAYLOADS = ("shards", "inline", "npz")
+PAYLOADS = ("npz", "shards", "inline")
 
 
 def _check_input(args: "DataArguments") -> None:

@@ -35,7 +35,7 @@ def load_cache(
         dataset_dir: folder of a cache, a parquet file, or several of these (joined in the given order).
         payload_dir: where `cache_path` is rooted. By default, per index file, `dataset_dir` or else the
             index file's own folder, whichever holds the payloads.
-        streaming: a `StreamingCache`, which never holds the whole index.
+        streaming: a `StreamingCache`, which never holds the complete index.
         dtype: of the floating tensors that are read: bfloat16, float16 or float32.
 
     Raises:

@@ -133,7 +133,7 @@ def _is_folder(model: Any) -> bool:
 
 
 class Columns:
-    """Columns of one index file, whose first row is row `start` of the whole index; N rows."""
+    """Columns of one index file, whose first row is row `start` of the complete index; N rows."""
 
     def __init__(self, table: "pa.Table", file: str, start: int) -> None:
         self.table, self.file, self.start = table, file, start

@@ -1,1 +1,1 @@
-"""Microscope images: files, intensities, optics, tiles. Knows no model family and no trainer."""
+"""Data sets of pixels: images with classes, microscopes. May import `data` and `diffusion`; no model family."""

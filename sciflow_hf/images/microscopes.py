@@ -1,4 +1,4 @@
-"""Microscope images as a data set of tiles: sharp ones beside measured ones, or measured ones made by optics."""
+"""Microscope images as a data set of tiles: sharp ones with measured ones, or measured ones made by optics."""
 
 import functools
 import json
@@ -344,7 +344,7 @@ def _regions(
 
 
 def _held_out(specimens: Sequence[str], args: MicroscopyDataArguments) -> set[str]:
-    """Specimens that are held out whole."""
+    """Specimens that are held out completely."""
     unknown = sorted(set(args.eval_specimens) - set(specimens))
     if unknown:
         raise SciflowError(f"`eval_specimens` {unknown}: the specimens are {list(specimens)}.")

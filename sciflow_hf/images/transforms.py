@@ -17,7 +17,7 @@ class IntensityTransform:
     """x -> 2 (g(x) - g(low)) / (g(high) - g(low)) - 1 for each channel, without clipping, so that it can be undone.
 
     g is the identity (`percentile`); 2 sign(u) sqrt(|u|) of u = x / gain + 3/8 (`anscombe`: Anscombe 1948, which
-    gives Poisson counts about the variance 1); or sign(x) log(1 + |x| / gain) (`log`). Both go on below zero, where
+    gives Poisson counts about the variance 1); or sign(x) log(1 + |x| / gain) (`log`). Both continue below zero, where
     background that was taken off and read noise lead.
 
     Args:

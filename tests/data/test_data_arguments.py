@@ -43,7 +43,7 @@ def test_one_of_two_options_is_needed() -> None:
         ({"dataset_dir": ["a"], "eval_fraction": 1.0}, r"`eval_fraction` 1\.0: in \[0, 1\)"),
         ({"dataset_dir": ["a"], "caption_dropout": -0.1}, r"`caption_dropout` -0\.1: in \[0, 1\)"),
         ({"dataset_dir": ["a"], "text_encoding": "no"}, "`text_encoding` 'no': use one of cached, online"),
-        ({"dataset_dir": ["a"], "payload": "tar"}, "`payload` 'tar': use one of shards, inline, npz"),
+        ({"dataset_dir": ["a"], "payload": "tar"}, "`payload` 'tar': use one of npz, shards, inline"),
         ({"dataset_dir": ["a"], "encode_batch_size": 0}, "`encode_batch_size` 0: at least 1"),
         ({"dataset_dir": ["a"], "remote_cache_gb": 0.0}, r"`remote_cache_gb` 0\.0: above 0"),
         ({"dataset_dir": ["a"], "streaming": True, "max_train_samples": 3}, "`max_train_samples` does not go with"),

@@ -103,7 +103,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         self._steps = self._counts // self.total_batch  # full steps of each bucket
         left = self._counts % self.total_batch
         self._tail = np.zeros_like(left) if self.drop_last else -(-left // batch_size)  # device batches in the tail
-        self._padding = int(-self._tail.sum() % num_replicas)  # whole batches, of the largest bucket
+        self._padding = int(-self._tail.sum() % num_replicas)  # complete batches, of the largest bucket
         self._largest = int(self._counts.argmax())
         self._length = int(self._steps.sum()) * accumulation_steps
         self._length += (int(self._tail.sum()) + self._padding) // num_replicas
@@ -200,7 +200,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         tail = []
         for i in rng.permutation(len(order)) if self.shuffle else range(len(order)):
             tail.append(self._tail_rows(order[i], int(self._steps[i]), int(self._tail[i])))
-        # Padding goes on where the largest bucket's own fill ended, so that it repeats other rows.
+        # Padding continues where the largest bucket's own fill ended, so that it repeats other rows.
         i, own = self._largest, int(self._tail[self._largest])
         tail.append(self._tail_rows(order[i], int(self._steps[i]), own + self._padding)[own * self.batch_size :])
         batches = np.concatenate(tail).reshape(-1, self.num_replicas, self.batch_size)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...errors import SciflowError
+from ..arguments import PAYLOADS
 from ..layouts.members import CODECS, Stored, encode_member
 from ..layouts.npz import write_npz
 from ..layouts.shards import shard_columns, shard_file, write_shard
@@ -21,7 +22,6 @@ from ..writing import output_file
 if TYPE_CHECKING:
     import pyarrow as pa
 
-LAYOUTS = ("npz", "shards", "inline")
 EMBEDS = ("bf16", "fp8", "none")
 MAX_ROWS = 10_000  # of a block
 _PLACES = ("cache_path", "inline_row", "latent_shape", "prompt_embeds_shape")
@@ -48,7 +48,7 @@ class Layout:
     dtype: torch.dtype = torch.bfloat16
 
     def __post_init__(self) -> None:
-        for name, allowed in {"payload": LAYOUTS, "embeds": EMBEDS, "codec": CODECS}.items():
+        for name, allowed in {"payload": PAYLOADS, "embeds": EMBEDS, "codec": CODECS}.items():
             if (value := getattr(self, name)) not in allowed:
                 raise SciflowError(f"`{name}` is {value!r}, but must be one of {', '.join(allowed)}.")
         if self.payload == "npz" and (self.embeds == "fp8" or self.codec != "none"):
@@ -91,7 +91,7 @@ def write_payloads(
     prompts: Sequence[str] | None = None,
     owners: Sequence[str] | None = None,
 ) -> None:
-    """Writes the tensors of a block of rows; each file appears whole or not at all.
+    """Writes the tensors of a block of rows; each file appears complete or not at all.
 
     Shards become `shards/<name>.safetensors`; inline files `data_<name>.parquet`, complete with their index. Of the
     npz layout each row's `cache_path` is written. Memory does not grow with the block (inline: with 64 MiB).

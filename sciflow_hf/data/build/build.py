@@ -91,9 +91,9 @@ def build_cache(
     world_size: int = 1,
     barrier: Callable[[], None] = lambda: None,
 ) -> BuildReport:
-    """Encode captioned images into a cache, or go on with one that was interrupted.
+    """Encode captioned images into a cache, or continue one that was interrupted.
 
-    Each sample becomes a file of its own, which appears whole or not at all, so that after a kill nothing
+    Each sample becomes a file of its own, which appears complete or not at all, so that after a kill nothing
     finished is encoded again; `shards` and `inline` join these files part by part. The index follows from the
     input alone: after images were added or captions changed, the same call encodes what is new and writes the
     index anew.
@@ -116,11 +116,11 @@ def build_cache(
             stream), or "npz" (one file a sample, `<paper_id or hash>/<id>_latents.npz`).
         embeds: "bf16" (as `dtype` says), "fp8", or "none": no embeddings, prompts are encoded in training.
         codec: "none" or "zstd" (lossless).
-        crops: windows at fixed random places of each image, as rows beside the whole image's.
+        crops: windows at fixed random places of each image, as rows next to the complete image's.
         flip: a mirror image of each row, as a row.
         time_ids: store `time_ids` (6,) with each row: original height and width, top and left of the crop in the
             resized image, height and width, in pixels, as SDXL is told them.
-        records: the images themselves, in place of those found in `input_dir`.
+        records: the images themselves, instead of those found in `input_dir`.
         buckets: (height, width) in pixels; by default aspect ratios of about resolution**2 pixels.
         rank: which of `world_size` processes this is; each encodes its share.
         world_size: processes that call this with the same arguments.

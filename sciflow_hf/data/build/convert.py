@@ -85,10 +85,10 @@ def convert_cache(
     world_size: int = 1,
     barrier: Callable[[], None] = lambda: None,
 ) -> ConvertReport:
-    """Write a cache anew in another layout, or go on with a conversion that was interrupted.
+    """Write a cache anew in another layout, or continue a conversion that was interrupted.
 
     The rows keep their order, so that training on either cache sees the same batches. Floating arrays become
-    bfloat16. The source is only read. Every file appears whole or not at all; what is there is kept.
+    bfloat16. The source is only read. Every file appears complete or not at all; what is there is kept.
 
     Args:
         input_dir: cache(s) as for `load_cache`, or an open cache (a view keeps its order).

@@ -19,13 +19,13 @@ OWN_COLUMNS = {
     "cache_path": "text",
     "latent_shape": "shape",
     "prompt_embeds_shape": "shape",
-    "bucket_w": "whole",
-    "bucket_h": "whole",
+    "bucket_w": "integer",
+    "bucket_h": "integer",
     "aspect_ratio": "text",
-    "original_h": "whole",
-    "original_w": "whole",
-    "crop_top": "whole",
-    "crop_left": "whole",
+    "original_h": "integer",
+    "original_w": "integer",
+    "crop_top": "integer",
+    "crop_left": "integer",
 }
 
 
@@ -53,7 +53,7 @@ def index_schema(
             fields.append(pa.field(name, pa.float64()))
         else:
             fields.append(pa.field(name, pa.string()))
-    types = {"text": pa.string(), "whole": pa.int64(), "shape": pa.list_(pa.int64())}
+    types = {"text": pa.string(), "integer": pa.int64(), "shape": pa.list_(pa.int64())}
     fields += [pa.field(name, types[kind]) for name, kind in own.items()]
     return pa.schema(fields, metadata={METADATA_KEY: json.dumps(metadata).encode()})
 

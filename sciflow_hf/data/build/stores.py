@@ -117,7 +117,7 @@ class Store(ABC):
 
     @abstractmethod
     def save(self, job: Job, sample: Tensors) -> int:
-        """Keeps a sample, whole or not at all; returns its bytes."""
+        """Keeps a sample, complete or not at all; returns its bytes."""
 
     def save_prompt(self, prompt: str, text: Tensors | None) -> int:
         """Keeps the embedding of a prompt (None: that it has none); returns its bytes."""

@@ -16,7 +16,7 @@ _WIDTH, _MARGIN, _TOP, _ROW, _ICON = 960, 28, 84, 26, 18
 
 
 def write_bucket_chart(buckets: Mapping[tuple[int, int], int], file: str | Path) -> Path:
-    """Draws the chart into `file`, a PNG that appears whole or not at all.
+    """Draws the chart into `file`, a PNG that appears complete or not at all.
 
     Args:
         buckets: samples of each (height, width) in pixels.

@@ -40,7 +40,7 @@ def text_table(rows: Sequence[Sequence[str]], *, right: Collection[int] = ()) ->
 
 
 def describe_cache(cache: "LatentCache", names: Sequence[str]) -> str:
-    """All that `cache info` says of a whole cache; `names` are the entries of `dataset_dir`."""
+    """All that `cache info` says of a complete cache; `names` are the entries of `dataset_dir`."""
     index, arrays, lengths = cache._index, stored_arrays(cache), cache.text_lengths
     size, missing = cache.payload_bytes()
     masks = arrays.get("loss_mask", StoredArrays()).count
@@ -79,7 +79,7 @@ def describe_cache(cache: "LatentCache", names: Sequence[str]) -> str:
 
 
 def stored_arrays(cache: "LatentCache") -> dict[str, StoredArrays]:
-    """The arrays of a whole cache by name, as its index lists them; those of npz files from a look into a few."""
+    """The arrays of a complete cache by name, as its index lists them; those of npz files from a look into a few."""
     index = cache._index
     found: dict[str, StoredArrays] = {}
     for payload in index.payloads:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def write_repaired(
     cache: "LatentCache", dataset_dir: str, bad_rows: Collection[int], *, with_empty_prompt: bool = True
 ) -> tuple[Path, str]:
-    """Writes `<dataset_dir>-repaired`, the index without `bad_rows`, whole or not at all.
+    """Writes `<dataset_dir>-repaired`, the index without `bad_rows`, complete or not at all.
 
     Args:
         cache: all of the cache in `dataset_dir`.

@@ -1,1 +1,1 @@
-"""How tensors lie in files: npz, shards, inline; one file a layout. May import `data.storage` and `errors`."""
+"""How tensors lie in files: npz, shards, inline, one file a layout. May import the files of `data` that read and write."""

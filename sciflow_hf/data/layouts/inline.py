@@ -134,7 +134,7 @@ def write_inline(file: Path, rows: "pa.Table", samples: Iterable[Mapping[str, St
     """Writes rows and their tensors as one parquet file, row group by row group.
 
     Args:
-        file: appears whole or not at all.
+        file: appears complete or not at all.
         rows: the light columns.
         samples: tensors of each row by name, the same names in every row.
         codec: of all tensors.

@@ -313,7 +313,7 @@ def encode_member(values: torch.Tensor, *, codec: str = "none", fp8: bool = Fals
     Args:
         values: kept in their dtype.
         codec: "none", or "zstd": lossless; of 16-bit values zstd of all high bytes, then all low bytes.
-        fp8: store float8 e4m3 with a float32 scale per token in place of the values.
+        fp8: store float8 e4m3 with a float32 scale per token instead of the values.
     """
     values = values.detach().cpu().contiguous()
     if fp8:

@@ -116,7 +116,7 @@ def write_shard(
     """Writes a shard sample by sample; memory does not grow with its size.
 
     Args:
-        file: appears whole or not at all.
+        file: appears complete or not at all.
         samples: tensors of each row by name. One without text tensors refers to what its prompt's owner stored;
             one with them stores them for its prompt, or where that is done for its row alone.
         prompts: hash of each row's prompt.

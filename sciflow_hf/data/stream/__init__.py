@@ -1,1 +1,1 @@
-"""Caches that are read as they go by. May import `data.batches` and the readers of `data`."""
+"""Caches that are read row by row. May import `data.batches`, `data.layouts` and the readers of `data`."""

@@ -50,7 +50,7 @@ class IndexFile:
     name: str
     folder: str  # the entry of `dataset_dir`
     source: int  # its number
-    start: int  # number of its first row in the whole index
+    start: int  # number of its first row in the complete index
     rows: int
     schema: "pa.Schema"
     payload: dict[str, Any]
@@ -98,7 +98,7 @@ class StreamIndex:
         self._inline: dict[int, Any] = {}  # what is known of the data files of inline caches
 
     def number(self, row: Row) -> int:
-        """Number of a row in the whole index."""
+        """Number of a row in the complete index."""
         return self.files[row.part].start + row.row
 
     def row(self, number: int) -> Row:
@@ -176,7 +176,7 @@ class StreamIndex:
                 check_inside(paths, [self._roots[part]], file.name, file.start + first, name)
 
     def view(self, rows: Sequence[Row]) -> "RowsView":
-        """A cache of some rows, in the given order; row numbers in its messages are those of the whole index."""
+        """A cache of some rows, in the given order; row numbers in its messages are those of the complete index."""
         import pyarrow as pa
 
         order = sorted(range(len(rows)), key=lambda i: rows[i].part)
@@ -247,7 +247,7 @@ class StreamIndex:
 
 @dataclass(frozen=True)
 class _SomeRows(CacheIndex):
-    """`numbers`: of its rows in the whole index. `taken`: where they are in the joined files."""
+    """`numbers`: of its rows in the complete index. `taken`: where they are in the joined files."""
 
     numbers: list[int] = field(default_factory=list)
     taken: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
@@ -270,7 +270,7 @@ class RowsView(LatentCache):
 
     @property
     def row_numbers(self) -> list[int]:
-        """Of each row, in the whole index."""
+        """Of each row, in the complete index."""
         return [self._index.numbers[row] for row in self._rows.tolist()]
 
     def describe(self, i: int) -> str:

@@ -25,7 +25,7 @@ class StreamLoader:
 
     All ranks read all light rows and form the same steps of batch_size x num_replicas x accumulation_steps rows of
     one bucket; of their payloads each reads its own only. What is left at the end of an epoch comes in batches of one
-    bucket each, filled up with rows of the same bucket, in whole steps (`BucketBatchSampler` makes the same batches,
+    bucket each, filled up with rows of the same bucket, in complete steps (`BucketBatchSampler` makes the same batches,
     but lets the last step of an epoch be shorter). Then the next epoch begins.
 
     Args:
@@ -33,7 +33,7 @@ class StreamLoader:
         batch_size, num_replicas, rank, accumulation_steps, seed, drop_last: as of `BucketBatchSampler`.
         step_keys: as of `BucketLoader`.
         caption_dropout, pads_text, posterior: as of `KeyedDataset`.
-        collate_fn: of samples, in place of reading into reused buffers.
+        collate_fn: of samples, instead of reading into reused buffers.
         threads: that read ahead; 0 reads in the thread of the caller.
         buffers: batches that are held at once (accumulation), and two to read into.
         pin_memory: batches in page-locked memory.
@@ -230,7 +230,7 @@ class _EpochSteps:
         return key
 
     def _tail(self) -> list[Row]:
-        """Left-over rows as whole steps: each batch of one key, filled up with rows that were shown long ago."""
+        """Left-over rows as complete steps: each batch of one key, filled up with rows that were shown long ago."""
         loader, tail = self.loader, list[Row]()
         if not self.counts:
             return []

@@ -68,7 +68,7 @@ class EpochRows(Iterator[Row]):
             self._open = list(state["open"])
 
     def state_dict(self) -> dict[str, Any]:
-        """What `state` takes to go on behind the last row that was given: plain values and `Row`s."""
+        """What `state` takes to continue after the last row that was given: plain values and `Row`s."""
         return {
             "sources": [source.cursor() for source in self._sources],
             "open": list(self._open),

@@ -1,4 +1,4 @@
-"""Stream a cache: the index is read as it goes by, never whole; payloads are read as in a map-style cache."""
+"""Stream a cache: the index is read row by row, never at once; payloads are read as in a map-style cache."""
 
 import copy
 import hashlib
@@ -66,13 +66,13 @@ class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
         return {"epoch": self._epoch, "seed": self.seed, "rows": None if rows is None else rows.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The next iteration goes on behind the sample that was given last before `state_dict()`."""
+        """The next iteration continues after the sample that was given last before `state_dict()`."""
         self._epoch, self.seed, self._resumed = state["epoch"], state["seed"], state["rows"]
 
     def split(self, eval_fraction: float) -> tuple["StreamingCache", LatentCache | None]:
         """Training part as a stream, evaluation part as a cache of the rows that are held out (None: no rows).
 
-        The same groups are held out as by `LatentCache.split`. Reads the light columns of the whole index once.
+        The same groups are held out as by `LatentCache.split`. Reads the light columns of the complete index once.
 
         Raises:
             SciflowError: if `eval_fraction` is not in [0, 1), or nothing is left to train on.
@@ -167,11 +167,11 @@ class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
     # -- rows ----------------------------------------------------------------------------------------------------
 
     def view(self, rows: Sequence[Row]) -> RowsView:
-        """A cache of some rows, in the given order; row numbers in its messages are those of the whole index."""
+        """A cache of some rows, in the given order; row numbers in its messages are those of the complete index."""
         return self._index.view(rows)
 
     def number(self, row: Row) -> int:
-        """Number of a row in the whole index."""
+        """Number of a row in the complete index."""
         return self._index.number(row)
 
     def sources(self) -> list[tuple[float, float, list[int]]]:
