@@ -1,1 +1,1 @@
-"""How tensors lie in files: npz, shards, inline, one file a layout. May import the files of `data` that read and write."""
+"""How tensors lie in files, one file a layout: npz, shards, inline. May import the readers and `writing` of `data`."""
