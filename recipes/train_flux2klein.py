@@ -32,28 +32,15 @@ def main() -> None:
         return
 
     trainer = sf.DiffusionTrainer(
-        model,
-        args,
-        family=family,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        caption_dropout=data_args.caption_dropout,
-        dataset_names=data_args.names(),
-    )
+        model, args, family=family, train_dataset=train_dataset, eval_dataset=eval_dataset,
+        caption_dropout=data_args.caption_dropout, dataset_names=data_args.names(),
+    )  # fmt: skip
     if args.debug_batch:
         print(sf.debug_batch(trainer))
         return
 
     trainer.train()
-    if eval_dataset is not None:
-        trainer.evaluate()
-    if args.push_to_hub:
-        trainer.push_to_hub()  # saves and writes the card, too
-    else:
-        trainer.save_model()
-        trainer.create_model_card()
-    if trainer.is_world_process_zero():
-        print(sf.summary(trainer))
+    sf.finish(trainer)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ _PUBLIC = {
     "debug_batch": "report.plan",
     "describe_cache": "data.inspect.describe",
     "draw_bucket_chart": "data.inspect.chart",
+    "finish": "training.finish",
     "load_cache": "data.load",
     "load_data": "data.load",
     "load_family": "families",
@@ -87,6 +88,7 @@ if TYPE_CHECKING:
     from .training.arguments import DiffusionTrainingArguments
     from .training.callbacks.ema import EMACallback
     from .training.callbacks.progressive import ProgressiveResolution
+    from .training.finish import finish
     from .training.prepare import build_cache_for, prepare_class_images, prepare_data, prepare_microscopy
     from .training.trainer import DiffusionTrainer
 

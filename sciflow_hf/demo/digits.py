@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ..errors import SciflowError
+from .folders import new_folder
 
 DIGITS = "digits"
 EVAL_SHARE = 0.3
@@ -34,11 +35,12 @@ def write_digits(folder: Path) -> Path:
         np.arange(len(digits.target)), test_size=EVAL_SHARE, stratify=digits.target, random_state=SPLIT_SEED
     )
     for split, rows in (("train", train), ("test", test)):  # `test` last: it says that all is there
-        partial = folder / f".{split}"
-        for row in rows:
-            place = partial / str(digits.target[row])
-            place.mkdir(parents=True, exist_ok=True)
-            pixels = (digits.images[row] * 255 / 16).round().astype(np.uint8)  # 17 levels of grey
-            Image.fromarray(pixels).save(place / f"{row:04d}.png")
-        partial.rename(folder / split)
+        if (folder / split).is_dir():
+            continue
+        with new_folder(folder / split) as target:
+            for row in rows:
+                place = target / str(digits.target[row])
+                place.mkdir(exist_ok=True)
+                pixels = (digits.images[row] * 255 / 16).round().astype(np.uint8)  # 17 levels of grey
+                Image.fromarray(pixels).save(place / f"{row:04d}.png")
     return folder

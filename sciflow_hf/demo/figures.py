@@ -1,32 +1,16 @@
 """Drawn scientific figures with captions: plots, charts, heat maps and diagrams, from a seed."""
 
-import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..errors import SciflowError
 from .canvas import COLOURS, Canvas
+from .folders import CaptionedImage, write_figures
 from .kinds import KINDS
-from .whole import whole_folder
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 PAGE_SIZES = ((320, 240), (240, 320), (384, 192))  # 4:3, 3:4 and 2:1, none square
 FIGURES_PER_PAPER = 3
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A drawn figure: the picture, what it shows, and the paper that it belongs to."""
-
-    image: "Image"
-    caption: str
-    paper_id: str
-    name: str
 
 
 def make_figures(
@@ -39,7 +23,7 @@ def make_figures(
 ) -> Path:
     """Draws figures into an imagefolder: PNG files and `metadata.jsonl` (file_name, caption, paper_id).
 
-    The folder appears whole or not at all. One seed gives the same bytes.
+    The folder appears complete or not at all. One seed gives the same bytes.
 
     Args:
         folder: where to write; must not exist or be empty.
@@ -55,15 +39,8 @@ def make_figures(
     """
     if num_figures < 1:
         raise SciflowError(f"`num_figures` is {num_figures}; it must be at least 1.")
-    with whole_folder(folder) as target:
-        rows = []
-        drawn = draw_figures(num_figures, seed=seed, page_sizes=page_sizes, pixels_per_unit=pixels_per_unit)
-        for figure in drawn:
-            figure.image.save(target / figure.name)
-            rows.append({"file_name": figure.name, "caption": figure.caption, "paper_id": figure.paper_id})
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (target / "metadata.jsonl").write_text(lines, encoding="utf-8")
-    return Path(folder)
+    drawn = draw_figures(num_figures, seed=seed, page_sizes=page_sizes, pixels_per_unit=pixels_per_unit)
+    return write_figures(folder, drawn)
 
 
 def draw_figures(
@@ -72,7 +49,7 @@ def draw_figures(
     seed: int = 0,
     page_sizes: Sequence[tuple[int, int]] = PAGE_SIZES,
     pixels_per_unit: float = 1.0,
-) -> Iterator[Figure]:
+) -> Iterator[CaptionedImage]:
     """The figures of `make_figures` one by one; a figure depends on (seed, its number) only."""
     for i in range(num_figures):
         paper = i // FIGURES_PER_PAPER
@@ -84,4 +61,4 @@ def draw_figures(
         # Steps of 5 through 12 kinds reach each once a round; the shift pairs them anew in every round.
         draw = KINDS[(5 * i + i // len(KINDS)) % len(KINDS)]
         caption, name = draw(canvas, rng, names), f"demo-{paper:03d}_fig{i % FIGURES_PER_PAPER + 1}.png"
-        yield Figure(canvas.picture(), caption, f"demo-{paper:03d}", name)
+        yield CaptionedImage(name, canvas.picture(), caption, paper_id=f"demo-{paper:03d}")

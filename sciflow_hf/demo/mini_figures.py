@@ -1,7 +1,6 @@
 """Small drawn figures of five kinds in eight colours, for training `mini_klein`, measuring it and fine-tuning it."""
 
 import colorsys
-import json
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..diffusion.randomness import hash64
-from .whole import whole_folder
+from .folders import CaptionedImage, write_figures
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -123,17 +122,13 @@ def night_figures() -> list[MiniFigure]:
 
 
 def make_mini_figures(folder: str | Path, figures: Sequence[MiniFigure]) -> Path:
-    """Writes figures as PNG with captions in `metadata.jsonl`; the folder appears whole or not at all.
+    """Writes figures as PNG with captions in `metadata.jsonl`; the folder appears complete or not at all.
 
     Raises:
         SciflowError: the folder holds something.
     """
-    with whole_folder(folder) as target, open(target / "metadata.jsonl", "w", encoding="utf-8") as lines:
-        for i, figure in enumerate(figures):
-            name = f"{i:05d}.png"
-            figure.image().save(target / name)
-            lines.write(json.dumps({"file_name": name, "caption": figure.caption(), "paper_id": f"{i}"}) + "\n")
-    return Path(folder)
+    drawn = (CaptionedImage(f"{i:05d}.png", f.image(), f.caption(), paper_id=f"{i}") for i, f in enumerate(figures))
+    return write_figures(folder, drawn)
 
 
 class _Page:

@@ -1,13 +1,13 @@
 """`mini_klein`, a FLUX.2 klein pipeline of 3.6 million parameters for small figures: its parts before training."""
 
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .folders import write_pipeline
 from .mini_figures import COLOURS, COUNTS, KINDS
 from .mini_vae import LATENT_CHANNELS
-from .tiny_klein import _SPECIAL_TOKENS, SCHEDULER_CONFIG, TEXT_LAYERS, _redraw
-from .whole import whole_folder
+from .tiny import redraw, word_merges
+from .tiny_klein import SCHEDULER_CONFIG, SPECIAL_TOKENS, TEXT_LAYERS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,9 +53,7 @@ def start_mini_klein(folder: str | Path, vae: Any, *, seed: int = 0) -> Path:
             transformer=transformer,
             is_distilled=False,
         )
-    with whole_folder(folder) as target:
-        pipeline.save_pretrained(target)
-    return Path(folder)
+    return write_pipeline(folder, pipeline)
 
 
 def _tokenizer() -> "PreTrainedTokenizerBase":
@@ -65,10 +63,7 @@ def _tokenizer() -> "PreTrainedTokenizerBase":
     from transformers import Qwen2Tokenizer
 
     listed = [" ".join([*KINDS, *KINDS.values(), *COLOURS, *COUNTS]), _OTHER_WORDS]
-    merges: dict[tuple[str, str], None] = {}
-    for word in dict.fromkeys(" ".join(listed).split()):
-        parts = [f"Ġ{word}"[:i] for i in range(1, len(word) + 2)]
-        merges |= dict.fromkeys((part, letter) for (part, _), letter in zip(pairwise(parts), word, strict=True))
+    merges = word_merges(f"Ġ{word}" for word in dict.fromkeys(" ".join(listed).split()))
     words = dict.fromkeys([*sorted(ByteLevel.alphabet()), *(a + b for a, b in merges)])
     tokenizer = Qwen2Tokenizer(
         vocab={word: i for i, word in enumerate(words)},
@@ -77,7 +72,7 @@ def _tokenizer() -> "PreTrainedTokenizerBase":
         pad_token="<|endoftext|>",
         padding_side="right",
     )
-    tokenizer.add_tokens([AddedToken(token, special=True) for token in _SPECIAL_TOKENS], special_tokens=True)
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS], special_tokens=True)
     tokenizer.chat_template = _CHAT_TEMPLATE
     tokenizer.model_max_length = 512
     return tokenizer
@@ -105,7 +100,7 @@ def _text_encoder(tokenizer: "PreTrainedTokenizerBase", seed: int) -> "nn.Module
         pad_token_id=tokenizer.pad_token_id,
     )
     model: Any = Qwen3ForCausalLM(config).eval()
-    _redraw(model, seed, "text_encoder", gains={"embed_tokens": 5.0, "down_proj": 0.3})
+    redraw(model, seed, "text_encoder", gains={"embed_tokens": 5.0, "down_proj": 0.3})
     with torch.no_grad():
         model.model.embed_tokens.weight[tokenizer.pad_token_id] = 0
         for layer in model.model.layers:

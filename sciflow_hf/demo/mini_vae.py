@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..diffusion.randomness import hash64
+from ..files import atomic_file
 from .mini_figures import SIZES, MiniFigure, mini_figures
 
 if TYPE_CHECKING:
@@ -80,7 +81,6 @@ def train_mini_vae(folder: str | Path, *, steps: int, batch_size: int = 16, seed
     import torch
 
     path = Path(folder) / "vae.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     vae = mini_vae()
     average = {name: p.detach().clone() for name, p in vae.named_parameters()}
@@ -115,8 +115,8 @@ def train_mini_vae(folder: str | Path, *, steps: int, batch_size: int = 16, seed
             logger.info("VAE step %d of %d: error %.4f", step + 1, steps, sum(shown) / len(shown))
             shown = []
             state = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step + 1}
-            torch.save(state, path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").replace(path)
+            with atomic_file(path) as temporary:
+                torch.save(state, temporary)
     vae.load_state_dict(vae.state_dict() | average)
     vae.eval().requires_grad_(False)
     set_statistics(vae, seed=seed)

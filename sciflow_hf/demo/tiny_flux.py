@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..diffusion.randomness import hash64
-from .tiny_klein import _redraw, _rounded
-from .tiny_sd3 import CLIP_WIDTH, T5_WIDTH, clip, clip_tokenizer, dims_of, quieten, t5, t5_tokenizer, vae
-from .whole import whole_folder
+from .folders import write_pipeline
+from .tiny import clip, clip_tokenizer, dims_of, probe, quiet, redraw, rounded, t5, t5_tokenizer
+from .tiny_sd3 import CLIP_WIDTH, SIZES, T5_WIDTH, TIME_CHANNELS, vae
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,7 +29,7 @@ def make_tiny(folder: str | Path, *, seed: int = 0, size: Literal["demo", "test"
     network's output. One seed gives the same bytes.
 
     Args:
-        folder: where to write; must not exist or be empty. It appears whole or not at all.
+        folder: where to write; must not exist or be empty. It appears complete or not at all.
         seed: changes every weight.
         size: "test" is the smallest (a forward takes milliseconds), "demo" can learn something in 150 steps.
 
@@ -40,7 +39,7 @@ def make_tiny(folder: str | Path, *, seed: int = 0, size: Literal["demo", "test"
     Raises:
         SciflowError: `size` is unknown, or the folder holds something.
     """
-    dims = dims_of(size)
+    dims = dims_of(size, SIZES)
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
@@ -55,9 +54,7 @@ def make_tiny(folder: str | Path, *, seed: int = 0, size: Literal["demo", "test"
             tokenizer_2=tokenizer_2,
             transformer=_transformer(dims, seed),
         )
-    with whole_folder(folder) as target:
-        pipeline.save_pretrained(target)
-    return Path(folder)
+    return write_pipeline(folder, pipeline)
 
 
 def _transformer(dims: dict[str, Any], seed: int) -> "nn.Module":
@@ -79,10 +76,11 @@ def _transformer(dims: dict[str, Any], seed: int) -> "nn.Module":
     )
     model.eval()
     # Modulations of half size: larger ones leave little that training can build on.
-    _redraw(model, seed, "transformer", gains={"norm": 0.5})
-    quieten(model.time_text_embed.timestep_embedder)
-    quieten(model.time_text_embed.guidance_embedder)
-    rng = torch.Generator().manual_seed(hash64(seed, "probe") & 0xFFFFFFFF)
+    redraw(model, seed, "transformer", gains={"norm": 0.5})
+    with torch.no_grad():
+        for embedder in (model.time_text_embed.timestep_embedder, model.time_text_embed.guidance_embedder):
+            embedder.linear_1.weight *= quiet(TIME_CHANNELS)
+    rng = probe(seed)
     height, width, length = 4, 6, 12
     zero = torch.arange(1)
     with torch.no_grad():
@@ -96,5 +94,5 @@ def _transformer(dims: dict[str, Any], seed: int) -> "nn.Module":
             txt_ids=torch.zeros(length, 3, dtype=torch.int64),
             return_dict=False,
         )[0]
-        model.proj_out.weight /= _rounded(output.double().std()).float()
+        model.proj_out.weight /= rounded(output.double().std()).float()
     return model

@@ -3,12 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..diffusion.randomness import hash64
-from ..errors import SciflowError
-from .whole import whole_folder
+from .folders import write_pipeline
+from .tiny import dims_of, probe, quiet, redraw, rounded, sample_pixels
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
@@ -40,7 +38,7 @@ _SIZES: dict[str, dict[str, Any]] = {
     "demo": {"vae_channels": (8, 16, 16), "latent": 4, "heads": 4, "head_dim": 16, "double": 1, "single": 2},
 }
 
-_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _THINK_TOKENS = ("<think>", "</think>")
 
 # What Qwen3's template makes of plain turns without tools; thinking off writes an empty thought.
@@ -64,7 +62,7 @@ def make_tiny_klein(folder: str | Path, *, seed: int = 0, size: Literal["demo", 
     network's output (the default initialisation gives a nearly constant one). One seed gives the same bytes.
 
     Args:
-        folder: where to write; must not exist or be empty. It appears whole or not at all.
+        folder: where to write; must not exist or be empty. It appears complete or not at all.
         seed: changes every weight.
         size: "test" is the smallest (a forward takes milliseconds), "demo" can learn something in 150 steps.
 
@@ -74,12 +72,10 @@ def make_tiny_klein(folder: str | Path, *, seed: int = 0, size: Literal["demo", 
     Raises:
         SciflowError: `size` is unknown, or the folder holds something.
     """
-    if size not in _SIZES:
-        raise SciflowError(f"`size` is {size!r}; allowed: {', '.join(map(repr, _SIZES))}.")
+    dims = dims_of(size, _SIZES)
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
 
-    dims = _SIZES[size]
     with torch.random.fork_rng(devices=[]):  # the constructors draw weights that are replaced below
         tokenizer = _tokenizer()
         text_encoder = _text_encoder(len(tokenizer), seed)
@@ -93,9 +89,7 @@ def make_tiny_klein(folder: str | Path, *, seed: int = 0, size: Literal["demo", 
         transformer=transformer,
         is_distilled=False,
     )
-    with whole_folder(folder) as target:
-        pipeline.save_pretrained(target)
-    return Path(folder)
+    return write_pipeline(folder, pipeline)
 
 
 def _tokenizer() -> "PreTrainedTokenizerBase":
@@ -108,7 +102,7 @@ def _tokenizer() -> "PreTrainedTokenizerBase":
     tokenizer = Qwen2Tokenizer(
         vocab=vocab, merges=[], eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="right"
     )
-    tokenizer.add_tokens([AddedToken(token, special=True) for token in _SPECIAL_TOKENS], special_tokens=True)
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS], special_tokens=True)
     tokenizer.add_tokens([AddedToken(token) for token in _THINK_TOKENS])
     tokenizer.chat_template = _CHAT_TEMPLATE
     tokenizer.model_max_length = 4096
@@ -132,7 +126,7 @@ def _text_encoder(vocab_size: int, seed: int) -> "nn.Module":
     )
     model = Qwen3ForCausalLM(config).eval()
     # 28 residual layers add up: half-size writes keep the hidden states of order one to three.
-    _redraw(model, seed, "text_encoder", gains={"embed_tokens": 4.0, "o_proj": 0.8, "down_proj": 0.8})
+    redraw(model, seed, "text_encoder", gains={"embed_tokens": 4.0, "o_proj": 0.8, "down_proj": 0.8})
     return model
 
 
@@ -152,35 +146,21 @@ def _vae(dims: dict[str, Any], seed: int) -> "nn.Module":
         sample_size=128,
     )
     vae.eval()
-    _redraw(vae, seed, "vae", gains={"quant_conv": 1.0})
+    redraw(vae, seed, "vae", gains={"quant_conv": 1.0})
     half = dims["latent"]
     with torch.no_grad():
         vae.quant_conv.weight[half:] *= 0.05
         vae.quant_conv.bias[half:] = -6.0
         tokens = []
-        for pixels in _sample_pixels(seed):
+        for pixels in sample_pixels(seed):
             mean = vae.encode(pixels).latent_dist.mode()  # (1, c, h, w)
             patches = torch.nn.functional.pixel_unshuffle(mean, 2)  # (1, 4c, h/2, w/2), order (c, ph, pw)
             tokens.append(patches.flatten(2).transpose(1, 2)[0].double())
         both = torch.cat(tokens)
         # Rounded, so that the last bit of a convolution on another machine does not change the file.
-        vae.bn.running_mean.copy_(_rounded(both.mean(0)))
-        vae.bn.running_var.copy_(_rounded(both.var(0)))
+        vae.bn.running_mean.copy_(rounded(both.mean(0)))
+        vae.bn.running_var.copy_(rounded(both.var(0)))
     return vae
-
-
-def _sample_pixels(seed: int) -> "list[torch.Tensor]":
-    """Drawn figures of about 96x72 pixels in [-1, 1], (1, 3, H, W) each."""
-    import numpy as np
-    import torch
-
-    from .figures import draw_figures
-
-    pages = ((320, 240), (240, 320), (400, 160))  # times 0.3: multiples of 8 pixels
-    return [
-        torch.from_numpy(np.array(figure.image)).permute(2, 0, 1)[None].float() / 127.5 - 1
-        for figure in draw_figures(24, seed=seed, pixels_per_unit=0.3, page_sizes=pages)
-    ]
 
 
 def _transformer(dims: dict[str, Any], seed: int) -> "nn.Module":
@@ -201,14 +181,10 @@ def _transformer(dims: dict[str, Any], seed: int) -> "nn.Module":
         guidance_embeds=False,
     )
     model.eval()
-    _redraw(model, seed, "transformer")
+    redraw(model, seed, "transformer")
     with torch.no_grad():
-        # Trained networks are smooth in the timestep (0 to 1000): quiet the frequencies that turn faster.
-        half = _TIME_CHANNELS // 2
-        frequencies = 10_000.0 ** (-torch.arange(half) / half)
-        quiet = (0.005 / frequencies).clamp_max(1).repeat(2)  # cosines, then sines
-        model.time_guidance_embed.timestep_embedder.linear_1.weight *= quiet
-    rng = torch.Generator().manual_seed(hash64(seed, "probe") & 0xFFFFFFFF)
+        model.time_guidance_embed.timestep_embedder.linear_1.weight *= quiet(_TIME_CHANNELS)
+    rng = probe(seed)
     height, width, length = 4, 6, 12
     zero = torch.arange(1)
     img_ids = torch.cartesian_prod(zero, torch.arange(height), torch.arange(width), zero)
@@ -223,37 +199,5 @@ def _transformer(dims: dict[str, Any], seed: int) -> "nn.Module":
             guidance=None,
             return_dict=False,
         )[0]
-        model.proj_out.weight /= _rounded(output.double().std()).float()
+        model.proj_out.weight /= rounded(output.double().std()).float()
     return model
-
-
-def _redraw(model: "nn.Module", seed: int, part: str, gains: dict[str, float] | None = None) -> None:
-    """Draws every parameter anew from (seed, part, its name): weights with std gain / sqrt(fan_in).
-
-    The gain is 1.6 unless `gains` has a name that occurs in the parameter's. Vectors that scale (norms) stay
-    near one, biases near zero. A generator per name keeps the others when a library adds a parameter.
-    """
-    import numpy as np
-    import torch
-
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            draw = torch.from_numpy(
-                np.random.default_rng(hash64(seed, part, name)).standard_normal(tuple(parameter.shape))
-            )
-            if parameter.ndim > 1:
-                gain = next((value for key, value in (gains or {}).items() if key in name), 1.6)
-                value = draw * gain / parameter[0].numel() ** 0.5
-            elif name.endswith("weight"):
-                value = 1 + 0.2 * draw
-            else:
-                value = 0.1 * draw
-            parameter.copy_(value)
-
-
-def _rounded(values: "torch.Tensor") -> "torch.Tensor":
-    """Three significant digits."""
-    import torch
-
-    scale = 10.0 ** (2 - torch.floor(torch.log10(values.abs().clamp_min(1e-12))))
-    return torch.round(values * scale) / scale

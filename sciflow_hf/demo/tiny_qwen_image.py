@@ -4,10 +4,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..diffusion.randomness import hash64
-from ..errors import SciflowError
-from .tiny_klein import SCHEDULER_CONFIG, _redraw, _rounded, _sample_pixels
-from .whole import whole_folder
+from .folders import write_pipeline
+from .tiny import dims_of, probe, quiet, redraw, rounded, sample_pixels, word_merges
+from .tiny_klein import SCHEDULER_CONFIG
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,7 +42,7 @@ def make_tiny(folder: str | Path, *, seed: int = 0, size: Literal["demo", "test"
     network's output (the default initialisation gives a nearly constant one). One seed gives the same bytes.
 
     Args:
-        folder: where to write; must not exist or be empty. It appears whole or not at all.
+        folder: where to write; must not exist or be empty. It appears complete or not at all.
         seed: changes every weight.
         size: "test" is the smallest (a forward takes milliseconds), "demo" can learn something in 150 steps.
 
@@ -53,12 +52,10 @@ def make_tiny(folder: str | Path, *, seed: int = 0, size: Literal["demo", "test"
     Raises:
         SciflowError: `size` is unknown, or the folder holds something.
     """
-    if size not in _SIZES:
-        raise SciflowError(f"`size` is {size!r}; allowed: {', '.join(map(repr, _SIZES))}.")
+    dims = dims_of(size, _SIZES)
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 
-    dims = _SIZES[size]
     with torch.random.fork_rng(devices=[]):  # the constructors draw weights that are replaced below
         tokenizer = _tokenizer()
         pipeline: Any = QwenImagePipeline(
@@ -68,9 +65,7 @@ def make_tiny(folder: str | Path, *, seed: int = 0, size: Literal["demo", "test"
             tokenizer=tokenizer,
             transformer=_transformer(dims, seed),
         )
-    with whole_folder(folder) as target:
-        pipeline.save_pretrained(target)
-    return Path(folder)
+    return write_pipeline(folder, pipeline)
 
 
 def _tokenizer() -> "PreTrainedTokenizerBase":
@@ -81,7 +76,7 @@ def _tokenizer() -> "PreTrainedTokenizerBase":
 
     lines = files(__package__).joinpath("tiny_qwen_image.txt").read_text(encoding="utf-8").splitlines()
     words = [line.replace("_", "Ġ") for line in lines if line and not line.startswith("#")]
-    merges = dict.fromkeys((word[:i], word[i]) for word in words for i in range(1, len(word)))
+    merges = word_merges(words)
     tokens = [*sorted(ByteLevel.alphabet()), *(left + right for left, right in merges)]
     tokenizer = Qwen2Tokenizer(
         vocab={token: i for i, token in enumerate(tokens)},
@@ -126,7 +121,7 @@ def _text_encoder(tokenizer: "PreTrainedTokenizerBase", seed: int) -> "nn.Module
         **{f"{name}_token_id": number for name, number in zip(names, ids, strict=True)},
     )
     model = Qwen2_5_VLForConditionalGeneration(config).eval()
-    _redraw(model, seed, "text_encoder", gains={"embed_tokens": 4.0})
+    redraw(model, seed, "text_encoder", gains={"embed_tokens": 4.0})
     return model
 
 
@@ -146,17 +141,17 @@ def _vae(dims: dict[str, Any], seed: int) -> "nn.Module":
         latents_std=[1.0] * channels,
     )
     vae.eval()
-    _redraw(vae, seed, "vae", gains={"quant_conv": 1.0})
+    redraw(vae, seed, "vae", gains={"quant_conv": 1.0})
     with torch.no_grad():
         for name, parameter in vae.named_parameters():
             if name.endswith("gamma"):  # a norm's scale, of more than one dimension here
                 parameter.copy_(1 + parameter / 8)
         vae.quant_conv.weight[channels:] *= 0.05
         vae.quant_conv.bias[channels:] = -6.0
-        latents = [vae.encode(pixels.unsqueeze(2)).latent_dist.mode() for pixels in _sample_pixels(seed)]
+        latents = [vae.encode(pixels.unsqueeze(2)).latent_dist.mode() for pixels in sample_pixels(seed)]
     both = torch.cat([latent[0].flatten(1) for latent in latents], dim=1).double()  # (C, pixels)
     # Rounded, so that the last bit of a convolution on another machine does not change the file.
-    vae.register_to_config(latents_mean=_rounded(both.mean(1)).tolist(), latents_std=_rounded(both.std(1)).tolist())
+    vae.register_to_config(latents_mean=rounded(both.mean(1)).tolist(), latents_std=rounded(both.std(1)).tolist())
     return vae
 
 
@@ -176,14 +171,10 @@ def _transformer(dims: dict[str, Any], seed: int) -> "nn.Module":
         axes_dims_rope=dims["rope"],
     )
     model.eval()
-    _redraw(model, seed, "transformer")
+    redraw(model, seed, "transformer")
     with torch.no_grad():
-        # Trained networks are smooth in the timestep (0 to 1000): quiet the frequencies that turn faster.
-        half = _TIME_CHANNELS // 2
-        frequencies = 10_000.0 ** (-torch.arange(half) / half)
-        quiet = (0.005 / frequencies).clamp_max(1).repeat(2)  # cosines, then sines
-        model.time_text_embed.timestep_embedder.linear_1.weight *= quiet
-    rng = torch.Generator().manual_seed(hash64(seed, "probe") & 0xFFFFFFFF)
+        model.time_text_embed.timestep_embedder.linear_1.weight *= quiet(_TIME_CHANNELS)
+    rng = probe(seed)
     height, width, length = 4, 6, 12
     with torch.no_grad():
         output = model(
@@ -193,5 +184,5 @@ def _transformer(dims: dict[str, Any], seed: int) -> "nn.Module":
             img_shapes=[[(1, height, width)]] * 4,
             return_dict=False,
         )[0]
-        model.proj_out.weight /= _rounded(output.double().std()).float()
+        model.proj_out.weight /= rounded(output.double().std()).float()
     return model

@@ -3,14 +3,11 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..diffusion.randomness import hash64
-from ..errors import SciflowError
-from .tiny_klein import _redraw, _rounded, _sample_pixels
-from .whole import whole_folder
+from .folders import write_pipeline
+from .tiny import clip, clip_tokenizer, dims_of, probe, quiet, redraw, rounded, sample_pixels, t5, t5_tokenizer
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedTokenizerBase
 
 TIME_CHANNELS = 256  # of diffusers' time embedding, for SD3 and FLUX.1 alike
 
@@ -35,7 +32,7 @@ def make_tiny(folder: str | Path, *, seed: int = 0, size: Literal["demo", "test"
     texts show in the network's output. One seed gives the same bytes.
 
     Args:
-        folder: where to write; must not exist or be empty. It appears whole or not at all.
+        folder: where to write; must not exist or be empty. It appears complete or not at all.
         seed: changes every weight.
         size: "test" is the smallest (a forward takes milliseconds, images up to 128 pixels), "demo" can learn
             something in 150 steps.
@@ -46,7 +43,7 @@ def make_tiny(folder: str | Path, *, seed: int = 0, size: Literal["demo", "test"
     Raises:
         SciflowError: `size` is unknown, or the folder holds something.
     """
-    dims = dims_of(size)
+    dims = dims_of(size, SIZES)
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
@@ -65,79 +62,7 @@ def make_tiny(folder: str | Path, *, seed: int = 0, size: Literal["demo", "test"
             tokenizer_3=tokenizer_3,
             transformer=_transformer(dims, seed),
         )
-    with whole_folder(folder) as target:
-        pipeline.save_pretrained(target)
-    return Path(folder)
-
-
-def dims_of(size: str) -> dict[str, Any]:
-    """The widths and lengths of "test" or "demo"."""
-    if size not in SIZES:
-        raise SciflowError(f"`size` is {size!r}; allowed: {', '.join(map(repr, SIZES))}.")
-    return SIZES[size]
-
-
-def clip_tokenizer(length: int, *, pad_token: str) -> "PreTrainedTokenizerBase":
-    """Bytes as tokens, no merges: nothing to train. As in CLIP, `!` is the lowest id and the end the highest."""
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import CLIPTokenizer
-
-    alphabet = sorted(ByteLevel.alphabet())
-    words = [*alphabet, *(char + "</w>" for char in alphabet), "<|startoftext|>", "<|endoftext|>"]
-    vocab = {word: i for i, word in enumerate(words)}
-    return CLIPTokenizer(vocab=vocab, merges=[], pad_token=pad_token, model_max_length=length)
-
-
-def t5_tokenizer() -> "PreTrainedTokenizerBase":
-    """Printable ASCII characters as tokens."""
-    from transformers import T5TokenizerFast
-
-    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
-    vocab += [(chr(code), -3.0) for code in range(33, 127)]
-    return T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=512)
-
-
-def clip(tokenizer: Any, width: int, seed: int, part: str, *, projected: bool) -> "nn.Module":
-    """A CLIP text encoder of three layers; `projected`: with the projection of its pooled state."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        projection_dim=width,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length,
-        hidden_act="quick_gelu" if part == "text_encoder" else "gelu",
-        bos_token_id=0,
-        eos_token_id=2,  # as published: the pooled state is that of the highest id
-        pad_token_id=1,
-    )
-    model = (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
-    gains = {"token_embedding": 3.0, "position_embedding": 1.0, "out_proj": 0.8, "fc2": 0.8}
-    _redraw(model, seed, part, gains=gains)
-    return model
-
-
-def t5(tokenizer: Any, width: int, seed: int, part: str) -> "nn.Module":
-    """A T5 v1.1 encoder of two layers."""
-    from transformers import T5Config, T5EncoderModel
-
-    config = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=width,
-        d_kv=8,
-        d_ff=2 * width,
-        num_layers=2,
-        num_heads=2,
-        feed_forward_proj="gated-gelu",
-        is_encoder_decoder=False,
-        use_cache=False,
-    )
-    model = T5EncoderModel(config).eval()
-    _redraw(model, seed, part, gains={"shared": 4.0, ".q.": 0.5, "relative_attention_bias": 1.0})
-    return model
+    return write_pipeline(folder, pipeline)
 
 
 def vae(dims: dict[str, Any], seed: int) -> "nn.Module":
@@ -158,14 +83,14 @@ def vae(dims: dict[str, Any], seed: int) -> "nn.Module":
         use_post_quant_conv=False,
     )
     model.eval()
-    _redraw(model, seed, "vae", gains={"encoder.conv_out": 1.0})
+    redraw(model, seed, "vae", gains={"encoder.conv_out": 1.0})
     with torch.no_grad():
         model.encoder.conv_out.weight[half:] *= 0.05
         model.encoder.conv_out.bias[half:] = -6.0
-        means = [model.encode(pixels).latent_dist.mode().flatten().double() for pixels in _sample_pixels(seed)]
+        means = [model.encode(pixels).latent_dist.mode().flatten().double() for pixels in sample_pixels(seed)]
     values = torch.cat(means)
     # Rounded, so that the last bit of a convolution on another machine does not change the file.
-    shift, scale = (float(f"{float(_rounded(value)):.3g}") for value in (values.mean(), 1 / values.std()))
+    shift, scale = (float(f"{float(rounded(value)):.3g}") for value in (values.mean(), 1 / values.std()))
     model.register_to_config(shift_factor=shift, scaling_factor=scale)
     return model
 
@@ -193,9 +118,10 @@ def _transformer(dims: dict[str, Any], seed: int) -> "nn.Module":
     )
     model.eval()
     # Modulations of half size: larger ones leave little that training can build on.
-    _redraw(model, seed, "transformer", gains={"norm": 0.5})
-    quieten(model.time_text_embed.timestep_embedder)
-    rng = torch.Generator().manual_seed(hash64(seed, "probe") & 0xFFFFFFFF)
+    redraw(model, seed, "transformer", gains={"norm": 0.5})
+    with torch.no_grad():
+        model.time_text_embed.timestep_embedder.linear_1.weight *= quiet(TIME_CHANNELS)
+    rng = probe(seed)
     with torch.no_grad():
         output = model(
             hidden_states=torch.randn(4, channels, 8, 12, generator=rng),
@@ -204,15 +130,5 @@ def _transformer(dims: dict[str, Any], seed: int) -> "nn.Module":
             timestep=torch.tensor([100.0, 400.0, 700.0, 950.0]),
             return_dict=False,
         )[0]
-        model.proj_out.weight /= _rounded(output.double().std()).float()
+        model.proj_out.weight /= rounded(output.double().std()).float()
     return model
-
-
-def quieten(embedder: Any) -> None:
-    """Trained networks are smooth in the timestep (0 to 1000): quiets the frequencies that turn faster."""
-    import torch
-
-    half = TIME_CHANNELS // 2
-    frequencies = 10_000.0 ** (-torch.arange(half) / half)
-    with torch.no_grad():
-        embedder.linear_1.weight *= (0.005 / frequencies).clamp_max(1).repeat(2)  # cosines, then sines

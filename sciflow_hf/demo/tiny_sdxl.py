@@ -1,17 +1,12 @@
 """A tiny Stable Diffusion XL pipeline of random, non-degenerate weights: for the demo and the tests, no download."""
 
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..diffusion.randomness import hash64
-from ..errors import SciflowError
-from .tiny_klein import _redraw, _rounded, _sample_pixels
-from .tiny_sd3 import clip
-from .whole import whole_folder
+from .folders import write_pipeline
+from .tiny import clip, dims_of, probe, quiet, redraw, rounded, sample_pixels, word_merges
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
@@ -47,7 +42,7 @@ def make_tiny(folder: str | Path, *, seed: int = 0, size: Literal["demo", "test"
     sizes, crops, both texts and the pooled one show in the network's output. One seed gives the same bytes.
 
     Args:
-        folder: where to write; must not exist or be empty. It appears whole or not at all.
+        folder: where to write; must not exist or be empty. It appears complete or not at all.
         seed: changes every weight.
         size: "test" is the smallest (a forward takes milliseconds), "demo" can learn something in 150 steps.
 
@@ -57,12 +52,10 @@ def make_tiny(folder: str | Path, *, seed: int = 0, size: Literal["demo", "test"
     Raises:
         SciflowError: `size` is unknown, or the folder holds something.
     """
-    if size not in _SIZES:
-        raise SciflowError(f"`size` is {size!r}; allowed: {', '.join(map(repr, _SIZES))}.")
+    dims = dims_of(size, _SIZES)
     import torch
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
-    dims = _SIZES[size]
     with torch.random.fork_rng(devices=[]):  # the constructors draw weights that are replaced below
         tokenizer, tokenizer_2 = _tokenizer("<|endoftext|>"), _tokenizer("!")
         first, second = dims["texts"]
@@ -80,9 +73,7 @@ def make_tiny(folder: str | Path, *, seed: int = 0, size: Literal["demo", "test"
         unet=unet,
         add_watermarker=False,
     )
-    with whole_folder(folder) as target:
-        pipeline.save_pretrained(target)
-    return Path(folder)
+    return write_pipeline(folder, pipeline)
 
 
 def _tokenizer(pad_token: str) -> "PreTrainedTokenizerBase":
@@ -94,11 +85,8 @@ def _tokenizer(pad_token: str) -> "PreTrainedTokenizerBase":
     from transformers import CLIPTokenizer
 
     alphabet = sorted(ByteLevel.alphabet())
-    merges: dict[tuple[str, str], None] = {}
-    for word in Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").split():
-        letters = [*word[:-1], word[-1] + "</w>"]
-        parts = ["".join(letters[:i]) for i in range(1, len(letters) + 1)]
-        merges |= dict.fromkeys((part, letter) for (part, _), letter in zip(pairwise(parts), letters[1:], strict=True))
+    listed = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").split()
+    merges = word_merges([*word[:-1], word[-1] + "</w>"] for word in listed)
     words = [*alphabet, *(char + "</w>" for char in alphabet), *dict.fromkeys(a + b for a, b in merges)]
     vocab = {word: i for i, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
     return CLIPTokenizer(vocab=vocab, merges=list(merges), pad_token=pad_token, model_max_length=TEXT_LENGTH)
@@ -120,13 +108,13 @@ def _vae(dims: dict[str, Any], seed: int) -> "nn.Module":
         sample_size=128,
     )
     model.eval()
-    _redraw(model, seed, "vae", gains={"quant_conv": 1.0})
+    redraw(model, seed, "vae", gains={"quant_conv": 1.0})
     with torch.no_grad():
         model.quant_conv.weight[_LATENT_CHANNELS:] *= 0.05
         model.quant_conv.bias[_LATENT_CHANNELS:] = -6.0
-        means = [model.encode(pixels).latent_dist.mode().flatten().double() for pixels in _sample_pixels(seed)]
+        means = [model.encode(pixels).latent_dist.mode().flatten().double() for pixels in sample_pixels(seed)]
     # Rounded, so that the last bit of a convolution on another machine does not change the file.
-    model.register_to_config(scaling_factor=float(f"{float(_rounded(1 / torch.cat(means).std())):.3g}"))
+    model.register_to_config(scaling_factor=float(f"{float(rounded(1 / torch.cat(means).std())):.3g}"))
     return model
 
 
@@ -154,12 +142,12 @@ def _unet(dims: dict[str, Any], seed: int) -> "nn.Module":
         projection_class_embeddings_input_dim=6 * dims["size_channels"] + pooled,
     )
     model.eval()
-    _redraw(model, seed, "unet")
-    rng = torch.Generator().manual_seed(hash64(seed, "probe") & 0xFFFFFFFF)
+    redraw(model, seed, "unet")
+    rng = probe(seed)
     with torch.no_grad():
-        # Trained networks are smooth in timestep (0 to 1000) and sizes (here 100): quiet what turns faster.
-        model.time_embedding.linear_1.weight *= _quiet(dims["unet"][0], 0.005)
-        model.add_embedding.linear_1.weight[:, pooled:] *= _quiet(dims["size_channels"], 0.05).repeat(6)
+        # Networks are smooth in sizes (here about 100), too.
+        model.time_embedding.linear_1.weight *= quiet(dims["unet"][0])
+        model.add_embedding.linear_1.weight[:, pooled:] *= quiet(dims["size_channels"], 0.05).repeat(6)
         output = model(
             sample=torch.randn(4, _LATENT_CHANNELS, 8, 12, generator=rng),
             timestep=torch.tensor([100, 400, 700, 950]),
@@ -170,16 +158,7 @@ def _unet(dims: dict[str, Any], seed: int) -> "nn.Module":
             },
             return_dict=False,
         )[0]
-        scale = _rounded(output.double().std()).float()
+        scale = rounded(output.double().std()).float()
         model.conv_out.weight /= scale
         model.conv_out.bias /= scale
     return model
-
-
-def _quiet(channels: int, fastest: float) -> "torch.Tensor":
-    """Factors of a sinusoidal embedding's cosines, then sines: smaller above `fastest` (radians per unit)."""
-    import torch
-
-    half = channels // 2
-    frequencies = 10_000.0 ** (-torch.arange(half) / half)
-    return (fastest / frequencies).clamp_max(1).repeat(2)

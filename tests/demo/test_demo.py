@@ -254,12 +254,12 @@ def test_an_interrupted_first_use_leaves_no_folder(tmp_path: Path, monkeypatch: 
 
 
 def test_a_folder_made_meanwhile_is_kept(tmp_path: Path) -> None:
-    from sciflow_hf.demo.whole import whole_folder
+    from sciflow_hf.demo.folders import new_folder
 
-    with whole_folder(tmp_path / "x") as mine:
+    with new_folder(tmp_path / "x") as mine:
         (mine / "file").write_text("second")
-        with whole_folder(tmp_path / "x") as theirs:
-            (theirs / "file").write_text("first")
+        (tmp_path / "x").mkdir()  # by another process
+        (tmp_path / "x" / "file").write_text("first")
     assert (tmp_path / "x" / "file").read_text() == "first"
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 

@@ -73,21 +73,21 @@ def tiny(tmp_path_factory):
     from diffusers import AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
     from transformers import UMT5Config, UMT5EncoderModel
 
-    from sciflow_hf.demo.tiny_klein import _redraw
-    from sciflow_hf.demo.tiny_sd3 import SIZES, quieten, t5_tokenizer, vae
+    from sciflow_hf.demo.tiny import quiet, redraw, t5_tokenizer
+    from sciflow_hf.demo.tiny_sd3 import SIZES, TIME_CHANNELS, vae
 
     tokenizer = t5_tokenizer()
     encoder = UMT5EncoderModel(
         UMT5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
     )
-    _redraw(encoder, 0, "text_encoder", gains={"shared": 4.0, ".q.": 0.5, "relative_attention_bias": 1.0})
+    redraw(encoder, 0, "text_encoder", gains={"shared": 4.0, ".q.": 0.5, "relative_attention_bias": 1.0})
     network = AuraFlowTransformer2DModel(
         sample_size=16, in_channels=4, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=16,
         num_attention_heads=2, joint_attention_dim=16, caption_projection_dim=32, pos_embed_max_size=256,
     )  # fmt: skip
-    _redraw(network, 0, "transformer", gains={"norm": 0.5, "pos_embed.pos_embed": 10.0})
-    quieten(network.time_step_proj)
+    redraw(network, 0, "transformer", gains={"norm": 0.5, "pos_embed.pos_embed": 10.0})
     with torch.no_grad():
+        network.time_step_proj.linear_1.weight *= quiet(TIME_CHANNELS)
         network.proj_out.weight /= 2
     pipeline = AuraFlowPipeline(
         tokenizer=tokenizer, text_encoder=encoder.eval(), vae=vae(SIZES["test"], 0), transformer=network.eval(),
