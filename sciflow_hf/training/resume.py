@@ -1,49 +1,18 @@
 """Resuming: what must be the same as in the run of a checkpoint, and its place in the epoch, on any number of ranks."""
 
-import dataclasses
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..adapters.layers import adapter_facts
 from ..data.batches.loader import BucketLoader, batch_keys_of, row_ids_of
 from ..diffusion.randomness import hash64
 from ..errors import SciflowError
-from ..families.base import ModelFamily
 from .arguments import DiffusionTrainingArguments
 
 IDENTITY_NAME = "run.json"
-"""File of a checkpoint that holds its `run_identity` and `Place`."""
-
-
-def run_identity(
-    family: ModelFamily, args: DiffusionTrainingArguments, model: Any, *, data: str | None, total_batch: int
-) -> dict[str, Any]:
-    """What must be the same for a checkpoint to be resumed; plain JSON values.
-
-    Args:
-        model: the network without wrappers.
-        data: `data_fingerprint` of the training data.
-        total_batch: samples of an optimizer step.
-    """
-    path = family.pretrained_model_name_or_path
-    return {
-        "family": family.name,
-        "network": dataclasses.asdict(family) if family.from_scratch else None,
-        "pretrained_model_name_or_path": Path(path).name if os.path.isdir(path) else path,
-        "revision": family.revision,
-        "adapter": adapter_facts(model),
-        "data": data,
-        "total_train_batch_size": total_batch,
-        "seed": args.order_seed,
-        "optim": str(getattr(args.optim, "value", args.optim)),
-        "lora_plus_ratio": args.lora_plus_ratio,
-        "text_encoder_learning_rate": args.text_encoder_learning_rate,
-        "quantize_base": args.quantize_base,
-    }
+"""File of a checkpoint that holds the identity of its run and its `Place`."""
 
 
 def data_fingerprint(dataset: Any) -> str | None:
@@ -64,7 +33,7 @@ def check_identity(
     """Refuses to resume a run of another family, model, adapter, data or batch; says what differs.
 
     Args:
-        now: `run_identity` of this run.
+        now: identity of this run.
         advice: for some of its keys, from the value then to what to do.
         renamed_options: of the family, for a checkpoint that calls an option of the network by an earlier name.
     """
@@ -102,10 +71,8 @@ class Place(NamedTuple):
     global_step: int
 
     @classmethod
-    def of(cls, state: Any, loader: Any, accumulation_steps: int) -> "Place | None":
-        """The place of a `TrainerState` after a step; None in a stream, which keeps its own."""
-        if not isinstance(loader, BucketLoader):
-            return None
+    def of(cls, state: Any, loader: BucketLoader, accumulation_steps: int) -> "Place":
+        """The place of a `TrainerState` after a step."""
         epoch, part = divmod(state.epoch or 0.0, 1)  # the Trainer counts micro-batches of `len(loader)`
         return cls(int(epoch), math.ceil(round(part * len(loader)) / accumulation_steps), state.global_step)
 

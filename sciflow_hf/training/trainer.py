@@ -1,5 +1,6 @@
 """`DiffusionTrainer`: transformers.Trainer with one step per model family."""
 
+import dataclasses
 import functools
 import json
 import logging
@@ -21,7 +22,7 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy, TrainOutput
 
 from ..adapters.export import Exported, check_run, export_run
 from ..adapters.files import load_adapter_weights, save_adapter
-from ..adapters.layers import adapter_disabled, adapter_layers, network_of
+from ..adapters.layers import adapter_disabled, adapter_facts, adapter_layers, network_of
 from ..adapters.text_encoders import NetworkWithText, use_captions, with_text
 from ..data.batches.buckets import BucketBatchSampler
 from ..data.batches.loader import BucketLoader, batch_keys_of, evaluation_keys, row_ids_of, training_sampler
@@ -74,7 +75,7 @@ from .checkpoints import (
 from .evaluation import summarise
 from .loss_log import LossLog
 from .out_of_memory import MicroBatches
-from .resume import IDENTITY_NAME, Place, check_identity, data_fingerprint, run_identity, same_total_batch
+from .resume import IDENTITY_NAME, Place, check_identity, data_fingerprint, same_total_batch
 from .trackers import prepare_wandb
 
 logger = logging.getLogger(__name__)
@@ -459,12 +460,24 @@ class DiffusionTrainer(Trainer):
         return output
 
     def _identity(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint of this run to be resumed."""
+        """What must be the same for a checkpoint of this run to be resumed; plain JSON values."""
         if self._fingerprint[0] is not self.train_dataset:
             self._fingerprint = (self.train_dataset, data_fingerprint(self.train_dataset))
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        total_batch = self.get_total_train_batch_size(self.args)
-        return run_identity(self.family, self.args, model, data=self._fingerprint[1], total_batch=total_batch)
+        family, args, path = self.family, self.args, self.family.pretrained_model_name_or_path
+        return {
+            "family": family.name,
+            "network": dataclasses.asdict(family) if family.from_scratch else None,
+            "pretrained_model_name_or_path": Path(path).name if os.path.isdir(path) else path,
+            "revision": family.revision,
+            "adapter": adapter_facts(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)),
+            "data": self._fingerprint[1],
+            "total_train_batch_size": self.get_total_train_batch_size(args),
+            "seed": args.order_seed,
+            "optim": str(getattr(args.optim, "value", args.optim)),
+            "lora_plus_ratio": args.lora_plus_ratio,
+            "text_encoder_learning_rate": args.text_encoder_learning_rate,
+            "quantize_base": args.quantize_base,
+        }
 
     def _weight_sums(self) -> list[float]:
         """A sum per trained parameter, enough to see that none moved; empty where weights are sharded or not made."""
@@ -797,7 +810,8 @@ class DiffusionTrainer(Trainer):
         if not is_checkpoint:
             self.exported = export_run(folder, self.args.export_formats, self.family, network_of(model))
         loader = self.callback_handler.train_dataloader
-        place = Place.of(self.state, loader, self.args.gradient_accumulation_steps)
+        is_map_style = isinstance(loader, BucketLoader)  # a stream keeps its own place
+        place = Place.of(self.state, loader, self.args.gradient_accumulation_steps) if is_map_style else None
         write_json(folder / IDENTITY_NAME, self._identity() | {"place": place})
         if self._eval_base and is_checkpoint:
             write_json(folder / EVAL_BASE, self._eval_base)
