@@ -15,6 +15,7 @@ import pytest
 import torch
 from builds import PAYLOADS, StubEncoders, build, index_of, make_images, picture, samples_of, settled, write_notes
 
+from sciflow_hf import files
 from sciflow_hf.data.inspect.verify import verify_cache
 from sciflow_hf.data.load import load_cache
 from sciflow_hf.errors import SciflowError
@@ -159,8 +160,8 @@ def test_a_full_disk_is_said_and_nothing_half_is_taken_for_whole(
         room.pop()
 
     monkeypatch.setattr(os, "fsync", sync)
-    for files in (1, 2, 3, 3, 7, 5, 20, 100):  # that fit, run after run
-        room[:] = [1] * files
+    for syncs in (1, 2, 3, 3, 7, 5, 20, 100):  # of files and folders, until there is no room; run after run
+        room[:] = [1] * syncs
         try:
             build(images, output, **options)
         except SciflowError as error:
@@ -169,7 +170,18 @@ def test_a_full_disk_is_said_and_nothing_half_is_taken_for_whole(
             assert all(expected.get(name) == data for name, data in settled(output).items() if "npz" in name)
         else:
             break
-    assert files > 3 and settled(output) == expected
+    assert syncs > 3 and settled(output) == expected
+
+
+def test_a_renamed_file_is_on_the_disk_in_both_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What hides an inline block: its name must not come back after a power failure, when newer blocks are there."""
+    synced: list[Path] = []
+    monkeypatch.setattr(files, "sync", synced.append)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "block").write_bytes(b"rows")
+    files.move_file(tmp_path / "block", tmp_path / "old" / "block")
+    assert (tmp_path / "old" / "block").read_bytes() == b"rows" and not (tmp_path / "block").exists()
+    assert set(synced) == {tmp_path, tmp_path / "old"}
 
 
 def test_two_builders_on_one_folder(images: Path, tmp_path: Path) -> None:

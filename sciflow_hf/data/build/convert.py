@@ -317,7 +317,7 @@ class _Converter:
     def run(self, rank: int, world_size: int, barrier: Callable[[], None]) -> ConvertReport:
         numbers = range(len(self.plan.blocks))
         mine = numbers[rank::world_size]
-        self._write_payloads([number for number in mine if not self._is_whole(number)])
+        self._write_payloads([number for number in mine if not self._is_complete(number)])
         if rank == 0:
             self._copy_empty_prompt()
         barrier()
@@ -326,7 +326,7 @@ class _Converter:
         self._write_parts(numbers)  # what other ranks left: nothing where they run at the same time
         return self._finish(numbers)
 
-    def _is_whole(self, number: int) -> bool:
+    def _is_complete(self, number: int) -> bool:
         """Whether the payloads of a block are there."""
         name, payload = self.plan.block_names[number], self.plan.layout.payload
         if payload == "npz":
@@ -438,7 +438,7 @@ class _Converter:
             if plan.layout.payload == "shards":
                 ready = all((self.output / shard_file(other)).is_file() for other in {name, *owners})
             else:
-                ready = self._is_whole(number)
+                ready = self._is_complete(number)
             if ready:
                 rows, hashes = plan.rows.slice(block.start, len(block)), plan.hashes[block.start : block.stop]
                 write_part(self.output, name, rows, plan.layout, prompts=hashes, owners=owners)
