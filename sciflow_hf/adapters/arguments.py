@@ -321,7 +321,7 @@ def _check_divides(option: str, number: int, sizes: Mapping[str, tuple[int, ...]
 
 
 def _check_kernels(what: str, modules: Mapping[str, torch.nn.Module], larger_than: int = 0) -> None:
-    """For what linear layers only can have; 1 x 1 convolutions, too, with `larger_than` 1.
+    """Refuses convolutions; with `larger_than` 1 allows those of 1 x 1.
 
     PEFT's OFT of a larger kernel adds up overlapping patches, so that it changes the output before it has learnt.
     """

@@ -36,7 +36,7 @@ class Layer:
 
     @property
     def rank(self) -> int | None:
-        """Inner dimension; None where nothing is decomposed (LoKr of two whole matrices)."""
+        """Inner dimension; None where nothing is decomposed (LoKr of two full matrices)."""
         for name in ("lora_A", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
             if name in self.weights:
                 return self.weights[name].shape[0]
@@ -167,7 +167,7 @@ def _peft_options(layers: dict[str, Layer]) -> dict[str, Any]:
             f"one file holds adapters of several types ({', '.join(sorted(kinds))}), which PEFT does not mix."
         )
     kind = kinds.pop()
-    # PEFT stores a LoKr's second matrix whole where the rank reaches half of its longer side.
+    # PEFT stores a LoKr's second matrix undecomposed where the rank reaches half of its longer side.
     ranks = {path: layer.rank or max(layer.weights["lokr_w2"].shape[:2]) for path, layer in layers.items()}
     alphas = {path: float(f"{layer.scale * ranks[path]:.9g}") for path, layer in layers.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))

@@ -254,7 +254,7 @@ def write(
         layer = layers[0] if len(layers) == 1 else fuse(layers, _ratios(target.parts))
         if layer is None:
             continue
-        if not target.name.startswith("lora_"):  # ComfyUI's: as diffusers reads them, too, where alpha is metadata
+        if not target.name.startswith("lora_"):  # of ComfyUI, which diffusers reads too: there alpha is metadata
             names, layer = _COMFY_NAMES, layer.scaled(layer.scale)
         else:
             names = _KOHYA_NAMES
@@ -416,8 +416,8 @@ def _layer(name: str, tensors: dict[str, torch.Tensor]) -> Layer:
         LOHA: {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
     }.get(kind, set())
     if kind == LOKR:
-        for whole in ("lokr_w1", "lokr_w2"):
-            needed |= {whole} if whole in tensors else {f"{whole}_a", f"{whole}_b"}
+        for factor in ("lokr_w1", "lokr_w2"):
+            needed |= {factor} if factor in tensors else {f"{factor}_a", f"{factor}_b"}
     if lacking := sorted(needed - tensors.keys()):
         raise SciflowError(f"{name} lacks {', '.join(lacking)}.")
     if surplus := sorted(tensors.keys() - needed - {"hada_t1", "hada_t2", "lokr_t2"}):
@@ -480,15 +480,15 @@ def fuse(layers: Sequence[Layer | None], ratios: Sequence[int]) -> Layer:
                 [factors[0].new_ones(unit * r) if x is None else x.weights[name] for x, r in pairs]
             )
             continue
-        whole = factors[0].new_zeros(unit * sum(ratios), sum(factor.shape[1] for factor in factors))
+        fused = factors[0].new_zeros(unit * sum(ratios), sum(factor.shape[1] for factor in factors))
         row = column = 0
         for layer, ratio in pairs:
             if layer is not None:
                 factor = factors.pop(0)
-                whole[row : row + len(factor), column : column + factor.shape[1]] = factor
+                fused[row : row + len(factor), column : column + factor.shape[1]] = factor
                 column += factor.shape[1]
             row += unit * ratio
-        weights[name] = whole
+        weights[name] = fused
     return Layer(kind, weights, scale)
 
 
