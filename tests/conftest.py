@@ -10,14 +10,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-# So that every test file can say `from caches import write_cache`.
-for _folder in Path(__file__).parent.iterdir():
-    sys.path.insert(0, str(_folder))
+sys.path.insert(0, str(Path(__file__).parent / "support"))  # for `from caches import write_cache`
 
-from caches import encoder_settings, write_cache  # noqa: E402
+from caches import encoder_settings, write_cache
+from hub_server import HubServer
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -51,3 +51,34 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_cache(tmp_path_factory: pytest.TempPathFactory, tiny_klein: Path) -> Path:
     """A cache of 24 samples in three non-square buckets whose shapes fit `tiny_klein`. Read only."""
     return write_cache(tmp_path_factory.mktemp("cache"), settings=encoder_settings(tiny_klein))
+
+
+@pytest.fixture(scope="session")
+def even_cache(tmp_path_factory: pytest.TempPathFactory, tiny_klein: Path) -> Path:
+    """Three buckets whose sizes are multiples of 4: an epoch of total batch 4 has no tail. Read only."""
+    buckets = {(32, 48): 12, (48, 32): 8, (24, 64): 4}
+    return write_cache(tmp_path_factory.mktemp("even"), settings=encoder_settings(tiny_klein), buckets=buckets)
+
+
+@pytest.fixture(scope="session")
+def family(tiny_klein: Path) -> Any:
+    """The tiny klein as a family; tests of another family have their own."""
+    import sciflow_hf as sf
+
+    return sf.Flux2Klein(pretrained_model_name_or_path=str(tiny_klein), max_sequence_length=12)
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    """A running Hub whose only token, "dummy", belongs to "user" of the organisation "lab"."""
+    server = HubServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` keeps what it reads of folders: not in the user's home."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))

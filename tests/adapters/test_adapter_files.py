@@ -7,19 +7,13 @@ import pickle
 import fsspec
 import pytest
 import torch
-from adapter_bench import randomise, same
+from adapter_bench import adapted, klein_output, randomise, same
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_adapters import adapted, output
 
 import sciflow_hf as sf
 from sciflow_hf.adapters.files import WEIGHT_NAME, load_adapter_weights, save_adapter
 from sciflow_hf.adapters.layers import adapter_facts, adapter_parameters
-
-
-@pytest.fixture(scope="module")
-def family(tiny_klein):
-    return sf.Flux2Klein(pretrained_model_name_or_path=str(tiny_klein), max_sequence_length=12)
 
 
 @pytest.fixture(scope="module", params=["lora", "dora"])
@@ -49,12 +43,12 @@ def test_going_on_from_file_folder_and_url(family, trained):
     model, file = trained
     with fsspec.open("memory://bucket/some/lora.safetensors", "wb") as target:
         target.write(file.read_bytes())
-    expected = output(model)
+    expected = klein_output(model)
     for path in (str(file), str(file.parent), "memory://bucket/some/lora.safetensors", f"file://{file}"):
         # The file's rank, alpha, layers and type count, not the options'.
         other = adapted(family, rank=16, lora_layers="full", adapter_path=path)
         assert adapter_facts(other) == adapter_facts(model)
-        assert torch.equal(output(other), expected) and same(adapter_parameters(other), adapter_parameters(model))
+        assert torch.equal(klein_output(other), expected) and same(adapter_parameters(other), adapter_parameters(model))
         assert {n for n, p in other.named_parameters() if p.requires_grad} == set(adapter_parameters(model))
 
 
@@ -77,7 +71,7 @@ def test_a_file_without_metadata_has_alpha_equal_to_rank(family, tmp_path):
     save_file(load_file(save_adapter(model, tmp_path, family=family)), tmp_path / "plain.safetensors")
     other = adapted(family, lora_alpha=99, adapter_path=str(tmp_path / "plain.safetensors"))
     assert adapter_facts(other)["alpha"] == adapter_facts(other)["rank"] == 4
-    assert torch.equal(output(other), output(model))
+    assert torch.equal(klein_output(other), klein_output(model))
 
 
 def test_a_kohya_file_is_read(family, tmp_path):
@@ -99,8 +93,8 @@ def test_a_kohya_file_is_read(family, tmp_path):
     save_file(state, tmp_path / "kohya.safetensors")
     model = adapted(family, adapter_path=str(tmp_path / "kohya.safetensors"))
     assert adapter_facts(model)["matched"] == 4 and double.to_q.in_features == width
-    torch.testing.assert_close(output(model), output(merged), rtol=1e-4, atol=1e-5)
-    assert (output(model) - output(family.load_model(dtype=torch.float32))).abs().max() > 1e-2
+    torch.testing.assert_close(klein_output(model), klein_output(merged), rtol=1e-4, atol=1e-5)
+    assert (klein_output(model) - klein_output(family.load_model(dtype=torch.float32))).abs().max() > 1e-2
 
 
 DAMAGE = {

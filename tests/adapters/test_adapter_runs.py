@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from trainings import make_trainer, trained
 
 import sciflow_hf as sf
 from sciflow_hf.adapters.files import load_adapter_weights
@@ -22,31 +23,16 @@ TYPES = {
 }
 
 
-@pytest.fixture(scope="module")
-def family(tiny_klein):
-    return sf.Flux2Klein(pretrained_model_name_or_path=str(tiny_klein), max_sequence_length=12)
-
-
-def make_trainer(folder, family, cache, adapter, **options):
-    args = sf.DiffusionTrainingArguments(
-        output_dir=str(folder), use_cpu=True, report_to="none", disable_tqdm=True, learning_rate=1e-2, seed=3,
-        per_device_train_batch_size=2, logging_steps=1, **{"max_steps": 4, "save_steps": 2} | options,
-    )  # fmt: skip
-    train, held_out = sf.load_cache(cache, dtype=torch.float32).split(0.3)
-    model = family.load_model(dtype=torch.float32)
-    model = sf.add_adapter(model, sf.AdapterArguments(**adapter), family=family, seed=1)
-    return sf.DiffusionTrainer(model, args, family=family, train_dataset=train, eval_dataset=held_out)
-
-
-def weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+def adapter_trainer(folder, family, cache, adapter, **options):
+    defaults = dict(max_steps=4, save_steps=2, save_strategy="steps", eval_fraction=0.3)
+    return make_trainer(folder, family, cache, adapter=adapter, **(defaults | options))
 
 
 @pytest.fixture(scope="module", params=TYPES)
 def run(request, family, tiny_cache, tmp_path_factory):
     """Four steps of one type, then evaluated and saved as a recipe does."""
     folder = tmp_path_factory.mktemp("runs") / request.param
-    trainer = make_trainer(folder, family, tiny_cache, TYPES[request.param])
+    trainer = adapter_trainer(folder, family, tiny_cache, TYPES[request.param])
     trainer.train()
     trainer.evaluate()
     trainer.save_model()
@@ -57,19 +43,19 @@ def run(request, family, tiny_cache, tmp_path_factory):
 def test_resuming_is_exact(run, family, tiny_cache, tmp_path):
     whole, folder, adapter = run
     shutil.copytree(folder / "checkpoint-2", tmp_path / "checkpoint-2")
-    again = make_trainer(tmp_path, family, tiny_cache, adapter, resume_from_checkpoint="latest")
+    again = adapter_trainer(tmp_path, family, tiny_cache, adapter, resume_from_checkpoint="latest")
     again.train()
-    one, two = weights(whole), weights(again)
+    one, two = trained(whole), trained(again)
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-    first = make_trainer(tmp_path / "first", family, tiny_cache, adapter)
+    first = adapter_trainer(tmp_path / "first", family, tiny_cache, adapter)
     load_adapter_weights(first.model, folder / "checkpoint-2", family=family)
-    trained = adapter_parameters(again.model)
-    assert not any(torch.equal(p, trained[n]) for n, p in adapter_parameters(first.model).items())
+    of_again = adapter_parameters(again.model)
+    assert not any(torch.equal(p, of_again[n]) for n, p in adapter_parameters(first.model).items())
 
 
 def test_the_base_is_measured_without_the_adapter(run, family, tiny_cache, tmp_path):
     """`eval_base_loss` is the loss of the untouched network: also where the adapter begins with a part of it."""
-    plain = make_trainer(tmp_path, family, tiny_cache, {"rank": 1})
+    plain = adapter_trainer(tmp_path, family, tiny_cache, {"rank": 1})
     trainer, *_ = run
     (logged,) = (entry["eval_base_loss"] for entry in trainer.state.log_history if "eval_base_loss" in entry)
     assert logged == pytest.approx(plain.evaluate()["eval_loss"], abs=1e-6)
@@ -115,12 +101,12 @@ def test_what_goes_to_the_hub_and_what_the_end_says(run):
 
 @pytest.mark.parametrize("kind", ["pissa", "lokr"])
 def test_the_average_is_what_is_saved(family, tiny_cache, tmp_path, kind):
-    trainer = make_trainer(tmp_path, family, tiny_cache, TYPES[kind], ema_decay=0.5)
+    trainer = adapter_trainer(tmp_path, family, tiny_cache, TYPES[kind], ema_decay=0.5)
     trainer.train()
     trainer.save_model()
     average = load_file(tmp_path / "checkpoint-4" / "ema.safetensors")
     assert average.keys() == adapter_parameters(trainer.model).keys()  # not what PiSSA began with
-    other = make_trainer(tmp_path / "other", family, tiny_cache, TYPES[kind])
+    other = adapter_trainer(tmp_path / "other", family, tiny_cache, TYPES[kind])
     load_adapter_weights(other.model, tmp_path, family=family)
     loaded = adapter_parameters(other.model)
     assert all(torch.equal(loaded[name], value) for name, value in average.items())
@@ -143,15 +129,15 @@ def test_the_average_is_what_is_saved(family, tiny_cache, tmp_path, kind):
     ],
 )
 def test_resuming_with_other_options_is_refused(family, tiny_cache, tmp_path, kind, change, words):
-    make_trainer(tmp_path, family, tiny_cache, TYPES[kind], max_steps=1, save_steps=1).train()
-    other = make_trainer(tmp_path, family, tiny_cache, TYPES[kind] | change, resume_from_checkpoint="latest")
+    adapter_trainer(tmp_path, family, tiny_cache, TYPES[kind], max_steps=1, save_steps=1).train()
+    other = adapter_trainer(tmp_path, family, tiny_cache, TYPES[kind] | change, resume_from_checkpoint="latest")
     with pytest.raises(sf.SciflowError, match=words):
         other.train()
 
 
 def test_the_plan_names_the_options(family, tiny_cache, tmp_path):
-    trainer = make_trainer(tmp_path, family, tiny_cache, TYPES["pissa"])
+    trainer = adapter_trainer(tmp_path, family, tiny_cache, TYPES["pissa"])
     said = sf.plan(trainer.model, family, trainer.args, trainer.train_dataset)
     assert "lora rank 4 alpha 6, rank_pattern transformer_blocks.*.attn.to_q=2, init pissa on 16 layers, " in said
-    trainer = make_trainer(tmp_path, family, tiny_cache, TYPES["oft"])
+    trainer = adapter_trainer(tmp_path, family, tiny_cache, TYPES["oft"])
     assert "oft, oft_block_size 8 on 16 layers, " in sf.plan(trainer.model, family, trainer.args, trainer.train_dataset)

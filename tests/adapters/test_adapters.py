@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from adapter_bench import randomise, same
+from adapter_bench import adapted, klein_output, randomise, same
 from peft import LoraConfig
 
 import sciflow_hf as sf
@@ -22,33 +22,6 @@ OLD_EXPLICIT = (
     "attn.to_add_out,ff.linear_in,ff.linear_out,ff_context.linear_in,ff_context.linear_out,"
     "attn.to_qkv_mlp_proj,attn.to_out"
 )
-
-
-@pytest.fixture(scope="module")
-def family(tiny_klein):
-    return sf.Flux2Klein(pretrained_model_name_or_path=str(tiny_klein), max_sequence_length=12)
-
-
-def adapted(family, *, dtype=torch.float32, seed=1, meta=False, **options):
-    model = family.load_model(dtype=dtype, meta=meta)
-    return sf.add_adapter(model, sf.AdapterArguments(**options), family=family, seed=seed)
-
-
-def output(model):
-    """The network's answer to one fixed input."""
-    rng = torch.Generator().manual_seed(5)
-    dtype = next(p for n, p in model.named_parameters() if "lora_" not in n).dtype
-    zero = torch.arange(1)
-    with torch.no_grad():
-        return model(
-            hidden_states=torch.randn(1, 24, 16, generator=rng).to(dtype),
-            encoder_hidden_states=torch.randn(1, 12, 48, generator=rng).to(dtype),
-            timestep=torch.tensor([0.4]),
-            img_ids=torch.cartesian_prod(zero, torch.arange(4), torch.arange(6), zero)[None],
-            txt_ids=torch.cartesian_prod(zero, zero, zero, torch.arange(12))[None],
-            guidance=None,
-            return_dict=False,
-        )[0]
 
 
 # -- layers --------------------------------------------------------------------------------------------------
@@ -159,7 +132,7 @@ def test_alpha_is_the_rank_unless_given():
 def test_it_begins_as_the_base_and_is_scaled_by_alpha_over_rank(family):
     base = family.load_model(dtype=torch.float32)
     for kind in ("lora", "dora"):
-        torch.testing.assert_close(output(adapted(family, rank=4, adapter_type=kind)), output(base))
+        torch.testing.assert_close(klein_output(adapted(family, rank=4, adapter_type=kind)), klein_output(base))
     model = randomise(adapted(family, rank=4, lora_alpha=10, lora_layers="to_qkv_mlp_proj"))
     merged = family.load_model(dtype=torch.float32)
     values = {name.replace(".default", ""): p.detach() for name, p in adapter_parameters(model).items()}
@@ -167,8 +140,8 @@ def test_it_begins_as_the_base_and_is_scaled_by_alpha_over_rank(family):
         if f"{name}.lora_A.weight" in values:
             delta = values[f"{name}.lora_B.weight"] @ values[f"{name}.lora_A.weight"]
             module.weight.data += 10 / 4 * delta
-    torch.testing.assert_close(output(model), output(merged))
-    assert (output(model) - output(base)).abs().max() > 1e-2
+    torch.testing.assert_close(klein_output(model), klein_output(merged))
+    assert (klein_output(model) - klein_output(base)).abs().max() > 1e-2
 
 
 def test_the_seed_decides_and_torch_is_left_alone(family):
@@ -191,7 +164,7 @@ def test_weights_are_float32_on_a_bfloat16_base(family, kind):
     assert {p.dtype for p in trained.values()} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
     assert len(trained) == len(adapter_layers(model)) * (3 if kind == "dora" else 2)
-    assert output(randomise(model)).dtype == torch.bfloat16
+    assert klein_output(randomise(model)).dtype == torch.bfloat16
 
 
 def test_without_adapter_everything_is_trained(family):
@@ -215,9 +188,9 @@ def test_a_model_without_weights_takes_adapters(family, tmp_path, recwarn):
 
 def test_switched_off_it_is_the_base_even_after_an_exception(family):
     model, base = randomise(adapted(family, rank=4)), family.load_model(dtype=torch.float32)
-    changed = output(model)
+    changed = klein_output(model)
     with adapter_disabled(model):
-        assert torch.equal(output(model), output(base))
+        assert torch.equal(klein_output(model), klein_output(base))
     with pytest.raises(KeyError), adapter_disabled(model):
         raise KeyError
-    assert torch.equal(output(model), changed)
+    assert torch.equal(klein_output(model), changed)

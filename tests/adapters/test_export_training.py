@@ -7,7 +7,7 @@ import torch
 from answers import apart, tiny_family, trained_adapter
 from parity import FEW
 from safetensors.torch import load_file
-from steps import make_trainer
+from trainings import make_trainer
 
 import sciflow_hf as sf
 from sciflow_hf.adapters.export import export_adapter, export_run

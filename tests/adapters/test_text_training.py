@@ -8,7 +8,7 @@ import pytest
 import torch
 from recipe_runs import ROOT, logged_losses, run
 from safetensors.torch import load_file
-from steps import weights
+from trainings import weights
 
 import sciflow_hf as sf
 from sciflow_hf.adapters.files import WEIGHT_NAME, load_adapter_weights, save_adapter, text_states

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from caches import encoder_settings, write_cache
+from caches import edit, encoder_settings, index_files, payload_of, resave, write_cache
 from torch.utils.data import DataLoader
 
 from sciflow_hf.data.cache import LatentCache
@@ -20,30 +19,6 @@ from sciflow_hf.data.layouts.members import read_members
 from sciflow_hf.data.layouts.npz import npz_members
 from sciflow_hf.data.load import load_cache
 from sciflow_hf.errors import CacheError, SciflowError
-
-
-def index_files(folder: Path) -> list[Path]:
-    return sorted(folder.rglob("*.parquet"))
-
-
-def edit(file: Path, **columns: Callable[[list[Any]], list[Any]]) -> None:
-    """Changes columns of an index file; its metadata stay."""
-    table = pq.read_table(file)
-    values = table.to_pydict()
-    for name, change in columns.items():
-        values[name] = change(values.get(name, []))
-    pq.write_table(pa.table(values).replace_schema_metadata(table.schema.metadata), file)
-
-
-def payload_of(folder: Path, row: int = 0) -> Path:
-    return folder / pq.read_table(index_files(folder)[0]).column("cache_path")[row].as_py()
-
-
-def resave(file: Path, **changes: Any) -> None:
-    """Changes arrays of an npz; None takes one out."""
-    with np.load(file) as stored:
-        arrays = dict(stored) | changes
-    np.savez(file, **{name: value for name, value in arrays.items() if value is not None})
 
 
 @pytest.fixture

@@ -12,8 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from caches import write_cache
-from test_cache import edit, index_files, payload_of, resave
+from caches import edit, index_files, payload_of, resave, write_cache
 
 from sciflow_hf.data.load import load_cache
 from sciflow_hf.errors import CacheError, SciflowError

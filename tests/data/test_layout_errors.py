@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from test_layouts import ROWS, data_file, make
+from stored_blocks import ROWS, data_file, make
 
 from sciflow_hf.data.load import load_cache
 from sciflow_hf.errors import CacheError

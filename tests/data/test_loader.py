@@ -8,7 +8,7 @@ import pytest
 import torch
 from caches import write_cache
 from memory_cache import BFLOAT16, PATHS, Rows, assert_same, make_rows, make_sampler, released
-from test_trainer import losses, make_args, make_trainer, trained
+from trainings import losses, make_args, make_trainer, trained
 
 import sciflow_hf as sf
 from sciflow_hf.data.batches.buckets import BucketBatchSampler
@@ -157,11 +157,6 @@ def test_a_broken_payload_is_named_where_it_would_have_come(tmp_path):
 
 
 # -- in training ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def family(tiny_klein):
-    return sf.Flux2Klein(pretrained_model_name_or_path=str(tiny_klein), max_sequence_length=12)
 
 
 def test_a_run_does_not_depend_on_who_reads(tmp_path, family, tiny_cache):

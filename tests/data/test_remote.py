@@ -13,7 +13,7 @@ import pytest
 import torch
 from caches import write_cache
 from fsspec.implementations.memory import MemoryFileSystem
-from hub_server import HubServer, hub  # noqa: F401
+from hub_server import HubServer
 
 from sciflow_hf.data import storage
 from sciflow_hf.data.build.convert import convert_cache
@@ -317,7 +317,7 @@ for name in ("private", "gated", "missing"):
 """
 
 
-def test_a_hub_repository_by_name(hub: HubServer, tmp_path: Path) -> None:  # noqa: F811
+def test_a_hub_repository_by_name(hub: HubServer, tmp_path: Path) -> None:
     local = write_cache(tmp_path / "npz", buckets={(32, 48): 4, (48, 32): 2}, parts=2)
     inline = convert_cache(local, tmp_path / "inline", payload="inline").output_dir
     hub.add_dataset("lab/npz", local)

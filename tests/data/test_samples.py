@@ -7,7 +7,7 @@ import pytest
 import torch
 from caches import write_cache
 from memory_cache import BFLOAT16, DIM, PATHS, assert_same, make_rows, make_sampler, released
-from test_trainer import make_args
+from trainings import make_args
 
 import sciflow_hf as sf
 from sciflow_hf.data.batches.loader import BucketLoader, training_sampler

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from caches import encoder_settings, write_cache
-from test_trainer import family, losses, make_args, trained  # noqa: F401
+from trainings import losses, make_trainer, trained
 
 import sciflow_hf as sf
 from sciflow_hf.data.build.convert import convert_cache
@@ -25,14 +25,6 @@ def cache(tmp_path_factory, tiny_klein):
     return sf.load_cache(folder, dtype=torch.float32)
 
 
-def make_trainer(folder, family, data, **options):  # noqa: F811
-    held_out = options.pop("eval_dataset", None)
-    model = family.load_model(dtype=torch.float32)
-    sf.add_adapter(model, sf.AdapterArguments(rank=4, lora_alpha=8), family=family, seed=1)
-    args = make_args(folder, **options)
-    return sf.DiffusionTrainer(model, args, family=family, train_dataset=data, eval_dataset=held_out)
-
-
 @pytest.fixture(scope="module")
 def layouts(tmp_path_factory, cache):
     """The cache as shards, and as inline in the order of the first map-style epoch of seed 3 and total batch 4."""
@@ -45,7 +37,7 @@ def layouts(tmp_path_factory, cache):
     }
 
 
-def test_every_layout_and_a_stream_log_identical_losses(tmp_path, family, cache, layouts):  # noqa: F811
+def test_every_layout_and_a_stream_log_identical_losses(tmp_path, family, cache, layouts):
     runs = {
         "npz": cache,
         "shards": sf.load_cache(layouts["shards"], dtype=torch.float32),
@@ -64,7 +56,7 @@ def test_every_layout_and_a_stream_log_identical_losses(tmp_path, family, cache,
         assert all(torch.equal(value, found["npz"][1][key]) for key, value in found[name][1].items())
 
 
-def test_a_stream_goes_on_from_a_checkpoint(tmp_path, family, layouts):  # noqa: F811
+def test_a_stream_goes_on_from_a_checkpoint(tmp_path, family, layouts):
     options = {"gradient_accumulation_steps": 2, "max_steps": 9, "save_steps": 4, "save_strategy": "steps"}
 
     def stream():
@@ -84,15 +76,15 @@ def test_a_stream_goes_on_from_a_checkpoint(tmp_path, family, layouts):  # noqa:
         assert all(torch.equal(value, trained(again)[key]) for key, value in trained(whole).items())
 
 
-def test_a_stream_has_no_end(tmp_path, family, layouts):  # noqa: F811
+def test_a_stream_has_no_end(tmp_path, family, layouts):
     with pytest.raises(SciflowError, match="`max_steps` is missing"):
         make_trainer(tmp_path, family, open_stream(layouts["inline"], dtype=torch.float32), max_steps=-1)
 
 
-def test_evaluation_and_card_of_a_stream(tmp_path, family, cache, layouts):  # noqa: F811
+def test_evaluation_and_card_of_a_stream(tmp_path, family, cache, layouts):
     stream, held_out = open_stream(layouts["shards"], dtype=torch.float32).split(0.3)
-    one = make_trainer(tmp_path / "a", family, stream, eval_dataset=held_out, max_steps=2)
-    other = make_trainer(tmp_path / "b", family, cache, eval_dataset=cache.split(0.3)[1], max_steps=2)
+    one = make_trainer(tmp_path / "a", family, stream, held_out=held_out, max_steps=2)
+    other = make_trainer(tmp_path / "b", family, cache, held_out=cache.split(0.3)[1], max_steps=2)
     assert one.evaluate()["eval_loss"] == other.evaluate()["eval_loss"]
     one.train()
     one.save_model()

@@ -6,11 +6,11 @@ import weakref
 
 import pytest
 import torch
+from family_steps import edited
+from plans import sizes
 from recipe_runs import run
 from safetensors.torch import load_file
-from steps import edited
-from test_reports import sizes
-from test_trainer import even_cache, family, make_args, make_trainer, same, trained  # noqa: F401
+from trainings import make_args, make_trainer, same, trained
 
 import sciflow_hf as sf
 from sciflow_hf.adapters.files import WEIGHT_NAME
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 TYPES = {name: {"rank": 4} for name in ("lora", "dora", "lokr", "loha")} | {"oft": {"oft_block_size": 8}}
 
 
-def make_model(family, adapter_type="lora", *, checkpointing=True, dtype=torch.float32):  # noqa: F811
+def make_model(family, adapter_type="lora", *, checkpointing=True, dtype=torch.float32):
     model = family.load_model(dtype=dtype)
     options = {"adapter_type": adapter_type} | TYPES[adapter_type]
     sf.add_adapter(model, sf.AdapterArguments(**options), family=family, seed=1)
@@ -35,7 +35,7 @@ def make_model(family, adapter_type="lora", *, checkpointing=True, dtype=torch.f
     return model.train()
 
 
-def step(family, model, args):  # noqa: F811
+def step(family, model, args):
     """Loss (2,) and gradients of one step of klein."""
     generator = torch.Generator().manual_seed(0)
     batch = {"latents": torch.randn(2, 4, 8, 12, generator=generator)}
@@ -75,7 +75,7 @@ class Copies:
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("adapter_type", TYPES)
-def test_losses_and_gradients_are_the_same_bits(tmp_path, family, adapter_type, checkpointing):  # noqa: F811
+def test_losses_and_gradients_are_the_same_bits(tmp_path, family, adapter_type, checkpointing):
     args, found = make_args(tmp_path), []
     for offloaded in (False, True):
         model = make_model(family, adapter_type, checkpointing=checkpointing)
@@ -89,7 +89,7 @@ def test_losses_and_gradients_are_the_same_bits(tmp_path, family, adapter_type, 
     assert same(*found) and len(found[0]) > 16
 
 
-def test_weights_are_on_the_device_one_block_at_a_time(tmp_path, family, monkeypatch):  # noqa: F811
+def test_weights_are_on_the_device_one_block_at_a_time(tmp_path, family, monkeypatch):
     """Counted in copies on the CPU: a layer in forward, a block in backward, all without checkpointing."""
     args, most, copies = make_args(tmp_path), {}, Copies(monkeypatch)
     for checkpointing in (True, False):
@@ -113,7 +113,7 @@ def test_weights_are_on_the_device_one_block_at_a_time(tmp_path, family, monkeyp
 def test_other_networks(tmp_path, name):
     """A UNet checkpoints other parts than those named as its blocks; convolutions are held, too."""
     path = importlib.import_module(f"sciflow_hf.demo.tiny_{name}").make_tiny(tmp_path / name, size="test")
-    family = sf.load_family(name)(pretrained_model_name_or_path=str(path))  # noqa: F811
+    family = sf.load_family(name)(pretrained_model_name_or_path=str(path))
     found = []
     for offloaded in (False, True):
         model = make_model(family)
@@ -159,7 +159,7 @@ def _inputs(name, model, generator):
     return text | guidance | ids | {"pooled_projections": draw(config.pooled_projection_dim)}
 
 
-def test_a_layer_that_fails_lets_go(family):  # noqa: F811
+def test_a_layer_that_fails_lets_go(family):
     """So does one whose recomputation is broken off."""
     model = make_model(family)
     offload_blocks(model, "cpu")
@@ -169,7 +169,7 @@ def test_a_layer_that_fails_lets_go(family):  # noqa: F811
     assert layer.get_base_layer().weight is None and layer(torch.zeros(1, 32)).shape == (1, 192)
 
 
-def test_adapters_stay_float32_on_a_16_bit_base(tmp_path, family):  # noqa: F811
+def test_adapters_stay_float32_on_a_16_bit_base(tmp_path, family):
     model = make_model(family, dtype=torch.bfloat16)
     wanted = {n: p for n, p in model.named_parameters() if p.requires_grad}
     offload_blocks(model, "cpu")
@@ -179,7 +179,7 @@ def test_adapters_stay_float32_on_a_16_bit_base(tmp_path, family):  # noqa: F811
     assert block_weights(model) == {}  # what walks over parameters does not bring them back
 
 
-def test_a_run_with_everything(tmp_path, family, even_cache):  # noqa: F811
+def test_a_run_with_everything(tmp_path, family, even_cache):
     """Training, evaluation, images, EMA, a resumed run and the saved files: as without."""
     options = dict(
         eval_fraction=0.3, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, max_steps=4,
@@ -208,7 +208,7 @@ def test_a_run_with_everything(tmp_path, family, even_cache):  # noqa: F811
 
 
 @pytest.mark.acceptance
-def test_two_ranks(tmp_path, tiny_klein, even_cache):  # noqa: F811
+def test_two_ranks(tmp_path, tiny_klein, even_cache):
     for name in ("plain", "held"):
         options = dict(
             pretrained_model_name_or_path=tiny_klein, max_sequence_length=12, dataset_dir=even_cache, eval_fraction=0,
@@ -236,7 +236,7 @@ def test_options_that_cannot_work(tmp_path, options, words):
         make_args(tmp_path, offload=True, **options)
 
 
-def test_a_network_that_is_trained_or_names_no_blocks(tmp_path, family, even_cache):  # noqa: F811
+def test_a_network_that_is_trained_or_names_no_blocks(tmp_path, family, even_cache):
     args = make_args(tmp_path, offload=True, activation_checkpointing=True)
     with pytest.raises(sf.SciflowError, match=r"`offload` is for frozen networks.*`no_adapter`"):
         args.load_dtype(trained=True)
@@ -246,9 +246,9 @@ def test_a_network_that_is_trained_or_names_no_blocks(tmp_path, family, even_cac
         offload_blocks(torch.nn.Linear(2, 2).requires_grad_(False), "cpu")
 
 
-def test_dry_run_says_what_is_where(tmp_path, tiny_klein, even_cache):  # noqa: F811
+def test_dry_run_says_what_is_where(tmp_path, tiny_klein, even_cache):
     folder, lines = edited(tiny_klein, tmp_path, "transformer/config.json", num_attention_heads=64), []
-    family = sf.Flux2Klein(pretrained_model_name_or_path=str(folder), max_sequence_length=12)  # noqa: F811
+    family = sf.Flux2Klein(pretrained_model_name_or_path=str(folder), max_sequence_length=12)
     for offloaded in (False, True):
         args = make_args(tmp_path, offload=offloaded, activation_checkpointing=True)
         model = family.load_model(dtype=torch.float32, meta=True)

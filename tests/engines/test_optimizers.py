@@ -8,7 +8,7 @@ import pytest
 import torch
 from recipe_runs import run
 from safetensors.torch import load_file
-from test_trainer import even_cache, family, make_args, make_trainer, same, trained  # noqa: F401
+from trainings import make_args, make_trainer, same, trained
 from transformers import TrainerCallback, trainer_optimizer
 from transformers.training_args import OptimizerNames
 
@@ -35,7 +35,7 @@ CHOICES = {
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_resumed_equals_uninterrupted(tmp_path, family, tiny_cache, choice):  # noqa: F811
+def test_resumed_equals_uninterrupted(tmp_path, family, tiny_cache, choice):
     """6 steps = 3 steps, resume, 3 steps: the same bits, with accumulation and evaluations in between."""
     options = {"optim": choice} if choice in (*OptimizerNames, "prodigy") else {}
     options |= CHOICES[choice] | dict(
@@ -99,7 +99,7 @@ def close(found, wanted):
     return all(torch.allclose(found[n].double(), wanted[n], rtol=0, atol=2e-6) for n in wanted)
 
 
-def test_schedule_free_shows_its_average(tmp_path, family, even_cache):  # noqa: F811
+def test_schedule_free_shows_its_average(tmp_path, family, even_cache):
     """Checkpoints, evaluations, validation images and the final file are of the mean of z, training steps are not."""
     family, steps, drawn, stepped = dataclasses.replace(family), Steps(), [], []
     draw, loss = family.generate, family.compute_loss
@@ -137,7 +137,7 @@ def test_schedule_free_shows_its_average(tmp_path, family, even_cache):  # noqa:
         assert close(trained(plain), mean_of(steps.z[:number]))
 
 
-def test_schedule_free_leaves_its_average_in_the_network(tmp_path, family, even_cache):  # noqa: F811
+def test_schedule_free_leaves_its_average_in_the_network(tmp_path, family, even_cache):
     steps = Steps()
     trainer = make_trainer(tmp_path, family, even_cache, optim="schedule_free_adamw", callbacks=[steps], max_steps=3)
     trainer.train()
@@ -146,7 +146,7 @@ def test_schedule_free_leaves_its_average_in_the_network(tmp_path, family, even_
     assert close(trained(trainer), mean_of(steps.z))
 
 
-def test_schedule_free_and_the_best_checkpoint(tmp_path, family, even_cache):  # noqa: F811
+def test_schedule_free_and_the_best_checkpoint(tmp_path, family, even_cache):
     """The average of an earlier step comes back unchanged: here the largest loss counts as the best."""
     trainer = make_trainer(
         tmp_path, family, even_cache, optim="schedule_free_adamw", max_steps=5, eval_fraction=0.3,
@@ -182,7 +182,7 @@ def test_groups_of_names():
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adamw_bnb_8bit", "schedule_free_adamw", "adafactor"])
-def test_lora_plus_equals_pefts(tmp_path, family, even_cache, optim):  # noqa: F811
+def test_lora_plus_equals_pefts(tmp_path, family, even_cache, optim):
     """The same gradients three times: the same weights as by PEFT's own LoRA+ optimizer."""
     from peft.optimizers import create_loraplus_optimizer
 
@@ -203,7 +203,7 @@ def test_lora_plus_equals_pefts(tmp_path, family, even_cache, optim):  # noqa: F
     assert same(*found)
 
 
-def test_rates_follow_the_schedule_and_are_logged(tmp_path, family, even_cache):  # noqa: F811
+def test_rates_follow_the_schedule_and_are_logged(tmp_path, family, even_cache):
     options = dict(lr_scheduler_type="linear", learning_rate=1e-3, max_steps=4)
     trainer = make_trainer(tmp_path, family, even_cache, lora_plus_ratio=16, weight_decay=0.1, **options)
     trainer.train()
@@ -241,7 +241,7 @@ def test_text_encoders_learn_at_their_rate_and_decay_as_before(tmp_path):
 def test_names_of_trained_text_encoders(tmp_path):
     from sciflow_hf.demo.tiny_sdxl import make_tiny
 
-    family = sf.SDXL(pretrained_model_name_or_path=str(make_tiny(tmp_path / "sdxl", size="test")))  # noqa: F811
+    family = sf.SDXL(pretrained_model_name_or_path=str(make_tiny(tmp_path / "sdxl", size="test")))
     options = sf.AdapterArguments(rank=3, train_text_encoder=True)
     model = sf.add_adapter(family.load_model(dtype=torch.float32, meta=True), options, family=family)
     args = make_args(tmp_path, text_encoder_learning_rate=1e-5)
@@ -251,7 +251,7 @@ def test_names_of_trained_text_encoders(tmp_path):
     assert len(groups) == 2 and sum(map(len, groups.values())) == sum(p.requires_grad for p in model.parameters())
 
 
-def test_another_ratio_is_another_run(tmp_path, family, even_cache):  # noqa: F811
+def test_another_ratio_is_another_run(tmp_path, family, even_cache):
     options = dict(save_strategy="steps", save_steps=3)
     make_trainer(tmp_path, family, even_cache, lora_plus_ratio=16, **options).train()
     with pytest.raises(sf.SciflowError, match="another run: lora_plus_ratio: 16 then, None now"):
@@ -291,7 +291,7 @@ def test_schedule_free_with_a_schedule_is_warned_of(tmp_path, caplog):
         ({"text_encoder_learning_rate": 1e-5}, "`text_encoder_learning_rate` 1e-05: no text encoder is trained"),
     ],
 )
-def test_rates_of_what_is_not_trained(tmp_path, family, even_cache, options, words):  # noqa: F811
+def test_rates_of_what_is_not_trained(tmp_path, family, even_cache, options, words):
     with pytest.raises(sf.SciflowError, match=words):
         make_trainer(tmp_path, family, even_cache, **options)
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from caches import encoder_settings, write_cache
 from peft.utils.integrations import dequantize_module_weight
+from plans import UNIT, sizes
 from recipe_runs import run
 from safetensors.torch import load_file
-from test_reports import UNIT, sizes
 
 import sciflow_hf as sf
 from sciflow_hf.adapters.files import WEIGHT_NAME

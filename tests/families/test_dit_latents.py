@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from class_folders import write_folder
 from diffusers import AutoencoderKL
 from PIL import Image
-from test_class_images import own_cache, write_folder  # noqa: F401
 
 import sciflow_hf as sf
 from sciflow_hf.cli import main
@@ -13,6 +13,7 @@ from sciflow_hf.data.batches.loader import BucketLoader, training_sampler
 from sciflow_hf.images.class_source import ClassImageArguments
 from sciflow_hf.images.classes import ClassLatents
 
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 NETWORK = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16)
 
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_steps import FAMILIES, PACKED, Step, make_pipelines
-from steps import edited
+from family_steps import FAMILIES, PACKED, Step, edited, make_pipelines
 
 import sciflow_hf as sf
 from sciflow_hf.adapters.adapter import match_layers

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AuraFlowPipeline
-from hub_server import HubServer, hub  # noqa: F401
+from family_steps import Spy, with_adapter
+from hub_server import HubServer
 from parity import FEW, MANY, roundings
 from recipe_runs import command
-from steps import Spy, make_trainer, with_adapter
+from trainings import LONGER, make_trainer
 
 import sciflow_hf as sf
 from sciflow_hf.cli import main
@@ -237,15 +238,17 @@ def cache(tmp_path_factory, folder, tiny, figures):
 def test_ten_steps_lower_the_loss(tmp_path, family, cache):
     train, held_out = sf.load_cache(cache, dtype=torch.float32).split(0.3)
     assert train[0]["prompt_embeds"].shape == (LENGTH, 16)
-    trainer = make_trainer(tmp_path, family, train, held_out, max_steps=10, validation_prompts=["a line plot"],
-                           num_inference_steps=1)  # fmt: skip
+    trainer = make_trainer(
+        tmp_path, family, train, held_out,
+        **LONGER | dict(max_steps=10, validation_prompts=["a line plot"], num_inference_steps=1),
+    )  # fmt: skip
     trainer.train()
     metrics = trainer.evaluate()
     assert metrics["eval_loss"] < 0.85 * metrics["eval_base_loss"]
     assert sorted(path.name for path in (tmp_path / "validation").glob("step-*")) == ["step-000000", "step-000010"]
 
 
-def test_recipe_trains_validates_and_pushes(hub: HubServer, tmp_path, folder, tiny, cache):  # noqa: F811
+def test_recipe_trains_validates_and_pushes(hub: HubServer, tmp_path, folder, tiny, cache):
     words = [
         *("--pretrained_model_name_or_path", tiny, "--dataset_dir", cache, "--eval_fraction", 0.3),
         *("--output_dir", tmp_path / "out", "--max_steps", 10, "--learning_rate", 1e-2, "--use_cpu", True),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import QwenImagePipeline
 from recipe_runs import ROOT, command, environment
+from trainings import LONGER, make_trainer, trained
 
 import sciflow_hf as sf
 from sciflow_hf.adapters.layers import adapter_layers, adapter_parameters
@@ -148,29 +149,19 @@ def test_a_row_holds_its_own_tokens(any_cache, family, pipeline):
     assert empty.shape == (5, 16)
 
 
-def make_trainer(folder, family, cache, *, eval_fraction=0.25, rows=None, caption_dropout=0.0, **options):
-    defaults = dict(
-        output_dir=str(folder), use_cpu=True, max_steps=20, save_strategy="no", logging_steps=5, disable_tqdm=True,
-        per_device_train_batch_size=3, per_device_eval_batch_size=4, learning_rate=5e-3, seed=3,
-    )  # fmt: skip
-    args = sf.DiffusionTrainingArguments(**(defaults | options))
-    data = sf.load_cache(cache, dtype=torch.float32)
-    train, held_out = data.split(eval_fraction) if rows is None else (data.select(rows), data.select(rows))
-    model = family.load_model(dtype=torch.float32)
-    sf.add_adapter(model, sf.AdapterArguments(rank=8), family=family, seed=1)
-    return sf.DiffusionTrainer(
-        model, args, family=family, train_dataset=train, eval_dataset=held_out, caption_dropout=caption_dropout
-    )
-
-
-def trained(trainer):
-    return {name: p.detach().clone() for name, p in adapter_parameters(trainer.model).items()}
+def qwen_trainer(folder, family, cache, *, rows=None, **options):
+    """`rows` both trained on and held out, or a quarter of all held out."""
+    defaults = dict(LONGER, lora_alpha=8, per_device_train_batch_size=3, learning_rate=5e-3)
+    if rows is None:
+        return make_trainer(folder, family, cache, eval_fraction=0.25, **defaults | options)
+    chosen = sf.load_cache(cache, dtype=torch.float32).select(rows)
+    return make_trainer(folder, family, chosen, chosen, **defaults | options)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, family, cache):
     """20 steps, saved at 10 and 20."""
-    trainer = make_trainer(tmp_path_factory.mktemp("run"), family, cache, save_strategy="steps", save_steps=10)
+    trainer = qwen_trainer(tmp_path_factory.mktemp("run"), family, cache, save_strategy="steps", save_steps=10)
     trainer.train()
     return trainer
 
@@ -193,7 +184,7 @@ def test_resumed_equals_uninterrupted(run, tmp_path, family, cache):
     source = run.args.output_dir
     shutil.copytree(f"{source}/checkpoint-10", tmp_path / "checkpoint-10")
     options = {"save_strategy": "steps", "save_steps": 10, "resume_from_checkpoint": "latest"}
-    again = make_trainer(tmp_path, family, cache, **options)
+    again = qwen_trainer(tmp_path, family, cache, **options)
     start = trained(again)
     again.train()
     end, expected = trained(again), trained(run)
@@ -207,7 +198,7 @@ def test_padding_does_not_change_a_run(tmp_path, family, cache):
     rows = [i for i, bucket in enumerate(buckets) if bucket == buckets[0]][:6]  # two whole steps an epoch
     found = []
     for size in (3, 1):
-        trainer = make_trainer(
+        trainer = qwen_trainer(
             tmp_path / str(size), family, cache, rows=rows, per_device_train_batch_size=size, max_steps=4,
             gradient_accumulation_steps=3 // size, logging_steps=1, optim="sgd", learning_rate=1e-2,
         )  # fmt: skip
@@ -221,7 +212,7 @@ def test_padding_does_not_change_a_run(tmp_path, family, cache):
 
 
 def test_dropped_captions_share_batches(tmp_path, family, cache):
-    trainer = make_trainer(tmp_path, family, cache, caption_dropout=0.5, max_steps=2)
+    trainer = qwen_trainer(tmp_path, family, cache, caption_dropout=0.5, max_steps=2)
     lengths = set()
     for batch in trainer.get_train_dataloader():
         mask = batch.get("prompt_embeds_mask", torch.ones(batch["prompt_embeds"].shape[:2]))
@@ -323,7 +314,7 @@ def test_one_seed_gives_the_same_bytes(tiny_qwen, tmp_path):
 @pytest.mark.acceptance
 def test_two_hundred_steps_on_eight_samples(tmp_path, family, cache):
     """The loss on the fixed grid falls to 60 % of the start or less."""
-    trainer = make_trainer(
+    trainer = qwen_trainer(
         tmp_path, family, cache, rows=list(range(8)), max_steps=200, per_device_train_batch_size=4, learning_rate=1e-2
     )
     trainer.train()

@@ -7,16 +7,9 @@ import shutil
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from family_steps import Spy, edited, with_adapter
 from parity import FEW, MANY, roundings
-from steps import (
-    Spy,
-    assert_folders_equal,
-    assert_resume_is_exact,
-    edited,
-    make_trainer,
-    weights,
-    with_adapter,
-)
+from trainings import LONGER, assert_folders_equal, assert_resume_is_exact, make_trainer, trained
 
 import sciflow_hf as sf
 from sciflow_hf.adapters.layers import adapter_disabled
@@ -354,12 +347,12 @@ def test_training_lowers_the_held_out_loss_and_the_lora_changes_the_image(tmp_pa
     train, held_out = cache.split(0.3)
     sample = train[0]
     assert sample["latents_std"].shape == sample["latents"].shape and sample["prompt_embeds"].shape == (16 + LENGTH, 32)
-    trainer = make_trainer(tmp_path, family, train, held_out)
-    start = weights(trainer)
+    trainer = make_trainer(tmp_path, family, train, held_out, **LONGER)
+    start = trained(trainer)
     trainer.train()
     metrics = trainer.evaluate()
     assert metrics["eval_loss"] < 0.97 * metrics["eval_base_loss"]
-    assert not any(torch.equal(start[name], value) for name, value in weights(trainer).items())
+    assert not any(torch.equal(start[name], value) for name, value in trained(trainer).items())
     trainer.save_model()
 
     inputs = family.encode_validation_prompts(["a line plot"], device="cpu", dtype=torch.float32)[0]
@@ -390,7 +383,7 @@ def test_a_cache_without_t5_is_refused(tmp_path, family, cache):
 @pytest.mark.acceptance
 def test_eight_samples_are_learned(tmp_path, family, cache):
     eight = cache.select(range(8))
-    trainer = make_trainer(tmp_path, family, eight, eight, max_steps=200)
+    trainer = make_trainer(tmp_path, family, eight, eight, **LONGER | {"max_steps": 200})
     trainer.train()
     metrics = trainer.evaluate()
     assert metrics["eval_loss"] <= 0.6 * metrics["eval_base_loss"]

@@ -8,10 +8,9 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from diffusers.training_utils import compute_snr
+from family_steps import with_adapter
 from parity import FEW, MANY, roundings
 
-from sciflow_hf.adapters.adapter import add_adapter
-from sciflow_hf.adapters.arguments import AdapterArguments
 from sciflow_hf.demo.tiny_sdxl import make_tiny
 from sciflow_hf.diffusion.randomness import noise_keys
 from sciflow_hf.errors import SciflowError
@@ -95,16 +94,6 @@ def noise(batch):
     return torch.randn(batch["latents"].shape, generator=torch.Generator().manual_seed(5))
 
 
-def adapted(family, layers="full"):
-    """The network with a LoRA whose B is not zero, which would hide errors in A's gradient."""
-    model = family.load_model(dtype=torch.float32)
-    add_adapter(model, AdapterArguments(rank=4, lora_alpha=8, lora_layers=layers), family=family, seed=1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
-    return model
-
-
 def reference_loss(model, pipeline, batch, noise, *, min_snr_gamma=None):
     """The step with the pipeline's helpers and a DDPM scheduler made of its scheduler's configuration."""
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
@@ -162,7 +151,7 @@ def differs(family, model, pipeline, batch, args, noise, *, changes=None, ours=N
 def test_loss_and_every_gradient_equal_diffusers(variant, gamma, families, pipelines, batch, args, noise):
     family = families[variant]
     options = dataclasses.replace(args, min_snr_gamma=gamma)
-    model = adapted(family)
+    model = with_adapter(family)
     assert differs(family, model, pipelines[variant], batch, options, noise) < FEW
     gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
     assert len(gradients) > 40 and all(gradient.any() for gradient in gradients)
@@ -195,17 +184,20 @@ WRONG_INPUTS = {
 def test_parity_catches(name, monkeypatch, family, pipeline, batch, args, noise):
     monkeypatch.setattr(sdxl, *MISTAKES[name])
     options = dataclasses.replace(args, min_snr_gamma=5.0)
-    assert differs(family, adapted(family, "attention"), pipeline, batch, options, noise) > MANY
+    assert differs(family, with_adapter(family, lora_layers="attention"), pipeline, batch, options, noise) > MANY
 
 
 @pytest.mark.parametrize("name", WRONG_INPUTS)
 def test_parity_catches_wrong_inputs(name, family, pipeline, batch, args, noise):
     changes = WRONG_INPUTS[name]
-    assert differs(family, adapted(family, "attention"), pipeline, batch, args, noise, changes=changes) > MANY
+    assert (
+        differs(family, with_adapter(family, lora_layers="attention"), pipeline, batch, args, noise, changes=changes)
+        > MANY
+    )
 
 
 def test_parity_catches_mask_and_checkpoint(monkeypatch, family, pipeline, batch, args, noise, tiny_sdxl, tmp_path):
-    model = adapted(family, "attention")
+    model = with_adapter(family, lora_layers="attention")
     plain = {name: value for name, value in batch.items() if name != "loss_mask"}
     for wrong in (plain, batch | {"loss_mask": batch["loss_mask"].flip(1)}):
         assert differs(family, model, pipeline, batch, args, noise, ours=wrong) > MANY

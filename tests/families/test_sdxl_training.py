@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate.utils import convert_outputs_to_fp32
 from diffusers import StableDiffusionXLPipeline
-from test_sdxl import adapted
+from family_steps import with_adapter
 
 import sciflow_hf as sf
 from sciflow_hf.adapters.adapter import add_adapter
@@ -91,7 +91,7 @@ def test_training_lowers_the_loss_and_resumes_exactly(family, cache, tmp_path):
 
 
 def test_lora_loads_into_the_stock_pipeline_and_changes_the_image(family, tiny, tmp_path):
-    model = adapted(family)
+    model = with_adapter(family)
     saved = save_adapter(model, tmp_path, family=family)
     stock = StableDiffusionXLPipeline.from_pretrained(tiny)
     ours = family.load_pipeline(model, with_text_encoder=True)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hub_server import HubServer, Repo, hub  # noqa: F401
+from hub_server import HubServer, Repo
 from huggingface_hub import ModelCard
 
 from sciflow_hf.errors import SciflowError
@@ -223,7 +223,7 @@ def attempt(call):
 """
 
 
-def test_access_check_and_upload(hub: HubServer, tmp_path: Path) -> None:  # noqa: F811
+def test_access_check_and_upload(hub: HubServer, tmp_path: Path) -> None:
     folder = saved_run(tmp_path / "run")
     code = """
 answers = {"short": attempt(lambda: hub.check_access("figures", private=True))}
@@ -247,7 +247,7 @@ print(json.dumps(answers))
     assert "`hub_model_id` 'a/b/c'" in answers["bad id"]["error"]
 
 
-def test_hub_failures_say_what_to_do(hub: HubServer, tmp_path: Path) -> None:  # noqa: F811
+def test_hub_failures_say_what_to_do(hub: HubServer, tmp_path: Path) -> None:
     folder = saved_run(tmp_path / "run")
     hub.repos |= {"lab/readonly": Repo(), "user/figures": Repo()}
     hub.tokens["reader"] = {"name": "user", "orgs": ["lab"], "write": False}
@@ -298,7 +298,7 @@ print(json.dumps(answers))
     assert set(hub.repos["user/figures"].files) == set(publishable_files(folder))
 
 
-def test_no_token_and_no_hub(hub: HubServer, tmp_path: Path) -> None:  # noqa: F811
+def test_no_token_and_no_hub(hub: HubServer, tmp_path: Path) -> None:
     code = (
         PRELUDE
         + """
@@ -318,7 +318,7 @@ print(json.dumps(attempt(lambda: hub.check_access("user/figures", token=sys.argv
     assert "Unset `HF_HUB_OFFLINE`" in answer["error"] and answer["waits"] == []
 
 
-def test_pushed_lora_loads_by_its_hub_name(hub: HubServer, tmp_path: Path, tiny_klein: Path) -> None:  # noqa: F811
+def test_pushed_lora_loads_by_its_hub_name(hub: HubServer, tmp_path: Path, tiny_klein: Path) -> None:
     """Push, download, `load_lora_weights("user/repo")`: the network computes what the trained one did."""
     code = """
 import sys, torch

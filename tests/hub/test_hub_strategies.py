@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from caches import encoder_settings, write_cache
-from hub_server import HubServer, hub  # noqa: F401
+from hub_server import HubServer
 from safetensors.torch import load
 
 from sciflow_hf.cli import main
@@ -16,7 +16,7 @@ PRELUDE = """
 import logging, shutil, sys
 from pathlib import Path
 from urllib.request import urlopen
-from test_trainer import make_trainer
+from trainings import make_trainer
 from transformers import TrainerCallback
 import sciflow_hf as sf
 import sciflow_hf.hub.upload
@@ -83,7 +83,7 @@ assert push(Path(out) / "second", "--hub_token", "no-such-token") == 2
 """
 
 
-def run(hub: HubServer, code: str, tmp_path: Path, tiny_klein: Path) -> str:  # noqa: F811
+def run(hub: HubServer, code: str, tmp_path: Path, tiny_klein: Path) -> str:
     """What the client wrote to stdout and stderr."""
     cache = write_cache(tmp_path / "cache", settings=encoder_settings(tiny_klein), buckets={(32, 48): 16})
     code = f"import sys; sys.stderr = sys.stdout\n{PRELUDE}{code}"
@@ -108,7 +108,7 @@ def without_times(facts: dict) -> dict:
     return facts | {"metrics": metrics}
 
 
-def test_strategies_push_what_those_of_transformers_push(hub: HubServer, tmp_path, tiny_klein):  # noqa: F811
+def test_strategies_push_what_those_of_transformers_push(hub: HubServer, tmp_path, tiny_klein):
     run(hub, STRATEGIES, tmp_path, tiny_klein)
     repos, steps = {name.removeprefix("user/"): repo for name, repo in hub.repos.items()}, (2, 4)
     assert repos["end"].messages == [] and repos["end"].files == {}
@@ -138,7 +138,7 @@ def test_strategies_push_what_those_of_transformers_push(hub: HubServer, tmp_pat
     assert {"optimizer.pt", "trainer_state.json", "manifest.json"} <= {*read(tmp_path / "out/checkpoint/checkpoint-4")}
 
 
-def test_a_push_under_way_is_left_alone(hub: HubServer, tmp_path, tiny_klein):  # noqa: F811
+def test_a_push_under_way_is_left_alone(hub: HubServer, tmp_path, tiny_klein):
     """Saves meanwhile are not pushed, the checkpoint being pushed stays, and a refusal does not stop the run."""
     output = run(hub, HELD, tmp_path, tiny_klein)
     held, failing = hub.repos["user/held"], hub.repos["user/failing"]
@@ -148,7 +148,7 @@ def test_a_push_under_way_is_left_alone(hub: HubServer, tmp_path, tiny_klein):  
     assert failing.messages == ["Training in progress, step 4"] and "403" in output
 
 
-def test_push_command(hub: HubServer, tmp_path, tiny_klein):  # noqa: F811
+def test_push_command(hub: HubServer, tmp_path, tiny_klein):
     """A run pushed later is on the Hub as one that was pushed at its end; every refusal says what to do."""
     output = run(hub, PUSH, tmp_path, tiny_klein)
     at_end, later = hub.repos["user/by-trainer"], hub.repos["user/by-command"]

@@ -1,7 +1,7 @@
 """From the recipe's `--push_to_hub` to `load_lora_weights("user/repo")`, over a Hub on the loopback interface."""
 
 from caches import encoder_settings, write_cache
-from hub_server import HubServer, hub  # noqa: F401
+from hub_server import HubServer
 from recipe_runs import run
 
 CHECK = """
@@ -57,7 +57,7 @@ def flags(tiny_klein, cache, output_dir, *more):
     ]
 
 
-def test_recipe_pushes_what_a_user_needs_and_it_loads(hub: HubServer, tmp_path, tiny_klein):  # noqa: F811
+def test_recipe_pushes_what_a_user_needs_and_it_loads(hub: HubServer, tmp_path, tiny_klein):
     cache = write_cache(tmp_path / "cache", settings=encoder_settings(tiny_klein), buckets={(32, 48): 40})
     words = flags(
         tiny_klein, cache, tmp_path / "out", "--save_steps", 3, "--validation_prompts", "a line plot",
@@ -78,7 +78,7 @@ def test_recipe_pushes_what_a_user_needs_and_it_loads(hub: HubServer, tmp_path, 
     assert "loaded" in hub.run(CHECK, tmp_path / "other", str(tiny_klein))
 
 
-def test_no_permission_is_said_before_training(hub: HubServer, tmp_path, tiny_klein):  # noqa: F811
+def test_no_permission_is_said_before_training(hub: HubServer, tmp_path, tiny_klein):
     cache = write_cache(tmp_path / "cache", settings=encoder_settings(tiny_klein))
     hub.tokens["dummy"]["write"] = False
     done = run(*flags(tiny_klein, cache, tmp_path / "out"), check=False, **hub.env(tmp_path / "home"))
@@ -86,7 +86,7 @@ def test_no_permission_is_said_before_training(hub: HubServer, tmp_path, tiny_kl
     assert not list((tmp_path / "out").glob("checkpoint-*")) and "'loss'" not in done.stdout + done.stderr
 
 
-def test_hub_that_fails_at_the_end_loses_nothing(hub: HubServer, tmp_path, tiny_klein):  # noqa: F811
+def test_hub_that_fails_at_the_end_loses_nothing(hub: HubServer, tmp_path, tiny_klein):
     cache = write_cache(tmp_path / "cache", settings=encoder_settings(tiny_klein))
     hub.fail("commit", 409, times=99)
     done = run(*flags(tiny_klein, cache, tmp_path / "out"), check=False, **hub.env(tmp_path / "home"))

@@ -4,30 +4,14 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from class_folders import pixels, write_folder
 from PIL import Image
 
 import sciflow_hf as sf
 from sciflow_hf.demo.digits import write_digits
 from sciflow_hf.images.classes import ClassImages, as_square, load_class_images
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """`datasets` keeps what it reads of folders: not in the user's home."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
-
-
-def pixels(seed, height=8, width=8, channels=3):
-    values = np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
-    return values[:, :, 0] if channels == 1 else values
-
-
-def write_folder(root, *, classes=("axon", "cell"), each=6, **options):
-    for number, name in enumerate(classes):
-        (root / name).mkdir(parents=True)
-        for i in range(each):
-            Image.fromarray(pixels(100 * number + i, **options)).save(root / name / f"{i}.png")
-    return root
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 def load(root, image_size=8, num_classes=None, **options):

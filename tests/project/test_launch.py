@@ -16,7 +16,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 from diffusers import Flux2Transformer2DModel
-from test_readme import ROOT, faults, links, mentioned_flags, named_paths, option_strings
+from documents import ROOT, faults, links, mentioned_flags, named_paths, option_strings
 
 from sciflow_hf.options import read_yaml
 

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from test_readme import mentioned_flags, option_strings
+from documents import mentioned_flags, option_strings
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 ROOT = Path(__file__).parents[2]

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from hub_server import hub  # noqa: F401
 from nbclient import NotebookClient
 from recipe_runs import ROOT, environment
 
@@ -69,7 +68,7 @@ def test_files_that_a_notebook_names_are_there(name):
 # -- a few steps ---------------------------------------------------------------------------------------------------
 
 
-def test_finetune_in_a_few_steps_and_push(tmp_path, hub):  # noqa: F811
+def test_finetune_in_a_few_steps_and_push(tmp_path, hub):
     texts, pictures = execute(
         NAMES[0], tmp_path, FAST="1", HUB_REPO="user/night", HF_ENDPOINT=hub.url, HF_TOKEN="dummy", HF_HUB_OFFLINE="0"
     )

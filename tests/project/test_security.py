@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from caches import encoder_settings, write_cache
-from hub_server import HubServer, hub  # noqa: F401
+from hub_server import HubServer
 from PIL import Image
 from recipe_runs import run
-from test_trainer import make_trainer
+from trainings import make_trainer
 
 import sciflow_hf as sf
 from sciflow_hf.cli import main
@@ -45,7 +45,7 @@ def files_below(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_tokens_are_nowhere_after_a_run(hub: HubServer, tmp_path, tiny_klein):  # noqa: F811
+def test_tokens_are_nowhere_after_a_run(hub: HubServer, tmp_path, tiny_klein):
     """Trackers, logs, checkpoints, card, run facts, and every file on the Hub of a run with all strategies."""
     cache = write_cache(tmp_path / "cache", settings=encoder_settings(tiny_klein), buckets={(32, 48): 40})
     user = hub.tokens.pop("dummy")
@@ -303,7 +303,7 @@ def test_building_a_cache_takes_the_flag(tmp_path, tiny_klein, marker, monkeypat
     assert len(sf.load_cache(tmp_path / "cache")) == 1
 
 
-def test_a_repository_that_asks_for_code_is_refused(hub: HubServer, tmp_path, tiny_klein, marker):  # noqa: F811
+def test_a_repository_that_asks_for_code_is_refused(hub: HubServer, tmp_path, tiny_klein, marker):
     """Before its weights are fetched; one that asks for none is read as a folder is."""
     model = copy_of(tiny_klein, tmp_path)
     hub.add_dataset("user/plain", model)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from steps import make_trainer
+from trainings import LONGER, make_trainer
 
 import sciflow_hf as sf
 from sciflow_hf.data.load import load_cache
@@ -140,7 +140,7 @@ def test_a_run_writes_it_shows_it_in_the_card_and_uploads_it(tmp_path, tiny_klei
     family = sf.Flux2Klein(str(tiny_klein), max_sequence_length=12)
     train, held_out = load_cache(tiny_cache).split(0.4)
     often = {"logging_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 4}
-    trainer = make_trainer(tmp_path, family, train, held_out, max_steps=4, **often)
+    trainer = make_trainer(tmp_path, family, train, held_out, **LONGER | dict(max_steps=4) | often)
     trainer.create_model_card()
     assert not (tmp_path / "training.png").exists() and "training.png" not in (tmp_path / "README.md").read_text()
 

@@ -6,7 +6,8 @@ from collections import Counter
 import pytest
 import torch
 from caches import TINY_BUCKETS
-from test_trainer import make_args, make_trainer
+from plans import UNIT, sizes
+from trainings import make_args, make_trainer
 
 import sciflow_hf as sf
 from sciflow_hf.adapters.layers import adapter_layers, adapter_parameters
@@ -15,12 +16,6 @@ from sciflow_hf.diffusion.randomness import noise_keys
 from sciflow_hf.training.checkpoints import list_checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-UNIT = {"MiB": 2**20, "GiB": 2**30}
-
-
-@pytest.fixture(scope="module")
-def family(tiny_klein):
-    return sf.Flux2Klein(pretrained_model_name_or_path=str(tiny_klein), max_sequence_length=12)
 
 
 def plan_of(tmp_path, family, cache, *, rank=4, no_adapter=False, eval_fraction=0.0, **options):
@@ -33,10 +28,6 @@ def plan_of(tmp_path, family, cache, *, rank=4, no_adapter=False, eval_fraction=
     text = sf.plan(model, family, args, train, held_out)
     sections = dict(re.findall(r"^(.+)\n-+\n((?:.+\n?)*)", text, flags=re.M))
     return sections, model, train, held_out
-
-
-def sizes(text):
-    return [float(number) * UNIT[unit] for number, unit in re.findall(r"([\d.]+) (MiB|GiB)", text)]
 
 
 # -- the plan ------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from test_reports import sizes
+from plans import sizes
 
 import sciflow_hf as sf
 from sciflow_hf.demo.tiny_sdxl import make_tiny

@@ -113,3 +113,25 @@ def values(model: Any) -> dict[str, torch.Tensor]:
 
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def adapted(family, *, dtype=torch.float32, seed=1, meta=False, **options):
+    model = family.load_model(dtype=dtype, meta=meta)
+    return sf.add_adapter(model, sf.AdapterArguments(**options), family=family, seed=seed)
+
+
+def klein_output(model):
+    """The tiny klein's answer to one fixed input."""
+    rng = torch.Generator().manual_seed(5)
+    dtype = next(p for n, p in model.named_parameters() if "lora_" not in n).dtype
+    zero = torch.arange(1)
+    with torch.no_grad():
+        return model(
+            hidden_states=torch.randn(1, 24, 16, generator=rng).to(dtype),
+            encoder_hidden_states=torch.randn(1, 12, 48, generator=rng).to(dtype),
+            timestep=torch.tensor([0.4]),
+            img_ids=torch.cartesian_prod(zero, torch.arange(4), torch.arange(6), zero)[None],
+            txt_ids=torch.cartesian_prod(zero, zero, zero, torch.arange(12))[None],
+            guidance=None,
+            return_dict=False,
+        )[0]

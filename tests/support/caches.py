@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +111,27 @@ def write_cache(
             table = table.replace_schema_metadata({b"sciflow_hf": json.dumps(dict(settings)).encode()})
         pq.write_table(table, folder / year / f"{year}_rank0_part{part}.parquet")
     return folder
+
+
+def index_files(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.parquet"))
+
+
+def edit(file: Path, **columns: Callable[[list[Any]], list[Any]]) -> None:
+    """Changes columns of an index file; its metadata stay."""
+    table = pq.read_table(file)
+    values = table.to_pydict()
+    for name, change in columns.items():
+        values[name] = change(values.get(name, []))
+    pq.write_table(pa.table(values).replace_schema_metadata(table.schema.metadata), file)
+
+
+def payload_of(folder: Path, row: int = 0) -> Path:
+    return folder / pq.read_table(index_files(folder)[0]).column("cache_path")[row].as_py()
+
+
+def resave(file: Path, **changes: Any) -> None:
+    """Changes arrays of an npz; None takes one out."""
+    with np.load(file) as stored:
+        arrays = dict(stored) | changes
+    np.savez(file, **{name: value for name, value in arrays.items() if value is not None})

@@ -1,5 +1,7 @@
-"""One step of each family on its tiny pipeline: what the network was given, and what is right."""
+"""Steps of a family on its tiny pipeline: an adapter with values, a network that answers as told, what is right."""
 
+import json
+import shutil
 from importlib import import_module
 
 import torch
@@ -19,6 +21,36 @@ def make_pipelines(folder):
         if name != "flux2_klein"
     }
     return made | {"flux2_klein": make_tiny_klein(folder / "flux2_klein", size="test")}
+
+
+def with_adapter(family, **options):
+    """The network with a LoRA that does something: B starts at zero, which would hide errors in A's gradient."""
+    model = family.load_model(dtype=torch.float32)
+    sf.add_adapter(model, sf.AdapterArguments(rank=4, lora_alpha=8, **options), family=family, seed=1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    return model
+
+
+class Spy(torch.nn.Module):
+    """Stands for the network: answers with `answer`, whatever it is asked."""
+
+    def __init__(self, answer=0.0):
+        super().__init__()
+        self.answer, self.weight, self.calls = answer, torch.nn.Parameter(torch.zeros(())), []
+
+    def forward(self, **inputs):
+        self.calls.append(inputs)
+        return (self.answer + self.weight * inputs["hidden_states"],)
+
+
+def edited(folder, tmp_path, file, **changes):
+    """A copy of a pipeline folder with one JSON file changed; None takes a line away."""
+    copy = shutil.copytree(folder, tmp_path / "edited", dirs_exist_ok=True)
+    values = json.loads((copy / file).read_text()) | changes
+    (copy / file).write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
+    return copy
 
 
 class Step:

@@ -13,14 +13,11 @@ import subprocess
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
-
-import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_COMMIT = "0" * 40
@@ -366,11 +363,3 @@ class _Handler(BaseHTTPRequestHandler):
 def _blob_id(content: bytes) -> str:
     """Git's name of a file's content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-@pytest.fixture
-def hub() -> Iterator[HubServer]:
-    """A running Hub whose only token, "dummy", belongs to "user" of the organisation "lab"."""
-    server = HubServer()
-    yield server
-    server.close()

@@ -86,3 +86,12 @@ def logged_losses(folder: Path) -> list[float]:
     newest = max(Path(folder).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
     history = json.loads((newest / "trainer_state.json").read_text())["log_history"]
     return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def flags(tiny_klein, cache, output_dir, **options):
+    defaults = dict(
+        pretrained_model_name_or_path=tiny_klein, max_sequence_length=12, dataset_dir=cache, output_dir=output_dir,
+        eval_fraction=0, rank=4, lora_alpha=8, learning_rate=1e-3, max_steps=12, logging_steps=1, save_steps=6,
+        use_cpu=True, seed=3, disable_tqdm=True,
+    )  # fmt: skip
+    return [word for name, value in (defaults | options).items() for word in (f"--{name}", value)]

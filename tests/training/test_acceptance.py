@@ -7,8 +7,8 @@ import sys
 
 import pytest
 from caches import encoder_settings, write_cache
-from recipe_runs import ROOT, environment, logged_losses, run, run_and_kill, weights
-from test_processes import equal, flags, largest_difference
+from recipe_runs import ROOT, environment, flags, logged_losses, run, run_and_kill, weights
+from trainings import largest_difference, same
 
 from sciflow_hf.training.checkpoints import checkpoint_fault, list_checkpoints
 
@@ -39,7 +39,7 @@ def test_two_n_steps_equal_n_kill_and_n_more(tmp_path, tiny_klein, cache, ranks,
     assert [p.name for p in list_checkpoints(tmp_path / "killed")] == [f"checkpoint-{stop}"]
     run(*words, ranks=ranks)
     whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
-    assert equal(whole, killed), f"largest difference {largest_difference(whole, killed)}"
+    assert same(whole, killed), f"largest difference {largest_difference(whole, killed)}"
     assert logged_losses(tmp_path / "whole") == logged_losses(tmp_path / "killed")
 
 
@@ -57,7 +57,7 @@ def test_killed_at_random_moments_while_saving(tmp_path, tiny_klein, cache):
         folders = list_checkpoints(tmp_path / "killed")
         assert any(checkpoint_fault(folder) is None for folder in folders), folders
     run(*words)
-    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
 
 
 def test_the_demo_as_printed(tmp_path):
@@ -118,7 +118,7 @@ def test_a_conversion_killed_at_random_moments(tmp_path, payload):
         new = load_cache(output)
         assert new.row_ids == old.row_ids
         for row in range(len(old)):
-            assert all(torch.equal(new[row][name], value) for name, value in old[row].items())
+            assert all(torch.same(new[row][name], value) for name, value in old[row].items())
         files = {f.relative_to(output): f for f in output.rglob("*") if f.is_file() and f.name != ".lock"}
         assert not [name for name in files if name.name.endswith(".tmp")]
         assert all(f.read_bytes() == (tmp_path / "whole" / name).read_bytes() for name, f in files.items())
@@ -174,7 +174,7 @@ def test_cache_build_killed_at_random_moments(tmp_path, tiny_klein, figures):
         found = samples(output)
         assert found.keys() == whole.keys() and not (output / ".staging").exists()
         for name, sample in found.items():
-            assert all(torch.equal(value, whole[name][key]) for key, value in sample.items()), name
+            assert all(torch.same(value, whole[name][key]) for key, value in sample.items()), name
         assert verify_cache(load_cache(output), progress=False).clean
         shutil.rmtree(output)
     assert killed >= 15

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from caches import encoder_settings, write_cache
 from safetensors.torch import load_file
-from test_trainer import make_trainer, same, trained
+from trainings import make_trainer, same, trained
 
 import sciflow_hf as sf
 from sciflow_hf.adapters.files import WEIGHT_NAME
@@ -33,11 +33,6 @@ from sciflow_hf.training.checkpoints import (
 from sciflow_hf.training.resume import check_identity
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
-
-@pytest.fixture(scope="module")
-def family(tiny_klein):
-    return sf.Flux2Klein(pretrained_model_name_or_path=str(tiny_klein), max_sequence_length=12)
 
 
 @pytest.fixture

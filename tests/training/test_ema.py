@@ -14,6 +14,7 @@ from caches import encoder_settings, write_cache
 from recipe_runs import run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from trainings import make_trainer, same, trained
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 import sciflow_hf as sf
@@ -136,31 +137,9 @@ def test_a_file_that_does_not_fit(tmp_path):
 # -- in a training -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def family(tiny_klein):
-    return sf.Flux2Klein(pretrained_model_name_or_path=str(tiny_klein), max_sequence_length=12)
-
-
-def make_trainer(folder, family, cache, *, no_adapter=False, callbacks=(), eval_fraction=0.3, **options):
-    defaults = dict(
-        output_dir=str(folder), use_cpu=True, max_steps=4, save_strategy="no", logging_steps=1, disable_tqdm=True,
-        per_device_train_batch_size=2, learning_rate=1e-2, seed=3, ema_decay=0.9, eval_levels=1, report_to="none",
-    )  # fmt: skip
-    args = sf.DiffusionTrainingArguments(**(defaults | options))
-    train, held_out = sf.load_cache(cache, dtype=torch.float32).split(eval_fraction)
-    model = family.load_model(dtype=torch.float32)
-    sf.add_adapter(model, sf.AdapterArguments(rank=4, lora_alpha=8, no_adapter=no_adapter), family=family, seed=1)
-    return sf.DiffusionTrainer(
-        model, args, family=family, train_dataset=train, eval_dataset=held_out, callbacks=list(callbacks)
-    )
-
-
-def trained(trainer):
-    return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
-
-
-def same(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+def ema_trainer(folder, family, cache, **options):
+    defaults = dict(max_steps=4, ema_decay=0.9, eval_levels=1, eval_fraction=0.3)
+    return make_trainer(folder, family, cache, **(defaults | options))
 
 
 def test_a_run_evaluates_and_saves_the_average(tmp_path, family, tiny_cache):
@@ -169,7 +148,7 @@ def test_a_run_evaluates_and_saves_the_average(tmp_path, family, tiny_cache):
 
     weights = Weights()
     options = dict(gradient_accumulation_steps=2, eval_strategy="steps", eval_steps=4, save_strategy="steps")
-    trainer = make_trainer(tmp_path, family, tiny_cache, callbacks=[weights], save_steps=4, **options)
+    trainer = ema_trainer(tmp_path, family, tiny_cache, callbacks=[weights], save_steps=4, **options)
     trainer.train()
     trainer.save_model()
     seen, after, checkpoint = weights.seen, trained(trainer), tmp_path / "checkpoint-4"
@@ -186,7 +165,7 @@ def test_a_run_evaluates_and_saves_the_average(tmp_path, family, tiny_cache):
 
     # The same weights in a trainer without an average: evaluated, and saved as a user would.
     eval_loss = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
-    plain = make_trainer(tmp_path / "plain", family, tiny_cache, ema_decay=None)
+    plain = ema_trainer(tmp_path / "plain", family, tiny_cache, ema_decay=None)
     for values, folder, is_equal in ((after, checkpoint, False), (average, tmp_path, True)):
         plain.model.load_state_dict(values, strict=False)
         assert (plain.evaluate()["eval_loss"] == eval_loss) is is_equal
@@ -197,7 +176,7 @@ def test_a_run_evaluates_and_saves_the_average(tmp_path, family, tiny_cache):
 
 
 def test_weights_are_back_after_an_evaluation_that_raises(tmp_path, family, tiny_cache):
-    trainer = make_trainer(tmp_path, dataclasses.replace(family), tiny_cache)
+    trainer = ema_trainer(tmp_path, dataclasses.replace(family), tiny_cache)
     trainer.train()
     before = trained(trainer)
 
@@ -214,7 +193,7 @@ def test_weights_are_back_after_an_evaluation_that_raises(tmp_path, family, tiny
 def test_images_are_drawn_with_the_average(tmp_path, family, tiny_cache):
     family, drawn = dataclasses.replace(family), []
     draw = family.generate
-    trainer = make_trainer(
+    trainer = ema_trainer(
         tmp_path, family, tiny_cache, max_steps=2, validation_prompts=["A chart."], validation_steps=2,
         num_inference_steps=1, validation_size=[32, 48],
     )  # fmt: skip
@@ -235,10 +214,10 @@ def test_images_are_drawn_with_the_average(tmp_path, family, tiny_cache):
 @pytest.mark.parametrize("no_adapter", [False, True])
 def test_resume_is_exact(tmp_path, family, tiny_cache, no_adapter):
     options = dict(save_strategy="steps", save_steps=2, no_adapter=no_adapter, gradient_accumulation_steps=2)
-    whole = make_trainer(tmp_path / "whole", family, tiny_cache, **options)
+    whole = ema_trainer(tmp_path / "whole", family, tiny_cache, **options)
     whole.train()
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
-    again = make_trainer(tmp_path / "again", family, tiny_cache, resume_from_checkpoint="latest", **options)
+    again = ema_trainer(tmp_path / "again", family, tiny_cache, resume_from_checkpoint="latest", **options)
     again.train()
     assert same(trained(whole), trained(again))
     file = family.component + "/diffusion_pytorch_model.safetensors" if no_adapter else WEIGHT_NAME
@@ -253,15 +232,15 @@ def test_resume_is_exact(tmp_path, family, tiny_cache, no_adapter):
 
 def test_resume_without_the_file(tmp_path, family, tiny_cache):
     options = dict(max_steps=2, save_strategy="steps", save_steps=1, eval_fraction=0.3)
-    make_trainer(tmp_path, family, tiny_cache, ema_decay=None, **options).train()
+    ema_trainer(tmp_path, family, tiny_cache, ema_decay=None, **options).train()
     assert not (tmp_path / "checkpoint-1" / EMA_NAME).exists()
     with pytest.raises(sf.SciflowError, match=f"checkpoint-1/{EMA_NAME} is missing"):
-        make_trainer(tmp_path, family, tiny_cache, resume_from_checkpoint="checkpoint-1", **options).train()
+        ema_trainer(tmp_path, family, tiny_cache, resume_from_checkpoint="checkpoint-1", **options).train()
 
 
 def test_the_best_checkpoint_brings_its_average(tmp_path, family, tiny_cache):
     """A rate that ruins the network: the first evaluation is the best."""
-    trainer = make_trainer(
+    trainer = ema_trainer(
         tmp_path, family, tiny_cache, max_steps=4, learning_rate=3.0, load_best_model_at_end=True,
         eval_strategy="steps", save_strategy="steps", eval_steps=2, save_steps=2,
         metric_for_best_model="eval_loss", greater_is_better=False,
@@ -303,7 +282,7 @@ def test_two_ranks(tmp_path, tiny_klein):
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 99.99])
 def test_decay_out_of_range(tmp_path, family, tiny_cache, decay):
     with pytest.raises(sf.SciflowError, match=r"`ema_decay`.*in \[0, 1\)"):
-        make_trainer(tmp_path, family, tiny_cache, ema_decay=decay)
+        ema_trainer(tmp_path, family, tiny_cache, ema_decay=decay)
     with pytest.raises(sf.SciflowError, match=r"`ema_decay`.*from 0 to below 1"):
         EMACallback(decay)
 
@@ -312,7 +291,7 @@ def test_refused_with_what_averages_or_shards_itself(tmp_path, family, tiny_cach
     with pytest.raises(sf.SciflowError, match="`update_every` 0"):
         EMACallback(update_every=0)
     with pytest.raises(sf.SciflowError, match=r"`ema_decay` 0.9 cannot work with `--optim schedule_free_adamw`"):
-        make_trainer(tmp_path, family, tiny_cache, optim="schedule_free_adamw")
+        ema_trainer(tmp_path, family, tiny_cache, optim="schedule_free_adamw")
     monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.DEEPSPEED)
     with pytest.raises(sf.SciflowError, match=r"`ema_decay` 0.9999 cannot work with DeepSpeed"):
         EMACallback().on_init_end(SimpleNamespace(optim="adamw_torch"), TrainerState(), TrainerControl())

@@ -6,9 +6,9 @@ import re
 import numpy as np
 import pytest
 import torch
-from family_steps import FAMILIES, make_pipelines
-from steps import edited, make_trainer
-from test_validation import SIZE, StubFamily, callback
+from drawing import SIZE, StubFamily, callback
+from family_steps import FAMILIES, edited, make_pipelines
+from trainings import make_trainer
 
 import sciflow_hf as sf
 from sciflow_hf.adapters.adapter import with_text_adapters

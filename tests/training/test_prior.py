@@ -12,7 +12,7 @@ import recipe_runs
 import torch
 from caches import TINY_BUCKETS, encoder_settings, write_cache
 from memory_cache import released
-from steps import make_trainer, weights
+from trainings import LONGER, make_trainer, trained
 
 import sciflow_hf as sf
 from sciflow_hf.data.arguments import DataArguments
@@ -32,11 +32,6 @@ def folders(tmp_path_factory, tiny_klein):
     own = write_cache(folder / "own", settings=settings, buckets={(32, 48): 8, (48, 32): 4}, seed=1)
     prior = write_cache(folder / "prior", settings=settings, buckets={(32, 48): 8, (24, 64): 8}, seed=2)
     return own, prior
-
-
-@pytest.fixture(scope="module")
-def family(tiny_klein):
-    return sf.Flux2Klein(pretrained_model_name_or_path=str(tiny_klein), max_sequence_length=12)
 
 
 def load(folders, **options):
@@ -67,7 +62,7 @@ class Answers:
 def test_the_gradient_is_that_of_both_means(tmp_path, folders, family, loss_weight):
     """grad mean(own) + w grad mean(prior), of the real network, as diffusers' scripts add them: 2 + 2 samples."""
     train, _ = load(folders, prior_loss_weight=loss_weight)
-    trainer = make_trainer(tmp_path, family, train)
+    trainer = make_trainer(tmp_path, family, train, **LONGER)
     model = trainer.model.train()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -101,7 +96,7 @@ def test_an_epoch_adds_up_to_both_means(tmp_path, folders, family, size):
     """The mean of all steps' losses, whatever a step holds of either kind, up to rows that fill up batches."""
     train, _ = load(folders, prior_loss_weight=0.7)
     losses = torch.rand(len(train), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    trainer = make_trainer(tmp_path, family, train, per_device_train_batch_size=size)
+    trainer = make_trainer(tmp_path, family, train, **LONGER | {"per_device_train_batch_size": size})
     trainer.family = Answers(family, losses)
     rows, steps = Counter(), []
     for batch in trainer.get_train_dataloader():
@@ -127,7 +122,7 @@ def test_weights_follow_the_draws():
 
 def test_without_a_prior_the_loss_is_the_plain_mean(tmp_path, folders, family):
     train, _ = load(folders, prior_dataset_dir=None)
-    trainer = make_trainer(tmp_path, family, train)
+    trainer = make_trainer(tmp_path, family, train, **LONGER)
     losses = torch.tensor([1.0, 4.0])
     assert trainer.mean_loss(losses, torch.tensor([0, 1])) == 2.5 and train.prior is None and train.repeats is None
 
@@ -199,7 +194,7 @@ def test_equal_names_in_both_caches_are_different_samples(tmp_path, folders):
 
 
 def run(folder, family, train, held_out=None, **options):
-    trainer = make_trainer(folder, family, train, held_out, **(dict(max_steps=8, logging_steps=1) | options))
+    trainer = make_trainer(folder, family, train, held_out, **LONGER | dict(max_steps=8, logging_steps=1) | options)
     trainer.train()
     return trainer, [e for e in trainer.state.log_history if "loss" in e]
 
@@ -219,7 +214,7 @@ def test_micro_batches_do_not_change_the_run(tmp_path, even_folders, family):
     for size in (4, 2, 1):
         split = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size, "optim": "sgd"}
         trainer, logs = run(tmp_path / str(size), family, train, **split)
-        found[size] = [e["loss"] for e in logs], weights(trainer)
+        found[size] = [e["loss"] for e in logs], trained(trainer)
     for size in (2, 1):
         np.testing.assert_allclose(found[size][0], found[4][0], rtol=1e-5)
         for name, value in found[4][1].items():
@@ -268,7 +263,7 @@ def test_resumed_equals_uninterrupted(tmp_path, folders, family):
     whole, logs = run(tmp_path / "whole", family, train, held_out, **options)
     checkpoint = str(tmp_path / "whole" / "checkpoint-4")
     again, again_logs = run(tmp_path / "again", family, train, held_out, resume_from_checkpoint=checkpoint, **options)
-    assert all(torch.equal(value, weights(again)[name]) for name, value in weights(whole).items())
+    assert all(torch.equal(value, trained(again)[name]) for name, value in trained(whole).items())
     assert [e["loss"] for e in again_logs] == [e["loss"] for e in logs]
     plain, _ = load(folders, eval_fraction=0.3, prior_dataset_dir=None)
     with pytest.raises(SciflowError, match="data"):  # another run's checkpoint
@@ -279,7 +274,7 @@ def test_logs_tell_the_kinds_apart(tmp_path, folders, family):
     """Own losses 1 and prior losses 5, so: loss 1 + 0.5 x 5 in the mean, each kind's own mean beside it."""
     train, _ = load(folders, prior_loss_weight=0.5)
     losses = torch.where(torch.from_numpy(train.prior.rows), 5.0, 1.0).requires_grad_()
-    trainer = make_trainer(tmp_path, family, train, max_steps=8, logging_steps=8)
+    trainer = make_trainer(tmp_path, family, train, **LONGER | dict(max_steps=8, logging_steps=8))
     trainer.family = Answers(family, losses)
     trainer.train()
     logs = next(e for e in trainer.state.log_history if "loss" in e)
@@ -313,8 +308,8 @@ def test_means_are_of_all_ranks():
 def test_evaluation_does_not_see_it(tmp_path, folders, family):
     train, held_out = load(folders, eval_fraction=0.4, prior_loss_weight=3.0)
     plain, plain_held_out = load(folders, eval_fraction=0.4, prior_dataset_dir=None)
-    one = make_trainer(tmp_path / "a", family, train, held_out).evaluate()
-    other = make_trainer(tmp_path / "b", family, plain, plain_held_out).evaluate()
+    one = make_trainer(tmp_path / "a", family, train, held_out, **LONGER).evaluate()
+    other = make_trainer(tmp_path / "b", family, plain, plain_held_out, **LONGER).evaluate()
     assert one["eval_loss"] == other["eval_loss"] and one["eval_gain"] == other["eval_gain"] == 0
 
 

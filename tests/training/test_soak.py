@@ -12,9 +12,8 @@ import time
 import psutil
 import pytest
 from caches import encoder_settings, write_cache
-from hub_server import hub  # noqa: F401
-from recipe_runs import ROOT, command, environment, logged_losses, run, weights
-from test_processes import equal, flags
+from recipe_runs import ROOT, command, environment, flags, logged_losses, run, weights
+from trainings import same
 
 from sciflow_hf.training.checkpoints import checkpoint_fault, list_checkpoints
 
@@ -107,7 +106,7 @@ def compare(tmp_path, words, kinds, server, *, ranks=1, eval_steps, seed=0):
     again = [*words, "--output_dir", tmp_path / "killed", "--hub_model_id", "user/killed"]
     killed = soak(again, tmp_path / "killed", server, kinds, ranks=ranks, eval_steps=eval_steps, seed=seed)
     assert killed == len(kinds)
-    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
     assert logged_losses(tmp_path / "whole") == logged_losses(tmp_path / "killed")
     assert not (tmp_path / "killed" / ".saving").exists()
     name = "pytorch_lora_weights.safetensors"
@@ -122,7 +121,7 @@ def options(**values):
     return [word for name, value in (common | values).items() for word in (f"--{name}", value)]
 
 
-def test_three_kills(tmp_path, tiny_klein, hub):  # noqa: F811
+def test_three_kills(tmp_path, tiny_klein, hub):
     """While a checkpoint is written, in an evaluation, and while it is pushed."""
     cache = write_cache(tmp_path / "cache", settings=encoder_settings(tiny_klein))
     words = flags(tiny_klein, cache, tmp_path, eval_fraction=0.3, max_steps=24, save_steps=4)
@@ -132,7 +131,7 @@ def test_three_kills(tmp_path, tiny_klein, hub):  # noqa: F811
 
 @pytest.mark.acceptance
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_thirty_kills_on_the_demo_data(tmp_path, hub, ranks):  # noqa: F811
+def test_thirty_kills_on_the_demo_data(tmp_path, hub, ranks):
     kinds = ["step"] * 10 + ["save"] * 8 + ["evaluation"] * 4 + ["validation"] * 4 + ["push"] * 4
     random.Random(ranks).shuffle(kinds)
     words = ["--config", DEMO, *options(max_steps=300, save_steps=5, eval_steps=10, validation_steps=20)]

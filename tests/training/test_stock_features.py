@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from test_trainer import even_cache, family, losses, make_args, make_trainer, same, trained  # noqa: F401
+from trainings import losses, make_args, make_trainer, same, trained
 from transformers import EarlyStoppingCallback
 
 import sciflow_hf as sf
@@ -15,7 +15,7 @@ from sciflow_hf.training.checkpoints import checkpoint_fault, list_checkpoints
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
-def test_save_total_limit_keeps_the_newest_and_the_best(tmp_path, family, even_cache):  # noqa: F811
+def test_save_total_limit_keeps_the_newest_and_the_best(tmp_path, family, even_cache):
     trainer = make_trainer(
         tmp_path, family, even_cache, eval_fraction=0.3, save_strategy="steps", save_steps=1, eval_strategy="steps",
         eval_steps=1, save_total_limit=2, load_best_model_at_end=True, learning_rate=0.3,
@@ -29,7 +29,7 @@ def test_save_total_limit_keeps_the_newest_and_the_best(tmp_path, family, even_c
     assert all(checkpoint_fault(tmp_path / name) is None for name in kept)
 
 
-def test_load_best_model_at_end_puts_the_best_weights_back(tmp_path, family, even_cache):  # noqa: F811
+def test_load_best_model_at_end_puts_the_best_weights_back(tmp_path, family, even_cache):
     trainer = make_trainer(
         tmp_path, family, even_cache, eval_fraction=0.3, save_strategy="steps", save_steps=1, eval_strategy="steps",
         eval_steps=1, load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=True,
@@ -40,7 +40,7 @@ def test_load_best_model_at_end_puts_the_best_weights_back(tmp_path, family, eve
     assert trainer.evaluate()["eval_loss"] == pytest.approx(best, rel=1e-6)
 
 
-def test_early_stopping(tmp_path, family, even_cache):  # noqa: F811
+def test_early_stopping(tmp_path, family, even_cache):
     trainer = make_trainer(
         tmp_path, family, even_cache, eval_fraction=0.3, save_strategy="steps", save_steps=1, eval_strategy="steps",
         eval_steps=1, load_best_model_at_end=True, learning_rate=0.5, max_steps=30,
@@ -50,7 +50,7 @@ def test_early_stopping(tmp_path, family, even_cache):  # noqa: F811
     assert trainer.state.global_step == trainer.state.best_global_step + 2 < 30
 
 
-def test_tensorboard_gets_losses_and_evaluation(tmp_path, family, even_cache, monkeypatch):  # noqa: F811
+def test_tensorboard_gets_losses_and_evaluation(tmp_path, family, even_cache, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
@@ -66,7 +66,7 @@ def test_tensorboard_gets_losses_and_evaluation(tmp_path, family, even_cache, mo
     assert [e.value for e in events.Scalars("train/loss")] == pytest.approx(losses(trainer))
 
 
-def test_wandb_without_login_logs_offline_and_says_so(tmp_path, family, even_cache, monkeypatch, caplog):  # noqa: F811
+def test_wandb_without_login_logs_offline_and_says_so(tmp_path, family, even_cache, monkeypatch, caplog):
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))  # no ~/.netrc
@@ -82,7 +82,7 @@ def test_wandb_without_login_logs_offline_and_says_so(tmp_path, family, even_cac
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
-def test_hyperparameter_search_minimises_eval_loss(tmp_path, family, even_cache):  # noqa: F811
+def test_hyperparameter_search_minimises_eval_loss(tmp_path, family, even_cache):
     def model_init():
         model = family.load_model(dtype=torch.float32)
         return sf.add_adapter(model, sf.AdapterArguments(rank=2), family=family, seed=1)
@@ -110,7 +110,7 @@ def test_hyperparameter_search_minimises_eval_loss(tmp_path, family, even_cache)
     )
 
 
-def test_dropped_tail_is_reported(tmp_path, family, even_cache, caplog):  # noqa: F811
+def test_dropped_tail_is_reported(tmp_path, family, even_cache, caplog):
     caplog.set_level("INFO")
     trainer = make_trainer(
         tmp_path, family, even_cache, per_device_train_batch_size=5, dataloader_drop_last=True, max_steps=2
@@ -120,7 +120,7 @@ def test_dropped_tail_is_reported(tmp_path, family, even_cache, caplog):  # noqa
     assert total.split()[1] == "24" and total.split()[-1] == str(24 - 5 * 3)
 
 
-def test_workers_read_the_same_batches(tmp_path, family, even_cache):  # noqa: F811
+def test_workers_read_the_same_batches(tmp_path, family, even_cache):
     plain = make_trainer(tmp_path / "a", family, even_cache, max_steps=8)
     plain.train()
     workers = make_trainer(tmp_path / "b", family, even_cache, max_steps=8, dataloader_num_workers=2)
@@ -128,7 +128,7 @@ def test_workers_read_the_same_batches(tmp_path, family, even_cache):  # noqa: F
     assert same(trained(plain), trained(workers))
 
 
-def test_a_finished_run_is_not_trained_over(tmp_path, family, even_cache):  # noqa: F811
+def test_a_finished_run_is_not_trained_over(tmp_path, family, even_cache):
     options = dict(save_strategy="steps", save_steps=3)
     make_trainer(tmp_path, family, even_cache, **options).train()
     state = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
@@ -149,14 +149,14 @@ def test_a_finished_run_is_not_trained_over(tmp_path, family, even_cache):  # no
         (dict(optim="prodigy", learning_rate=None), "optim"),
     ],
 )
-def test_resuming_another_run_is_refused(tmp_path, family, even_cache, change, words):  # noqa: F811
+def test_resuming_another_run_is_refused(tmp_path, family, even_cache, change, words):
     options = dict(save_strategy="steps", save_steps=3, eval_fraction=0.3)
     make_trainer(tmp_path, family, even_cache, **options).train()
     with pytest.raises(sf.SciflowError, match=f"another run: .*{words}: .* then, .* now"):
         make_trainer(tmp_path, family, even_cache, resume_from_checkpoint="latest", **(options | change)).train()
 
 
-def test_models_that_would_train_nothing_are_refused(tmp_path, family, even_cache):  # noqa: F811
+def test_models_that_would_train_nothing_are_refused(tmp_path, family, even_cache):
     data = sf.load_cache(even_cache, dtype=torch.float32)
     frozen = family.load_model(dtype=torch.float32).requires_grad_(False)
     with pytest.raises(sf.SciflowError, match="add_adapter"):
@@ -166,7 +166,7 @@ def test_models_that_would_train_nothing_are_refused(tmp_path, family, even_cach
         sf.DiffusionTrainer(half, make_args(tmp_path), family=family, train_dataset=data)
 
 
-def test_cache_of_another_model_is_refused(tmp_path, family, even_cache):  # noqa: F811
+def test_cache_of_another_model_is_refused(tmp_path, family, even_cache):
     import dataclasses
 
     other = dataclasses.replace(family, max_sequence_length=16)
@@ -174,7 +174,7 @@ def test_cache_of_another_model_is_refused(tmp_path, family, even_cache):  # noq
         make_trainer(tmp_path, other, even_cache)
 
 
-def test_final_folder_is_a_lora_and_its_facts(tmp_path, family, even_cache):  # noqa: F811
+def test_final_folder_is_a_lora_and_its_facts(tmp_path, family, even_cache):
     trainer = make_trainer(tmp_path, family, even_cache, eval_fraction=0.3)
     trainer.train()
     trainer.evaluate()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from caches import encoder_settings, write_cache
 from memory_cache import PATHS, make_rows, make_sampler, released
-from steps import make_trainer
+from trainings import LONGER, make_trainer
 
 import sciflow_hf as sf
 from sciflow_hf.data.batches.loader import BucketLoader
@@ -253,7 +253,7 @@ def cache(tmp_path_factory, tiny_klein):
 def run(folder, family, cache, **options):
     """(losses of the log, levels by step) of two epochs of 4 steps with 4 samples each."""
     defaults = dict(
-        max_steps=8, optim="sgd", logging_steps=1, weighting_scheme="none", timestep_shift="none",
+        LONGER, max_steps=8, optim="sgd", logging_steps=1, weighting_scheme="none", timestep_shift="none",
         stratified_levels=True,
     )  # fmt: skip
     family = dataclasses.replace(family)
@@ -268,11 +268,6 @@ def run(folder, family, cache, **options):
     family.compute_loss = spy
     trainer.train()
     return [e["loss"] for e in trainer.state.log_history if "loss" in e], np.array(seen).reshape(-1, 4)
-
-
-@pytest.fixture(scope="module")
-def family(tiny_klein):
-    return sf.Flux2Klein(pretrained_model_name_or_path=str(tiny_klein), max_sequence_length=12)
 
 
 def test_a_training_is_stratified_and_does_not_depend_on_micro_batches(tmp_path, family, cache):

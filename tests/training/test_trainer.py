@@ -10,6 +10,7 @@ import torch
 from caches import encoder_settings, write_cache
 from safetensors import safe_open
 from safetensors.torch import load_file
+from trainings import losses, make_args, make_trainer, same, trained
 
 import sciflow_hf as sf
 from sciflow_hf.adapters.files import WEIGHT_NAME
@@ -18,49 +19,6 @@ from sciflow_hf.diffusion.randomness import hash64, noise_keys
 from sciflow_hf.training.checkpoints import checkpoint_fault
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
-
-@pytest.fixture(scope="session")
-def family(tiny_klein):
-    return sf.Flux2Klein(pretrained_model_name_or_path=str(tiny_klein), max_sequence_length=12)
-
-
-@pytest.fixture(scope="session")
-def even_cache(tmp_path_factory, tiny_klein):
-    """Three buckets whose sizes are multiples of 4: an epoch of total batch 4 has no tail."""
-    folder = tmp_path_factory.mktemp("even")
-    return write_cache(folder, settings=encoder_settings(tiny_klein), buckets={(32, 48): 12, (48, 32): 8, (24, 64): 4})
-
-
-def make_args(folder, **options):
-    defaults = dict(
-        output_dir=str(folder), use_cpu=True, max_steps=6, save_strategy="no", logging_steps=1, disable_tqdm=True,
-        per_device_train_batch_size=2, learning_rate=1e-2, seed=3,
-    )  # fmt: skip
-    return sf.DiffusionTrainingArguments(**(defaults | options))
-
-
-def make_trainer(folder, family, cache, *, rank=4, eval_fraction=0.0, no_adapter=False, **options):
-    options = {k: v for k, v in options.items()}
-    extra = {k: options.pop(k) for k in ("callbacks", "compute_metrics", "caption_dropout") if k in options}
-    args = make_args(folder, **options)
-    data = sf.load_cache(cache, dtype=torch.float32)
-    train, held_out = data.split(eval_fraction) if eval_fraction else (data, None)
-    model = family.load_model(dtype=torch.float32)
-    sf.add_adapter(model, sf.AdapterArguments(rank=rank, lora_alpha=8, no_adapter=no_adapter), family=family, seed=1)
-    return sf.DiffusionTrainer(model, args, family=family, train_dataset=train, eval_dataset=held_out, **extra)
-
-
-def trained(trainer):
-    return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def same(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
 def test_every_trained_parameter_moves_and_no_frozen_one(tmp_path, family, even_cache):

@@ -8,7 +8,7 @@ import accelerate.optimizer
 import pytest
 import torch
 import transformers.trainer
-from test_trainer import make_trainer
+from trainings import make_trainer
 from transformers import Trainer, TrainerCallback
 
 import sciflow_hf as sf
@@ -139,11 +139,6 @@ def test_scoped_replacements_are_where_the_trainer_looks():
 
 
 # -- in effect -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def family(tiny_klein):
-    return sf.Flux2Klein(pretrained_model_name_or_path=str(tiny_klein), max_sequence_length=12)
 
 
 @pytest.fixture

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from caches import write_cache
-from family_steps import FAMILIES, make_pipelines
-from steps import edited
+from family_steps import FAMILIES, edited, make_pipelines
 
 import sciflow_hf as sf
 from sciflow_hf.errors import CacheError, SciflowError
