@@ -8,7 +8,7 @@ import pytest
 import torch
 from recipe_runs import ROOT, logged_losses, run
 from safetensors.torch import load_file
-from trainings import weights
+from trainings import trained
 
 import sciflow_hf as sf
 from sciflow_hf.adapters.files import WEIGHT_NAME, load_adapter_weights, save_adapter, text_states
@@ -175,9 +175,9 @@ def make_trainer(folder, family, cache, **options):
 def test_a_training_moves_the_encoders_and_resumes_exactly(family, captions_only, tmp_path):
     options = dict(save_strategy="steps", save_steps=3, gradient_accumulation_steps=2)
     whole = make_trainer(tmp_path / "whole", family, captions_only, **options)
-    start = weights(whole)
+    start = trained(whole)
     whole.train()
-    end = weights(whole)
+    end = trained(whole)
     moved = [name for name in end if not torch.equal(start[name], end[name])]
     assert len(moved) == len(end)  # nothing is trained without a gradient
     metrics = whole.evaluate()
@@ -191,7 +191,7 @@ def test_a_training_moves_the_encoders_and_resumes_exactly(family, captions_only
         **options,
     )
     again.train()
-    assert all(torch.equal(value, end[name]) for name, value in weights(again).items())
+    assert all(torch.equal(value, end[name]) for name, value in trained(again).items())
     facts = adapter_facts(whole.model)
     assert facts["rank"] == 3 and any("text_encoder" in layer for layer in facts["layers"])
     assert {k.split(".")[0] for k in load_file(tmp_path / "whole" / "checkpoint-6" / WEIGHT_NAME)} == {
