@@ -7,9 +7,10 @@ import pickle
 import fsspec
 import pytest
 import torch
-from adapter_bench import adapted, klein_output, randomise, same
+from adapter_bench import adapted, klein_output, randomise
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from trainings import same
 
 import sciflow_hf as sf
 from sciflow_hf.adapters.files import WEIGHT_NAME, load_adapter_weights, save_adapter

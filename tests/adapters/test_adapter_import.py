@@ -5,6 +5,7 @@ import torch
 from answers import apart, read_back, tiny_family, trained_adapter
 from parity import FEW
 from safetensors.torch import load_file, save_file
+from trainings import same
 
 import sciflow_hf as sf
 from sciflow_hf.adapters.export import export_adapter
@@ -15,10 +16,6 @@ from sciflow_hf.adapters.layers import adapter_parameters
 @pytest.fixture(scope="module")
 def family(tmp_path_factory):
     return tiny_family("flux2_klein", tmp_path_factory.mktemp("pipeline"))
-
-
-def same(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
 def test_a_fused_adapter_of_other_programs_is_split_and_fused_again(family, tmp_path):

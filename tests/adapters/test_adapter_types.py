@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from adapter_bench import FAMILIES, Bench, make_tiny_family, randomise, same, values
+from adapter_bench import FAMILIES, Bench, make_tiny_family, randomise, values
+from trainings import same
 
 import sciflow_hf as sf
 from sciflow_hf.adapters.files import load_adapter_weights, save_adapter

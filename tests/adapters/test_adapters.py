@@ -4,8 +4,9 @@ import logging
 
 import pytest
 import torch
-from adapter_bench import adapted, klein_output, randomise, same
+from adapter_bench import adapted, klein_output, randomise
 from peft import LoraConfig
+from trainings import same
 
 import sciflow_hf as sf
 from sciflow_hf.adapters.adapter import match_layers

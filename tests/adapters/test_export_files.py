@@ -10,6 +10,7 @@ from answers import apart, read_back, tiny_family, trained_adapter
 from parity import FEW
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from trainings import same
 
 import sciflow_hf as sf
 from sciflow_hf.adapters.export import export_adapter
@@ -34,10 +35,6 @@ def trained(family, tmp_path_factory):
     """A LoRA of klein with alpha != rank, and the folder that holds it."""
     model = trained_adapter(family, rank=4, lora_alpha=10, lora_layers=LAYERS)
     return model, save_adapter(model, tmp_path_factory.mktemp("run"), family=family).parent
-
-
-def same(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
 def facts_of(file):

@@ -163,7 +163,7 @@ def captions_only(family, figures, tmp_path_factory):
     return folder
 
 
-def make_trainer(folder, family, cache, **options):
+def text_trainer(folder, family, cache, **options):
     args = arguments(folder, **options)
     data = load_cache(str(cache), dtype=torch.float32)
     data.online_text = online_text(family, device="cpu", dtype=torch.float32)
@@ -174,7 +174,7 @@ def make_trainer(folder, family, cache, **options):
 
 def test_a_training_moves_the_encoders_and_resumes_exactly(family, captions_only, tmp_path):
     options = dict(save_strategy="steps", save_steps=3, gradient_accumulation_steps=2)
-    whole = make_trainer(tmp_path / "whole", family, captions_only, **options)
+    whole = text_trainer(tmp_path / "whole", family, captions_only, **options)
     start = trained(whole)
     whole.train()
     end = trained(whole)
@@ -183,7 +183,7 @@ def test_a_training_moves_the_encoders_and_resumes_exactly(family, captions_only
     metrics = whole.evaluate()
     assert metrics["eval_base_loss"] > 0 and metrics["eval_gain"] != 0
 
-    again = make_trainer(
+    again = text_trainer(
         tmp_path / "again",
         family,
         captions_only,
@@ -201,7 +201,7 @@ def test_a_training_moves_the_encoders_and_resumes_exactly(family, captions_only
 
 def test_images_are_drawn_with_the_trained_encoders(family, captions_only, tmp_path):
     options = dict(max_steps=2, validation_prompts=["A line plot."], validation_size=[64, 96], num_inference_steps=2)
-    trainer = make_trainer(tmp_path, family, captions_only, **options)
+    trainer = text_trainer(tmp_path, family, captions_only, **options)
     callback = next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == "ValidationCallback")
     trainer.train()
     after = callback._prompt_inputs[0]

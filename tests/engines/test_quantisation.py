@@ -12,6 +12,7 @@ from peft.utils.integrations import dequantize_module_weight
 from plans import UNIT, sizes
 from recipe_runs import run
 from safetensors.torch import load_file
+from trainings import same, trained
 
 import sciflow_hf as sf
 from sciflow_hf.adapters.files import WEIGHT_NAME
@@ -84,7 +85,7 @@ def batch():
     return inputs, {"noise": torch.randn(2, 16, 4, 6, generator=generator), "levels": torch.tensor([0.3, 0.8])}
 
 
-def make_args(folder, kind, **options):
+def quantised_args(folder, kind, **options):
     defaults = dict(
         output_dir=str(folder), use_cpu=True, max_steps=4, save_strategy="no", logging_steps=1, disable_tqdm=True,
         per_device_train_batch_size=2, per_device_eval_batch_size=4, learning_rate=1e-2, seed=3, report_to="none",
@@ -93,20 +94,12 @@ def make_args(folder, kind, **options):
     return sf.DiffusionTrainingArguments(**(defaults | options))
 
 
-def make_trainer(folder, family, cache, kind, *, eval_fraction=0.3, adapter_type="lora", **options):
-    args = make_args(folder, kind, **options)
+def quantised_trainer(folder, family, cache, kind, *, eval_fraction=0.3, adapter_type="lora", **options):
+    args = quantised_args(folder, kind, **options)
     model = family.load_model(dtype=args.load_dtype(trained=False), quantize=args.quantize_base)
     with_adapter(family, model, adapter_type)
     train, held_out = sf.load_cache(cache, dtype=torch.float32).split(eval_fraction)
     return sf.DiffusionTrainer(model, args, family=family, train_dataset=train, eval_dataset=held_out)
-
-
-def trained(trainer):
-    return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
-
-
-def same(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
 # -- the network -----------------------------------------------------------------------------------------------------
@@ -146,7 +139,7 @@ def test_loss_and_gradients_are_those_of_the_unpacked_weights(tmp_path, family, 
         linear(twin)[name].weight.data.copy_(unpacked(layer))
     full = family.load_model(dtype=torch.float32)
     models = [with_adapter(family, model, adapter_type) for model in (network, twin, full)]
-    args, (inputs, fixed) = make_args(tmp_path, None), batch()
+    args, (inputs, fixed) = quantised_args(tmp_path, None), batch()
 
     def step(model):
         return lambda: family.compute_loss(model, inputs, args, **fixed)[0]
@@ -200,12 +193,12 @@ def test_resume_is_exact(tmp_path, family, cache, kind):
         save_strategy="steps", save_steps=2, gradient_accumulation_steps=2, eval_strategy="steps", eval_steps=1,
         bf16=kind == "nf4",
     )  # fmt: skip
-    whole = make_trainer(tmp_path / "whole", family, cache, kind, **options)
+    whole = quantised_trainer(tmp_path / "whole", family, cache, kind, **options)
     before = {n: unpacked(m).clone() for n, m in linear(whole.model).items()}
     start = trained(whole)
     whole.train()
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
-    again = make_trainer(tmp_path / "again", family, cache, kind, resume_from_checkpoint="latest", **options)
+    again = quantised_trainer(tmp_path / "again", family, cache, kind, resume_from_checkpoint="latest", **options)
     again.train()
     assert same(trained(whole), trained(again)) and not same(trained(whole), start)
     assert {v.dtype for v in start.values()} == {torch.float32} and start.keys() == set(adapter_parameters(whole.model))
@@ -217,14 +210,14 @@ def test_resume_is_exact(tmp_path, family, cache, kind):
 
 def test_another_base_is_another_run(tmp_path, family, cache):
     options = dict(save_strategy="steps", save_steps=2, max_steps=2)
-    make_trainer(tmp_path, family, cache, "nf4", **options).train()
+    quantised_trainer(tmp_path, family, cache, "nf4", **options).train()
     with pytest.raises(sf.SciflowError, match="another run: quantize_base: 'nf4' then, None now"):
-        make_trainer(tmp_path, family, cache, None, resume_from_checkpoint="latest", **options).train()
+        quantised_trainer(tmp_path, family, cache, None, resume_from_checkpoint="latest", **options).train()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_images_are_drawn_with_the_packed_network(tmp_path, family, cache, kind, caplog):
-    trainer = make_trainer(
+    trainer = quantised_trainer(
         tmp_path, family, cache, kind, max_steps=1, validation_prompts=["A chart."], validation_size=[32, 48],
         num_inference_steps=2,
     )  # fmt: skip
@@ -241,10 +234,10 @@ def test_trained_on_nf4_loads_into_the_stock_pipeline(tmp_path, family, cache):
     """On the full network and on the packed one; and `--adapter_path` takes it again, bit for bit."""
     from diffusers import Flux2KleinPipeline
 
-    trainer = make_trainer(tmp_path, family, cache, "nf4")
+    trainer = quantised_trainer(tmp_path, family, cache, "nf4")
     trainer.train()
     trainer.save_model()
-    args, (inputs, fixed) = make_args(tmp_path, None), batch()
+    args, (inputs, fixed) = quantised_args(tmp_path, None), batch()
     loss = {}
     for kind in (None, "nf4"):
         pipeline = Flux2KleinPipeline.from_pretrained(
@@ -310,7 +303,7 @@ def test_two_ranks_equal_one(tmp_path, wide_klein, cache):
 )
 def test_options_that_cannot_work(tmp_path, kind, options, words):
     with pytest.raises(sf.SciflowError, match=words):
-        make_args(tmp_path, kind, **options)
+        quantised_args(tmp_path, kind, **options)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -321,7 +314,7 @@ def test_without_its_package_or_device(tmp_path, family, monkeypatch, kind):
     monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == QUANTIZATIONS[kind] else find(n, *a))
     words = f"`quantize_base` '{kind}' needs {QUANTIZATIONS[kind]}: `pip install {QUANTIZATIONS[kind]}`"
     with pytest.raises(sf.SciflowError, match=words):
-        make_args(tmp_path, kind)
+        quantised_args(tmp_path, kind)
     with pytest.raises(sf.SciflowError, match=words):
         family.load_model(dtype=torch.float32, quantize=kind)
     monkeypatch.undo()
@@ -332,8 +325,8 @@ def test_without_its_package_or_device(tmp_path, family, monkeypatch, kind):
 
 def test_a_base_that_is_trained_or_was_not_packed(tmp_path, family, cache):
     with pytest.raises(sf.SciflowError, match=r"`quantize_base` is for frozen networks.*`no_adapter`"):
-        make_args(tmp_path, "nf4").load_dtype(trained=True)
-    args = make_args(tmp_path, "nf4")
+        quantised_args(tmp_path, "nf4").load_dtype(trained=True)
+    args = quantised_args(tmp_path, "nf4")
     model = with_adapter(family, family.load_model(dtype=torch.float32))
     with pytest.raises(sf.SciflowError, match="`quantize_base` 'nf4', but the network was not loaded so"):
         sf.DiffusionTrainer(model, args, family=family, train_dataset=sf.load_cache(cache, dtype=torch.float32))
@@ -354,7 +347,7 @@ def test_the_gpu_check_of_diffusers_is_back_afterwards(family):
 def test_dry_run_says_how_much(tmp_path, family, cache):
     plans = []
     for kind in (None, "nf4"):
-        args = make_args(tmp_path, kind)
+        args = quantised_args(tmp_path, kind)
         model = family.load_model(dtype=torch.bfloat16, meta=True, quantize=kind)
         sf.add_adapter(model, sf.AdapterArguments(rank=4), family=family)
         data = sf.load_cache(cache, dtype=torch.float32)

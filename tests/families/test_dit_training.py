@@ -7,9 +7,10 @@ import shutil
 
 import pytest
 import torch
-from dits import SMALL, FewImages, make_trainer
+from dits import SMALL, FewImages, dit_trainer
 from recipe_runs import ROOT, run
 from safetensors.torch import load_file
+from trainings import largest_difference
 
 import sciflow_hf as sf
 from sciflow_hf.hub.upload import publishable_files
@@ -24,19 +25,15 @@ def weights(trainer):
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
-def largest_difference(one, two):
-    return max(float((one[name] - two[name]).abs().max()) for name in one)
-
-
 def test_resume_is_exact_with_average_and_accumulation(tmp_path):
     """8 steps = 4 steps, resume, 4 steps: the same bits."""
     options = dict(save_strategy="steps", save_steps=4, gradient_accumulation_steps=2, ema_decay=0.9)
-    whole = make_trainer(tmp_path / "whole", **options)
+    whole = dit_trainer(tmp_path / "whole", **options)
     start = weights(whole)
     whole.train()
     whole.save_model()
     shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "again" / "checkpoint-4")
-    again = make_trainer(tmp_path / "again", resume_from_checkpoint="latest", **options)
+    again = dit_trainer(tmp_path / "again", resume_from_checkpoint="latest", **options)
     again.train()
     again.save_model()
     assert largest_difference(weights(whole), weights(again)) == 0
@@ -48,8 +45,8 @@ def test_resume_is_exact_with_average_and_accumulation(tmp_path):
 
 
 def test_accumulation_is_one_batch(tmp_path):
-    one = make_trainer(tmp_path / "a", max_steps=4)
-    four = make_trainer(tmp_path / "b", max_steps=4, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    one = dit_trainer(tmp_path / "a", max_steps=4)
+    four = dit_trainer(tmp_path / "b", max_steps=4, per_device_train_batch_size=1, gradient_accumulation_steps=4)
     one.train()
     four.train()
     assert largest_difference(weights(one), weights(four)) < 1e-5
@@ -91,7 +88,7 @@ def test_two_ranks_are_one(tmp_path, own_cache):
 
 
 def test_evaluation_has_no_base(tmp_path):
-    trainer = make_trainer(tmp_path, held_out=FewImages(8, seed=1), learning_rate=3e-3, max_steps=60)
+    trainer = dit_trainer(tmp_path, held_out=FewImages(8, seed=1), learning_rate=3e-3, max_steps=60)
     before = trainer.evaluate()
     assert trainer.evaluate() == pytest.approx(before | {
         key: trainer.state.log_history[-1][key] for key in before if key.endswith(("runtime", "per_second"))
@@ -103,9 +100,9 @@ def test_evaluation_has_no_base(tmp_path):
 
 
 def test_a_fine_tuned_network_has_a_base(tmp_path):
-    make_trainer(tmp_path / "first", max_steps=1).save_model()
+    dit_trainer(tmp_path / "first", max_steps=1).save_model()
     family = sf.DiT(pretrained_model_name_or_path=str(tmp_path / "first"))
-    trainer = make_trainer(tmp_path / "second", family=family, held_out=FewImages(8, seed=1), max_steps=30)
+    trainer = dit_trainer(tmp_path / "second", family=family, held_out=FewImages(8, seed=1), max_steps=30)
     trainer.train()
     metrics = trainer.evaluate()
     assert (
@@ -115,16 +112,16 @@ def test_a_fine_tuned_network_has_a_base(tmp_path):
 
 
 def test_another_network_does_not_resume(tmp_path):
-    make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
+    dit_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
     other = sf.DiT(**SMALL | {"hidden_size": 32})
     with pytest.raises(sf.SciflowError, match=r"network\.hidden_size: 16 then, 32 now"):
-        make_trainer(tmp_path, family=other, resume_from_checkpoint="latest").train()
+        dit_trainer(tmp_path, family=other, resume_from_checkpoint="latest").train()
 
 
 def test_images_by_class_card_and_what_is_published(tmp_path):
     family = sf.DiT(**SMALL)
     family.class_names = ["cell", "nucleus", "axon", "spine", "glia"]
-    trainer = make_trainer(
+    trainer = dit_trainer(
         tmp_path, family=family, held_out=FewImages(8, seed=1), max_steps=2, num_inference_steps=2,
         validation_class_labels=["axon", "4"], validation_seeds=[0, 1], validation_guidance_scale=2.0,
     )  # fmt: skip
@@ -142,7 +139,7 @@ def test_images_by_class_card_and_what_is_published(tmp_path):
     assert {"model_index.json", "pipeline.py", "transformer/modeling_dit.py", NETWORK, "README.md"} <= set(files)
     assert not [file for file in files if file.startswith("checkpoint")]
     with pytest.raises(sf.SciflowError, match=r"class_labels.*'dog'.*cell"):
-        make_trainer(tmp_path / "b", family=family, validation_class_labels=["dog"]).train()
+        dit_trainer(tmp_path / "b", family=family, validation_class_labels=["dog"]).train()
 
 
 def test_metrics_of_samples_are_in_the_evaluation(tmp_path, monkeypatch):

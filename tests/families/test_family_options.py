@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from dits import SMALL, FewImages, make_trainer
+from dits import SMALL, FewImages, dit_trainer
 
 import sciflow_hf as sf
 from sciflow_hf.data.parquet import common_metadata, same_setting
@@ -105,7 +105,7 @@ def test_saved_pipelines_that_say_velocity(tmp_path):
 
 def test_a_checkpoint_that_says_velocity_resumes(tmp_path):
     options = dict(save_strategy="steps", save_steps=2, max_steps=2)
-    make_trainer(tmp_path, family=sf.DiT(**SMALL, objective="ddpm"), train=FewImages(8), **options).train()
+    dit_trainer(tmp_path, family=sf.DiT(**SMALL, objective="ddpm"), train=FewImages(8), **options).train()
     folder = tmp_path / "checkpoint-2"
     facts = json.loads((folder / "run.json").read_text())
     assert facts["network"]["prediction_type"] == "v_prediction"
@@ -115,11 +115,11 @@ def test_a_checkpoint_that_says_velocity_resumes(tmp_path):
     del manifest["files"]["run.json"]
     (folder / "manifest.json").write_text(json.dumps(manifest))
     again = dict(options, max_steps=3, resume_from_checkpoint="latest")
-    trainer = make_trainer(tmp_path, family=sf.DiT(**SMALL, objective="ddpm"), train=FewImages(8), **again)
+    trainer = dit_trainer(tmp_path, family=sf.DiT(**SMALL, objective="ddpm"), train=FewImages(8), **again)
     trainer.train()
     assert trainer.state.global_step == 3
     with pytest.raises(sf.SciflowError, match=r"network\.prediction_type: 'v_prediction' then, 'sample' now"):
         other = sf.DiT(**SMALL, objective="ddpm", prediction_type="sample")
-        make_trainer(
+        dit_trainer(
             tmp_path, family=other, train=FewImages(8), **again | {"resume_from_checkpoint": str(folder)}
         ).train()

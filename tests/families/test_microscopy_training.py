@@ -9,6 +9,7 @@ import tifffile
 import torch
 from recipe_runs import ROOT, logged_losses, run
 from safetensors.torch import load_file
+from trainings import losses
 
 import sciflow_hf as sf
 from sciflow_hf.cli import main
@@ -42,7 +43,7 @@ def folder(tmp_path_factory):
     return root
 
 
-def make_trainer(out, folder, *, family_options=None, metrics=None, callbacks=(), **options):
+def microscopy_trainer(out, folder, *, family_options=None, metrics=None, callbacks=(), **options):
     defaults = dict(
         output_dir=str(out), use_cpu=True, max_steps=8, save_strategy="no", logging_steps=1, disable_tqdm=True,
         per_device_train_batch_size=4, per_device_eval_batch_size=4, learning_rate=3e-3, seed=3, report_to="none",
@@ -63,18 +64,14 @@ def weights(trainer):
     return {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
 
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, folder):
     """With accumulation, averaged weights, fresh photons, moved tiles, and stages of resolution."""
     options = dict(save_strategy="steps", save_steps=4, gradient_accumulation_steps=2, ema_decay=0.9, max_steps=12,
                    callbacks=[lambda family: ProgressiveResolutionCallback(family, [2, 1])])  # fmt: skip
-    whole = make_trainer(tmp_path / "whole", folder, **options)
+    whole = microscopy_trainer(tmp_path / "whole", folder, **options)
     whole.train()
     shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "again" / "checkpoint-4")
-    again = make_trainer(tmp_path / "again", folder, resume_from_checkpoint="latest", **options)
+    again = microscopy_trainer(tmp_path / "again", folder, resume_from_checkpoint="latest", **options)
     again.train()
     one, two = weights(whole), weights(again)
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -86,7 +83,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, folder):
 
 
 def test_every_checkpoint_is_a_pipeline_and_the_last_has_the_average(tmp_path, folder):
-    trainer = make_trainer(tmp_path, folder, ema_decay=0.5, save_strategy="steps", save_steps=8)
+    trainer = microscopy_trainer(tmp_path, folder, ema_decay=0.5, save_strategy="steps", save_steps=8)
     start = weights(trainer)
     trainer.train()
     assert sum(not torch.equal(start[name], value) for name, value in weights(trainer).items()) > 0.9 * len(start)
@@ -105,7 +102,7 @@ def test_micro_batches_do_not_change_the_run(tmp_path, folder):
     """4 x 1, 2 x 2 and 1 x 4: the same losses and weights, by SGD, an epoch of 36 tiles without tail."""
     runs = {}
     for size in (4, 2, 1):
-        trainer = make_trainer(
+        trainer = microscopy_trainer(
             tmp_path / str(size), folder, per_device_train_batch_size=size, gradient_accumulation_steps=4 // size,
             optim="sgd", max_steps=9, stratified_levels=True,
         )  # fmt: skip
@@ -133,7 +130,7 @@ def test_two_ranks_equal_one(tmp_path, folder):
 
 def test_training_lowers_the_loss_and_restorations_are_scored_in_the_log(tmp_path, folder):
     metrics = sf.RestorationMetrics(metric_tiles=3, metric_samples=2, metric_steps=4)
-    trainer = make_trainer(tmp_path, folder, metrics=metrics, max_steps=60, eval_strategy="steps", eval_steps=20,
+    trainer = microscopy_trainer(tmp_path, folder, metrics=metrics, max_steps=60, eval_strategy="steps", eval_steps=20,
                            ema_decay=0.8, logging_steps=20)  # fmt: skip
     trainer.train()
     first, last = ({k: v for k, v in entry.items() if k.startswith("eval_")} for entry in
@@ -162,7 +159,7 @@ def test_stages_are_a_function_of_the_step(tmp_path, folder):
             super().on_step_begin(*args, **kwargs)
             seen.append(self.family.block)
 
-    trainer = make_trainer(tmp_path, folder, callbacks=[lambda f: Note(f, [4, 2, 1])], max_steps=6)
+    trainer = microscopy_trainer(tmp_path, folder, callbacks=[lambda f: Note(f, [4, 2, 1])], max_steps=6)
     trainer.train()
     assert seen == [4, 4, 2, 2, 1, 1] and trainer.family.block == 1
     wrong = [({"progressive_resolutions": [1, 2]}, "`progressive_resolutions` \\[1, 2\\]")]
@@ -182,7 +179,7 @@ def test_stages_are_a_function_of_the_step(tmp_path, folder):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, folder):
     out = tmp_path_factory.mktemp("trained")
-    trainer = make_trainer(out, folder, max_steps=3)
+    trainer = microscopy_trainer(out, folder, max_steps=3)
     trainer.train()
     trainer.save_model()
     return out
@@ -241,7 +238,7 @@ def test_the_demo_runs_from_one_command(tmp_path):
 
 
 def test_plan_and_debug_batch(tmp_path, folder):
-    trainer = make_trainer(tmp_path, folder)
+    trainer = microscopy_trainer(tmp_path, folder)
     family, train, held_out = trainer.family, trainer.train_dataset, trainer.eval_dataset
     plan = sf.plan(family.load_model(dtype=torch.float32, meta=True), family, trainer.args, train, held_out)
     assert "the whole network" in plan and "16 x 16" in plan and "36 samples to train on, 12 held out" in plan

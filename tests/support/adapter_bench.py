@@ -111,10 +111,6 @@ def values(model: Any) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
 
 
-def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
-
-
 def adapted(family, *, dtype=torch.float32, seed=1, meta=False, **options):
     model = family.load_model(dtype=dtype, meta=meta)
     return sf.add_adapter(model, sf.AdapterArguments(**options), family=family, seed=seed)

@@ -38,7 +38,7 @@ class FewImages(torch.utils.data.Dataset):
         return {"pixel_values": self.pixels[row], "class_labels": self.labels[row]}
 
 
-def make_trainer(folder, *, family=None, train=None, held_out=None, **options):
+def dit_trainer(folder, *, family=None, train=None, held_out=None, **options):
     defaults = dict(
         output_dir=str(folder), use_cpu=True, max_steps=8, save_strategy="no", logging_steps=2, disable_tqdm=True,
         per_device_train_batch_size=4, per_device_eval_batch_size=4, learning_rate=1e-2, seed=3, report_to="none",

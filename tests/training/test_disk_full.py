@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import ranks
-import torch
 from caches import encoder_settings, write_cache
 from faults import FullDisk, launch
 from recipe_runs import environment, weights
+from trainings import same
 
 import sciflow_hf as sf
 from sciflow_hf.cli.run import run
@@ -40,10 +40,6 @@ def whole(tmp_path_factory, job):
     return weights(folder)
 
 
-def equal(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
-
 @pytest.mark.parametrize("at", ["weights", "optimizer", "rng", "state", "manifest"])
 def test_one_save_is_lost_and_the_next_works(tmp_path, job, whole, caplog, monkeypatch, at):
     trainer = ranks.make(output_dir=tmp_path, save_total_limit=2, **job)
@@ -60,7 +56,7 @@ def test_one_save_is_lost_and_the_next_works(tmp_path, job, whole, caplog, monke
     best = trainer.state.best_model_checkpoint
     assert best in {str(tmp_path / "checkpoint-2"), str(tmp_path / "checkpoint-6")}  # where it can be found
     trainer.save_model()
-    assert equal(weights(tmp_path), whole)
+    assert same(weights(tmp_path), whole)
 
 
 def test_a_run_killed_after_a_lost_save_goes_on_from_the_one_before(tmp_path, job, whole):
@@ -73,7 +69,7 @@ def test_a_run_killed_after_a_lost_save_goes_on_from_the_one_before(tmp_path, jo
     again.training_step = lambda *args: steps.append(again.state.global_step) or step(*args)
     again.train()
     again.save_model()
-    assert steps[0] == 2 and equal(weights(tmp_path), whole)
+    assert steps[0] == 2 and same(weights(tmp_path), whole)
 
 
 def test_the_result_of_a_run_is_no_save_to_lose(tmp_path, job, capsys):
@@ -102,7 +98,7 @@ def test_two_ranks_lose_the_same_save(tmp_path, job):
     for folder in (tmp_path / "rank_1", tmp_path / "rank_0"):
         assert [p.name for p in list_checkpoints(folder)] == ["checkpoint-4"]
         assert checkpoint_fault(folder / "checkpoint-4") is None and not (folder / ".saving").exists()
-    assert equal(weights(tmp_path / "rank_1"), weights(tmp_path / "rank_0"))
+    assert same(weights(tmp_path / "rank_1"), weights(tmp_path / "rank_0"))
 
 
 def test_which_errors_mean_a_full_disk(tmp_path):

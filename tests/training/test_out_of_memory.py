@@ -9,6 +9,7 @@ import torch
 from caches import encoder_settings, write_cache
 from faults import ERRORS, Memory, launch
 from recipe_runs import weights
+from trainings import trained
 
 import sciflow_hf as sf
 from sciflow_hf.cli.run import run
@@ -33,10 +34,6 @@ def job(tmp_path_factory, tiny_klein):
         pipeline=str(tiny_klein), cache=str(cache), max_steps=3, save_strategy="no", per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
     )  # fmt: skip
-
-
-def trained(trainer):
-    return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
 
 
 def logged(trainer):

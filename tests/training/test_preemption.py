@@ -5,10 +5,10 @@ import threading
 
 import pytest
 import ranks
-import torch
 from caches import encoder_settings, write_cache
 from faults import Signal, launch
 from recipe_runs import weights
+from trainings import same
 from transformers import TrainerCallback
 
 from sciflow_hf.cli.run import run
@@ -27,10 +27,6 @@ def job(tmp_path_factory, tiny_klein):
         pipeline=str(tiny_klein), cache=str(cache), max_steps=8, save_steps=100, resume_from_checkpoint="latest",
         gradient_accumulation_steps=2,
     )  # fmt: skip
-
-
-def equal(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 class Later(TrainerCallback):
@@ -69,7 +65,7 @@ def test_stopped_and_gone_on_with_equals_never_stopped(tmp_path, job, capsys, ca
     again.train()
     again.save_model()
     assert again.state.global_step == 8
-    assert equal(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
+    assert same(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
 
 
 def test_a_second_signal_changes_nothing(tmp_path, job):
@@ -119,4 +115,4 @@ def test_two_ranks_of_which_one_gets_the_signal(tmp_path, job):
     )
     assert stop == [{"stopped": 4, "status": 75}] * 2 and len(whole[0]["losses"]) == 7
     assert checkpoint_fault(stopped / "checkpoint-4") is None
-    assert equal(weights(stopped), weights(tmp_path / "whole"))
+    assert same(weights(stopped), weights(tmp_path / "whole"))
