@@ -14,7 +14,14 @@ from transformers.training_args import OptimizerNames
 
 import sciflow_hf as sf
 from sciflow_hf.adapters.files import WEIGHT_NAME
-from sciflow_hf.engines.optimizers import needed_package, parameter_groups, rates_of, split_groups, state_bytes
+from sciflow_hf.engines.optimizers import (
+    group_rates,
+    needed_package,
+    parameter_groups,
+    rates_of,
+    split_groups,
+    state_bytes,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -326,3 +333,10 @@ def test_bytes_of_the_state(tmp_path, optim):
     assert sum(v.numel() * v.element_size() for v in kept) / weight.numel() == pytest.approx(
         state_bytes(optim), rel=0.03
     )
+
+
+def test_logged_rates_keep_their_ratio_when_a_schedule_has_reached_zero():
+    groups = [{"name": "base", "initial_lr": 1e-4, "lr": 0.0}, {"name": "lora_B", "initial_lr": 1.6e-3, "lr": 0.0}]
+    assert group_rates(groups, 5e-5) == pytest.approx({"learning_rate_base": 5e-5, "learning_rate_lora_B": 8e-4})
+    assert group_rates(groups, 0.0) == {"learning_rate_base": 0.0, "learning_rate_lora_B": 0.0}
+    assert group_rates([{"lr": 1e-4, "initial_lr": 1e-4}], 5e-5) == {}

@@ -478,3 +478,40 @@ def test_what_a_killed_save_left_is_replaced(tmp_path, family, tiny_cache):
     assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 2
     ours = {f"transformer.{name}".replace(".default", ""): p for name, p in trained(again).items()}
     assert same(load_file(folder / WEIGHT_NAME), ours)
+
+
+# -- power that fails ----------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, family, tiny_cache, monkeypatch):
+    """Every file, weights, optimizer and manifest, and every folder; and an older checkpoint goes only afterwards."""
+    events, fsync, replace, rmtree = [], os.fsync, os.replace, shutil.rmtree
+
+    def synced(descriptor):
+        fsync(descriptor)
+        events.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
+
+    def renamed(source, target):
+        files = [p.relative_to(source) for p in Path(source).rglob("*")] if Path(source).is_dir() else None
+        replace(source, target)
+        events.append(("rename", Path(source), Path(target), files))
+
+    def removed(folder, *args, **options):
+        events.append(("remove", Path(folder)))
+        rmtree(folder, *args, **options)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    monkeypatch.setattr(shutil, "rmtree", removed)
+    make_trainer(tmp_path, family, tiny_cache, **(OPTIONS | {"save_steps": 1, "save_total_limit": 1})).train()
+    published = [i for i, (kind, *paths) in enumerate(events) if kind == "rename" and "checkpoint-" in paths[1].name]
+    assert [events[i][2].name for i in published] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    for i in published:
+        _, source, target, files = events[i]
+        assert {WEIGHT_NAME, "optimizer.pt", "trainer_state.json", MANIFEST} <= {path.name for path in files}
+        written = max(n for n, event in enumerate(events[:i]) if event[0] == "rename" and event[2] == source / MANIFEST)
+        before = {path for kind, path, *_ in events[written:i] if kind == "sync"}
+        assert before >= {source, *(source / path for path in files)}
+        assert events[i + 1] == ("sync", target.parent)  # its name, too
+        older = target.with_name(f"checkpoint-{int(target.name[-1]) - 1}")
+        assert ("remove", older) not in events[: i + 2] and (("remove", older) in events or target.name[-1] == "1")

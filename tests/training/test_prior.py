@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import recipe_runs
 import torch
+from accelerate import Accelerator
 from caches import TINY_BUCKETS, encoder_settings, write_cache
 from memory_cache import released
 from trainings import LONGER, make_trainer, trained
@@ -365,3 +366,14 @@ def test_the_log_says_how_often_it_comes(folders, caplog):
         load(folders)
     assert "16 samples of prior preservation: 1 times each an epoch." in caplog.text
     assert "12 samples to train on, 0 held out." in caplog.text
+
+
+def test_quarters_of_the_noise_range_are_of_the_family():
+    """DDPM's levels are timesteps: the quarters are of 0 to 1000, as they are without a prior."""
+    levels, losses = torch.tensor([100.0, 300.0, 600.0, 900.0, 950.0]), torch.tensor([1.0, 2.0, 3.0, 4.0, 9.0])
+    log = LossLog(prior=np.array([False, False, False, False, True]))
+    log.note(losses, levels, torch.arange(5))
+    means = log.means(Accelerator(cpu=True), 1000.0)
+    assert means == {
+        "loss_q1": 1.0, "loss_q2": 2.0, "loss_q3": 3.0, "loss_q4": 4.0, "instance_loss": 2.5, "prior_loss": 9.0,
+    }  # fmt: skip

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from caches import TINY_BUCKETS
 from drawing import PROMPTS, SIZE, Network, StubFamily, callback
 from PIL import Image
+from trainings import make_trainer
 from transformers import TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
@@ -373,3 +375,14 @@ def test_klein_draws_from_the_training_network(tmp_path: Path, tiny_klein: Path)
         generator=torch.Generator().manual_seed(42),
     ).images[0]
     assert (np.asarray(plain) == images[0]).all(), "what a user gets from the untouched pipeline"
+
+
+def test_size_is_that_of_most_rows(tmp_path, family, tiny_cache):
+    """Landscape figures are drawn as landscapes: `tiny_cache` has most rows of height 32 and width 48."""
+    trainer = make_trainer(
+        tmp_path, family, tiny_cache, max_steps=1, validation_prompts=["a chart"], num_inference_steps=1,
+        validation_seeds=[0],
+    )  # fmt: skip
+    trainer.train()
+    sizes = {Image.open(file).size[::-1] for file in tmp_path.glob("validation/step-*/*.png")}
+    assert sizes == {max(TINY_BUCKETS, key=TINY_BUCKETS.get)} == {(32, 48)}

@@ -1,0 +1,32 @@
+"""What the console says at the end of a run."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sciflow_hf.report.summary import summary
+
+
+@pytest.mark.parametrize(
+    ("low", "words"),
+    [
+        (0.01, "0.0100 to 0.0900: better)"),
+        (0.0, "not clearly better)"),
+        (-0.01, "-0.0100 to 0.0900: not clearly better)"),
+    ],
+)
+def test_better_is_said_only_where_the_interval_excludes_zero(tmp_path, low, words):
+    metrics = {"eval_loss": 0.35, "eval_base_loss": 0.4, "eval_gain": 0.05}
+    history = [metrics | {"eval_gain_low": low, "eval_gain_high": 0.09}]
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(output_dir=str(tmp_path)),
+        state=SimpleNamespace(global_step=7, log_history=history),
+        optimizer=None,
+        model=torch.nn.Linear(1, 1),
+        family=SimpleNamespace(component="transformer"),
+    )
+    line = summary(trainer).splitlines()[1]
+    assert line.startswith("Held-out loss: 0.4000 base model, 0.3500 now; gain 0.0500 (95 % interval") and words in line
+    history[0] = metrics
+    assert "(fewer than 10 held-out groups: no interval)" in summary(trainer)
