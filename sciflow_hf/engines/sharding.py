@@ -1,83 +1,75 @@
 """FSDP2: what it may be combined with, and files of weights that it spreads over the ranks."""
 
 import copy
-import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..adapters.initial import INITIAL
-from ..adapters.layers import adapter_layers, adapter_parameters
-from ..adapters.text_encoders import NetworkWithText
 from ..errors import SciflowError
 
-if TYPE_CHECKING:
-    from ..training.trainer import DiffusionTrainer
-
-logger = logging.getLogger(__name__)
-
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+ELEMENTWISE_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 """They compute element by element, so that a rank needs only its shard."""
 
 
-def check_sharding(trainer: "DiffusionTrainer") -> None:
-    """Refuses what FSDP cannot work with, and sets how it computes: as without it.
+def check(args: Any, plugin: Any, model: torch.nn.Module, *, trains_text_encoder: bool) -> None:
+    """Raises SciflowError for FSDP1, and for options that FSDP cannot work with.
 
-    Parameters are gathered in the dtype of the run and gradients added up in float32. Inputs of blocks are not cast:
-    16 bits are too few for noise levels.
-
-    Raises:
-        SciflowError: FSDP1, or an option that does not go with FSDP.
+    Args:
+        plugin: accelerate's, which also a launch file without `--fsdp` makes.
+        model: before it is sharded.
     """
-    if not trainer.is_fsdp_enabled:
-        return
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
-    args, plugin = trainer.args, trainer.accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise SciflowError("`fsdp_version` 1 is being removed from the libraries: use 2 (`fsdp_version: 2`).")
     optim = str(getattr(args.optim, "value", args.optim))
-    if optim not in OPTIMIZERS:
-        raise SciflowError(f"`optim` {optim!r} does not know of sharded weights: use one of {', '.join(OPTIMIZERS)}.")
-    for name in ("quantize_base", "offload", "fp16"):  # a launch file switches FSDP on without `--fsdp`, too
+    if optim not in ELEMENTWISE_OPTIMIZERS:
+        allowed = ", ".join(ELEMENTWISE_OPTIMIZERS)
+        raise SciflowError(f"`optim` {optim!r} does not know of sharded weights: use one of {allowed}.")
+    for name in ("quantize_base", "offload", "fp16"):
         if getattr(args, name):
             raise SciflowError(f"`{name}` {getattr(args, name)!r} cannot work with FSDP: leave one of the two out.")
-    if isinstance(trainer.model, NetworkWithText):
+    if trains_text_encoder:
         raise SciflowError("`train_text_encoder` cannot work with FSDP, which knows the blocks of one network only.")
     if plugin.activation_checkpointing:
         raise SciflowError("`fsdp_activation_checkpointing`: use `--activation_checkpointing`, which does the same.")
-    classes = {type(module).__name__ for module in trainer.model.modules()}
+    classes = {type(module).__name__ for module in model.modules()}
     for name in plugin.transformer_cls_names_to_wrap or ():
         if name not in classes:
             raise SciflowError(
-                f"`fsdp_transformer_layer_cls_to_wrap` {name!r}: {type(trainer.model).__name__} has no such layer. "
+                f"`fsdp_transformer_layer_cls_to_wrap` {name!r}: {type(model).__name__} has no such layer. "
                 "Leave it out: the blocks of each network are known."
             )
+
+
+def configure(plugin: Any, dtype: torch.dtype) -> None:
+    """Makes FSDP compute as a run without it does in `dtype`.
+
+    Parameters are gathered in `dtype` and gradients added up in float32. Inputs of blocks are not cast: 16 bits are
+    too few for noise levels.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
     plugin.cpu_ram_efficient_loading = False  # every rank has loaded the weights
-    dtype = None if args.weight_dtype == torch.float32 else args.weight_dtype
     plugin.mixed_precision_policy = MixedPrecisionPolicy(
-        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
 
 
-class WholeWeights:
-    """A plain network beside a sharded one, whole on the first rank where files are written and read.
+class GatheredNetwork:
+    """The network as one process would have it, with weights on the first rank, where files are written and read.
 
-    Of the frozen weights under an adapter it has the shapes only. All methods are for all ranks at once.
+    Of the weights that no file needs it has the shapes only. All methods are for all ranks at once.
 
     Args:
         model: the network before it is sharded.
+        names: of the parameters that files need.
     """
 
-    def __init__(self, model: Any) -> None:
-        # By the names in the network: those in its state dict are the same.
-        self.names = list(adapter_parameters(model) | adapter_parameters(model, INITIAL))
-        if not adapter_layers(model):
-            self.names = [name for name, _ in model.named_parameters()]
+    def __init__(self, model: Any, names: Iterable[str]) -> None:
+        self.names = list(names)
         empty = {
             id(p): torch.nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
             for p in model.parameters()
@@ -85,10 +77,10 @@ class WholeWeights:
         self.network = copy.deepcopy(model, empty)
 
     def gather(self, sharded: torch.nn.Module) -> Any:
-        """The plain network with the weights of the sharded one; on other ranks than the first it stays empty."""
+        """The network with the weights of the sharded one; on other ranks than the first it stays empty."""
         found = dict(sharded.named_parameters())
         for name in self.names:
-            value = whole(found[name].detach())
+            value = gathered(found[name].detach())
             if value is not None:
                 path, _, own = name.rpartition(".")
                 parameter = torch.nn.Parameter(value, requires_grad=found[name].requires_grad)
@@ -96,7 +88,7 @@ class WholeWeights:
         return self.network
 
     def scatter(self, sharded: torch.nn.Module) -> None:
-        """Gives the weights of the plain network on the first rank to the sharded one."""
+        """Gives the weights of the network on the first rank to the sharded one."""
         found = dict(sharded.named_parameters())
         for name in self.names:
             value = self.network.get_parameter(name).detach()
@@ -105,8 +97,8 @@ class WholeWeights:
             local(found[name]).data.copy_(_shard(value, found[name], source=0).to_local())
 
 
-def whole(value: Any) -> Any:
-    """A tensor in one piece on the host of the first rank, None on the others; what is no DTensor as it is."""
+def gathered(value: Any) -> Any:
+    """A complete tensor on the host of the first rank, None on the others; what is no DTensor as it is."""
     if not isinstance(value, DTensor):
         return value
     full = value.full_tensor()
@@ -114,28 +106,28 @@ def whole(value: Any) -> Any:
 
 
 def _shard(value: torch.Tensor, like: Any, source: int | None = None) -> DTensor:
-    """A whole tensor sharded as another: the tensor of rank `source`, or on each rank the part of its own."""
+    """A complete tensor sharded as another: the tensor of rank `source`, or on each rank the part of its own."""
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=source)
 
 
 def local(parameter: Any) -> torch.Tensor:
-    """What of a parameter lies on this rank, not a copy; without autograd's way back to it."""
+    """The part of a parameter on this rank, not a copy; without autograd's way back to it."""
     if not isinstance(parameter, DTensor):
         return parameter
     sharded: Any = parameter.detach()
     return sharded.to_local().requires_grad_(parameter.requires_grad)
 
 
-def whole_like(values: torch.Tensor, parameter: Any) -> Any:
-    """`whole` of values that lie as `local(parameter)`."""
+def gathered_like(values: torch.Tensor, parameter: Any) -> Any:
+    """`gathered` of values that are sharded as `local(parameter)`."""
     if not isinstance(parameter, DTensor):
         return values
     mesh, shape, stride = parameter.device_mesh, parameter.shape, parameter.stride()
-    return whole(DTensor.from_local(values, mesh, parameter.placements, run_check=False, shape=shape, stride=stride))
+    return gathered(DTensor.from_local(values, mesh, parameter.placements, run_check=False, shape=shape, stride=stride))
 
 
 def local_like(value: torch.Tensor, parameter: Any) -> torch.Tensor:
-    """What of a whole tensor, which every rank has, lies as `local(parameter)`."""
+    """The part of a complete tensor, which every rank has, that belongs to `local(parameter)`."""
     return _shard(value, parameter).to_local() if isinstance(parameter, DTensor) else value.to(parameter.device)
 
 
@@ -153,8 +145,8 @@ def resharded(network: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def as_without_fsdp(trainer: Any) -> Iterator[None]:
-    """The Trainer takes the way of one process."""
+def as_one_process(trainer: Any) -> Iterator[None]:
+    """Make `Trainer` behave as if there were one process."""
     before, trainer.is_fsdp_enabled = trainer.is_fsdp_enabled, False
     try:
         yield
@@ -162,15 +154,15 @@ def as_without_fsdp(trainer: Any) -> Iterator[None]:
         trainer.is_fsdp_enabled = before
 
 
-def whole_state(optimizer: Any) -> dict[str, Any]:
+def gathered_state(optimizer: Any) -> dict[str, Any]:
     """The state of an optimizer as one process would have it, on the first rank. All ranks."""
     state = optimizer.state_dict()
-    values = {i: {name: whole(value) for name, value in entry.items()} for i, entry in state["state"].items()}
+    values = {i: {name: gathered(value) for name, value in entry.items()} for i, entry in state["state"].items()}
     return {**state, "state": values}
 
 
-def load_whole_state(optimizer: Any, path: Path) -> None:
-    """Loads what `whole_state` gave, each rank its part of the file."""
+def load_gathered_state(optimizer: Any, path: Path) -> None:
+    """Loads what `gathered_state` gave, each rank its part of the file."""
     saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 

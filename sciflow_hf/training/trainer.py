@@ -22,7 +22,8 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy, TrainOutput
 
 from ..adapters.export import Exported, check_run, export_run
 from ..adapters.files import load_adapter_weights, save_adapter
-from ..adapters.layers import adapter_disabled, adapter_facts, adapter_layers, network_of
+from ..adapters.initial import INITIAL
+from ..adapters.layers import adapter_disabled, adapter_facts, adapter_layers, adapter_parameters, network_of
 from ..adapters.text_encoders import NetworkWithText, use_captions, with_text
 from ..data.batches.buckets import BucketBatchSampler
 from ..data.batches.loader import BucketLoader, batch_keys_of, evaluation_keys, row_ids_of, training_sampler
@@ -33,6 +34,7 @@ from ..data.prior import loss_weights, without_prior
 from ..data.stream.loader import StreamLoader
 from ..data.stream.stream import StreamingCache
 from ..diffusion.randomness import hash64
+from ..engines import sharding
 from ..engines.compilation import compile_blocks
 from ..engines.offload import offload_blocks
 from ..engines.optimizers import (
@@ -44,14 +46,6 @@ from ..engines.optimizers import (
     split_groups,
 )
 from ..engines.quantisation import check_loaded, keep_from_broadcast
-from ..engines.sharding import (
-    WholeWeights,
-    as_without_fsdp,
-    check_sharding,
-    load_whole_state,
-    resharded,
-    whole_state,
-)
 from ..errors import DiskFullError, SciflowError
 from ..families.base import ModelFamily
 from ..families.loading import network_dtype
@@ -113,7 +107,7 @@ class DiffusionTrainer(Trainer):
     _trained: list[torch.nn.Parameter]
     _stream: StreamLoader | None = None
     _stream_state: dict[str, Any] | None = None
-    _whole: WholeWeights | None = None  # for a network that FSDP spreads over the ranks
+    _gathered: sharding.GatheredNetwork | None = None  # of a network that FSDP spreads over the ranks
     _saving = False
     _disk_full: DiskFullError | None = None
     _measure_first = False
@@ -167,7 +161,10 @@ class DiffusionTrainer(Trainer):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
-        check_sharding(self)
+        if self.is_fsdp_enabled:
+            plugin, with_text_encoder = self.accelerator.state.fsdp_plugin, isinstance(self.model, NetworkWithText)
+            sharding.check(self.args, plugin, self.model, trains_text_encoder=with_text_encoder)
+            sharding.configure(plugin, self.args.weight_dtype)
         for dataset in (train_dataset, *_as_datasets(eval_dataset)):
             self._check_data(dataset)
         self._fingerprint = (train_dataset, data_fingerprint(train_dataset))
@@ -619,7 +616,8 @@ class DiffusionTrainer(Trainer):
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """The parent's, of the averaged weights where there are any; no reader thread outlives it."""
-        with _closed_after(dataloader), self.averaged_weights(), resharded(self.model):
+        gathered = sharding.resharded(self.model) if self.is_fsdp_enabled else nullcontext()
+        with _closed_after(dataloader), self.averaged_weights(), gathered:
             return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def _prepare_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -638,8 +636,10 @@ class DiffusionTrainer(Trainer):
     # -- a step: walk over the trained parameters, not over every module of the network --------------------------
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        if self.is_fsdp_enabled and self._whole is None:
-            self._whole = WholeWeights(self.model)
+        if self.is_fsdp_enabled and self._gathered is None:
+            # By the names in the network: those in its state dict are the same.
+            saved = adapter_parameters(self.model) | adapter_parameters(self.model, INITIAL)
+            self._gathered = sharding.GatheredNetwork(self.model, saved or dict(self.model.named_parameters()))
         if self.args.torch_compile:
             compile_blocks(network_of(self.accelerator.unwrap_model(self.model)), self.args)
         model, loader = super()._prepare_for_training(*args, **kwargs)
@@ -768,23 +768,23 @@ class DiffusionTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The parent's; under FSDP, too, all ranks come to `_save`, and nothing else is gathered."""
         folder = output_dir or str(self.args.output_dir)
-        alone = as_without_fsdp(self) if self.is_fsdp_enabled else nullcontext()
+        alone = sharding.as_one_process(self) if self.is_fsdp_enabled else nullcontext()
         with alone, self._full_disk_noted(folder) if self._saving else disk_full_named(folder):
             super().save_model(output_dir, _internal_call)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """The parent's; under FSDP the files that one process would write, in place of all weights and shards."""
-        if self._whole is None:
+        if self._gathered is None:
             return super()._save_optimizer_and_scheduler(output_dir)
-        state = whole_state(self.optimizer)
+        state = sharding.gathered_state(self.optimizer)
         if self.args.should_save:
             torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self._whole is None or checkpoint is None:
+        if self._gathered is None or checkpoint is None:
             return super()._load_optimizer_and_scheduler(checkpoint)
-        load_whole_state(self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
+        sharding.load_gathered_state(self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -792,14 +792,14 @@ class DiffusionTrainer(Trainer):
 
         A checkpoint gets the weights as trained and the average beside them, any other folder the averaged weights.
         """
-        if not (self.args.should_save or self._whole):
+        if not (self.args.should_save or self._gathered):
             return
         folder = Path(output_dir or self.args.output_dir)
         is_checkpoint = folder.name.startswith("checkpoint-")
         with nullcontext() if is_checkpoint else self.averaged_weights():
             model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-            if self._whole is not None:
-                model = self._whole.gather(model)
+            if self._gathered is not None:
+                model = self._gathered.gather(model)
             if self.args.should_save:
                 folder.mkdir(parents=True, exist_ok=True)
                 self._save_weights(model, folder)
@@ -825,13 +825,13 @@ class DiffusionTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         network: Any = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
         folder = Path(resume_from_checkpoint)
-        if self._whole is None:
+        if self._gathered is None:
             self._load_weights(network, folder)
         else:
-            whole = self._whole.gather(network)
+            gathered = self._gathered.gather(network)
             if self.is_world_process_zero():
-                self._load_weights(whole, folder)
-            self._whole.scatter(network)
+                self._load_weights(gathered, folder)
+            self._gathered.scatter(network)
         if self._ema is not None:
             self._ema.load(folder, network)
 

@@ -12,7 +12,7 @@ from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from ranks import launch, train
 from safetensors.torch import load_file
 
-from sciflow_hf.engines.sharding import check_sharding
+from sciflow_hf.engines.sharding import check
 from sciflow_hf.errors import SciflowError
 
 EVEN = {(32, 48): 12, (48, 32): 8, (24, 64): 4}
@@ -143,6 +143,7 @@ def test_options_equal_to_ddp(tmp_path, job):
         ({"quantize_base": "nf4"}, "`quantize_base` 'nf4' cannot work with FSDP"),
         ({"fp16": True}, "`fp16` True cannot work with FSDP"),
         ({"classes": ["NoBlock"]}, "`fsdp_transformer_layer_cls_to_wrap` 'NoBlock'"),
+        ({"text": True}, "`train_text_encoder` cannot work with FSDP"),
         ({"checkpointing": True}, "use `--activation_checkpointing`"),
     ],
 )
@@ -152,9 +153,6 @@ def test_what_cannot_be_sharded_is_refused(options, words):
         fsdp_version=values["version"], activation_checkpointing=values.get("checkpointing", False),
         transformer_cls_names_to_wrap=values.get("classes"),
     )  # fmt: skip
-    trainer = SimpleNamespace(
-        args=SimpleNamespace(**values), model=torch.nn.Linear(1, 1), is_fsdp_enabled=True,
-        accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)),
-    )  # fmt: skip
+    args = SimpleNamespace(**values)
     with pytest.raises(SciflowError, match=re.escape(words)):
-        check_sharding(trainer)
+        check(args, plugin, torch.nn.Linear(1, 1), trains_text_encoder=values.get("text", False))

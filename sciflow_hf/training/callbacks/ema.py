@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ...engines.sharding import local, local_like, whole_like
+from ...engines.sharding import gathered_like, local, local_like
 from ...errors import SciflowError
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class EMACallback(TrainerCallback):
         if self._average is None:
             return
         average = zip(self._trained.items(), self._average.shadow_params, strict=True)
-        tensors = {name: whole_like(values, p) for (name, p), values in average}
+        tensors = {name: gathered_like(values, p) for (name, p), values in average}
         if PartialState().is_main_process:
             tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
             save_file(tensors, Path(folder) / EMA_NAME, metadata={"updates": str(self._average.optimization_step)})

@@ -311,7 +311,8 @@ def _at_rest(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices), uncompiled(network), resharded(network):
+        gathered = resharded(network) if _is_sharded(network) else nullcontext()
+        with torch.no_grad(), torch.random.fork_rng(devices=devices), uncompiled(network), gathered:
             network.eval()
             yield network
     finally:
