@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SciflowError
+from .devices import find_device, inference_dtype
 
 if TYPE_CHECKING:
     from ..data.build.build import BuildReport
@@ -29,7 +30,7 @@ _CHART = "bucket_chart.png"
 _SHOWN = 20  # problems; the JSON has all
 
 
-def add_commands(cache: argparse.ArgumentParser) -> None:
+def add_options(cache: argparse.ArgumentParser) -> None:
     """Adds the actions of `sciflow-hf cache`, each with its function as `run`."""
     actions = cache.add_subparsers(title="actions", required=True, metavar="ACTION")
 
@@ -120,7 +121,7 @@ def _build(args: argparse.Namespace) -> None:
             args.input_dir,
             args.output_dir,
             device=device,
-            encoder_dtype=_encoder_dtype(device),
+            encoder_dtype=inference_dtype(device),
             resolution=args.resolution,
             caption_column=args.caption_column,
             batch_size=args.batch_size,
@@ -151,7 +152,7 @@ def _build_classes(args: argparse.Namespace) -> None:
     )
     with _processes(args.device) as (device, ranks):
         report = build_class_cache(
-            data_args, family, args.output_dir, split=args.split, device=device, encoder_dtype=_encoder_dtype(device),
+            data_args, family, args.output_dir, split=args.split, device=device, encoder_dtype=inference_dtype(device),
             batch_size=args.batch_size, strict=args.strict, dtype=args.dtype, payload=args.payload, codec=args.codec,
             flip=args.flip, **ranks,
         )  # fmt: skip
@@ -170,7 +171,7 @@ def _convert(args: argparse.Namespace) -> None:
     from ..data.build.convert import convert_cache
 
     if args.shard_size_mb < 1:
-        raise SciflowError(f"`shard_size_mb` is {args.shard_size_mb}, but must be at least 1.")
+        raise SciflowError(f"`shard_size_mb` {args.shard_size_mb}: at least 1.")
     with _processes("cpu") as (_, ranks):
         report = convert_cache(
             args.input_dir,
@@ -212,40 +213,20 @@ def _conversion(report: "ConvertReport") -> str:
 def _processes(device: str) -> Iterator[tuple[Any, dict[str, Any]]]:
     """This process's device, and its `rank`, `world_size` and `barrier` under torchrun or accelerate; {} if alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        yield _device(device), {}
+        yield find_device(device), {}
         return
     from datetime import timedelta
 
     from accelerate import PartialState
 
     # Ranks wait for the slowest, however long that takes.
-    state = PartialState(cpu=_device(device).type == "cpu", timeout=timedelta(days=30))
+    state = PartialState(cpu=find_device(device).type == "cpu", timeout=timedelta(days=30))
     try:
         ranks = {"rank": state.process_index, "world_size": state.num_processes, "barrier": state.wait_for_everyone}
         yield state.device, ranks
         state.wait_for_everyone()  # a rank that leaves early may take the others with it
     finally:
         state.destroy_process_group()
-
-
-def _device(name: str) -> Any:
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise SciflowError(f"`device` is {name!r}: {str(error).splitlines()[0]}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise SciflowError(f"`device` is {name!r}, but no CUDA device is there. Use `--device cpu`.")
-    return device
-
-
-def _encoder_dtype(device: Any) -> Any:
-    import torch
-
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def _family(name: str, **options: Any) -> "ModelFamily":
@@ -286,7 +267,7 @@ def _load(args: argparse.Namespace, **options: Any) -> "LatentCache":
 
     cache = load_cache(args.dataset_dir, payload_dir=args.payload_dir, **options)
     if not isinstance(cache, LatentCache):
-        raise SciflowError(f"`dataset_dir` is {args.dataset_dir}, which can only be streamed.")
+        raise SciflowError(f"`dataset_dir` {args.dataset_dir}: it can only be streamed. Download it first.")
     return cache
 
 
@@ -351,11 +332,11 @@ def _comparison(args: argparse.Namespace, cache: "LatentCache") -> Any:
         use_t5=facts.get("use_t5"),
     )
     cache.check_family(family.encoder_settings())
-    device = _device(args.device)
+    device = find_device(args.device)
 
     @functools.cache
     def encoders() -> Any:
-        return family.load_encoders(device=device, dtype=_encoder_dtype(device), text=facts.get("embeds") != "none")
+        return family.load_encoders(device=device, dtype=inference_dtype(device), text=facts.get("embeds") != "none")
 
     return functools.partial(
         compare_afresh,

@@ -5,9 +5,10 @@ import sys
 from typing import Any
 
 from ..adapters.formats.names import DTYPES, FORMATS
+from ..errors import SciflowError
 
 
-def add_command(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `sciflow-hf export`, and its function as `run`."""
     parser.set_defaults(run=_export)
     add = parser.add_argument
@@ -45,7 +46,6 @@ def _export(args: argparse.Namespace) -> None:
 
 def _configuration(args: argparse.Namespace) -> dict[str, Any] | None:
     """The network's configuration, where `--pretrained_model_name_or_path` names it."""
-    from ..errors import SciflowError
     from ..families import load_family
 
     if args.pretrained_model_name_or_path is None:

@@ -5,24 +5,19 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from ..errors import SciflowError
-from . import cache as cache_cli
-from . import export as export_cli
-from . import push as push_cli
-from . import sample as sample_cli
+from . import cache, env, export, push, sample
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "diffusers",
-    "accelerate",
-    "peft",
-    "datasets",
-    "huggingface_hub",
-    "safetensors",
-    "prodigyopt",
-)
+COMMANDS = {
+    "cache": (cache, "caches of latents and text embeddings"),
+    "sample": (sample, "draw images of classes or prompts, or restore measured images"),
+    "export": (export, "an adapter as a file of another program"),
+    "push": (push, "a finished run to the Hub"),
+    "env": (env, "versions and devices, for bug reports"),
+}
+"""Name -> its module, whose `add_options` gives a parser the options and the function to `run`, and its help."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,46 +40,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line on stderr, without argparse's page of usage; exit status 2."""
+        sys.stderr.write(f"{self.prog}: error: {message}\n")
+        sys.exit(2)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sciflow-hf", description=__doc__, allow_abbrev=False)
+    parser = _Parser(prog="sciflow-hf", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    cache_cli.add_commands(
-        commands.add_parser("cache", help="caches of latents and text embeddings", allow_abbrev=False)
-    )
-    sample_cli.add_command(commands.add_parser("sample", help="draw images of classes or prompts", allow_abbrev=False))
-    export_cli.add_command(
-        commands.add_parser("export", help="an adapter as a file of another program", allow_abbrev=False)
-    )
-    push_cli.add_command(commands.add_parser("push", help="a finished run to the Hub", allow_abbrev=False))
-    env = commands.add_parser("env", help="versions and devices, for bug reports", allow_abbrev=False)
-    env.set_defaults(run=_env)
+    for name, (module, text) in COMMANDS.items():
+        module.add_options(commands.add_parser(name, help=text, description=module.__doc__, allow_abbrev=False))
     return parser
-
-
-def _env(args: argparse.Namespace) -> None:
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    import torch
-
-    from .. import __version__
-
-    rows = [
-        ("sciflow_hf", __version__),
-        ("python", platform.python_version()),
-        ("system", platform.platform()),
-    ]
-    for name in PACKAGES:
-        try:
-            rows.append((name, version(name)))
-        except PackageNotFoundError:
-            rows.append((name, "not installed"))
-    rows.append(("cuda", torch.version.cuda or "none in this torch"))
-    for i in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(i)
-        rows.append((f"cuda:{i}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"))
-    width = max(len(name) for name, _ in rows)
-    sys.stdout.writelines(f"{name:<{width}}  {value}\n" for name, value in rows)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""`sciflow-hf push`: a finished run to the Hub, after a time when the Hub was down or nobody wanted it there."""
+"""`sciflow-hf push`: a finished run to the Hub, where it was not pushed at its end, or that failed."""
 
 import argparse
 import sys
 
 
-def add_command(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `sciflow-hf push`, and its function as `run`."""
     parser.set_defaults(run=_push)
     add = parser.add_argument

@@ -1,4 +1,7 @@
-"""`sciflow-hf sample`: images of classes by a trained DiT, or of prompts by a pipeline, a trained LoRA or network."""
+"""`sciflow-hf sample`: images of classes or prompts by a trained network, or measured images restored by one.
+
+Classes are drawn by a DiT; prompts by a pipeline, a LoRA or a network of a family; a microscopy UNet restores images.
+"""
 
 import argparse
 import json
@@ -8,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SciflowError
-from . import restore as restore_cli
+from ..files import atomic_file
+from .devices import find_device, inference_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -20,10 +24,11 @@ Draw = Callable[[int, "list[torch.Generator]"], "list[Image]"]
 """(number of the first image, a generator for each) -> the images."""
 
 DIT_PIPELINE = "DiTImagePipeline"
+RESTORATION_PIPELINE = "MicroscopyRestorationPipeline"
 
 
-def add_command(parser: argparse.ArgumentParser) -> None:
-    """The options of `sciflow-hf sample`."""
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `sciflow-hf sample`, and its function as `run`."""
     add = parser.add_argument
     parser.set_defaults(run=_sample)
     add("--model_path", required=True, help="what a recipe wrote (a pipeline, a LoRA, a network), or a pipeline's name")
@@ -42,27 +47,34 @@ def add_command(parser: argparse.ArgumentParser) -> None:
     add("--family", help="its family, where the run does not say it")
     add("--trust_remote_code", action="store_true", help="run code that a pipeline of prompts brings along")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
-    restore_cli.add_options(parser)
+    add = parser.add_argument_group("microscopy, with --input_dir").add_argument
+    add("--input_dir", help="folder of measured images, each restored in its own format and type")
+    add("--num_samples", type=int, default=8, help="drawn for each image, whose mean is written (default 8)")
+    add("--save_std", action="store_true", help="also write their spread, <name>_std.tif in float32")
+    add("--tile_size", type=int, help="pixels (default: that of the training)")
+    add("--tile_overlap", type=int, help="pixels that tiles share (default: a quarter)")
+    add("--cascade", type=int, nargs="+", default=[1], help="block sizes from coarse to fine, such as 4 2 1")
+    add("--data_consistency", type=float, default=0.0, help="1 pulls samples to the measurement, by the optics")
+    add("--timestep_spacing", default="quadratic", help="quadratic (default: more steps at little noise) or trailing")
+    add("--self_ensemble", action="store_true", help="draw samples in the eight orientations of the image in turn")
 
 
 def _sample(args: argparse.Namespace) -> None:
-    for name in ("num_images", "num_inference_steps", "batch_size"):
+    for name in ("num_images", "num_inference_steps", "batch_size", "num_samples"):
         if getattr(args, name) < 1:
-            raise SciflowError(f"`{name}` is {getattr(args, name)}, but must be at least 1.")
-    from .cache import _device
-
-    args.device = _device(args.device)
+            raise SciflowError(f"`{name}` {getattr(args, name)}: at least 1.")
+    args.device = find_device(args.device)
     kind = _pipeline_kind(args.model_path)
-    if kind == restore_cli.RESTORATION_PIPELINE:
-        restore_cli.restore(args)
-        return
+    if kind == RESTORATION_PIPELINE:
+        return _restore(args)
     if args.input_dir:
         raise SciflowError(f"`input_dir` is for networks that restore images; {args.model_path!r} is none.")
     draw, subjects = _of_classes(args) if kind == DIT_PIPELINE else _of_prompts(args, kind)
     batch_size = args.batch_size if kind == DIT_PIPELINE else 1
     rows = list(_draw_all(draw, args, subjects, batch_size))
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    (Path(args.output_dir) / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with atomic_file(Path(args.output_dir) / "metadata.jsonl") as file:
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     sys.stdout.write(f"{len(rows)} images in {args.output_dir}\n")
 
 
@@ -148,7 +160,7 @@ def _of_prompts(args: argparse.Namespace, kind: str | None) -> tuple[Draw, list[
     if not args.prompts:
         raise SciflowError(f"`prompts` is missing: {args.model_path!r} draws what a text says.")
     family = _text_family(args, kind)
-    dtype = _dtype(args.device)
+    dtype = inference_dtype(args.device)
     network = _network(family, args, kind, dtype).to(args.device).eval()
     encoded = family.encode_validation_prompts(args.prompts, device=args.device, dtype=dtype)
     pipeline = family.load_pipeline(network, device=args.device)
@@ -224,7 +236,34 @@ def _size(args: argparse.Namespace, family: Any) -> tuple[int, int]:
     return size
 
 
-def _dtype(device: Any) -> Any:
+def _restore(args: argparse.Namespace) -> None:
+    """Restores the images of `--input_dir` into `--output_dir`."""
     import torch
 
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
+    from ..families.microscopy_unet import MicroscopyUNet
+
+    if not args.input_dir:
+        raise SciflowError(f"`input_dir` is missing: {args.model_path!r} restores a folder of measured images.")
+    for name in ("class_labels", "prompts", "guidance_scale", "height", "width"):
+        if getattr(args, name):
+            raise SciflowError(f"`{name}` does not go with a network that restores images: leave it out.")
+    family = MicroscopyUNet(pretrained_model_name_or_path=args.model_path)
+    pipeline = family.load_pipeline(family.load_model(dtype=torch.float32).eval(), device=args.device)
+    pipeline.set_progress_bar_config(disable=False, desc="images")
+    written = pipeline.restore_folder(
+        args.input_dir,
+        args.output_dir,
+        num_samples=args.num_samples,
+        save_std=args.save_std,
+        num_inference_steps=args.num_inference_steps,
+        sampler=args.sampler or "ddpm",
+        seed=args.seed,
+        batch_size=args.batch_size,
+        tile_size=args.tile_size,
+        tile_overlap=args.tile_overlap,
+        cascade=args.cascade,
+        data_consistency=args.data_consistency,
+        self_ensemble=args.self_ensemble,
+        timestep_spacing=args.timestep_spacing,
+    )
+    sys.stdout.write(f"{len(written)} images in {args.output_dir}\n")

@@ -266,14 +266,19 @@ def test_samples_encoded_afresh(cli: Cli, images: Path, tmp_path: Path, tiny_kle
 # -- all commands ----------------------------------------------------------------------------------------------
 
 
-def test_errors_are_one_line(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_are_one_line(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for action in ("info", "verify"):
         status, _, err = cli("cache", action, "--dataset_dir", tmp_path / "absent")
         assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and "absent" in err
     for argv in (["cache", "info", "--dataset", "x"], ["cache", "build"], ["cache", "verify"], ["nonsense"], []):
         with pytest.raises(SystemExit) as caught:
             cli(*argv)
-        assert caught.value.code == 2
+        said = capsys.readouterr().err
+        assert (
+            caught.value.code == 2 and said.startswith("sciflow-hf") and ": error: " in said and said.count("\n") == 1
+        )
     status, _, err = cli("cache", "verify", "--dataset_dir", "a", "b", "--repair")
     assert status == 2 and "`repair` takes one cache" in err
 
