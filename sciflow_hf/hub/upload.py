@@ -16,19 +16,8 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from ..errors import SciflowError
-from ..report.model_card import MASK, RUN_FACTS_NAME, SECRET_VALUE, CardFacts, model_card, read_facts, save_card
-
-__all__ = [
-    "CardFacts",
-    "check_access",
-    "model_card",
-    "publishable_files",
-    "push_folder",
-    "save_card",
-    "upload",
-    "upload_checkpoint",
-]
+from ..errors import SciflowError, first_line
+from ..report.model_card import MASK, RUN_FACTS_NAME, SECRET_VALUE, model_card, read_facts, save_card
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -283,7 +272,7 @@ def _with_retries(call: Callable[[], T]) -> T:
         except Exception as error:
             if not (_is_server_trouble(error) or _is_connection_trouble(error)):
                 raise
-            logger.warning("Hub: %s; trying again in %g s", _first_line(error), wait)
+            logger.warning("Hub: %s; trying again in %g s", _masked(error), wait)
             time.sleep(wait)
     return call()
 
@@ -299,16 +288,16 @@ def _is_server_trouble(error: Exception) -> bool:
 
 
 def _is_connection_trouble(error: Exception) -> bool:
-    """By name: the client's exceptions come from httpx in huggingface_hub 1 and from httpx2 in 2."""
+    """Compared by class name, because huggingface_hub 1 and 2 raise them from different packages."""
     if isinstance(error, OfflineModeIsEnabled):
         return False
     names = {cls.__name__ for cls in type(error).__mro__}
     return isinstance(error, (ConnectionError, TimeoutError)) or "TransportError" in names
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return SECRET_VALUE.sub(MASK, lines[0]) if lines else type(error).__name__
+def _masked(error: Exception) -> str:
+    """Its first line without secrets."""
+    return SECRET_VALUE.sub(MASK, first_line(error))
 
 
 def _advice(error: Exception, instead: str = "") -> str:
@@ -334,11 +323,11 @@ def _advice(error: Exception, instead: str = "") -> str:
         text = "the Hub client is offline. Unset `HF_HUB_OFFLINE`"
     elif _is_connection_trouble(error):
         text = (
-            f"no connection to the Hub ({_first_line(error)}, tried {len(RETRY_WAITS) + 1} times). Check the "
+            f"no connection to the Hub ({_masked(error)}, tried {len(RETRY_WAITS) + 1} times). Check the "
             "network, `HF_ENDPOINT` and the proxy settings"
         )
     else:
-        text = f"{_first_line(error)} ({type(error).__name__}). Mend this and try again"
+        text = f"{_masked(error)} ({type(error).__name__}). Mend this and try again"
     return text + _ending(instead)
 
 

@@ -1,11 +1,12 @@
 """The contact sheet of validation images: a row per prompt and seed, a column per step, read from disk."""
 
-import os
 import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from ..files import atomic_file
 
 if TYPE_CHECKING:
     from PIL import ImageDraw
@@ -34,11 +35,9 @@ def save_image(image: "Image", path: Path, about: dict[str, str]) -> None:
     fields = PngInfo()
     for key, value in about.items():
         fields.add_itxt(key, value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     kept = image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGB")
-    kept.save(temporary, format="PNG", pnginfo=fields)
-    os.replace(temporary, path)
+    with atomic_file(path) as temporary:
+        kept.save(temporary, format="PNG", pnginfo=fields)
 
 
 def read_image(path: Path) -> "Image":

@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..adapters.arguments import PIPELINE_TYPES
 from ..adapters.layers import option_text
 from ..errors import SciflowError
+from ..files import atomic_file
 
 RUN_FACTS_NAME = "run_facts.json"
 MASK = "***"
@@ -125,7 +126,6 @@ def model_card(facts: CardFacts) -> ModelCard:
 def save_card(facts: CardFacts, folder: str | Path) -> Path:
     """Writes `README.md`, and the same facts as `run_facts.json`, into `folder`; returns the card's path."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     _write(folder / RUN_FACTS_NAME, json.dumps(public_value(asdict(facts)), indent=2) + "\n")
     return _write(folder / "README.md", str(model_card(facts)))
 
@@ -144,9 +144,8 @@ def read_facts(folder: str | Path) -> CardFacts | None:
 
 
 def _write(path: Path, text: str) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(temporary, path)
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
     return path
 
 

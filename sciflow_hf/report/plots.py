@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..data.writing import output_file
 from ..errors import SciflowError
+from ..files import atomic_file, disk_full_named
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +24,7 @@ Line = tuple[np.ndarray, np.ndarray]
 
 
 def plot_training(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
-    """Draws a run into a PNG that appears whole or not at all; returns its path.
+    """Draws a run into a PNG, complete or not there (`atomic_file`); returns its path.
 
     Three panels over the optimizer steps, those without data left out: the training loss, all of it and in each quarter
     of the noise range; the held-out loss of the base model and of the trained one, with the 95 % interval of the gain
@@ -42,8 +42,11 @@ def plot_training(log_history: Sequence[Mapping[str, Any]], path: str | Path) ->
     if figure is None:
         raise SciflowError("`log_history` holds no loss: train at least `--logging_steps` steps before plotting.")
     file = Path(path)
-    with output_file(file) as handle:
-        figure.savefig(handle, format="png", dpi=110)
+    try:
+        with disk_full_named(file.parent), atomic_file(file) as temporary:
+            figure.savefig(temporary, format="png", dpi=110)
+    except OSError as error:
+        raise SciflowError(f"{file} cannot be written ({error}). Is its folder writable?") from error
     return file
 
 

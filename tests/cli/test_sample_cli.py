@@ -106,7 +106,7 @@ def test_a_trained_lora_of_a_run(tiny_klein, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "match"),
     [
-        (["--num_images", 0], "`num_images` is 0"),
+        (["--num_images", 0], "`num_images` 0: at least 1"),
         (["--class_labels", "dog"], "`class_labels` 'dog': use a number from 0 to 4, or a name: cell, nucleus"),
         (["--class_labels", 5], "'5': use a number from 0 to 4"),
         (["--prompts", "a plot"], "`prompts`: this network takes classes"),

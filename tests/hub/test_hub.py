@@ -10,7 +10,8 @@ from hub_server import HubServer, Repo
 from huggingface_hub import ModelCard
 
 from sciflow_hf.errors import SciflowError
-from sciflow_hf.hub.upload import CardFacts, publishable_files, save_card, upload
+from sciflow_hf.hub.upload import publishable_files, upload
+from sciflow_hf.report.model_card import CardFacts, save_card
 
 TOKEN = "hf_" + "A1b2C3d4" * 4
 
@@ -325,7 +326,8 @@ import sys, torch
 from diffusers import Flux2KleinPipeline
 from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig, get_peft_model_state_dict
-from sciflow_hf.hub.upload import CardFacts, check_access, save_card, upload
+from sciflow_hf.hub.upload import check_access, upload
+from sciflow_hf.report.model_card import CardFacts, save_card
 
 base, folder = sys.argv[1:]
 generator = torch.Generator().manual_seed(0)
