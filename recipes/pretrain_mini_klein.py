@@ -1,8 +1,9 @@
 """Train `mini_klein` from nothing: figures are drawn, a VAE and a FLUX.2 klein transformer are trained on them.
 
     python recipes/pretrain_mini_klein.py --config recipes/configs/mini_klein_pretrain.yaml
-The same command goes on where it was stopped; delete the folder to begin anew. `<output_dir>/pipeline` is what comes
-with the package as `mini_klein`: the averaged weights, in bfloat16. `report.json` beside it says what was done.
+The same command continues where it was stopped; delete the folder to start from scratch. `<output_dir>/pipeline` is
+what comes with the package as `mini_klein`: the averaged weights, in bfloat16. `report.json` next to it says what was
+done.
 
 Hardware: any CPU. Time and results: sciflow_hf/assets/mini_klein/README.md.
 """

@@ -8,7 +8,7 @@ Sharp images of your own, measured ones made by the forward model:
 Pairs (files of the same names): add --conditioning_dir my_measured_images
 Restore a folder afterwards:
     sciflow-hf sample --model_path my_model --input_dir measured --output_dir restored
-Several GPUs: put `accelerate launch` (or `torchrun --nproc_per_node N`) in place of `python`.
+Several GPUs: put `accelerate launch` (or `torchrun --nproc_per_node N`) instead of `python`.
 First look: add --dry_run (options, tiles, steps) or --debug_batch (shapes, gradients of one batch).
 
 Hardware: see the header of each file in recipes/configs.

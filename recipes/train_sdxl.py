@@ -1,11 +1,11 @@
-"""Fine-tune Stable Diffusion XL base, and checkpoints made of it, on figures: LoRA, DoRA or the whole UNet.
+"""Fine-tune Stable Diffusion XL base, and checkpoints made of it, on figures: LoRA, DoRA, or all weights of the UNet.
 
 The demo, on any CPU, nothing downloaded:
     python recipes/train_sdxl.py --config recipes/configs/sdxl_demo.yaml
 Your own figures (a folder of images with metadata.jsonl or .txt captions):
     python recipes/train_sdxl.py --config recipes/configs/sdxl_lora.yaml \
         --input_dir my_figures --dataset_dir my_cache --output_dir my_lora
-Several GPUs: put `accelerate launch` (or `torchrun --nproc_per_node N`) in place of `python`.
+Several GPUs: put `accelerate launch` (or `torchrun --nproc_per_node N`) instead of `python`.
 First look: add --dry_run (options, layers, buckets, memory) or --debug_batch (shapes, gradients of one batch).
 
 Epsilon or v prediction and the noise schedule are those of the checkpoint's scheduler configuration.

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Slurm: LoRA of FLUX.2 klein base 9B on 2 nodes of 4 GPUs, which is saved before the time limit and goes on by itself.
+# Slurm: LoRA of FLUX.2 klein base 9B on 2 nodes of 4 GPUs, which is saved before the time limit and resumes by itself.
 #   sbatch recipes/launch/slurm.sh
 # Hardware: 2 nodes with 4 GPUs of 80 GB each, and a file system that all nodes share. Not run on a cluster; the script
 # was run with stand-ins for `srun`, `scancel` and `scontrol`.
@@ -8,7 +8,7 @@
 #
 # 5 minutes before the time limit Slurm sends SIGUSR1 to this shell, which passes it on to the ranks: they finish the
 # step, save, and end with status 75; the job is queued again. A node that fails, or a preemption, queues it again, too
-# (--requeue). Either way the same command goes on from the newest whole checkpoint. A preemption sends SIGTERM, after
+# (--requeue). Either way the same command resumes from the newest complete checkpoint. A preemption sends SIGTERM, after
 # which torch leaves its ranks 30 seconds; where saving takes longer, ask for `PreemptParameters=send_user_signal`,
 # which sends SIGUSR1 at a preemption as well.
 #SBATCH --job-name=sciflow

@@ -1,4 +1,4 @@
-"""What the recipes' demo needs and no download gives: drawn figures and a tiny pipeline of each family."""
+"""Drawn figures and tiny pipelines, where nothing is downloaded. May import `images`, `diffusion` and `files`."""
 
 from importlib import import_module
 from pathlib import Path

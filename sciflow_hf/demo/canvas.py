@@ -155,8 +155,8 @@ class Canvas:
         """Axes with ticks and labels around `box`.
 
         Args:
-            x_names: names in place of numbers, at x = 0, 1, 2, ...
-            frame: a closed frame in place of two axes.
+            x_names: names instead of numbers, at x = 0, 1, 2, ...
+            frame: a closed frame instead of two axes.
 
         Returns:
             The map from data coordinates to the page.
@@ -198,7 +198,7 @@ class Canvas:
     def legend(
         self, at: Point, entries: Sequence[tuple[str, Colour]], *, kind: str = "line", size: float = 8.0
     ) -> None:
-        """Framed names beside their colours; `at` is the top left corner, `kind` "line" or "patch"."""
+        """Framed names next to their colours; `at` is the top left corner, `kind` "line" or "patch"."""
         (x, y), row = at, size + 3
         width = 24 + 0.58 * size * max(len(name) for name, _ in entries)
         bottom = y + row * len(entries) + 4

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 LATENT_CHANNELS = 8
 _WARMUP = 100  # steps
-_EDGES, _KL = 0.5, 1e-3  # weights beside the absolute error
+_EDGES, _KL = 0.5, 1e-3  # weights, where the absolute error has 1
 _EMA = 0.998
 _SAVE_EVERY = 250
 _RATE = 1.5e-3
@@ -29,7 +29,7 @@ def mini_vae() -> Any:
 
     One group in the norms: of a blank page in a colour, more would leave hardly more than signs. The weights start so
     that colours get through: variance kept, residual blocks at nothing, offsets that tell light from dark after a
-    norm, a posterior of small deviation. After 300 steps the error is 0.16 in place of 0.28 with diffusers' start.
+    norm, a posterior of small deviation. After 300 steps the error is 0.16 instead of 0.28 with diffusers' start.
     """
     import torch
     from diffusers import AutoencoderKLFlux2
@@ -73,7 +73,7 @@ def train_mini_vae(folder: str | Path, *, steps: int, batch_size: int = 16, seed
     """Trains the VAE on figures drawn as it goes, 60 % of them of style "any", the rest plain.
 
     Absolute error of pixels and of their differences to the neighbours, and a little KL; AdamW, cosine schedule,
-    moving average. The state is kept in `folder`: called again, it goes on from there, with the same result.
+    moving average. The state is kept in `folder`: called again, it continues from there, with the same result.
 
     Returns:
         The averaged VAE, with the statistics of its batch norm measured.

@@ -69,7 +69,7 @@ def make_tiny(folder: str | Path, *, seed: int = 0, size: Literal["demo", "test"
 
 
 def _tokenizer() -> "PreTrainedTokenizerBase":
-    """Bytes, and the words of the file beside this one, each joined letter by letter from its start."""
+    """Bytes, and the words of the file next to this one, each joined letter by letter from its start."""
     from tokenizers import AddedToken
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2Tokenizer

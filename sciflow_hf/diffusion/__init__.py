@@ -1,1 +1,1 @@
-"""The mathematics of noising and denoising: torch only, no project imports."""
+"""The mathematics of noising and denoising: torch only. May import nothing of the project."""

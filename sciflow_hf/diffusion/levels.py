@@ -75,7 +75,7 @@ class NoiseLevels:
 
 
 class TimestepLevels(NoiseLevels):
-    """The noise levels of DDPM: whole timesteps, drawn uniformly."""
+    """The noise levels of DDPM: integer timesteps, drawn uniformly."""
 
     _alpha_bar: Any  # a cached property of the family: (num_train_timesteps,), float32
 
@@ -108,8 +108,8 @@ def stratify(jitter: torch.Tensor, positions: torch.Tensor, step_keys: torch.Ten
     """u = frac((position + turn + jitter) / total_batch): (B,), float64, in [0, 1); the `u` of the densities below.
 
     The `total_batch` samples of an optimizer step get one number in each of `total_batch` equal parts of [0, 1). The
-    turn, a whole number that they share, makes each number alone uniform: a sample that comes at the same place of a
-    step every epoch sees all levels, and so does a step of fewer samples. (One jitter for the whole step, as in
+    turn, an integer that they share, makes each number alone uniform: a sample that comes at the same place of a
+    step every epoch sees all levels, and so does a step of fewer samples. (One jitter for all of the step, as in
     Kingma et al. 2021, appendix I.1, does the same, but leaves more variance: of order T^-2, and not T^-3.)
 
     Args:

@@ -212,7 +212,7 @@ def variational_bound(
     """
     now, after = alpha_bar[timesteps], torch.where(timesteps > 0, alpha_bar[(timesteps - 1).clamp_min(0)], 1.0)
     first = alpha_bar[:2].tolist()
-    least = posterior_variance(first[1], first[0])  # in place of 0 at timestep 0
+    least = posterior_variance(first[1], first[0])  # instead of 0 at timestep 0
     now, after = _like(now, latents), _like(after, latents)
     true_log = posterior_variance(now, after).clamp_min(least).log()
     log_variance = ddpm_log_variance(fraction, now, after, least=least)

@@ -1,4 +1,4 @@
-"""How data becomes noise, for networks that are trained either way: rectified flow, or DDPM at whole timesteps."""
+"""How data becomes noise, for networks that are trained either way: rectified flow, or DDPM at integer timesteps."""
 
 from dataclasses import dataclass, field
 

@@ -1,4 +1,4 @@
-"""Model families: one file each, named as on the command line. Chosen by name, by dotted path, or by class."""
+"""Model families, one file each. May import `engines`, `networks`, `pipelines`, `images` and below; not `data`."""
 
 import importlib
 import pkgutil

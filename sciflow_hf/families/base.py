@@ -248,8 +248,8 @@ class PipelineFamily(ModelFamily):
             SciflowError: it cannot be read, belongs to another kind of network, or without `trust_remote_code` brings
                 code of its own.
         """
-        whole, path = self._index, self.pretrained_model_name_or_path
-        return read_config(path, subfolder, revision=self.revision) if subfolder else whole
+        index, path = self._index, self.pretrained_model_name_or_path
+        return read_config(path, subfolder, revision=self.revision) if subfolder else index
 
     @functools.cached_property
     def _index(self) -> dict[str, Any]:
@@ -427,7 +427,7 @@ class PipelineFamily(ModelFamily):
             width=width,
             num_inference_steps=num_inference_steps,
             generator=generator,
-            # Mixed precision returns float32, in which the scheduler goes on; the VAE takes its own dtype.
+            # Mixed precision returns float32, in which the scheduler continues; the VAE takes its own dtype.
             callback_on_step_end=lambda pipe, step, timestep, state: {"latents": state["latents"].to(dtype)},
             **{self.guidance_argument: guidance_scale},
             **self.call_options(),

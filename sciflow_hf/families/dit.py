@@ -108,7 +108,7 @@ class DiT(ModelFamily):
         """Rectified flow (Liu et al. 2022) with u = noise - latents, or DDPM (Ho et al. 2020).
 
         Batch: `pixel_values` (B, C, H, W) in [-1, 1], or `latents` (B, C, h, w) raw; `class_labels` (B,) where there
-        are classes. Levels: sigmas, or whole timesteps under ddpm.
+        are classes. Levels: sigmas, or integer timesteps under ddpm.
         """
         latents = self.clean_latents(batch)  # (B, C, h, w)
 
@@ -179,7 +179,7 @@ class DiT(ModelFamily):
     def dropped_labels(
         self, batch: dict[str, torch.Tensor], keys: Sequence[int] | torch.Tensor, *, training: bool
     ) -> torch.Tensor | None:
-        """(B,), in training with `num_classes`, no class, in place of some; None without classes."""
+        """(B,), in training with `num_classes`, no class instead of some; None without classes."""
         if not self.num_classes:
             return None
         labels = batch["class_labels"]
@@ -196,7 +196,7 @@ class DiT(ModelFamily):
     def sample_levels(
         self, keys: torch.Tensor, args: LevelArguments, image_seq_len: int, batch: Any = None
     ) -> torch.Tensor:
-        """Sigmas in [0, 1]; under ddpm whole timesteps, by the same densities (`--weighting_scheme none`: uniform)."""
+        """Sigmas in [0, 1]; under ddpm integer timesteps, by the same densities (`--weighting_scheme none`: evenly)."""
         return self.process.levels(super().sample_levels(keys, args, image_seq_len, batch))
 
     def evaluation_levels(self, num_levels: int) -> torch.Tensor:
@@ -252,7 +252,7 @@ class DiT(ModelFamily):
             setattr(self, name, self._saved_index[name])
         self.prediction_type = current_name(self.prediction_type, self.objective)
         self.__dict__.pop("process", None)
-        logger.info("Going on from %s: %s, it predicts the %s.", path, self.objective, self.prediction_type)
+        logger.info("Continuing from %s: %s, it predicts the %s.", path, self.objective, self.prediction_type)
         return model
 
     @property
@@ -362,8 +362,8 @@ class DiT(ModelFamily):
 
     def save_network(self, model: Any, folder: Path) -> None:
         """As a pipeline; the VAE, where there is one, only in the run's folder, not in each checkpoint."""
-        whole = self.has_vae and not folder.name.startswith("checkpoint-")
-        self._pipeline(model, load_vae(**self._vae_place) if whole else None).save_pretrained(folder)
+        with_vae = self.has_vae and not folder.name.startswith("checkpoint-")
+        self._pipeline(model, load_vae(**self._vae_place) if with_vae else None).save_pretrained(folder)
 
     def call_arguments(self, args: SamplingArguments) -> list[str]:
         labels = [f"class_labels=[{self.num_classes - 1}]"] if self.num_classes else []

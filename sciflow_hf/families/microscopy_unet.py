@@ -90,7 +90,7 @@ class MicroscopyUNet(TimestepLevels, ModelFamily):
         """DDPM (Ho et al. 2020) on the sharp image, given the measured one.
 
         Batch: `pixel_values` (B, C, H, W), `conditioning_pixel_values` (B, C', H, W), both in about [-1, 1]. Noise:
-        (B, C, H, W). Levels: whole timesteps, from 0.
+        (B, C, H, W). Levels: integer timesteps, from 0.
         """
         block = self.block if model.training else 1  # of --progressive_resolutions
         images, conditioning = (
@@ -295,7 +295,7 @@ class MicroscopyUNet(TimestepLevels, ModelFamily):
         return pipeline.to(device)
 
     def save_network(self, model: Any, folder: Path) -> None:
-        """The whole pipeline: network, schedule, intensity transforms."""
+        """The complete pipeline: network, schedule, intensity transforms."""
         self.load_pipeline(model, device=model.device).save_pretrained(folder)
 
     def encoder_settings(self) -> dict[str, Any]:

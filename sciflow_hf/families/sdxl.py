@@ -55,7 +55,7 @@ class SDXL(TimestepLevels, PipelineFamily):
         """DDPM (Ho et al. 2020): the network predicts the noise, or v = sqrt(a) noise - sqrt(1 - a) latents.
 
         Batch: `latents` (B, 4, h, w) raw, `prompt_embeds` (B, L, D), `pooled_prompt_embeds` (B, P), perhaps
-        `time_ids` (B, 6) and `loss_mask` (B, h, w). Noise: (B, 4, h, w). Levels: whole timesteps, 0 to 999.
+        `time_ids` (B, 6) and `loss_mask` (B, h, w). Noise: (B, 4, h, w). Levels: integer timesteps, 0 to 999.
         """
         latents = self.normalise(batch["latents"].float())
 

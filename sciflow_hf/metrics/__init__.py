@@ -1,1 +1,1 @@
-"""Figures of merit of samples: distances of distributions, and of restored images to sharp ones."""
+"""Figures of merit: distances of distributions, restored images against sharp ones. May import `families`."""

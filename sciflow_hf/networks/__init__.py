@@ -1,1 +1,1 @@
-"""Networks that diffusers lacks: torch and diffusers only, one file each, so that the file can go with its weights."""
+"""Networks that diffusers lacks, one file each, to travel with the weights. May import nothing of the project."""

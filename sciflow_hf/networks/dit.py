@@ -76,7 +76,7 @@ class DiTModel(ModelMixin, ConfigMixin):
 
         Args:
             hidden_states: (B, C, H, W).
-            timestep: (B,), 0 (data) to 1000 (noise), whole or not.
+            timestep: (B,), 0 (data) to 1000 (noise), integers or not.
             class_labels: (B,), int64; `num_classes`, or None for all, means no class.
         """
         tokens, _ = self._features(hidden_states, timestep, class_labels)

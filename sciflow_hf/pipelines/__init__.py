@@ -1,1 +1,1 @@
-"""Pipelines of the networks that diffusers lacks; saved ones carry their code and load where this package is not."""
+"""Pipelines of those networks; saved ones carry their code. May import `diffusion`, `images` and `errors`."""

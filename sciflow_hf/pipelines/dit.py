@@ -85,7 +85,7 @@ class DiTImagePipeline(DiffusionPipeline):
             guidance_scale: 1 for none; more needs a network trained with class dropout.
             sampler: "euler" (the default) or "heun" for flow; "ddpm" (the default), "ddim" or "ancestral" for ddpm.
             generator: of the noise, one or one an image.
-            latents: the initial noise, (B, C, h, w), in place of a drawn one.
+            latents: the initial noise, (B, C, h, w), instead of a drawn one.
             output_type: "pil", "np" (B, H, W, C) in [0, 1], or "pt" (B, C, H, W) in [0, 1].
             return_dict: an `ImagePipelineOutput` with `images`, or a tuple.
 

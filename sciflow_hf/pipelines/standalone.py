@@ -14,7 +14,7 @@ PIPELINE_FILE = "pipeline.py"
 
 
 def standalone_source(module: ModuleType) -> str:
-    """The source of `module`, with that of the modules it imports relatively in place of the imports.
+    """The source of `module`, with that of the modules it imports relatively instead of the imports.
 
     Raises:
         ValueError: two of them define the same name, or one imports another's under a new one.
@@ -54,7 +54,7 @@ def _collect(module: ModuleType, done: dict[str, str]) -> None:
 
 
 def add_code(folder: str | Path, pipeline: Any, *components: str) -> None:
-    """Puts the code of `pipeline` and of its `components` beside their weights, where diffusers looks for it.
+    """Puts the code of `pipeline` and of its `components` next to their weights, where diffusers looks for it.
 
     Args:
         folder: a saved pipeline; its model_index.json is rewritten.
