@@ -63,9 +63,7 @@ class ModelFamily(NoiseLevels, Options, ABC):
 
     heading: ClassVar[str] = "Model"
 
-    pretrained_model_name_or_path: str = option(
-        help="Folder or Hub repository of the pipeline, in diffusers layout; `mini_klein` comes with this package."
-    )
+    pretrained_model_name_or_path: str = option(help="Folder or Hub repository of the pipeline, in diffusers layout.")
     revision: str | None = option(None, "Branch, tag or commit of the Hub repository.")
     posterior: str = posterior_option("mode")
 

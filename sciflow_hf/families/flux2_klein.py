@@ -24,7 +24,7 @@ PATCH = 2
 class Flux2Klein(PipelineFamily):
     """FLUX.2 klein: `black-forest-labs/FLUX.2-klein-base-9B` or `-base-4B`.
 
-    Train the base weights, not the distilled ones.
+    Train the base weights, not the distilled ones. `mini_klein`, a small one for figures, comes with this package.
     """
 
     heading: ClassVar[str] = "FLUX.2 klein"
