@@ -1,4 +1,4 @@
-"""Where a command computes, and in what dtype."""
+"""The device of a command, and the dtype that it computes in."""
 
 from typing import Any
 

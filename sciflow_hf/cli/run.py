@@ -21,7 +21,7 @@ def run(main: Callable[[], Any]) -> NoReturn:
     except Preempted as stop:
         status = stop.code
     except KeyboardInterrupt:
-        sys.stderr.write("\nstopped; go on with --resume_from_checkpoint latest\n")
+        sys.stderr.write("\nstopped; resume with --resume_from_checkpoint latest\n")
         sys.exit(130)
     except Exception as error:
         message = str(error) if isinstance(error, SciflowError) else _shortage(error)
@@ -35,11 +35,11 @@ def run(main: Callable[[], Any]) -> NoReturn:
 
 
 def _shortage(error: Exception) -> str | None:
-    """What to say where a disk is full or memory used up; None for other errors."""
+    """The message for a full disk or used-up memory; None for other errors."""
     from ..training.out_of_memory import memory_message  # torch, which is not needed before
 
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"{error}: make room; the same command with --resume_from_checkpoint latest goes on."
+        return f"{error}: make room, then resume with the same command and --resume_from_checkpoint latest."
     return memory_message(error)
 
 

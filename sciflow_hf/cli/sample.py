@@ -153,7 +153,7 @@ def _of_classes(args: argparse.Namespace) -> tuple[Draw, list[dict[str, Any]]]:
 
 
 def _of_prompts(args: argparse.Namespace, kind: str | None) -> tuple[Draw, list[dict[str, Any]]]:
-    """A text-to-image family: its pipeline, with what was trained in place of or beside its network."""
+    """A text-to-image family: its pipeline, with the trained network, or with the trained adapter on its own."""
     for name in ("class_labels", "sampler"):
         if getattr(args, name):
             raise SciflowError(f"`{name}` is for networks of classes; {args.model_path!r} takes `--prompts`.")

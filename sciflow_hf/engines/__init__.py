@@ -1,1 +1,1 @@
-"""How a network runs: sharded, compiled, offloaded, quantised; optimizers. May import `errors` and `options`."""
+"""How a network runs, with the options of each engine. May import errors, files, options and diffusion."""

@@ -1,4 +1,4 @@
-"""`--torch_compile` with buckets: the repeated blocks of a network are compiled, in place and for changing shapes."""
+"""`--torch_compile` with buckets: the repeated blocks of a network are compiled, for changing shapes."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
@@ -9,7 +9,7 @@ from accelerate.utils import DynamoBackend
 from ..options import arguments, option
 
 RECOMPILE_LIMIT = 64
-"""Compilations of one kind of block before torch goes on without. Its own 8 count evaluations and base models, too."""
+"""Compilations of one kind of block before torch goes on without. Its own 8 also count evaluations and base models."""
 
 
 @arguments
@@ -30,11 +30,11 @@ class CompilationArguments:
 
 
 def compile_blocks(network: Any, args: Any) -> None:
-    """Compiles the repeated blocks of `network` (of one without any the whole), each kind of block once for all.
+    """Compiles the repeated blocks of `network`, or all of a network without any; each kind of block once for all.
 
     The blocks are those that diffusers' `compile_repeated_blocks` takes, else those that must not be split. A first
-    shape is compiled for itself, a second one for any shape after it. In place, names of parameters stay as they are,
-    and hooks that come later (FSDP) are called.
+    shape is compiled for itself, a second one for any shape after it. Names of parameters stay as they are, and hooks
+    that come later (FSDP) are called.
     """
     import torch._dynamo.config
 

@@ -24,7 +24,7 @@ def check(args: Any) -> None:
 
 @arguments
 class OffloadArguments:
-    """Where the frozen weights are kept."""
+    """Keeping the frozen weights in host memory."""
 
     heading: ClassVar[str] = "Offload"
 
@@ -44,9 +44,9 @@ def offload_blocks(network: Any, device: torch.device | str) -> None:
     checkpointing the copies of a block live while this block is computed again and differentiated, and no longer.
     Between layers the parameter is None, so nothing (`Module.to`, `state_dict`) can move or copy it by mistake.
 
-    diffusers' group offloading is made for sampling. Its hooks move trained weights away from their gradients, too;
-    and in a backward pass they fetch the blocks but leave them on the device, because checkpointing breaks off a
-    recomputed forward when it has what it needs, before the hook that takes the block away (diffusers 0.42).
+    diffusers' group offloading is made for sampling. Its hooks also move trained weights away from their
+    gradients, and in a backward pass they fetch the blocks but leave them on the device, because checkpointing breaks
+    off a recomputed forward when it has what it needs, before the hook that takes the block away (diffusers 0.42).
 
     Args:
         network: with its adapter. The blocks are those that its class names in `_no_split_modules`.
@@ -95,9 +95,9 @@ def _on_host(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _held_layers(network: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, torch.nn.Module, list[str]]]:
-    """Of the layers in the blocks: (module to hook, layer, names of its frozen weights of two or more dimensions).
+    """The layers in the blocks: (module to hook, layer, names of its frozen weights of two or more dimensions).
 
-    The module is the layer itself, or PEFT's around it, which in DoRA reads the weight, too.
+    The module is the layer itself, or PEFT's around it, which in DoRA also reads the weight.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -15,7 +15,7 @@ from ..options import arguments, option
 logger = logging.getLogger(__name__)
 
 OPTIMIZERS = {"prodigy": 1.0}
-"""What transformers does not know, with the learning rate of each when none is given."""
+"""Optimizers that transformers does not know -> learning rate when none is given."""
 DEFAULT_LEARNING_RATE = 1e-4
 
 

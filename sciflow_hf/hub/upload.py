@@ -35,10 +35,10 @@ _WEIGHTS = re.compile(
 
 
 def publishable_files(folder: str | Path) -> list[str]:
-    """What of a run's folder may go to the Hub, as sorted relative paths with "/".
+    """The files of a run's folder that may go to the Hub, as sorted relative paths with "/".
 
-    The adapter's files, the `transformer/` folder or the whole pipeline, the card, the images that the card shows, and
-    the run facts. Not checkpoints, optimizer or trainer state, logs, arguments, or anything else that lies there.
+    The adapter's files, the `transformer/` folder or the complete pipeline, the card, the images that the card shows,
+    and the run facts. Not checkpoints, optimizer or trainer state, logs, arguments, or anything else that lies there.
     """
     folder = Path(folder)
     found = {p.relative_to(folder).as_posix() for p in folder.glob("*") if p.is_file()}
@@ -301,7 +301,7 @@ def _masked(error: Exception) -> str:
 
 
 def _advice(error: Exception, instead: str = "") -> str:
-    """What went wrong and what to do, by the status that the Hub answered."""
+    """The cause and the fix, by the status that the Hub answered."""
     status = _status(error)
     if status == 401:
         text = "the Hub does not accept the token (401). Run `hf auth login`, or pass a valid `--hub_token`"

@@ -149,7 +149,7 @@ class ReadingArguments:
 
 @arguments
 class OutputArguments:
-    """What a run writes."""
+    """Files that a run writes besides checkpoints, and runs that only print."""
 
     heading: ClassVar[str] = "Output"
 

@@ -19,6 +19,7 @@ from recipe_runs import environment
 
 import sciflow_hf as sf
 from sciflow_hf.cli import main
+from sciflow_hf.cli.main import COMMANDS
 from sciflow_hf.data.inspect.chart import MAX_BARS, draw_bucket_chart, write_bucket_chart
 from sciflow_hf.data.load import load_cache
 from sciflow_hf.errors import SciflowError
@@ -301,6 +302,14 @@ def test_options_that_a_family_lacks(cli: Cli, tmp_path: Path, monkeypatch: pyte
     command = ["cache", "build", "--family", "bare", "--pretrained_model_name_or_path", "x", "--input_dir", tmp_path]
     status, _, err = cli(*command, "--output_dir", tmp_path / "c", "--posterior", "sample")
     assert status == 2 and "`posterior` is no option of the family 'bare'" in err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_prints_its_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    printed = capsys.readouterr().out
+    assert caught.value.code == 0 and printed.startswith(f"usage: sciflow-hf {command} ")
 
 
 def test_env_names_versions(cli: Cli) -> None:

@@ -21,6 +21,12 @@ KINDS = (sf.Flux2Klein, sf.DataArguments, sf.AdapterArguments, sf.DiffusionTrain
 NEEDED = ("--use_cpu", "--pretrained_model_name_or_path", "klein", "--dataset_dir", "cache")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def imported():
+    """What transformers imports for the first arguments may print to stdout."""
+    sf.DiffusionTrainingArguments(use_cpu=True)
+
+
 @pytest.fixture
 def parse(tmp_path, monkeypatch):
     """Parses flags and the text of a YAML file: (family, data, adapter, training)."""

@@ -61,7 +61,7 @@ class ProgressiveResolution(Options):
 
 
 class ProgressiveResolutionCallback(TrainerCallback):
-    """Sets `family.block` before each step: a function of the step alone, so that a resumed run goes on the same way.
+    """Sets `family.block` before each step: a function of the step alone, so that a resumed run does the same.
 
     Args:
         family: whose `compute_loss` averages training images over blocks of `block` pixels.
