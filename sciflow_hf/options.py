@@ -144,6 +144,8 @@ class RecipeParser(HfArgumentParser):
     """HfArgumentParser that takes YAML and flags together, and suggests the nearest name for unknown ones."""
 
     def __init__(self, dataclass_types: Sequence[type], **kwargs: Any) -> None:
+        # argparse's own usage would list every option before the first of them is explained
+        kwargs = {"usage": "%(prog)s [--config FILE] [--OPTION VALUE ...]"} | kwargs
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
         self.add_argument("--config", metavar="FILE", help="YAML of options; flags win over it.")
 

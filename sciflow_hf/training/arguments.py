@@ -123,8 +123,8 @@ class ValidationArguments:
     validation_class_labels: list[str] = option(
         [], "Classes, by number or name, drawn instead of prompts by families that have classes."
     )
-    validation_steps: int = option(500, "Optimizer steps between validation images.")
-    num_inference_steps: int = option(28, "Sampling steps of validation images.")
+    validation_steps: int = option(500, "Optimizer steps between validation images.", within="[1, inf)")
+    num_inference_steps: int = option(28, "Sampling steps of validation images.", within="[1, inf)")
     validation_guidance_scale: float = option(3.5, "Guidance of validation images.")
     validation_seeds: list[int] = option([0], "One image for each prompt and seed.")
     validation_size: list[int] = option(

@@ -16,6 +16,7 @@ from trainings import make_trainer
 from transformers import TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
+import sciflow_hf as sf
 from sciflow_hf.errors import SciflowError
 from sciflow_hf.report.contact_sheet import read_image, sample_images, thin_out, write_contact_sheet
 from sciflow_hf.report.summary import final_step
@@ -232,13 +233,18 @@ def test_failures_name_prompt_seed_and_step(tmp_path: Path, error: Exception, sa
         ({"prompts": []}, "`validation_prompts`"),
         ({"prompts": ["a", " "]}, "`validation_prompts`"),
         ({"seeds": [1, 1]}, "`validation_seeds`"),
-        ({"steps": 0}, "`validation_steps` is 0"),
         ({"size": (48, 60)}, "48x60 .*multiples of 16"),
     ],
 )
 def test_bad_options_are_refused(tmp_path: Path, options: dict[str, Any], says: str) -> None:
     with pytest.raises(SciflowError, match=says):
         callback(tmp_path, **options)
+
+
+@pytest.mark.parametrize("name", ["validation_steps", "num_inference_steps"])
+def test_steps_are_at_least_one(tmp_path: Path, name: str) -> None:
+    with pytest.raises(SciflowError, match=f"`{name}` 0: at least 1"):
+        sf.DiffusionTrainingArguments(output_dir=str(tmp_path), **{name: 0})
 
 
 class FakeTensorBoard(TensorBoardCallback):

@@ -89,9 +89,6 @@ class ValidationCallback(TrainerCallback):
             family.check_negative_prompt(guidance_scale)
         if not seeds or len(set(seeds)) != len(seeds):
             raise SciflowError(f"`validation_seeds` {list(seeds)}: give at least one and none twice.")
-        for name, value in (("validation_steps", steps), ("num_inference_steps", num_inference_steps)):
-            if value < 1:
-                raise SciflowError(f"`{name}` is {value}: it must be at least 1.")
         pixels = family.bucket_step()
         if any(side < pixels or side % pixels for side in size):
             raise SciflowError(
