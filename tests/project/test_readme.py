@@ -23,7 +23,7 @@ from documents import (
     relative,
 )
 
-from sciflow_hf.cli import main as cli
+from sciflow_hf.cli.main import _parser
 from sciflow_hf.options import read_yaml
 
 TEST_COMMAND = "pip install -c constraints.txt -e '.[test]' && pytest"
@@ -84,7 +84,7 @@ def command_flags() -> set[str]:
 
     original: Callable[..., object] = argparse._ActionsContainer.add_argument
     with mock.patch.object(argparse._ActionsContainer, "add_argument", collect):
-        cli._parser()
+        _parser()
     return set(seen)
 
 

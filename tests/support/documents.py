@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from sciflow_hf.cli import main as cli
+from sciflow_hf.cli.main import _parser
 from sciflow_hf.options import RecipeParser
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +67,7 @@ def faults(words: list[str]) -> list[str]:
     if words[0] == "sciflow-hf":
         with_errors = io.StringIO()
         with contextlib.redirect_stderr(with_errors), contextlib.suppress(SystemExit):
-            cli._parser().parse_args(words[1:])
+            _parser().parse_args(words[1:])
         return with_errors.getvalue().splitlines()[-1:]
     place = next(i for i, word in enumerate(words) if re.fullmatch(r"recipes/\w+\.py", word))
     recipe, flags = ROOT / words[place], words[place + 1 :]
