@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.layouts import CODECS, EMBEDS, PAYLOADS
 from ..errors import SciflowError
 from .devices import find_device, inference_dtype
 
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from ..families.base import ModelFamily
 
 _DTYPES = ("bf16", "fp16", "fp32")
-_PAYLOADS = ("npz", "shards", "inline")
-_EMBEDS = ("bf16", "fp8", "none")
-_CODECS = ("none", "zstd")
 _CHART = "bucket_chart.png"
 _SHOWN = 20  # problems; the JSON has all
 
@@ -91,9 +89,9 @@ def add_options(cache: argparse.ArgumentParser) -> None:
 
 
 def _add_layout(add: Any) -> None:
-    add("--payload", choices=_PAYLOADS, default="shards", help="layout of the payloads (default shards)")
-    add("--embeds", choices=_EMBEDS, default="bf16", help="fp8: half the bytes; none: encode in training")
-    add("--codec", choices=_CODECS, default="none", help="zstd: lossless compression (default none)")
+    add("--payload", choices=PAYLOADS, default="shards", help="layout of the payloads (default shards)")
+    add("--embeds", choices=EMBEDS, default="bf16", help="fp8: half the bytes; none: encode in training")
+    add("--codec", choices=CODECS, default="none", help="zstd: lossless compression (default none)")
 
 
 # -- build and convert -----------------------------------------------------------------------------------------

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 from ..errors import SciflowError
 from ..options import Options, arguments, option
+from .layouts import PAYLOADS
 
 TEXT_ENCODINGS = ("cached", "online")
-PAYLOADS = ("npz", "shards", "inline")
 
 
 def _check_input(args: "DataArguments") -> None:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...errors import SciflowError
-from ..arguments import PAYLOADS
-from ..layouts.members import CODECS, Stored, encode_member
+from ..layouts import CODECS, EMBEDS, PAYLOADS
+from ..layouts.members import Stored, encode_member
 from ..layouts.npz import write_npz
 from ..layouts.shards import shard_columns, shard_file, write_shard
 from ..layouts.stored import TEXT_TENSORS
@@ -22,7 +22,6 @@ from ..writing import output_file
 if TYPE_CHECKING:
     import pyarrow as pa
 
-EMBEDS = ("bf16", "fp8", "none")
 MAX_ROWS = 10_000  # of a block
 _PLACES = ("cache_path", "inline_row", "latent_shape", "prompt_embeds_shape")
 

@@ -34,7 +34,6 @@ DTYPES = {
 }
 """Names of dtypes as in safetensors files."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-CODECS = ("none", "zstd")
 BROKEN = (
     OSError, EOFError, ValueError, OverflowError, MemoryError, KeyError, RuntimeError, SyntaxError,
     NotImplementedError, struct.error, zlib.error, zipfile.BadZipFile,

@@ -8,7 +8,8 @@ import numpy as np
 from ...errors import CacheError
 from .. import storage
 from ..parquet import Columns
-from .members import CODECS, DTYPES, Member
+from . import CODECS
+from .members import DTYPES, Member
 
 if TYPE_CHECKING:
     import pyarrow as pa
