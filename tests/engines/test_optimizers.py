@@ -13,7 +13,7 @@ from transformers import TrainerCallback, trainer_optimizer
 from transformers.training_args import OptimizerNames
 
 import sciflow_hf as sf
-from sciflow_hf.adapters.files import WEIGHT_NAME
+from sciflow_hf.adapters.files import WEIGHT_NAME, load_adapter_weights
 from sciflow_hf.engines.optimizers import (
     group_rates,
     needed_package,
@@ -140,7 +140,7 @@ def test_schedule_free_shows_its_average(tmp_path, family, even_cache):
     trainer.save_model()
     for folder, number in (("checkpoint-3", 3), ("checkpoint-5", 5), (".", 5)):
         plain = make_trainer(tmp_path / "plain", family, even_cache)
-        sf.adapter_files.load_adapter_weights(plain.model, tmp_path / folder, family=family)
+        load_adapter_weights(plain.model, tmp_path / folder, family=family)
         assert close(trained(plain), mean_of(steps.z[:number]))
 
 
