@@ -318,7 +318,7 @@ def test_a_cache_with_nothing_left_is_named(caches, tmp_path):
     ("options", "words"),
     [
         ({"text_encoding": "later"}, "`text_encoding` 'later': use one of cached, online"),
-        ({"payload": "tar"}, "`payload` 'tar': use one of shards, inline, npz"),
+        ({"payload": "tar"}, "`payload` 'tar': use one of npz, shards, inline"),
         ({"shuffle_buffer": -1}, "`shuffle_buffer` -1"),
         ({"remote_cache_gb": -1}, "`remote_cache_gb` -1"),
         ({"streaming": True, "max_train_samples": 3}, "`max_train_samples` does not go with `--streaming`"),
