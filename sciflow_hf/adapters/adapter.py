@@ -12,7 +12,7 @@ import torch
 
 from ..errors import SciflowError
 from ..families.base import PipelineFamily
-from ..families.loading import model_source, network_dtype
+from ..families.loading import network_dtype
 from .arguments import PIPELINE_TYPES, RANDOM, AdapterArguments, adapter_config
 from .files import fill_text_encoder, load_from
 from .initial import initialise
@@ -177,8 +177,7 @@ def _without_weights(family: PipelineFamily) -> Any:
     where = {"revision": family.revision}
     for name in family.trained_text_parts:
         encoder_class = getattr(transformers, family.config()[name][1])
-        path = model_source(family.pretrained_model_name_or_path)
-        config = encoder_class.config_class.from_pretrained(path, subfolder=name, **where)
+        config = encoder_class.config_class.from_pretrained(family.source, subfolder=name, **where)
         with torch.device("meta"):
             made[name] = encoder_class(config)
     return SimpleNamespace(**made, components=made)

@@ -112,6 +112,11 @@ class ModelFamily(NoiseLevels, Options, ABC):
         """The network to train, in `dtype`; with `meta` without weights, for `--dry_run`."""
 
     @property
+    def source(self) -> str:
+        """Where weights and configurations are loaded from: the package's own folder for `mini_klein`."""
+        return model_source(self.pretrained_model_name_or_path)
+
+    @property
     def from_scratch(self) -> bool:
         """True where the initial weights are random, so that there is no base model to compare with."""
         return False
@@ -264,7 +269,7 @@ class PipelineFamily(ModelFamily):
         """The pipeline with these `parts` instead of its own, None for none; `what` is how errors call it."""
         path, options = self.pretrained_model_name_or_path, {"trust_remote_code": self.trust_remote_code}
         with explain_loading(path, what), quiet_loading():
-            return self.pipeline_class().from_pretrained(model_source(path), revision=self.revision, **options, **parts)
+            return self.pipeline_class().from_pretrained(self.source, revision=self.revision, **options, **parts)
 
     def setting(self, part: str, name: str) -> Any:
         """A value of the configuration of one part; SciflowError where the checkpoint does not say it."""
@@ -284,7 +289,7 @@ class PipelineFamily(ModelFamily):
                 network = self.network_class().from_config(self.config(self.component))
                 return torch.nn.Module.to(network, dtype)
         options = {"subfolder": self.component, "revision": self.revision}
-        load = functools.partial(self.network_class().from_pretrained, model_source(path), dtype=dtype, **options)
+        load = functools.partial(self.network_class().from_pretrained, self.source, dtype=dtype, **options)
         if quantize is not None:
             check_quantization(quantize)
             empty = PipelineFamily.load_model(self, dtype=dtype, meta=True)

@@ -12,7 +12,7 @@ from ..diffusion.randomness import randn, sample_keys
 from ..errors import SciflowError
 from ..options import arguments, option
 from .base import LossArguments, PipelineFamily
-from .loading import explain_loading, model_source, network_dtype
+from .loading import explain_loading, network_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -110,9 +110,7 @@ class Flux2Klein(PipelineFamily):
         from diffusers import AutoencoderKLFlux2
 
         with explain_loading(self.pretrained_model_name_or_path, "VAE"):
-            return AutoencoderKLFlux2.from_pretrained(
-                model_source(self.pretrained_model_name_or_path), subfolder="vae", revision=self.revision
-            )
+            return AutoencoderKLFlux2.from_pretrained(self.source, subfolder="vae", revision=self.revision)
 
     def pipeline_class(self) -> Any:
         from diffusers import Flux2KleinPipeline
