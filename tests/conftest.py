@@ -19,6 +19,17 @@ sys.path.insert(0, str(Path(__file__).parent / "support"))  # for `from caches i
 from caches import encoder_settings, write_cache
 from hub_server import HubServer
 
+STARTS_PROCESSES = {"subprocess", "recipe_runs", "ranks", "faults", "hub_server"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests of modules that start processes as `slow`: importing the libraries takes each of them seconds."""
+    for item in items:
+        values = vars(getattr(item, "module", None) or item).values()
+        origins = {getattr(value, "__module__", None) or getattr(value, "__name__", None) for value in values}
+        if origins & STARTS_PROCESSES:
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
