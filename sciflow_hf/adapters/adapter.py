@@ -6,12 +6,12 @@ import fnmatch
 import logging
 import re
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..errors import SciflowError
-from ..families.base import PipelineFamily
+from ..families.base import ModelFamily, PipelineFamily
 from ..families.loading import network_dtype
 from .arguments import PIPELINE_TYPES, RANDOM, AdapterArguments, adapter_config
 from .files import fill_text_encoder, load_from
@@ -19,13 +19,10 @@ from .initial import initialise
 from .layers import ADAPTER_NAME, adapter_facts, title, to_float32
 from .text_encoders import NetworkWithText
 
-if TYPE_CHECKING:
-    from ..families.base import ModelFamily
-
 logger = logging.getLogger(__name__)
 
 
-def add_adapter(model: Any, args: AdapterArguments, *, family: "ModelFamily", seed: int = 42) -> Any:
+def add_adapter(model: Any, args: AdapterArguments, *, family: ModelFamily, seed: int = 42) -> Any:
     """Freezes `model`, adds the adapter in place and returns it; with `no_adapter` leaves everything trainable.
 
     With `train_text_encoder` a `NetworkWithText` is returned: the network and the text encoders.
@@ -64,7 +61,7 @@ def add_adapter(model: Any, args: AdapterArguments, *, family: "ModelFamily", se
     return model
 
 
-def _add_new(model: Any, args: AdapterArguments, family: "ModelFamily") -> None:
+def _add_new(model: Any, args: AdapterArguments, family: ModelFamily) -> None:
     idle = _inside(family.idle_layers(model))
     matched = match_layers(model, args.lora_layers, family.lora_presets)
     layers = [name for name in matched if not f"{name}.".startswith(idle)]
@@ -80,7 +77,7 @@ def _inside(layers: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"{layer}." for layer in layers)
 
 
-def _freeze_idle(model: torch.nn.Module, family: "ModelFamily") -> None:
+def _freeze_idle(model: torch.nn.Module, family: ModelFamily) -> None:
     """A trained parameter without a gradient is an error in DistributedDataParallel."""
     idle = _inside(family.idle_layers(model))
     for name, parameter in model.named_parameters():
@@ -122,7 +119,7 @@ def match_layers(model: torch.nn.Module, layers: str, presets: dict[str, str]) -
 
 
 def with_text_adapters(
-    network: torch.nn.Module, args: AdapterArguments, *, family: "ModelFamily", saved: Any = None
+    network: torch.nn.Module, args: AdapterArguments, *, family: ModelFamily, saved: Any = None
 ) -> NetworkWithText:
     """`network` and the family's text encoders, frozen except for new adapters in `args.text_encoder_layers`.
 
