@@ -1,15 +1,19 @@
-"""The index of a stream: its files, rows of them as they are asked for, and caches of a few rows."""
+"""The index of a stream: its files, their rows as `datasets` streams them, and caches of a few rows."""
 
 import contextlib
 import hashlib
 import os
 import re
+import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote
 
+import fsspec
 import numpy as np
 import torch
 
@@ -29,9 +33,10 @@ from ..index import (
 )
 from ..layouts.npz import NpzPart
 from ..parquet import BUILD, Columns, check_schemas, common_metadata, part_metadata
-from .order import Row
+from .order import Place, Row
 
 if TYPE_CHECKING:
+    import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -41,6 +46,25 @@ _INLINE_FILES = 256  # whose offsets are kept
 _BECOME_ARRAYS = ("latent_shape", "prompt_embeds_shape", "bucket_h", "bucket_w")
 _PathLike = str | os.PathLike[str]
 _OnlineText = Callable[[list[str]], dict[str, torch.Tensor]] | None
+
+
+class _Files(fsspec.AbstractFileSystem):
+    """The files of `storage`, for `datasets`: ranges of bytes, tried again and kept on the disk as everywhere.
+
+    Their names are quoted, so that no character of them is part of a pattern.
+    """
+
+    protocol = "sciflow-hf"
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+        return storage.open_file(unquote(path))
+
+    def info(self, path: str, **options: Any) -> dict[str, Any]:
+        return {"name": path, "type": "file", "size": None}
+
+
+fsspec.register_implementation(_Files.protocol, _Files, clobber=True)
+_loading = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -102,10 +126,9 @@ class StreamIndex:
         return self.files[row.part].start + row.row
 
     def row(self, number: int) -> Row:
-        """The row of that number; reads the piece that holds it."""
+        """The row of that number; reads its file up to there."""
         part = int(np.searchsorted([file.start for file in self.files], number, side="right")) - 1
-        start = number - self.files[part].start
-        return next(row for piece in self.read_rows(part, start) for row in piece if row.row == start)
+        return next(row for row, _ in self.read_rows(part, number - self.files[part].start))
 
     def group(self, row: Row) -> str:
         """As `LatentCache.groups`."""
@@ -113,27 +136,45 @@ class StreamIndex:
         name = values.get("paper_id") or values.get("image_path") or values.get("cache_path")
         return str(name or f"row {self.number(row)}")
 
-    def read_rows(self, part: int, start: int) -> Iterator[list[Row]]:
-        """Rows of index file number `part` in pieces, from the one that holds row `start` on.
+    def stream(self, part: int) -> "datasets.IterableDataset":
+        """The light columns of index file number `part`, as `datasets` streams them."""
+        import datasets
+        import pyarrow as pa
+
+        file = self.files[part]
+        columns = [*file.columns, *self._caption_column(file)]
+        features = datasets.Features.from_arrow_schema(pa.schema([file.schema.field(name) for name in columns]))
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else every call tells a server
+        with _loading, tempfile.TemporaryDirectory() as lock_folder:
+            return datasets.load_dataset(
+                "parquet",
+                data_files=f"{_Files.protocol}://{quote(file.name, safe='')}",
+                columns=columns,
+                features=features,
+                batch_size=_PIECE,
+                split="train",
+                streaming=True,
+                cache_dir=lock_folder,
+            )
+
+    def read_rows(self, part: int, start: int = 0, place: Place | None = None) -> Iterator[tuple[Row, Place]]:
+        """Rows of index file number `part` from row `start` on, each with a place from which it can be read again.
+
+        Args:
+            place: of a row that was read before and is not behind `start`; else the file is read from its beginning.
 
         Raises:
             CacheError: if the file cannot be read, or a row is not what it must be.
         """
-        import pyarrow as pa
-
-        file = self.files[part]
-        with _parquet(file.name) as parquet:
-            names = [*file.columns, *self._caption_column(file)]
-            first = 0
-            for group in range(parquet.metadata.num_row_groups):
-                length = parquet.metadata.row_group(group).num_rows
-                if first + length <= start:
-                    first += length
-                    continue
-                for batch in parquet.iter_batches(_PIECE, row_groups=[group], columns=names):
-                    if first + batch.num_rows > start:
-                        yield self._rows_of(part, pa.Table.from_batches([batch]), first)
-                    first += batch.num_rows
+        first, state = place or (0, None)
+        stream = self.stream(part).with_format("arrow")
+        if state is not None:
+            stream.load_state_dict(state)
+        for table in _tables(stream, self.files[part].name):
+            if first + len(table) > start:
+                for row in self._rows_of(part, table, first)[max(0, start - first) :]:
+                    yield row, (first, state)
+            first, state = first + len(table), stream.state_dict()
 
     def _caption_column(self, file: IndexFile) -> list[str]:
         if self.online_text is None:
@@ -236,7 +277,7 @@ class StreamIndex:
     def _root(self, part: int) -> str:
         """Where the paths of an index file are rooted."""
         if part not in self._roots:  # its rows are those of a saved stream
-            next(self.read_rows(part, 0), None)
+            next(self.read_rows(part), None)
         return self._roots[part]
 
     @cached_property
@@ -279,6 +320,17 @@ class RowsView(LatentCache):
 
 def _holds_payload(file: IndexFile) -> bool:
     return file.payload.get("layout") == "inline" and "inline_row" not in file.columns
+
+
+def _tables(stream: "datasets.IterableDataset", file: str) -> Iterator["pa.Table"]:
+    import pyarrow as pa
+
+    try:
+        yield from stream.iter(_PIECE)
+    except CacheError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise CacheError(f"The index {file} cannot be read as parquet ({first_line(error)}). {BUILD}.") from error
 
 
 @contextlib.contextmanager

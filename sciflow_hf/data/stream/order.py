@@ -25,6 +25,10 @@ def row_from_json(values: Sequence[Any]) -> Row:
     return Row(part, row, tuple(size), tuple(latent_shape), tuple(text_shape), rest)
 
 
+Place = tuple[int, Any]
+"""Where an index file can be read from: the number of a row, and the `state_dict` of its stream there."""
+
+
 class Rows(Protocol):
     """What the order is made from; `StreamingCache` is one."""
 
@@ -33,8 +37,8 @@ class Rows(Protocol):
     def sources(self) -> list[tuple[float, float, list[int]]]:
         """(weight, how often an epoch shows each row, numbers of the index files) of what is mixed."""
 
-    def read_rows(self, part: int, start: int) -> Iterator[list[Row]]:
-        """Rows of one index file from row `start` on, in pieces whose borders are always the same."""
+    def read_rows(self, part: int, start: int, place: Place | None) -> Iterator[tuple[Row, Place]]:
+        """Rows of one index file from row `start` on, and places that are not behind them."""
 
     def keeps(self, row: Row) -> bool:
         """Whether the row belongs to the stream."""
@@ -54,7 +58,7 @@ class EpochRows(Iterator[Row]):
         self._size = rows.shuffle_buffer
         self._random = random.Random(hash64(seed, epoch, "stream"))
         self._buffer: list[Row] = []
-        cursors: Sequence[Any] = state["sources"] if state else [None] * len(rows.sources())
+        cursors: Sequence[Any] = state["sources"] if state else [(0, 0, 0, None)] * len(rows.sources())
         self._weights = [weight for weight, _, _ in rows.sources()]
         self._sources = [
             _Source(rows, parts, repeats, hash64(seed, epoch, number), cursor)
@@ -98,62 +102,44 @@ class EpochRows(Iterator[Row]):
             number = self._open[0]
             if len(self._open) > 1:
                 number = self._random.choices(self._open, [self._weights[n] for n in self._open])[0]
-            row = next(self._sources[number], None)
+            row = self._sources[number].draw()
             if row is not None:
                 return row
             self._open.remove(number)
         return None
 
 
-class _Source(Iterator[Row]):
+class _Source:
     """Rows of some index files, each `repeats` times: so many passes, of which the last may show some rows only."""
 
-    def __init__(
-        self, rows: Rows, parts: Sequence[int], repeats: float, seed: int, cursor: Sequence[int] | None
-    ) -> None:
+    def __init__(self, rows: Rows, parts: Sequence[int], repeats: float, seed: int, cursor: Sequence[Any]) -> None:
         self._rows, self._parts, self._repeats, self._seed = rows, parts, repeats, seed
-        self._pass, self._index, self._start, self._used = cursor or (0, 0, 0, 0)
-        self._piece: list[Row] = []
-        self._pieces: Iterator[list[Row]] | None = None
-        if cursor and self._used:
-            self._next_piece()
+        self._pass, self._index, self._start, place = cursor
+        if isinstance(place, int):  # an older checkpoint: the start of a piece, and rows of it that were given
+            self._start, place = self._start + place, None
+        self._place: Place | None = place
+        self._iterator = self._read()
 
-    def cursor(self) -> list[int]:
-        """Pass, place in the order of files, first row of the piece at hand, and rows of it that were given."""
-        return [self._pass, self._index, self._start, self._used]
+    def cursor(self) -> list[Any]:
+        """Pass, place in the order of files, number of the next row in its file, and a place to read from."""
+        return [self._pass, self._index, self._start, self._place]
 
-    def __next__(self) -> Row:
-        while True:
-            while self._used == len(self._piece):
-                self._start, self._used = self._start + len(self._piece), 0
-                if not self._next_piece():
-                    raise StopIteration
-            row = self._piece[self._used]
-            self._used += 1
-            if self._rows.keeps(row) and self._shown(row):
-                return row
+    def draw(self) -> Row | None:
+        """The next row; None at the end."""
+        return next(self._iterator, None)
 
-    def _next_piece(self) -> bool:
-        """The piece that begins at the cursor; in the next file where this one is at its end."""
+    def _read(self) -> Iterator[Row]:
         while self._pass < math.ceil(self._repeats):
-            order = self._order()
-            while self._index < len(order):
-                if self._pieces is None:
-                    self._pieces = self._rows.read_rows(order[self._index], self._start)
-                self._piece = next(self._pieces, [])
-                if self._piece:
-                    return True
-                self._pieces = None
-                self._index, self._start = self._index + 1, 0
+            parts = list(self._parts)
+            if self._rows.shuffle_buffer:
+                random.Random(hash64(self._seed, self._pass, "files")).shuffle(parts)
+            for part in parts[self._index :]:
+                for row, place in self._rows.read_rows(part, self._start, self._place):
+                    self._start, self._place = row.row + 1, place
+                    if self._rows.keeps(row) and self._shown(row):
+                        yield row
+                self._index, self._start, self._place = self._index + 1, 0, None
             self._pass, self._index = self._pass + 1, 0
-        self._piece = []
-        return False
-
-    def _order(self) -> list[int]:
-        parts = list(self._parts)
-        if self._rows.shuffle_buffer:
-            random.Random(hash64(self._seed, self._pass, "files")).shuffle(parts)
-        return parts
 
     def _shown(self, row: Row) -> bool:
         share = self._repeats - self._pass

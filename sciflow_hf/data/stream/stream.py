@@ -17,7 +17,7 @@ from ..cache import LatentCache
 from ..parquet import BUILD
 from ..split import check_eval_fraction, is_held_out
 from .index import FILES_AT_ONCE, RowsView, StreamIndex
-from .order import EpochRows, Row
+from .order import EpochRows, Place, Row
 
 if TYPE_CHECKING:
     import datasets
@@ -85,7 +85,7 @@ class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
             return train, None
 
         def held_out_of(part: int) -> list[Row]:
-            return [row for piece in self.read_rows(part, 0) for row in piece if not train.keeps(row)]
+            return [row for row, _ in self.read_rows(part) if not train.keeps(row)]
 
         with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
             held_out = [row for rows in pool.map(held_out_of, range(len(self._index.files))) for row in rows]
@@ -192,9 +192,9 @@ class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
         least = min(repeats for _, repeats, _ in found)
         return [(weight, round(repeats / least, 9), parts) for weight, repeats, parts in found]
 
-    def read_rows(self, part: int, start: int) -> Iterator[list[Row]]:
-        """Rows of index file number `part`, piece by piece, from the piece that holds row `start` on."""
-        return self._index.read_rows(part, start)
+    def read_rows(self, part: int, start: int = 0, place: Place | None = None) -> Iterator[tuple[Row, Place]]:
+        """As `StreamIndex.read_rows`."""
+        return self._index.read_rows(part, start, place)
 
     def keeps(self, row: Row) -> bool:
         """Whether a row is on this side of the split."""
