@@ -4,18 +4,18 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch.utils.data import Dataset
 
 from ..errors import CacheError, SciflowError
 from . import storage
-from .index import CacheIndex
-from .layouts.members import DTYPES, REBUILD, Member, read_member, read_members, target_dtype
+from .index import CAPTION_COLUMNS, ENCODER_KEYS, CacheIndex, same_setting
+from .layouts.base import DTYPES, REBUILD, Member, Reader, read_member, read_members, target_dtype
 from .layouts.npz import npz_members
-from .parquet import ENCODER_KEYS, same_setting
 from .prior import Prior
 from .split import check_eval_fraction, is_held_out
 
@@ -76,8 +76,9 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
             CacheError: if the payload is not there or not what the index says.
         """
         row = self._row(i)
-        where = f"{self.describe(i)} of {self._index.part_of(row)}"
-        members = self._index.members(row, where)
+        where = f"{self.describe(i)} of {self._index.file_of(row)}"
+        reader, number = self._index.find(row)
+        members = reader.members(number, where)
         if self.online_text is not None:
             members = {name: member for name, member in members.items() if name not in TEXT_KEYS}
         self._check(row, members, where)
@@ -93,7 +94,7 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         self._read(i, self.members(i) if members is None else members, out)
 
     def _read(self, i: int, members: Mapping[str, Member], out: Mapping[str, torch.Tensor]) -> None:
-        where = f"{self.describe(i)} of {self._index.part_of(self._row(i))}"
+        where = f"{self.describe(i)} of {self._index.file_of(self._row(i))}"
         for name, tensor in out.items():
             if name not in members:
                 raise CacheError(f"{where}: the payload {self.payload_path(i)} lacks `{name}`. {REBUILD}.")
@@ -137,10 +138,22 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         chosen = np.asarray(rows, dtype=np.int64).reshape(-1)
         if chosen.size and not (-len(self) <= chosen.min() and chosen.max() < len(self)):
             raise SciflowError(f"`rows` holds numbers outside of this cache, which has {len(self)} rows.")
-        view = type(self)(self._index, dtype=self.dtype, rows=self._rows[chosen])
+        return self.of(self, chosen)
+
+    @classmethod
+    def of(cls, cache: "LatentCache", rows: np.ndarray | None = None) -> Self:
+        """The same rows (or those of them numbered `rows`) as a data set of this class."""
+        rows = np.arange(len(cache)) if rows is None else rows
+        view = cls(cache._index, dtype=cache.dtype, rows=cache._rows[rows])
+        view.online_text = cache.online_text
+        view.repeats = None if cache.repeats is None else cache.repeats[rows]
+        view.prior = None if cache.prior is None else cache.prior.select(rows)
+        return view
+
+    def joined(self, other: "LatentCache") -> Self:
+        """The rows of this view, then those of another view of the same cache; each comes once an epoch."""
+        view = type(self)(self._index, dtype=self.dtype, rows=np.concatenate([self._rows, other._rows]))
         view.online_text = self.online_text
-        view.repeats = None if self.repeats is None else self.repeats[chosen]
-        view.prior = None if self.prior is None else self.prior.select(chosen)
         return view
 
     def split(self, eval_fraction: float) -> tuple["LatentCache", "LatentCache"]:
@@ -178,7 +191,6 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
     def index(self) -> "datasets.Dataset":
         """The index rows of this view as a `datasets.Dataset`, all columns but the payloads' bytes."""
         import datasets
-        import pyarrow as pa
 
         table = self._index.read_columns().take(pa.array(self._rows))
         return datasets.Dataset(table, fingerprint=self.fingerprint)
@@ -186,14 +198,12 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
     @cached_property
     def captions(self) -> list[str]:
         """The caption of each row. CacheError if the index has none."""
-        import pyarrow as pa
-
-        found = self._index.captions
+        found = next((column for column in map(self.column, CAPTION_COLUMNS) if column is not None), None)
         if found is None:
             raise CacheError(
                 "the index has no captions (column `caption` or `text`), which online text encoding needs."
             )
-        return [caption or "" for caption in found.take(pa.array(self._rows)).to_pylist()]
+        return [caption or "" for caption in found.to_pylist()]
 
     def caption(self, i: int) -> str:
         """The caption of row `i`."""
@@ -202,13 +212,46 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
     @property
     def source_of_row(self) -> np.ndarray:
         """(N,) number of the entry of `dataset_dir` that each row came from."""
-        part = np.searchsorted(self._index.part_starts, self._rows, side="right") - 1
-        return self._index.part_sources[part]
+        return self._index.sources[np.searchsorted(self._index.starts, self._rows, side="right") - 1]
+
+    @property
+    def readers(self) -> list[Reader]:
+        """Of each index file of the complete cache, in the order of their rows."""
+        return self._index.readers
 
     @property
     def part_files(self) -> list[str]:
         """The parquet files of the index."""
-        return self._index.part_names
+        return [reader.file for reader in self.readers]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether this view has all rows."""
+        return len(self) == len(self._index.sizes)
+
+    @property
+    def empty_prompt_file(self) -> str | None:
+        """Where `empty_prompt` is stored."""
+        return self._index.empty_prompt_file
+
+    @property
+    def latent_shapes(self) -> np.ndarray:
+        """(N, 3): channels, height, width of the latents of each row."""
+        return self._index.latent_shapes[self._rows].astype(np.int64)
+
+    @property
+    def text_shapes(self) -> np.ndarray:
+        """(N, 2): length and width of the text of each row; 0 where none is stored."""
+        return self._index.text_shapes[self._rows].astype(np.int64)
+
+    def reader(self, i: int) -> Reader:
+        """Of the index file of row `i`."""
+        return self._index.find(self._row(i))[0]
+
+    def column(self, name: str) -> pa.ChunkedArray | None:
+        """A column of the index, not of a payload's bytes; None if there is none of that name."""
+        column = self._index.column(name)
+        return None if column is None else column.take(pa.array(self._rows))
 
     @cached_property
     def buckets(self) -> list[tuple[int, int]]:
@@ -222,9 +265,8 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         Raises:
             CacheError: if two rows of one key have other latent or embedding shapes.
         """
-        lengths = self._index.text_shapes[self._rows, 0]
-        keys = np.concatenate([self._index.sizes[self._rows], lengths[:, None]], axis=1)
-        shapes = np.concatenate([self._index.latent_shapes, self._index.text_shapes], axis=1)[self._rows]
+        keys = np.concatenate([self._index.sizes[self._rows], self.text_shapes[:, :1]], axis=1)
+        shapes = np.concatenate([self.latent_shapes, self.text_shapes], axis=1)
         _, first, inverse = np.unique(keys, axis=0, return_index=True, return_inverse=True)
         same_as = first[inverse.reshape(-1)]
         odd = np.flatnonzero((shapes != shapes[same_as]).any(axis=1))
@@ -247,7 +289,7 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
     @cached_property
     def groups(self) -> list[str]:
         """`paper_id` of each row where there is one, else its image, else the row id: variants stay together."""
-        papers, images = self._column("paper_id"), self._column("image_path")
+        papers, images = self.strings("paper_id"), self.strings("image_path")
         groups = (
             list(self.row_ids) if images is None else [i or row for i, row in zip(images, self.row_ids, strict=True)]
         )
@@ -260,8 +302,8 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         for row_id in self.row_ids:
             data = row_id.encode()
             digest.update(b"%d:" % len(data) + data)
-        for array in (self._index.sizes, self._index.latent_shapes, self._index.text_shapes):
-            digest.update(np.ascontiguousarray(array[self._rows], dtype="<i8").tobytes())
+        for array in (self._index.sizes[self._rows], self.latent_shapes, self.text_shapes):
+            digest.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
         if self.repeats is not None:
             digest.update(np.ascontiguousarray(self.repeats, dtype="<f8").tobytes())
         return digest.hexdigest()[:16]
@@ -269,7 +311,7 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
     @cached_property
     def empty_prompt(self) -> dict[str, torch.Tensor] | None:
         """Text keys of the empty prompt, for caption dropout; None if the cache was built without."""
-        file = self._index.empty_prompt_file
+        file = self.empty_prompt_file
         if file is None:
             return None
         members = {name: m for name, m in npz_members(file, "the empty prompt").items() if name in TEXT_KEYS}
@@ -282,7 +324,7 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
     @property
     def text_lengths(self) -> list[int]:
         """Number of text tokens of each row."""
-        return self._index.text_shapes[self._rows, 0].tolist()
+        return self.text_shapes[:, 0].tolist()
 
     def payload_bytes(self) -> tuple[int, int]:
         """Bytes of the files that hold this view's latents, and how many of the files are missing."""
@@ -332,14 +374,10 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
             raise IndexError(f"row {i} of a cache with {len(self)} rows")
         return int(self._rows[i])
 
-    def _column(self, name: str) -> list[str | None] | None:
-        """A column of this view as strings, missing values as None."""
-        if name not in self._index.table.column_names:
-            return None
-        import pyarrow as pa
-
-        column = self._index.table.column(name).take(pa.array(self._rows))
-        return [None if value is None else str(value) for value in column.to_pylist()]
+    def strings(self, name: str) -> list[str | None] | None:
+        """A column of the index as strings, missing values as None; None if there is none of that name."""
+        column = self.column(name)
+        return None if column is None else [None if v is None else str(v) for v in column.to_pylist()]
 
 
 def _read_text_ids(member: Member, out: torch.Tensor, where: str) -> None:

@@ -140,10 +140,8 @@ def _with_prior(own: LatentCache, prior: LatentCache, *, loss_weight: float) -> 
 
     Every row comes at least once an epoch.
     """
-    rows = np.concatenate([own._rows, prior._rows])
-    train = LatentCache(own._index, dtype=own.dtype, rows=rows)
-    train.online_text = own.online_text
-    train.prior = Prior(np.arange(len(rows)) >= len(own), loss_weight)
+    train = own.joined(prior)
+    train.prior = Prior(np.arange(len(train)) >= len(own), loss_weight)
     repeats = np.ones(len(own)) if own.repeats is None else own.repeats
     draws = max(repeats.sum(), len(prior))
     train.repeats = np.concatenate([repeats * (draws / repeats.sum()), np.full(len(prior), draws / len(prior))])

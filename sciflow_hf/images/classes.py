@@ -119,12 +119,7 @@ class ClassImages(Dataset[dict[str, torch.Tensor]]):
 
 
 class ClassLatents(LatentCache):
-    """A `LatentCache` whose samples have `class_labels`, too."""
-
-    @classmethod
-    def of(cls, cache: LatentCache) -> "ClassLatents":
-        """The same rows, with labels."""
-        return cls(cache._index, dtype=cache.dtype, rows=cache._rows)
+    """A `LatentCache` whose samples have `class_labels`, too; `ClassLatents.of(cache)` has the rows of another."""
 
     @cached_property
     def class_labels(self) -> torch.Tensor:
@@ -133,13 +128,13 @@ class ClassLatents(LatentCache):
         Raises:
             CacheError: the index has no labels, or none in some row.
         """
-        table = self._index.read_columns([LABEL])
-        if LABEL not in table.column_names or table.column(LABEL).null_count:
+        labels = self.column(LABEL)
+        if labels is None or labels.null_count:
             raise CacheError(
                 f"the index has no `{LABEL}` (class of the image) in every row. Build the cache by `sciflow-hf cache "
                 "build --family dit`, or train without classes by `--num_classes 0`."
             )
-        return torch.from_numpy(table.column(LABEL).to_numpy()[self._rows].astype("int64"))
+        return torch.from_numpy(labels.to_numpy().astype("int64"))
 
     @property
     def class_names(self) -> list[str]:

@@ -15,7 +15,7 @@ from caches import edit, encoder_settings, index_files, payload_of, resave, writ
 from torch.utils.data import DataLoader
 
 from sciflow_hf.data.cache import LatentCache
-from sciflow_hf.data.layouts.members import read_members
+from sciflow_hf.data.layouts.base import read_members
 from sciflow_hf.data.layouts.npz import npz_members
 from sciflow_hf.data.load import load_cache
 from sciflow_hf.errors import CacheError, SciflowError

@@ -16,14 +16,9 @@ from safetensors import safe_open
 from stored_blocks import NAMES, ROWS, SETTINGS, data_file, light, make, samples, write_block
 
 from sciflow_hf.data.build import blocks
-from sciflow_hf.data.build.blocks import (
-    Layout,
-    cut_blocks,
-    first_rows,
-    locked,
-    prompt_hash,
-)
+from sciflow_hf.data.build.blocks import cut_blocks, first_rows, locked, prompt_hash
 from sciflow_hf.data.layouts import inline, shards
+from sciflow_hf.data.layouts.base import Layout
 from sciflow_hf.data.layouts.shards import read_header
 from sciflow_hf.data.load import load_cache
 from sciflow_hf.errors import CacheError, SciflowError

@@ -13,7 +13,7 @@ import pytest
 import torch
 from caches import write_cache
 
-from sciflow_hf.data.layouts.members import read_members
+from sciflow_hf.data.layouts.base import read_members
 from sciflow_hf.data.layouts.npz import npz_members
 from sciflow_hf.data.load import load_cache
 from sciflow_hf.errors import CacheError

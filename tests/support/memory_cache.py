@@ -5,7 +5,7 @@ import torch
 from sciflow_hf.data.batches.buckets import BucketBatchSampler
 from sciflow_hf.data.batches.loader import batch_keys_of
 from sciflow_hf.data.batches.threads import release
-from sciflow_hf.data.layouts.members import Member
+from sciflow_hf.data.layouts.base import Member
 
 PATHS = {"1 thread": {"threads": 1}, "3 threads": {"threads": 3}, "main": {"threads": 0}, "worker": {"num_workers": 1}}
 BFLOAT16, DIM = torch.bfloat16, 6

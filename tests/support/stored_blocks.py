@@ -6,12 +6,8 @@ from pathlib import Path
 import pyarrow as pa
 import torch
 
-from sciflow_hf.data.build.blocks import (
-    Layout,
-    prompt_hash,
-    write_part,
-    write_payloads,
-)
+from sciflow_hf.data.build.blocks import prompt_hash, writer_of
+from sciflow_hf.data.layouts.base import Block, Layout
 
 ROWS = 6
 NAMES = ("latents", "prompt_embeds", "txt_ids", "prompt_embeds_mask", "loss_mask", "time_ids")
@@ -20,8 +16,9 @@ SETTINGS = {"family": "x", "max_sequence_length": 12}
 
 def write_block(folder, name, rows, tensors, layout, **prompts):
     """The payloads of some rows, then their index."""
-    write_payloads(folder, name, rows, tensors, layout, **prompts)
-    write_part(folder, name, rows, layout, **prompts)
+    writer, block = writer_of(folder, layout), Block(name, rows, **prompts)
+    writer.write_payload(block, tensors)
+    writer.write_index(block)
 
 
 def samples(rows: int = ROWS) -> list[dict[str, torch.Tensor]]:

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from ...diffusion.randomness import randn, uniform
 from ...errors import CacheError, SciflowError
 from ..cache import TEXT_KEYS
-from ..layouts.members import Member, target_dtype
+from ..layouts.base import Member, target_dtype
 from .threads import Carve, Index
 
 MASK = "prompt_embeds_mask"

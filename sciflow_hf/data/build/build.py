@@ -20,15 +20,15 @@ from ... import __version__
 from ...errors import SciflowError, first_line
 from ..batches.buckets import aspect_ratio_buckets
 from ..batches.samples import text_rows
-from ..index import EMPTY_PROMPT_FILE
+from ..index import EMPTY_PROMPT_FILE, same_setting
+from ..layouts.base import Layout
 from ..layouts.npz import write_npz
-from ..parquet import same_setting
 from ..writing import output_file, readable_bytes
-from .block_stores import InlineStore, ShardStore
-from .blocks import Layout, locked
+from .block_staging import InlineStaging, ShardStaging
+from .blocks import locked
 from .jobs import Batch, Job, by_bucket, find_jobs, in_batches
 from .sources import Record, find_records, to_rgb
-from .stores import STAGING, NpzStore, Skips, Store
+from .staging import FOLDER, NpzStaging, Skips, Staging
 from .views import average_mask, fit_mask, fit_pixels
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 SETTINGS_FILE = "build.json"
 BLOCK_BYTES = 1 << 30
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-STORES: dict[str, type[Store]] = {"shards": ShardStore, "inline": InlineStore, "npz": NpzStore}
+STAGING: dict[str, type[Staging]] = {"shards": ShardStaging, "inline": InlineStaging, "npz": NpzStaging}
 _Tensors = dict[str, torch.Tensor]
 _Encode = Callable[[Any], _Tensors]
 
@@ -163,9 +163,9 @@ def build_cache(
     skips = Skips(strict, first_rank=rank == 0)
     for name, reason in skipped:
         skips.on_every_rank(name, reason)
-    store_type = STORES[payload]
+    kind = STAGING[payload]
     found = find_jobs(
-        records, buckets, resolution=resolution, crops=crops, flip=flip, with_caption=store_type.with_text,
+        records, buckets, resolution=resolution, crops=crops, flip=flip, with_caption=kind.with_text,
         skip=skips.on_every_rank,
     )  # fmt: skip
     jobs = by_bucket(found, batch_size)
@@ -173,9 +173,9 @@ def build_cache(
         raise SciflowError(
             f"`input_dir` is {str(input_dir)!r}: none of its images can be read. First: {skips.first()}."
         )
-    store = store_type(output, jobs, facts | {"version": __version__}, layout, skips)
+    staging = kind(output, jobs, facts | {"version": __version__}, layout, skips)
     work = _Builder(
-        store, jobs, encode_images, encode_prompts, skips,
+        staging, jobs, encode_images, encode_prompts, skips,
         settings=fixed, batch_size=batch_size, samples_per_part=samples_per_part,
         time_ids=time_ids, rank=rank, world_size=world_size, barrier=barrier,
     )  # fmt: skip
@@ -226,7 +226,7 @@ def _check_output(output: Path, settings: Mapping[str, Any]) -> None:
 
 
 class _Builder:
-    """The work of one rank: its share of the batches is encoded, its parts are completed; see `build_cache`.
+    """The work of one rank: its share of the batches is encoded, its blocks are completed; see `build_cache`.
 
     Attributes:
         samples: rows of the index (rank 0).
@@ -237,7 +237,7 @@ class _Builder:
 
     def __init__(
         self,
-        store: Store,
+        staging: Staging,
         jobs: Sequence[Job],
         encode_images: _Encode,
         encode_prompts: _Encode,
@@ -251,11 +251,15 @@ class _Builder:
         world_size: int,
         barrier: Callable[[], None],
     ) -> None:
-        self.store, self.jobs, self.skip, self.settings = store, jobs, skip, settings
+        self.staging, self.jobs, self.skip, self.settings = staging, jobs, skip, settings
         self.encode_images, self.encode_prompts = encode_images, encode_prompts
         self.batch_size, self.samples_per_part = batch_size, samples_per_part
         self.rank, self.world_size, self.barrier = rank, world_size, barrier
-        self.output, self.dtype, self.with_embeds = store.output, store.layout.dtype, store.layout.embeds != "none"
+        self.output, self.dtype, self.with_embeds = (
+            staging.output,
+            staging.layout.dtype,
+            staging.layout.embeds != "none",
+        )
         self.uses = Counter(job.caption for job in jobs)
         self.time_ids = time_ids
         self.masked = any(job.record.open_mask is not None for job in jobs)
@@ -280,69 +284,69 @@ class _Builder:
                 self.bar.close()
 
     def _run(self) -> None:
-        self.store.look()
+        self.staging.look()
         self.barrier()
         if self.rank == 0:
             self._begin()
         self.barrier()
-        parts = self.store.plan(self._part_size())
+        blocks = self.staging.plan(self._block_size())
         self.barrier()
         if self.rank == 0:
-            self.store.clear()
+            self.staging.clear()
 
-        batches = [list(in_batches(part.jobs, self.batch_size, prompts=part.prompts)) for part in parts]
-        turn = itertools.count()  # batches are dealt in turn, over all parts: no rank has one more than another
-        mine = [[batch for batch in part if next(turn) % self.world_size == self.rank] for part in batches]
-        images, prompts = sum(len(part.jobs) for part in parts), sum(len(part.prompts or ()) for part in parts)
+        batches = [list(in_batches(todo.jobs, self.batch_size, prompts=todo.prompts)) for todo in blocks]
+        turn = itertools.count()  # batches are dealt in turn, over all blocks: no rank has one more than another
+        mine = [[batch for batch in block if next(turn) % self.world_size == self.rank] for block in batches]
+        images, prompts = sum(len(todo.jobs) for todo in blocks), sum(len(todo.prompts or ()) for todo in blocks)
         self.left = {"image": images + self.encoded, "prompt": prompts}
-        self.own = sum(len(batch.jobs) for part in mine for batch in part)
+        self.own = sum(len(batch.jobs) for block in mine for batch in block)
         self.reused = len(self.jobs) - self.left["image"]
         if not self.left["image"]:
             logger.info("All %d images are encoded already.", len(self.jobs))
-        for start in range(0, len(parts), self.world_size):
-            numbers = range(start, min(start + self.world_size, len(parts)))
+        for start in range(0, len(blocks), self.world_size):
+            numbers = range(start, min(start + self.world_size, len(blocks)))
             own = start + self.rank
             try:
                 for number in numbers:
                     for batch in mine[number]:
                         self._encode(batch)
                 self.barrier()
-                self.store.gather(numbers.start, numbers.stop)
+                self.staging.gather(numbers.start, numbers.stop)
                 self.barrier()  # before any rank tidies up
             except BaseException:
                 if own in numbers:
-                    self.store.salvage(own)
+                    self.staging.salvage(own)
                 raise
             if own in numbers:
-                self.store.finish(own)
+                self.staging.finish(own)
         if self.rank:
             self._write_note()
         self.barrier()
         if self.rank == 0:
             self._read_notes()
-            self.samples, self.bytes = self.store.close()
-            if (self.output / STAGING).exists():
-                shutil.rmtree(self.output / STAGING)
+            self.samples, self.bytes = self.staging.close()
+            if (self.output / FOLDER).exists():
+                shutil.rmtree(self.output / FOLDER)
         self.barrier()
 
     def _begin(self) -> None:
         """What one rank does before the others start."""
         size = self._settings_before().get("sample_bytes")
         self._write_settings(size)
-        self.store.clean()
+        self.staging.clean()
         file = self.output / EMPTY_PROMPT_FILE
         if self.with_embeds and not file.is_file():  # for caption dropout
             write_npz(file, text_rows(self.encode_prompts([""]))[0], self.dtype)
-        if size is None and not self.store.with_text:
+        if size is None and not self.staging.with_text:
             self._write_settings(self._measure())
 
     def _measure(self) -> int | None:
         """Bytes of the first sample that can be encoded: they tell how many make a block."""
         for batch in in_batches(self.jobs, self.batch_size, prompts=self.uses if self.with_embeds else ()):
-            size = self.store.measure(batch.jobs)
+            size = self.staging.measure(batch.jobs)
             if size is None:
                 self._encode(batch)
-                size = self.store.measure(batch.jobs)
+                size = self.staging.measure(batch.jobs)
             if size is not None:
                 return size
         return None
@@ -359,7 +363,7 @@ class _Builder:
         with output_file(self.output / SETTINGS_FILE) as file:
             file.write(text.encode())
 
-    def _part_size(self) -> int:
+    def _block_size(self) -> int:
         size = self._settings_before().get("sample_bytes")
         return max(1, min(self.samples_per_part, BLOCK_BYTES // size)) if size else self.samples_per_part
 
@@ -389,12 +393,12 @@ class _Builder:
                 sample["loss_mask"] = torch.from_numpy(average_mask(masks[i], (height, width)))
             if self.time_ids:
                 sample["time_ids"] = torch.tensor([*job.view.original, *job.view.crop, *job.view.size])
-            if self.store.with_text:
+            if self.staging.with_text:
                 sample |= self.texts.get(job.caption, {})
             if bad := self._not_finite(sample):
                 self.skip(job.name, f"its encoded {bad} holds NaN or Inf in {self.settings['dtype']}")
                 continue
-            self.sizes["image"] = self.store.save(job, sample)
+            self.sizes["image"] = self.staging.save(job, sample)
             self.encoded += 1
             self._advance()
 
@@ -403,20 +407,20 @@ class _Builder:
         if not self.with_embeds:
             return
         mine, here = {job.caption for job in good}, Counter(job.caption for job in batch.jobs)
-        prompts = [p for p in batch.prompts if p in mine or (not self.store.with_text and self.uses[p] > here[p])]
+        prompts = [p for p in batch.prompts if p in mine or (not self.staging.with_text and self.uses[p] > here[p])]
         new = [prompt for prompt in prompts if prompt not in self.texts]
         texts = self.encode_prompts(new) if new else {}
         known = {prompt: self.texts[prompt] for prompt in prompts if prompt in self.texts}
         self.texts = known | dict(zip(new, text_rows(texts) if new else [], strict=True))
-        if self.store.with_text:
+        if self.staging.with_text:
             return
         for prompt, text in self.texts.items():
             if bad := self._not_finite(text):
                 if self.skip.strict:
                     self.skip(f"The prompt {prompt!r}", f"its encoded {bad} holds NaN or Inf")
-                self.store.save_prompt(prompt, None)
+                self.staging.save_prompt(prompt, None)
             else:
-                self.sizes["prompt"] = self.store.save_prompt(prompt, text)
+                self.sizes["prompt"] = self.staging.save_prompt(prompt, text)
         self.texts = {}
 
     def _open(self, job: Job) -> "Image.Image":
@@ -448,7 +452,7 @@ class _Builder:
         self.bar.update()
 
     def _note(self, rank: int) -> Path:
-        return self.output / STAGING / f"rank{rank}.json"
+        return self.output / FOLDER / f"rank{rank}.json"
 
     def _write_note(self) -> None:
         text = json.dumps([self.encoded, self.skip.found])

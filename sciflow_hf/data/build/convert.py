@@ -8,12 +8,13 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from tqdm import tqdm
 
@@ -22,18 +23,13 @@ from ...errors import CacheError, SciflowError
 from .. import storage
 from ..cache import LatentCache
 from ..index import CAPTION_COLUMNS, EMPTY_PROMPT_FILE
-from ..layouts.inline import count_rows
-from ..layouts.members import Member, quantise, target_dtype
-from ..layouts.shards import read_header, shard_file
-from ..layouts.stored import TEXT_TENSORS, payload_columns
+from ..layouts.base import METADATA_KEY, TEXT_TENSORS, Block, Layout, Member, payload_columns, target_dtype
+from ..layouts.codecs import quantise
+from ..layouts.shards import read_header
 from ..load import load_cache
-from ..parquet import METADATA_KEY
 from ..writing import output_file, readable_bytes
-from .blocks import Layout, cut_blocks, first_rows, index_file, locked, prompt_hash, write_part, write_payloads
+from .blocks import cut_blocks, first_rows, locked, prompt_hash, writer_of
 from .build import SETTINGS_FILE as BUILD_SETTINGS
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +46,7 @@ class ConvertReport:
     Attributes:
         output_dir: the new cache.
         samples: its rows.
-        blocks: its parts; `written` of them by this run, `waiting` for other ranks.
+        blocks: its blocks; `written` of them by this run, `waiting` for other ranks.
         bytes_before, bytes_after: size of the payloads (after: of all files).
         prompts: distinct captions; their embeddings are stored once (shards).
         own_copies: rows whose embeddings differ from those of the first row with the same caption, and are
@@ -132,8 +128,7 @@ class _Plan:
 
     def __init__(self, source: LatentCache, layout: Layout, shard_bytes: int) -> None:
         self.source, self.layout = source, layout
-        self.latent_shapes = source._index.latent_shapes[source._rows].astype(np.int64)  # (N, 3)
-        self.text_shapes = source._index.text_shapes[source._rows].astype(np.int64)  # (N, 2)
+        self.latent_shapes, self.text_shapes = source.latent_shapes, source.text_shapes
         names = source.members(0)
         if layout.embeds != "none" and "prompt_embeds" not in names:
             raise SciflowError(
@@ -153,15 +148,19 @@ class _Plan:
         once = layout.payload == "shards" and layout.embeds != "none"
         self.first = first_rows(self.hashes) if once else list(range(len(source)))
         self.sizes = self._sizes(names)
-        self.blocks = cut_blocks(self.sizes, shard_bytes)
-        self.block_names = [f"part{number:05d}" for number in range(len(self.blocks))]
-        starts = np.array([block.start for block in self.blocks])
-        owners = np.searchsorted(starts, np.array(self.first), side="right") - 1
-        self.owners = [self.block_names[number] for number in owners]
-        self.rows = self._light_rows()
-        cut = [[block.start, block.stop] for block in self.blocks]
-        facts = json.loads(self.rows.schema.metadata[METADATA_KEY])
-        text = json.dumps([cut, self.hashes, facts, self.rows.column_names], sort_keys=True)
+        self.ranges = cut_blocks(self.sizes, shard_bytes)
+        owners = np.searchsorted([rows.start for rows in self.ranges], self.first, side="right") - 1
+        table = self._light_rows()
+        self.blocks = [
+            Block(
+                f"part{number:05d}", table.slice(rows.start, len(rows)), self.hashes[rows.start : rows.stop],
+                [f"part{owner:05d}" for owner in owners[rows.start : rows.stop]],
+            )
+            for number, rows in enumerate(self.ranges)
+        ]  # fmt: skip
+        cut = [[rows.start, rows.stop] for rows in self.ranges]
+        facts = json.loads(table.schema.metadata[METADATA_KEY])
+        text = json.dumps([cut, self.hashes, facts, table.column_names], sort_keys=True)
         self.settings = {
             "payload": layout.payload, "embeds": layout.embeds, "codec": layout.codec, "shard_bytes": shard_bytes,
             "source": source.fingerprint, "plan": hashlib.sha256(text.encode()).hexdigest()[:16],
@@ -180,12 +179,10 @@ class _Plan:
             sizes += np.where(np.array(self.first) == np.arange(len(sizes)), prompts, 0)
         return sizes.tolist()
 
-    def _light_rows(self) -> "pa.Table":
+    def _light_rows(self) -> pa.Table:
         """The index without what says where the source's payloads are."""
-        import pyarrow as pa
-
         table: pa.Table = self.source.index.with_format("arrow")[:]
-        gone = {column for payload in self.source._index.payloads for column in payload_columns(payload)}
+        gone = {column for reader in self.source.readers for column in payload_columns(reader.payload)}
         table = table.drop_columns([name for name in table.column_names if name in gone])
         metadata = {k: v for k, v in self.source.metadata.items() if k not in ("payload", "embeds")}
         if "dtype" in metadata:
@@ -236,7 +233,9 @@ def _open(
 def _check_apart(output: Path, source: LatentCache, folders: Sequence[str]) -> None:
     """Refuses an output in which the source lies, or the other way round."""
     new = os.path.realpath(output)
-    known = [*folders, *map(os.path.dirname, source.part_files)] + (source._index.part_roots if not folders else [])
+    known = [*folders, *map(os.path.dirname, source.part_files)] + (
+        [reader.root for reader in source.readers] if not folders else []
+    )
     for folder in dict.fromkeys(os.path.realpath(f) for f in known if not storage.is_url(f) and os.path.isdir(f)):
         if os.path.commonpath([new, folder]) in (new, folder):
             raise SciflowError(
@@ -312,67 +311,46 @@ class _Converter:
     fp8: _Fp8Error = field(default_factory=_Fp8Error)
 
     def __post_init__(self) -> None:
+        self.writer = writer_of(self.output, self.plan.layout)
         self.owner_text = lru_cache(maxsize=8)(self._read_text)
 
     def run(self, rank: int, world_size: int, barrier: Callable[[], None]) -> ConvertReport:
-        numbers = range(len(self.plan.blocks))
-        mine = numbers[rank::world_size]
-        self._write_payloads([number for number in mine if not self._is_complete(number)])
+        blocks = self.plan.blocks
+        mine = blocks[rank::world_size]
+        self._write_payloads([number for number in range(rank, len(blocks), world_size) if not self._is_there(number)])
         if rank == 0:
             self._copy_empty_prompt()
         barrier()
-        self._write_parts(mine)
+        self._write_indexes(mine)
         barrier()
-        self._write_parts(numbers)  # what other ranks left: nothing where they run at the same time
-        return self._finish(numbers)
+        self._write_indexes(blocks)  # what other ranks left: nothing where they run at the same time
+        return self._finish()
 
-    def _is_complete(self, number: int) -> bool:
-        """Whether the payloads of a block are there."""
-        name, payload = self.plan.block_names[number], self.plan.layout.payload
-        if payload == "npz":
-            return all((self.output / path).is_file() for path in self._npz_paths(self.plan.blocks[number]))
-        if payload == "inline":
-            return self._has_part(number)
-        file = self.output / shard_file(name)
-        return file.is_file() and _readable(lambda: bool(read_header(str(file))))
-
-    def _has_part(self, number: int) -> bool:
-        file, length = self.output / index_file(self.plan.block_names[number]), len(self.plan.blocks[number])
-        return file.is_file() and _readable(lambda: count_rows(str(file)) == length)
-
-    def _npz_paths(self, rows: range) -> list[str]:
-        paths: list[str] = self.plan.rows.column("cache_path")[rows.start : rows.stop].to_pylist()
-        return paths
+    def _is_there(self, number: int) -> bool:
+        return _readable(self.writer.has_payload, self.plan.blocks[number])
 
     def _write_payloads(self, numbers: Sequence[int]) -> None:
         plan = self.plan
-        need = sum(plan.sizes[row] for number in numbers for row in plan.blocks[number])
+        need = sum(plan.sizes[row] for number in numbers for row in plan.ranges[number])
         free = shutil.disk_usage(self.output).free
         if need > free:
             text = "About %s are to be written, but %s has %s free. Make room; finished files are kept."
             logger.warning(text, readable_bytes(need), self.output, readable_bytes(free))
-        samples = sum(len(plan.blocks[number]) for number in numbers)
+        samples = sum(len(plan.ranges[number]) for number in numbers)
         with tqdm(total=samples, unit="sample", desc="Converting", disable=not samples) as bar:
             for number in numbers:
-                name, block = plan.block_names[number], plan.blocks[number]
-                self._drop_parts(name)
-                rows, chosen = plan.rows.slice(block.start, len(block)), list(block)
-                if plan.layout.payload == "npz":
-                    paths = self._npz_paths(block)
-                    missing = [i for i, path in enumerate(paths) if not (self.output / path).is_file()]
-                    rows, chosen = rows.take(missing), [block[i] for i in missing]
-                write_payloads(
-                    self.output, name, rows, self._samples(chosen, bar), plan.layout,
-                    prompts=plan.hashes[block.start : block.stop], owners=plan.owners[block.start : block.stop],
-                )  # fmt: skip
+                block, rows = plan.blocks[number], plan.ranges[number]
+                self._drop_indexes(block.name)
+                missing = self.writer.missing(block)
+                block = replace(block, rows=block.rows.take(missing))
+                self.writer.write_payload(block, self._samples([rows[i] for i in missing], bar))
                 self.report.written += 1
 
-    def _drop_parts(self, name: str) -> None:
+    def _drop_indexes(self, name: str) -> None:
         """Removes index files that refer to a shard which is about to be made anew."""
-        for other, block in zip(self.plan.block_names, self.plan.blocks, strict=True):
-            file = self.output / index_file(other)
-            if file.is_file() and (other == name or name in self.plan.owners[block.start : block.stop]):
-                file.unlink()
+        for other in self.plan.blocks:
+            if other.name == name or name in (other.owners or ()):
+                (self.output / other.index_file).unlink(missing_ok=True)
 
     def _samples(self, rows: Sequence[int], bar: "tqdm[Any]") -> Iterator[dict[str, torch.Tensor]]:
         for row in rows:
@@ -421,31 +399,21 @@ class _Converter:
         return self._read(row, {name: member for name, member in members.items() if name in TEXT_TENSORS})
 
     def _copy_empty_prompt(self) -> None:
-        source, target = self.plan.source._index.empty_prompt_file, self.output / EMPTY_PROMPT_FILE
+        source, target = self.plan.source.empty_prompt_file, self.output / EMPTY_PROMPT_FILE
         if source is not None and self.plan.layout.embeds != "none" and not target.is_file():
             data = storage.read(source, 0, storage.size(source))
             with output_file(target) as handle:
                 handle.write(data)
 
-    def _write_parts(self, numbers: Sequence[int]) -> None:
+    def _write_indexes(self, blocks: Sequence[Block]) -> None:
         """Index files of blocks whose payloads, and those of the blocks that own their prompts, are there."""
-        plan = self.plan
-        for number in numbers:
-            name, block = plan.block_names[number], plan.blocks[number]
-            owners = plan.owners[block.start : block.stop]
-            if self._has_part(number):
-                continue
-            if plan.layout.payload == "shards":
-                ready = all((self.output / shard_file(other)).is_file() for other in {name, *owners})
-            else:
-                ready = self._is_complete(number)
-            if ready:
-                rows, hashes = plan.rows.slice(block.start, len(block)), plan.hashes[block.start : block.stop]
-                write_part(self.output, name, rows, plan.layout, prompts=hashes, owners=owners)
+        for block in blocks:
+            if not _readable(self.writer.has_index, block) and _readable(self.writer.is_ready, block):
+                self.writer.write_index(block)
 
-    def _finish(self, numbers: Sequence[int]) -> ConvertReport:
+    def _finish(self) -> ConvertReport:
         report, plan = self.report, self.plan
-        report.waiting = sum(not (self.output / index_file(plan.block_names[n])).is_file() for n in numbers)
+        report.waiting = sum(not (self.output / block.index_file).is_file() for block in plan.blocks)
         report.bytes_before = plan.source.payload_bytes()[0]
         files = [file for file in self.output.rglob("*") if file.is_file() and not file.name.startswith(".")]
         report.bytes_after = sum(file.stat().st_size for file in files if file.name != SETTINGS_FILE)
@@ -460,10 +428,10 @@ class _Converter:
         return report
 
 
-def _readable(check: Callable[[], bool]) -> bool:
-    """What `check` finds of a file; False, with a warning, where that is broken."""
+def _readable(check: Callable[[Block], bool], block: Block) -> bool:
+    """What `check` finds of a block; False, with a warning, where its file is broken."""
     try:
-        return check()
+        return check(block)
     except CacheError as error:
         logger.warning("Written again: %s", error)
         return False

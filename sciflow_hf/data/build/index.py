@@ -3,13 +3,13 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..parquet import METADATA_KEY
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..layouts.base import METADATA_KEY
 from ..writing import output_file
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 # Columns of every index that `build` writes; free columns of the input stand before them.
 OWN_COLUMNS = {
@@ -31,13 +31,11 @@ OWN_COLUMNS = {
 
 def index_schema(
     columns: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any], own: Mapping[str, str] = OWN_COLUMNS
-) -> "pa.Schema":
-    """Schema of an index whose rows have free `columns` before their `own`: the same for all parts.
+) -> pa.Schema:
+    """Schema of an index whose rows have free `columns` before their `own`: the same for all files.
 
     A free column of whole numbers, numbers or truth values keeps its type; any other becomes a string.
     """
-    import pyarrow as pa
-
     kinds: dict[str, set[type]] = {}
     for row in columns:
         for name, value in row.items():
@@ -58,19 +56,15 @@ def index_schema(
     return pa.schema(fields, metadata={METADATA_KEY: json.dumps(metadata).encode()})
 
 
-def index_table(rows: Sequence[Mapping[str, Any]], schema: "pa.Schema") -> "pa.Table":
+def index_table(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
     """Rows as a table; what is not a text where one belongs becomes JSON."""
-    import pyarrow as pa
-
     texts = {name for name in schema.names if pa.types.is_string(schema.field(name).type)}
     plain = [{k: _text(v) if k in texts else v for k, v in row.items() if k in schema.names} for row in rows]
     return pa.Table.from_pylist(plain, schema=schema)
 
 
-def write_index(file: Path, rows: Sequence[Mapping[str, Any]], schema: "pa.Schema") -> None:
-    """One part of an index; left alone if it says just that already."""
-    import pyarrow.parquet as pq
-
+def write_index(file: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
+    """One index file; left alone if it says just that already."""
     if not rows:
         file.unlink(missing_ok=True)
         return

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...errors import CacheError
-from ..layouts.members import Member
+from ..index import CAPTION_COLUMNS
+from ..layouts.base import Member
 from ..writing import readable_bytes
 
 if TYPE_CHECKING:
@@ -41,17 +42,18 @@ def text_table(rows: Sequence[Sequence[str]], *, right: Collection[int] = ()) ->
 
 def describe_cache(cache: "LatentCache", names: Sequence[str]) -> str:
     """All that `cache info` says of a complete cache; `names` are the entries of `dataset_dir`."""
-    index, arrays, lengths = cache._index, stored_arrays(cache), cache.text_lengths
+    arrays, lengths = stored_arrays(cache), cache.text_lengths
+    captions = any(cache.column(name) is not None for name in CAPTION_COLUMNS)
     size, missing = cache.payload_bytes()
     masks = arrays.get("loss_mask", StoredArrays()).count
     facts = [
         ("samples", f"{len(cache)}"),
         ("groups", f"{len(set(cache.groups))}"),
-        ("layout", " and ".join(sorted({payload.get("layout", "npz") for payload in index.payloads}))),
+        ("layout", " and ".join(sorted({reader.payload.get("layout", "npz") for reader in cache.readers}))),
         ("payload", readable_bytes(size) + (f", {missing} files missing" if missing else "")),
-        ("distinct prompts", "unknown (no captions)" if index.captions is None else f"{len(set(cache.captions))}"),
+        ("distinct prompts", f"{len(set(cache.captions))}" if captions else "unknown (no captions)"),
         ("text lengths", _ranges(lengths) if max(lengths) else "no embeddings: prompts are encoded in training"),
-        ("empty prompt", index.empty_prompt_file or "not stored (no caption dropout)"),
+        ("empty prompt", cache.empty_prompt_file or "not stored (no caption dropout)"),
         ("posterior", "sample (latents_std is stored)" if "latents_std" in arrays else "mode"),
         ("loss masks", f"{masks}" if masks else "none"),
         ("fingerprint", cache.fingerprint),
@@ -80,32 +82,22 @@ def describe_cache(cache: "LatentCache", names: Sequence[str]) -> str:
 
 def stored_arrays(cache: "LatentCache") -> dict[str, StoredArrays]:
     """The arrays of a complete cache by name, as its index lists them; those of npz files from a look into a few."""
-    index = cache._index
     found: dict[str, StoredArrays] = {}
-    for payload in index.payloads:
-        for name, spec in payload.get("tensors", {}).items():
-            arrays = found.setdefault(name, StoredArrays())
-            arrays.dtypes.add(spec["dtype"])
-            arrays.codecs.add(spec["codec"])
-    parts = np.repeat(np.arange(len(index.parts)), np.diff(index.part_starts))
-    roots = {root: number for number, root in enumerate(dict.fromkeys(index.part_roots))}
-    root_of_row = np.array([roots[root] for root in index.part_roots])[parts]
-    ends = ("path", "offset", "nbytes")
-    table = index.read_columns(["cache_path", *(f"{name}_{end}" for name in found for end in ends)])
-    for name, arrays in found.items():
-        paths = f"{name}_path" if f"{name}_path" in table.column_names else "cache_path"
-        columns = [c for c in (paths, f"{name}_offset", f"{name}_nbytes") if c in table.column_names]
-        frame = table.select(columns).to_pandas().assign(root=root_of_row).dropna(subset=f"{name}_nbytes")
-        if f"{name}_offset" in columns:  # inline rows have none, and share nothing
-            frame = frame[frame[f"{name}_offset"].isna() | ~frame.duplicated(["root", paths, f"{name}_offset"])]
-        arrays.count, arrays.bytes = len(frame), float(frame[f"{name}_nbytes"].sum())
+    for name in dict.fromkeys(name for reader in cache.readers for name in reader.tensors):
+        arrays, places = found.setdefault(name, StoredArrays()), dict[tuple[str, int], int]()
+        for reader in cache.readers:
+            if name in reader.tensors:
+                arrays.dtypes.add(reader.tensors[name]["dtype"])
+                arrays.codecs.add(reader.tensors[name]["codec"])
+                places |= reader.places(name)
+        arrays.count, arrays.bytes = len(places), float(sum(places.values()))
 
-    npz = np.flatnonzero(np.array([payload.get("layout", "npz") == "npz" for payload in index.payloads])[parts])
+    npz = [i for i in range(len(cache)) if not cache.reader(i).tensors]
     seen: list[Member] = []
-    looked = npz[np.unique(np.linspace(0, len(npz) - 1, _LOOKED_INTO).astype(int))] if len(npz) else npz
-    for row in looked.tolist():
+    looked = [npz[i] for i in np.unique(np.linspace(0, len(npz) - 1, _LOOKED_INTO).astype(int))] if npz else []
+    for i in looked:
         with suppress(CacheError):  # `cache verify` is for broken files
-            seen += index.members(row, f"row {row}").values()
+            seen += cache.members(i).values()
     for member in seen:
         arrays = found.setdefault(member.name, StoredArrays())
         arrays.estimated = True

@@ -79,7 +79,7 @@ def compare_afresh(
     if count < 1:
         raise SciflowError(f"`sample` is {count}, but must be at least 1.")
     records = {record.name: record for record in find_records(input_dir, caption_column=caption_column)[0]}
-    images, kinds = cache._column("image_path") or [], cache._column("variant")
+    images, kinds = cache.strings("image_path") or [], cache.strings("variant")
     there = {i: records[image] for i, image in enumerate(images) if image in records}
     if not there:
         raise SciflowError(

@@ -1,23 +1,23 @@
 """A new index beside a cache, without its bad rows; the payloads stay where they are, and the old index as it is."""
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ...errors import SciflowError
 from ...files import atomic_folder
 from .. import storage
-from ..index import EMPTY_PROMPT_FILE
-from ..parquet import is_binary, read_schema, read_table
+from ..index import EMPTY_PROMPT_FILE, is_binary, read_schema, read_table
+from ..layouts.base import Reader
 from ..writing import cannot_write
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from ..cache import LatentCache
 
 
@@ -39,9 +39,6 @@ def write_repaired(
         SciflowError: `dataset_dir` is no local folder, nothing would be left, or the new folder exists with other
             content.
     """
-    import pyarrow.parquet as pq
-
-    index = cache._index
     if storage.is_url(dataset_dir) or not os.path.isdir(dataset_dir):
         raise SciflowError(
             f"`repair` writes a folder beside `dataset_dir`, which is {dataset_dir!r}. Give the local folder of one "
@@ -51,24 +48,22 @@ def write_repaired(
         raise SciflowError(f"`repair` would leave nothing: all {len(cache)} rows of {dataset_dir!r} are bad.")
     folder = Path(os.path.abspath(dataset_dir))
     target = folder.with_name(f"{folder.name}-repaired")
-    schemas = [read_schema(file) for file in index.part_names]
+    tables = [_light(reader.file, folder) for reader in cache.readers]
     # An inline file holds its own payloads, wherever `payload_dir` is.
-    roots = [
-        r if "cache_path" in schema.names else str(folder) for r, schema in zip(index.part_roots, schemas, strict=True)
-    ]
+    roots = [str(folder) if moved else reader.root for reader, (_, moved) in zip(cache.readers, tables, strict=True)]
     root = roots[0] if len(set(roots)) == 1 else str(folder)
     keep = np.ones(len(cache), dtype=bool)
     keep[list(bad_rows)] = False
 
     def write(new: Path) -> None:
-        for number, file in enumerate(index.part_names):
-            kept = keep[index.part_starts[number] : index.part_starts[number + 1]]
+        start = 0
+        for reader, (table, _), old in zip(cache.readers, tables, roots, strict=True):
+            kept, start = keep[start : start + len(table)], start + len(table)
             if kept.any():
-                table = _rebased(_light(file, schemas[number], folder), roots[number], root, index.payloads[number])
-                part = new / os.path.relpath(file, folder)
-                part.parent.mkdir(parents=True, exist_ok=True)
-                pq.write_table(table.filter(kept), part)
-        if with_empty_prompt and (empty := index.empty_prompt_file) is not None:
+                file = new / os.path.relpath(reader.file, folder)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                pq.write_table(_rebased(table, old, root, reader).filter(kept), file)
+        if with_empty_prompt and (empty := cache.empty_prompt_file) is not None:
             (new / EMPTY_PROMPT_FILE).write_bytes(storage.read(empty, 0, storage.size(empty)))
 
     try:
@@ -88,23 +83,19 @@ def write_repaired(
     return target, root
 
 
-def _light(file: str, schema: "pa.Schema", folder: Path) -> "pa.Table":
-    """An index file without the payloads' bytes, which its rows refer to, with its metadata."""
-    import pyarrow as pa
-
+def _light(file: str, folder: Path) -> tuple[pa.Table, bool]:
+    """An index file without the payload's bytes, with its metadata; whether its rows now refer to those bytes."""
+    schema = read_schema(file)
     table = read_table(file, [field.name for field in schema if not is_binary(field.type)])
     if "cache_path" in schema.names:
-        return table
+        return table, False
     table = table.append_column("cache_path", pa.array([os.path.relpath(file, folder)] * len(table), pa.string()))
-    return table.append_column("inline_row", pa.array(range(len(table)), pa.int64()))
+    return table.append_column("inline_row", pa.array(range(len(table)), pa.int64())), True
 
 
-def _rebased(table: "pa.Table", old: str, new: str, payload: Mapping[str, Any]) -> "pa.Table":
+def _rebased(table: pa.Table, old: str, new: str, reader: Reader) -> pa.Table:
     """The table with its paths, rooted in `old`, relative to `new`."""
-    import pyarrow as pa
-
-    names = ["cache_path", *(f"{name}_path" for name in payload.get("tensors", {}))]
-    for name in names if old != new else ():
+    for name in ["cache_path", *(f"{name}_path" for name in reader.tensors)] if old != new else ():
         if name in table.column_names:
             paths = [path and os.path.relpath(os.path.join(old, path), new) for path in table.column(name).to_pylist()]
             table = table.set_column(table.column_names.index(name), name, pa.array(paths, pa.string()))

@@ -1,10 +1,6 @@
 """Verify a cache: every array of every row is there, unchanged, of the right shape and dtype, and finite."""
 
-import functools
-import struct
 import threading
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,14 +14,12 @@ from tqdm import tqdm
 from ...errors import CacheError, SciflowError
 from .. import storage
 from ..index import PLACE_COLUMNS
-from ..layouts.members import BROKEN, DTYPES, Member, read_member
-from ..layouts.shards import Entry, read_header
+from ..layouts.base import BROKEN, DTYPES, Member, Reader, read_member
+from ..layouts.npz import npz_problems
 
 if TYPE_CHECKING:
     from ..cache import LatentCache
 
-_LOCAL_HEADER = struct.Struct("<4s5H3L2H")
-_HAS_DESCRIPTOR = 8  # flag: the local header leaves CRC and sizes to a record behind the data
 _STORED = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 _ROWS_AT_ONCE = 1024
 _LOCKS = 64
@@ -136,14 +130,14 @@ class _Scan:
     """Checks rows, in any thread."""
 
     def __init__(self, cache: "LatentCache") -> None:
-        self.cache, self.index = cache, cache._index
+        self.cache = cache
         self.arrays = self.bytes = 0
         self.odd_dtypes: Counter[tuple[str, str]] = Counter()
         self.counting = threading.Lock()
-        self.seen: dict[int, str] = {}  # stored array -> its problem, or ""
-        self.reading = [threading.Lock() for _ in range(_LOCKS)]  # no array is read by two threads
-        self.shard_entries = functools.lru_cache(maxsize=16)(_shard_entries)
-        columns = {name: self.index.column(name) for name in _checksum_columns(cache)}
+        self.seen: dict[int, str] = {}  # stored tensor -> its problem, or ""
+        self.reading = [threading.Lock() for _ in range(_LOCKS)]  # none is read by two threads
+        self.checkers = {reader.file: reader.checker() for reader in cache.readers}
+        columns = {name: cache.column(name) for name in _checksum_columns(cache)}
         self.checksums = {n: c.fill_null(-1).to_numpy() for n, c in columns.items() if c is not None}
 
     def row(self, i: int) -> list[tuple[str, str]]:
@@ -152,22 +146,15 @@ class _Scan:
             return self._row(i)
         except Exception as error:  # whatever a library raises for a broken file: the row is named, the scan goes on
             text = str(error) if isinstance(error, CacheError) else f"{type(error).__name__}: {error}"
-            return [(self.cache.payload_path(i), text.partition(f" of {self._part(i)}: ")[2] or text)]
-
-    def _part(self, i: int) -> str:
-        return self.index.part_of(int(self.cache._rows[i]))
+            return [(self.cache.payload_path(i), text.partition(f" of {self.cache.reader(i).file}: ")[2] or text)]
 
     def _row(self, i: int) -> list[tuple[str, str]]:
-        row = int(self.cache._rows[i])
-        members = self.cache.members(i)
-        layout = self.index.payloads[self.index.part_number(row)].get("layout", "npz")
+        members, reader = self.cache.members(i), self.cache.reader(i)
         main = members["latents"].file
-        found = [(main, text) for text in _shape_problems(members)]
-        if layout == "npz":
-            found += [(main, text) for text in npz_problems(main, members)]
+        found = [(main, text) for text in (*_shape_problems(members), *reader.check_file(members))]
         for member in members.values():
             for stored in (member, member.scale):
-                if stored is not None and (text := self._array(row, stored, layout)):
+                if stored is not None and (text := self._member(i, stored, reader)):
                     found.append((stored.file, text))
         expected = _STORED.get(self.cache.metadata.get("dtype", ""))
         floats = [m for m in members.values() if DTYPES[m.dtype].is_floating_point]
@@ -176,44 +163,29 @@ class _Scan:
             self.odd_dtypes.update(odd)
         return found
 
-    def _array(self, row: int, member: Member, layout: str) -> str:
-        """What is wrong with a stored array, or ""."""
+    def _member(self, i: int, member: Member, reader: Reader) -> str:
+        """What is wrong with a stored tensor, or ""."""
         checksums = self.checksums.get(f"{member.name}_crc32")
-        crc = -1 if checksums is None else int(checksums[row])
+        crc = -1 if checksums is None else int(checksums[i])
         key = hash((member, crc))
         with self.reading[key % _LOCKS]:
             if key not in self.seen:
-                self.seen[key] = self._look(member, crc, layout)
+                self.seen[key] = self._look(member, crc, reader)
                 with self.counting:
                     self.arrays, self.bytes = self.arrays + 1, self.bytes + member.nbytes
             return self.seen[key]
 
-    def _look(self, member: Member, crc: int, layout: str) -> str:
-        name = f"`{member.name}`"
+    def _look(self, member: Member, crc: int, reader: Reader) -> str:
         try:
-            if layout != "npz":
-                if crc < 0:
-                    return f"{name} has no checksum in the index (column `{member.name}_crc32`)"
-                if zlib.crc32(storage.read(member.file, member.offset, member.nbytes)) != crc:
-                    return f"{name}: its bytes have changed (the checksum differs)"
-            if layout == "shards":
-                entry = self.shard_entries(member.file).get((member.offset, member.nbytes))
-                said = (member.dtype, member.shape, member.codec, crc)
-                if entry is None or (entry.dtype, tuple(entry.shape), entry.codec, entry.crc32) != said:
-                    return f"{name}: the index and the header of its file disagree"
-            return _value_problem(member)
+            return self.checkers[reader.file](member, crc) or _value_problem(member)
         except FileNotFoundError:
-            return f"{name}: its file is missing"
+            return f"`{member.name}`: its file is missing"
         except (CacheError, *BROKEN) as error:
-            return f"{name} cannot be read ({error.__cause__ or error})"
+            return f"`{member.name}` cannot be read ({error.__cause__ or error})"
 
 
 def _checksum_columns(cache: "LatentCache") -> list[str]:
-    return sorted({f"{name}_crc32" for payload in cache._index.payloads for name in payload.get("tensors", {})})
-
-
-def _shard_entries(file: str) -> dict[tuple[int, int], Entry]:
-    return {(entry.offset, entry.nbytes): entry for entry in read_header(file).values()}
+    return sorted({f"{name}_crc32" for reader in cache.readers for name in reader.tensors})
 
 
 def _value_problem(member: Member) -> str:
@@ -252,72 +224,18 @@ def _shape_problems(members: Mapping[str, Member]) -> Iterator[str]:
 # -- files -----------------------------------------------------------------------------------------------------
 
 
-def npz_problems(file: str, members: Mapping[str, Member]) -> list[str]:
-    """What is wrong with a zip: checksums of its files, local headers against the directory, places of `members`."""
-    found: list[str] = []
-    ends = set()
-    try:
-        with storage.open_file(file) as handle, zipfile.ZipFile(handle) as archive:
-            for info in archive.infolist():
-                try:
-                    with archive.open(info) as entry:  # compares the names, and at its end the checksum
-                        while entry.read(1 << 20):
-                            pass
-                    ends.add(_check_local_header(handle, info))
-                except BROKEN as error:
-                    found.append(f"{info.filename}: {error}")
-    except BROKEN as error:
-        found.append(f"not a whole zip ({error})")
-    for member in members.values():
-        if not found and member.codec == "none" and member.offset + member.nbytes not in ends:
-            found.append(f"`{member.name}` does not lie where the zip has a file")
-    return found
-
-
-def _check_local_header(handle: Any, info: zipfile.ZipInfo) -> int:
-    """Where the data of a file in a zip end; ValueError where its local header disagrees with the directory."""
-    handle.seek(info.header_offset)
-    _, _, flags, method, _, _, crc, packed, plain, name, extra = _LOCAL_HEADER.unpack(handle.read(_LOCAL_HEADER.size))
-    handle.seek(name, 1)
-    more = handle.read(extra)
-    if packed == plain == 0xFFFFFFFF and more[:4] == b"\1\0\x10\0":  # zip64
-        plain, packed = struct.unpack_from("<2Q", more, 4)
-    if (flags, method) != (info.flag_bits, info.compress_type):
-        raise ValueError("its local header and the central directory disagree on how it is stored")
-    if not flags & _HAS_DESCRIPTOR and (crc, packed, plain) != (info.CRC, info.compress_size, info.file_size):
-        raise ValueError("its local header and the central directory disagree on its size or checksum")
-    return int(info.header_offset + _LOCAL_HEADER.size + name + extra + info.compress_size)
-
-
 def _unused_shards(cache: "LatentCache") -> list[str]:
     """Shards beside those in use that no row refers to; nothing where `cache` is a view of some rows."""
-    import pyarrow.compute as pc
-
-    index = cache._index
-    if len(cache) != len(index.sizes):
+    if not cache.is_complete:
         return []
-    used: set[str] = set()
-    roots = set()
-    paths = {"cache_path", *(f"{name}_path" for payload in index.payloads for name in payload.get("tensors", {}))}
-    table = index.read_columns(sorted(paths))
-    for number, payload in enumerate(index.payloads):
-        if payload.get("layout") == "shards":
-            root, rows = index.part_roots[number], table.slice(*_extent(index.part_starts, number))
-            roots.add(root)
-            for column in rows.columns:
-                used |= {storage.join(root, path) for path in pc.unique(column).to_pylist() if path}
-    folders = [storage.join(root, "shards") for root in sorted(roots)]
-    there = [file for folder in folders for file in storage.find_files(folder, ".safetensors")]
+    used = {file for reader in cache.readers for file in reader.files()}
+    folders = {storage.join(reader.root, "shards") for reader in cache.readers if reader.files()}
+    there = [file for folder in sorted(folders) for file in storage.find_files(folder, ".safetensors")]
     return [f"No row refers to {file}." for file in there if file not in used]
 
 
-def _extent(starts: np.ndarray, number: int) -> tuple[int, int]:
-    """First row and number of rows of a part."""
-    return int(starts[number]), int(starts[number + 1] - starts[number])
-
-
 def _empty_prompt_problems(cache: "LatentCache") -> list[Problem]:
-    file = cache._index.empty_prompt_file
+    file = cache.empty_prompt_file
     if file is None:
         return []
     texts = npz_problems(file, {})
@@ -335,9 +253,7 @@ def _empty_prompt_problems(cache: "LatentCache") -> list[Problem]:
 
 def _bucket_problems(cache: "LatentCache") -> dict[int, list[str]]:
     """Rows whose bucket, channels or width of text are not those of the others."""
-    sizes, latents, texts = (
-        array[cache._rows] for array in (cache._index.sizes, cache._index.latent_shapes, cache._index.text_shapes)
-    )
+    sizes, latents, texts = np.array(cache.buckets), cache.latent_shapes, cache.text_shapes
     found: dict[int, list[str]] = {}
     if not len(sizes):
         return found
@@ -370,12 +286,11 @@ def repeated_rows(cache: "LatentCache") -> Iterator[tuple[int, str]]:
     """Rows that are an earlier one once more: the same image and variant with the same payload."""
     import pyarrow as pa
 
-    index, names = cache._index, ["image_path", "variant"]
+    names = ["image_path", "variant"]
     for columns, needed in ((PLACE_COLUMNS, "cache_path"), (_checksum_columns(cache), "latents_crc32")):
-        found = {name: index.column(name) for name in dict.fromkeys((*names, *columns))}
-        table = pa.table({name: column for name, column in found.items() if column is not None})
-        if needed not in table.column_names:
+        found = {name: cache.column(name) for name in dict.fromkeys((*names, *columns))}
+        if found.get(needed) is None:
             continue
-        frame = table.take(pa.array(cache._rows)).to_pandas()
+        frame = pa.table({name: column for name, column in found.items() if column is not None}).to_pandas()
         again = frame.duplicated() & frame[needed].notna()
         yield from ((i, "the same image and payload as an earlier row") for i in np.flatnonzero(again).tolist())

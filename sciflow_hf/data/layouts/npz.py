@@ -1,31 +1,26 @@
-"""npz payloads without numpy's copies: where each array's bytes lie in the zip, so that they are read in place."""
+"""npz: one file a sample; where each array's bytes lie in the zip, so that they are read without numpy's copies."""
 
+import contextlib
+import io
 import re
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
-from ...errors import CacheError
 from .. import storage
 from ..writing import output_file
-from .members import BROKEN, Member, missing_file, numpy_reader, unreadable
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from .base import BROKEN, DTYPES, Block, Columns, Member, Reader, Sample, Writer, explain, numpy_reader
 
 _TAIL = 1 << 10  # bytes; holds the central directory of a handful of arrays
-_LARGEST_DIRECTORY = 1 << 24
 _HEAD = 256  # bytes; holds a local header and the array's own header
-_END = struct.Struct("<4s4H2LH")
-_END64 = struct.Struct("<4sQ2H2L4Q")
-_END64_PLACE = struct.Struct("<4sLQL")
-_ENTRY = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
+_HAS_DESCRIPTOR = 8  # flag: the local header leaves CRC and sizes to a record behind the data
 _DTYPES = {
     "f2": "F16", "f4": "F32", "f8": "F64",
     "i1": "I8", "i2": "I16", "i4": "I32", "i8": "I64",
@@ -35,6 +30,23 @@ _HEADER = re.compile(
     rb"\{\s*'descr':\s*'(?P<descr>[^']*)',\s*'fortran_order':\s*(?P<fortran>True|False),"
     rb"\s*'shape':\s*(?P<shape>\((?:\d+, ?)*\d*\)),?\s*\}\s*"
 )
+
+
+# -- reading ---------------------------------------------------------------------------------------------------
+
+
+class NpzReader(Reader):
+    """Rows whose payloads are npz files of their own, named by `cache_path`."""
+
+    def __init__(self, file: str, root: str, table: pa.Table, payload: Mapping[str, Any], *shapes: np.ndarray) -> None:
+        super().__init__(file, root, table, payload, *shapes)
+        self._paths = Columns(table, file).paths("cache_path")
+
+    def members(self, i: int, where: str) -> dict[str, Member]:
+        return npz_members(storage.join(self.root, self._paths[i].as_py()), where)
+
+    def check_file(self, members: Mapping[str, Member]) -> list[str]:
+        return npz_problems(members["latents"].file, members)
 
 
 class NotPlain(Exception):
@@ -50,92 +62,36 @@ def npz_members(file: str, where: str) -> dict[str, Member]:
     Raises:
         CacheError: a missing or broken file, or pickled objects.
     """
-    try:
-        members = _members(file)
-    except FileNotFoundError as error:
-        raise missing_file(file, where) from error
-    except CacheError:
-        raise
-    except BROKEN as error:
-        raise unreadable(file, where, str(error)) from error
+    with explain(file, where):
+        length = storage.size(file)
+        entries, start = _directory(file, length)
+        names = [info.orig_filename for info in entries]
+        if len(set(names)) != len(names):
+            raise ValueError(f"not an npz: an array twice in {names}")
+        members = [_member(file, length, info, start + info.header_offset) for info in entries]
     return {member.name: member for member in members if member is not None}
 
 
-def _members(file: str) -> list[Member | None]:
-    length = storage.size(file)
-    entries = _central_directory(file, length)
-    names = [name for name, *_ in entries]
-    if len(set(names)) != len(names):
-        raise ValueError(f"not an npz: an array twice in {names}")
-    return [_member(file, length, *entry) for entry in entries]
+def _directory(file: str, length: int) -> tuple[list[zipfile.ZipInfo], int]:
+    """The central directory of a zip, and where in the file its offsets begin."""
+    end = storage.read(file, max(0, length - _TAIL), min(_TAIL, length))
+    with contextlib.suppress(zipfile.BadZipFile, ValueError):  # the directory is longer than that
+        return zipfile.ZipFile(io.BytesIO(end)).infolist(), length - len(end)
+    try:
+        with storage.open_file(file) as handle, zipfile.ZipFile(handle) as archive:
+            return archive.infolist(), 0
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"not an npz: {error}") from error
 
 
-_Entry = tuple[str, int, int, int, int, int, int]
-
-
-def _central_directory(file: str, length: int) -> list[_Entry]:
-    """(name, method, flags, crc32, compressed size, size, offset of the local header) of each file of a zip."""
-    if length < _END.size:
-        raise ValueError("not an npz: too short")
-    tail = storage.read(file, max(0, length - _TAIL), min(_TAIL, length))
-    at = tail.rfind(b"PK\5\6")
-    if at < 0 or at + _END.size > len(tail):
-        raise ValueError("not an npz: no end of a zip")
-    _, disk, first_disk, _, count, size, start, comment = _END.unpack_from(tail, at)
-    end = length - len(tail) + at
-    if disk or first_disk or end + _END.size + comment != length:
-        raise ValueError("not an npz: wrong end record")
-    place = at - _END64_PLACE.size
-    if place >= 0 and tail.startswith(b"PK\6\7", place):
-        where = _END64_PLACE.unpack_from(tail, place)[2]
-        if where + _END64.size > end:
-            raise ValueError("not an npz: wrong zip64 record")
-        found, *_, count, size, start = _END64.unpack(storage.read(file, where, _END64.size))
-        if found != b"PK\6\6":
-            raise ValueError("not an npz: wrong zip64 record")
-        end = where
-    if size > _LARGEST_DIRECTORY or start + size != end:
-        raise ValueError("not an npz: wrong central directory")
-    directory = (
-        tail[len(tail) - (length - start) :][:size] if length - start <= len(tail) else storage.read(file, start, size)
-    )
-    entries, position = [], 0
-    for _ in range(count):
-        found, _, _, flags, method, _, _, crc, packed, plain, name, extra, note, *_, local = _ENTRY.unpack_from(
-            directory, position
-        )
-        if found != b"PK\1\2":
-            raise ValueError("not an npz: wrong central directory")
-        position += _ENTRY.size
-        text = directory[position : position + name].decode("utf-8" if flags & 0x800 else "cp437")
-        sizes = _zip64(directory[position + name : position + name + extra], plain, packed, local)
-        position += name + extra + note
-        entries.append((text, method, flags, crc, sizes[1], sizes[0], sizes[2]))
-    if position != size:
-        raise ValueError("not an npz: wrong central directory")
-    return entries
-
-
-def _zip64(extra: bytes, *values: int) -> list[int]:
-    """Values of a directory entry, those that did not fit into 32 bits replaced from its zip64 field."""
-    result, position = list(values), 0
-    while position + 4 <= len(extra):
-        kind, size = struct.unpack_from("<2H", extra, position)
-        position += 4
-        if kind == 1:
-            field = iter(struct.unpack_from(f"<{size // 8}Q", extra, position))
-            result = [next(field, value) if value == 0xFFFFFFFF else value for value in values]
-        position += size
-    return result
-
-
-def _member(
-    file: str, length: int, name: str, method: int, flags: int, crc: int, packed: int, plain: int, local: int
-) -> Member | None:
+def _member(file: str, length: int, info: zipfile.ZipInfo, local: int) -> Member | None:
+    name, method, flags, packed, plain = (
+        info.orig_filename, info.compress_type, info.flag_bits, info.compress_size, info.file_size,
+    )  # fmt: skip
     if not name.endswith(".npy"):
         raise ValueError(f"not an npz: it holds {name!r}")
     key = name.removesuffix(".npy")
-    head = storage.read(file, local, min(_HEAD, length - local)) if local < length else b""
+    head = storage.read(file, local, min(_HEAD, length - local)) if 0 <= local < length else b""
     if len(head) < _LOCAL.size or not head.startswith(b"PK\3\4"):
         raise ValueError(f"not an npz: no local header of {name!r}")
     _, _, local_flags, local_method, *_, name_size, extra = _LOCAL.unpack_from(head)
@@ -160,13 +116,9 @@ def _member(
     if dtype == "BF16" and key.endswith(("_mask", "_ids")):
         dtype = "U16"
     member = Member("txt_ids" if key == "text_ids" else key, file, start + offset, packed - offset, dtype, shape, codec)
-    if codec == "none" and member.nbytes != member.numel * int(np.dtype(_numpy_name(dtype)).itemsize):
+    if codec == "none" and member.nbytes != member.numel * DTYPES[dtype].itemsize:
         raise ValueError(f"array `{key}` has {member.nbytes} bytes, which is not {dtype} of shape {shape}")
     return member
-
-
-def _numpy_name(dtype: str) -> str:
-    return next((code for code, name in _DTYPES.items() if name == dtype), "u2")
 
 
 def _array_header(file: str, head: bytes, start: int, size: int) -> tuple[int, str, tuple[int, ...]]:
@@ -223,20 +175,66 @@ def _decoded_header(file: str, key: str) -> tuple[str, tuple[int, ...]] | None:
     return ("BF16" if code == "u2" else _DTYPES[code]), shape
 
 
-class NpzPart:
-    """The rows of one index file whose payloads are npz files below `root`."""
+def npz_problems(file: str, members: Mapping[str, Member]) -> list[str]:
+    """What is wrong with a zip: checksums of its files, local headers against the directory, places of `members`."""
+    found: list[str] = []
+    ends = set()
+    try:
+        with storage.open_file(file) as handle, zipfile.ZipFile(handle) as archive:
+            for info in archive.infolist():
+                try:
+                    with archive.open(info) as entry:  # compares the names, and at its end the checksum
+                        while entry.read(1 << 20):
+                            pass
+                    ends.add(_check_local_header(handle, info))
+                except BROKEN as error:
+                    found.append(f"{info.filename}: {error}")
+    except BROKEN as error:
+        found.append(f"not a whole zip ({error})")
+    for member in members.values():
+        if not found and member.codec == "none" and member.offset + member.nbytes not in ends:
+            found.append(f"`{member.name}` does not lie where the zip has a file")
+    return found
 
-    def __init__(self, root: str, cache_paths: "pa.ChunkedArray") -> None:
-        self.root, self.cache_paths = root, cache_paths
 
-    def members(self, i: int, where: str) -> dict[str, Member]:
-        """The arrays of row `i`."""
-        return npz_members(storage.join(self.root, self.cache_paths[i].as_py()), where)
+def _check_local_header(handle: Any, info: zipfile.ZipInfo) -> int:
+    """Where the data of a file in a zip end; ValueError where its local header disagrees with the directory."""
+    handle.seek(info.header_offset)
+    _, _, flags, method, _, _, crc, packed, plain, name, extra = _LOCAL.unpack(handle.read(_LOCAL.size))
+    handle.seek(name, 1)
+    more = handle.read(extra)
+    if packed == plain == 0xFFFFFFFF and more[:4] == b"\1\0\x10\0":  # zip64
+        plain, packed = struct.unpack_from("<2Q", more, 4)
+    if (flags, method) != (info.flag_bits, info.compress_type):
+        raise ValueError("its local header and the central directory disagree on how it is stored")
+    if not flags & _HAS_DESCRIPTOR and (crc, packed, plain) != (info.CRC, info.compress_size, info.file_size):
+        raise ValueError("its local header and the central directory disagree on its size or checksum")
+    return int(info.header_offset + _LOCAL.size + name + extra + info.compress_size)
+
+
+# -- writing ---------------------------------------------------------------------------------------------------
+
+
+class NpzWriter(Writer):
+    """The file that each row's `cache_path` names. Files that are there stay."""
+
+    payload = "npz"
+
+    def has_payload(self, block: Block) -> bool:
+        return not self.missing(block)
+
+    def missing(self, block: Block) -> list[int]:
+        paths = block.rows.column("cache_path").to_pylist()
+        return [row for row, path in enumerate(paths) if not (self.output / path).is_file()]
+
+    def write_payload(self, block: Block, samples: Iterable[Sample]) -> None:
+        for path, sample in zip(block.rows.column("cache_path").to_pylist(), samples, strict=True):
+            write_npz(self.output / path, self.layout.tensors(sample), self.layout.dtype)
 
 
 def write_npz(file: Path, sample: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
     """An npz of tensors: floating ones in `dtype` (bfloat16 as bits in uint16), masks as they are, other int64."""
-    arrays = {name: _array(value, dtype) for name, value in sample.items()}
+    arrays = {"text_ids" if name == "txt_ids" else name: _array(value, dtype) for name, value in sample.items()}
     with output_file(file) as handle:
         np.savez(handle, **arrays)  # type: ignore[arg-type]
 

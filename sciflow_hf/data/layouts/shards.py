@@ -1,65 +1,89 @@
 """Shards: safetensors files of many samples, with each distinct prompt's embeddings once; offsets from the index."""
 
+import functools
 import json
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
+import pyarrow as pa
 
 from ...errors import CacheError, SciflowError
 from .. import storage
-from ..parquet import METADATA_KEY, Columns
 from ..writing import output_file
-from .members import BROKEN, Stored, missing_file, unreadable
-from .stored import CONVERT, TEXT_TENSORS, StoredPart, numbers, stored_columns, with_scales
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from .base import (
+    BROKEN,
+    CONVERT,
+    METADATA_KEY,
+    TEXT_TENSORS,
+    Block,
+    ColumnReader,
+    Columns,
+    Encoded,
+    Member,
+    Sample,
+    Writer,
+    compact,
+    explain,
+    stored_columns,
+)  # fmt: skip
 
 _ALIGN = 8  # bytes; what torch needs to view any dtype in place
 _KEPT_IN_MEMORY = 64 << 20  # bytes
 _LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
 
-class ShardPart(StoredPart):
-    """The rows of one index file whose payloads lie in safetensors files; see `StoredPart`."""
+# -- reading ---------------------------------------------------------------------------------------------------
 
-    def __init__(
-        self,
-        file: str,
-        root: str,
-        table: "pa.Table",
-        payload: Mapping[str, Any],
-        latent_shapes: np.ndarray,
-        text_shapes: np.ndarray,
-    ) -> None:
-        super().__init__(file, root, table, payload, latent_shapes, text_shapes)
-        columns = Columns(table, file, 0)
-        self._offsets = {name: numbers(columns, f"{name}_offset") for name in self.tensors}
-        paths = {
-            name: f"{name}_path" if f"{name}_path" in table.column_names else "cache_path" for name in self.tensors
-        }
-        found = {column: self._files(columns, column) for column in set(paths.values())}
-        self._places = {name: found[column] for name, column in paths.items()}
-        self._whole: set[str] = set()
 
-    def _place(self, name: str, i: int, nbytes: int, where: str) -> tuple[str, int]:
-        files, number = self._places[name]
+class ShardReader(ColumnReader):
+    """Rows whose payloads lie in safetensors files.
+
+    Columns: `<name>_offset`, and the file in `<name>_path` or `cache_path`.
+    """
+
+    def __init__(self, file: str, root: str, table: pa.Table, payload: Mapping[str, Any], *shapes: np.ndarray) -> None:
+        super().__init__(file, root, table, payload, *shapes)
+        columns = Columns(table, file)
+        self._offsets = {name: compact(columns.numbers(f"{name}_offset")) for name in self.tensors}
+        paths = {name: f"{name}_path" if f"{name}_path" in columns else "cache_path" for name in self.tensors}
+        found = {column: columns.files(column, root) for column in set(paths.values())}
+        self._files = {name: found[column] for name, column in paths.items()}
+        self._complete: set[str] = set()
+
+    def _find(self, name: str, i: int, nbytes: int, where: str) -> tuple[str, int]:
+        files, number = self._files[name]
         file = files[number[i]]
         # Where a file has lost or gained bytes, the index's offsets would lead to wrong ones. Behind a URL that would
         # cost more requests than it is worth.
-        if file not in self._whole and not storage.is_url(file):
-            try:
+        if file not in self._complete and not storage.is_url(file):
+            with explain(file, where):
                 _parse_header(file)
-            except FileNotFoundError as error:
-                raise missing_file(file, where) from error
-            except BROKEN as error:
-                raise unreadable(file, where, str(error)) from error
-            self._whole.add(file)
+            self._complete.add(file)
         return file, int(self._offsets[name][i])
+
+    def files(self) -> set[str]:
+        return {file for files, _ in self._files.values() for file in files}
+
+    def places(self, name: str) -> dict[tuple[str, int], int]:
+        files, number = self._files[name]
+        found = np.stack([number, self._offsets[name], self._nbytes[name]], axis=1)
+        return {(files[n], offset): nbytes for n, offset, nbytes in np.unique(found, axis=0).tolist()}
+
+    def checker(self) -> Callable[[Member, int], str]:
+        check, entries = super().checker(), functools.lru_cache(maxsize=16)(_by_place)
+
+        def check_header(member: Member, crc32: int) -> str:
+            said = Entry(member.dtype, list(member.shape), member.codec, member.offset, member.nbytes, crc32)
+            if wrong := check(member, crc32):
+                return wrong
+            agrees = entries(member.file).get((member.offset, member.nbytes)) == said
+            return "" if agrees else f"`{member.name}`: the index and the header of its file disagree"
+
+        return check_header
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,39 +134,114 @@ def _parse_header(file: str) -> tuple[int, dict[str, Any], str]:
     return 8 + length, header, facts
 
 
-def write_shard(
-    file: Path, samples: Iterable[Mapping[str, Stored]], prompts: Sequence[str], owned: Sequence[bool], codec: str
-) -> None:
-    """Writes a shard sample by sample; memory does not grow with its size.
+def _by_place(file: str) -> dict[tuple[int, int], Entry]:
+    return {(entry.offset, entry.nbytes): entry for entry in read_header(file).values()}
 
-    Args:
-        file: appears complete or not at all.
-        samples: tensors of each row by name. One without text tensors refers to what its prompt's owner stored;
-            one with them stores them for its prompt, or where that is done for its row alone.
-        prompts: hash of each row's prompt.
-        owned: whether the embeddings of the row's prompt belong into this shard.
-        codec: of all tensors.
+
+class Shard:
+    """The tensors of a shard as they are stored, without its index.
+
+    Attributes:
+        prompts: hashes of the prompts of which it holds what follows from them.
     """
 
-    def write(handle: BinaryIO) -> None:
-        writer: _Writer | None = None
-        rows = zip(samples, prompts, owned, strict=True)
-        for row, (sample, prompt, own) in enumerate(rows):
-            writer = writer or _Writer(handle, [*sample, *TEXT_TENSORS], len(prompts), codec)
-            home = own and f"prompt_embeds.{prompt}" not in writer.facts
-            for name, stored in sample.items():
-                if name not in TEXT_TENSORS:
-                    writer.add(f"{name}.{row}", stored)
-                else:
-                    writer.add(f"{name}.{prompt}" if home else f"{name}.{prompt}.{row}", stored)
-        if writer is not None:
-            writer.finish()
+    def __init__(self, file: Path) -> None:
+        self.file, self.entries = file, read_header(str(file))
+        self.prompts = {key.split(".")[1] for key in self.entries if key.startswith(TEXT_TENSORS)}
+        self._names = sorted({key.split(".")[0] for key in self.entries if not key.startswith(TEXT_TENSORS)})
 
-    with output_file(file) as handle:
-        write(handle)
+    def image(self, row: int) -> dict[str, Encoded]:
+        """All tensors of a row but those of its text."""
+        return {name: self._read(f"{name}.{row}") for name in self._names}
+
+    def text(self, prompt: str) -> dict[str, Encoded]:
+        """The tensors that follow from a prompt."""
+        return {name: self._read(f"{name}.{prompt}") for name in TEXT_TENSORS if f"{name}.{prompt}" in self.entries}
+
+    def _read(self, key: str) -> Encoded:
+        entry = self.entries[key]
+        return Encoded(entry.dtype, tuple(entry.shape), storage.read(str(self.file), entry.offset, entry.nbytes))
 
 
-class _Writer:
+# -- writing ---------------------------------------------------------------------------------------------------
+
+
+class ShardWriter(Writer):
+    """`shards/<block>.safetensors`, with what follows from a prompt once."""
+
+    payload = "shards"
+
+    def has_payload(self, block: Block) -> bool:
+        file = self.output / shard_file(block.name)
+        return file.is_file() and bool(read_header(str(file)))
+
+    def is_ready(self, block: Block) -> bool:
+        return all((self.output / shard_file(name)).is_file() for name in {block.name, *(block.owners or ())})
+
+    def write_payload(self, block: Block, samples: Iterable[Sample]) -> None:
+        prompts, owners = _prompts(block)
+        with output_file(self.output / shard_file(block.name)) as handle:
+            shard: _Safetensors | None = None
+            for row, (sample, prompt, owner) in enumerate(zip(samples, prompts, owners, strict=True)):
+                stored = self.layout.encode(sample)
+                shard = shard or _Safetensors(handle, [*stored, *TEXT_TENSORS], len(prompts), self.layout.codec)
+                home = owner == block.name and f"prompt_embeds.{prompt}" not in shard.facts
+                for name, encoded in stored.items():
+                    own = f"{name}.{prompt}" if home else f"{name}.{prompt}.{row}"
+                    shard.add(own if name in TEXT_TENSORS else f"{name}.{row}", encoded)
+            if shard is not None:
+                shard.finish()
+
+    def _columns(self, block: Block) -> tuple[dict[str, pa.Array], dict[str, dict[str, str]]]:
+        prompts, owners = _prompts(block)
+        blocks = dict.fromkeys([block.name, *owners])
+        headers = {name: read_header(str(self.output / shard_file(name))) for name in blocks}
+        here = headers[block.name]
+        names = [key.removesuffix(".0") for key in here if key.endswith(".0") and not key.startswith(TEXT_TENSORS)]
+        homes = {key.partition(".")[0] for entries in headers.values() for key in entries}
+        names += [text for text in TEXT_TENSORS if text in homes]
+        columns: dict[str, Any] = {"cache_path": pa.array([shard_file(block.name)] * len(prompts), pa.string())}
+        tensors = {}
+        for tensor in names:
+            found = []
+            for row, (prompt, owner) in enumerate(zip(prompts, owners, strict=True)):
+                places = [(block.name, f"{tensor}.{row}")]
+                if tensor in TEXT_TENSORS:
+                    places = [(block.name, f"{tensor}.{prompt}.{row}"), (owner, f"{tensor}.{prompt}")]
+                place = next(((name, headers[name][key]) for name, key in places if key in headers[name]), None)
+                if place is None:
+                    raise CacheError(
+                        f"Row {row} of block {block.name} has no `{tensor}` in {' or '.join(b for b, _ in places)}, "
+                        f"but other rows have. Delete {self.output / shard_file(block.name)}. {CONVERT}."
+                    )
+                found.append(place)
+            kinds = {(entry.dtype, entry.codec) for _, entry in found}
+            if len(kinds) > 1:
+                raise CacheError(
+                    f"`{tensor}` is stored as {sorted(kinds)} in block {block.name} of {self.output}. {CONVERT}."
+                )
+            dtype, codec = kinds.pop()
+            tensors[tensor] = {"dtype": dtype, "codec": codec}
+            columns |= stored_columns(tensor, [(e.shape, e.nbytes, e.crc32) for _, e in found])
+            columns[f"{tensor}_offset"] = pa.array([entry.offset for _, entry in found], pa.int64())
+            if tensor in TEXT_TENSORS:
+                columns[f"{tensor}_path"] = pa.array([shard_file(name) for name, _ in found], pa.string())
+        return columns, tensors
+
+
+def shard_file(name: str) -> str:
+    """The shard of block `name`, relative to the cache."""
+    return f"shards/{name}.safetensors"
+
+
+def _prompts(block: Block) -> tuple[Sequence[str], Sequence[str]]:
+    """Hash of each row's prompt, and the block that stores it."""
+    rows = block.rows.num_rows
+    prompts = [f"{row:016x}" for row in range(rows)] if block.prompts is None else block.prompts
+    return prompts, [block.name] * rows if block.owners is None else block.owners
+
+
+class _Safetensors:
     """A safetensors file, whose header has to stand before the data but is known last.
 
     A small file is kept in memory until then; of a larger one room is left at the beginning.
@@ -158,7 +257,7 @@ class _Writer:
         self.facts: dict[str, Any] = {}
         self.waiting: list[Any] | None = []
 
-    def add(self, name: str, stored: Stored) -> None:
+    def add(self, name: str, stored: Encoded) -> None:
         if fill := -self.position % _ALIGN:  # the format knows no gaps
             self._append(f"fill.{self.position}", "U8", [fill], bytes(fill))
         data, shape = memoryview(stored.data), list(stored.shape)
@@ -196,51 +295,3 @@ class _Writer:
         self.handle.seek(0)
         self.handle.write(length.to_bytes(8, "little") + header.ljust(length))
         self._write_waiting()
-
-
-def shard_file(name: str) -> str:
-    """The shard of block `name`, relative to the cache."""
-    return f"shards/{name}.safetensors"
-
-
-def shard_columns(
-    output: Path, name: str, prompts: Sequence[str], owners: Sequence[str]
-) -> tuple[dict[str, "pa.Array"], dict[str, dict[str, str]]]:
-    """Index columns of a block's rows, and what each tensor is, from the headers of its shard and its owners'.
-
-    Raises:
-        CacheError: a shard that is missing or broken, or lacks a tensor that other rows have.
-    """
-    import pyarrow as pa
-
-    headers = {block: read_header(str(output / shard_file(block))) for block in dict.fromkeys([name, *owners])}
-    here = headers[name]
-    names = [key.removesuffix(".0") for key in here if key.endswith(".0") and not key.startswith(TEXT_TENSORS)]
-    homes = [*dict.fromkeys(key.partition(".")[0] for block in headers.values() for key in block)]
-    names += [text for text in TEXT_TENSORS if text in homes]
-
-    columns: dict[str, Any] = {"cache_path": pa.array([shard_file(name)] * len(prompts), pa.string())}
-    tensors = {}
-    for tensor in names:
-        found = []
-        for row, (prompt, owner) in enumerate(zip(prompts, owners, strict=True)):
-            places = [(name, f"{tensor}.{row}")]
-            if tensor in TEXT_TENSORS:
-                places = [(name, f"{tensor}.{prompt}.{row}"), (owner, f"{tensor}.{prompt}")]
-            place = next(((block, headers[block][key]) for block, key in places if key in headers[block]), None)
-            if place is None:
-                raise CacheError(
-                    f"Row {row} of block {name} has no `{tensor}` in {' or '.join(b for b, _ in places)}, but other "
-                    f"rows have. Delete {output / shard_file(name)}. {CONVERT}."
-                )
-            found.append(place)
-        kinds = {(entry.dtype, entry.codec) for _, entry in found}
-        if len(kinds) > 1:
-            raise CacheError(f"`{tensor}` is stored as {sorted(kinds)} in block {name} of {output}. {CONVERT}.")
-        dtype, codec = kinds.pop()
-        tensors[tensor] = {"dtype": dtype, "codec": codec}
-        columns |= stored_columns(tensor, [(e.shape, e.nbytes, e.crc32) for _, e in found])
-        columns[f"{tensor}_offset"] = pa.array([entry.offset for _, entry in found], pa.int64())
-        if tensor in TEXT_TENSORS:
-            columns[f"{tensor}_path"] = pa.array([shard_file(block) for block, _ in found], pa.string())
-    return columns, with_scales(tensors)

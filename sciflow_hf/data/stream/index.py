@@ -21,18 +21,23 @@ from ...errors import CacheError, first_line
 from .. import storage
 from ..cache import LatentCache
 from ..index import (
+    BUILD,
     CAPTION_COLUMNS,
-    EMPTY_PROMPT_FILE,
+    READERS,
     CacheIndex,
     check_inside,
     check_no_file_twice,
+    check_schemas,
+    common_metadata,
+    file_metadata,
+    find_empty_prompt,
     find_root,
     index_files,
-    layouts,
+    row_shapes,
     wanted_columns,
 )
-from ..layouts.npz import NpzPart
-from ..parquet import BUILD, Columns, check_schemas, common_metadata, part_metadata
+from ..layouts.base import Columns
+from ..layouts.inline import InlineReader
 from .order import Place, Row
 
 if TYPE_CHECKING:
@@ -106,7 +111,7 @@ class StreamIndex:
             footers = list(pool.map(_footer, names))
         schemas = [schema for schema, _, _ in footers]
         check_schemas(names, [source for source, _ in found], schemas)
-        described = [part_metadata(name, schema) for name, schema in zip(names, schemas, strict=True)]
+        described = [file_metadata(name, schema) for name, schema in zip(names, schemas, strict=True)]
         self.metadata = common_metadata(names, described)
         self.files: list[IndexFile] = []
         self.num_rows = 0
@@ -119,7 +124,7 @@ class StreamIndex:
             raise CacheError(f"The index {names[0]} holds no samples. {BUILD}.")
         self.num_sources, self.payload_dir, self.dtype = len(folders), payload_dir, dtype
         self._roots: dict[int, str] = {}
-        self._inline: dict[int, Any] = {}  # what is known of the data files of inline caches
+        self._inline: dict[int, InlineReader] = {}  # they know where values begin in the files of inline caches
 
     def number(self, row: Row) -> int:
         """Number of a row in the complete index."""
@@ -190,31 +195,24 @@ class StreamIndex:
         file = self.files[part]
         columns = Columns(table, file.name, file.start + first)
         self._check_paths(part, table, first)
-        latents = columns.shapes("latent_shape", "(C, h, w)").tolist()
-        with_text = "prompt_embeds_shape" in file.columns
-        texts = columns.shapes("prompt_embeds_shape", "(L, D)").tolist() if with_text else [(0, 0)] * len(latents)
-        sizes = zip(columns.sizes("bucket_h").tolist(), columns.sizes("bucket_w").tolist(), strict=True)
+        latents, texts, sizes = (shapes.tolist() for shapes in row_shapes(columns))
         others = table.drop_columns([name for name in _BECOME_ARRAYS if name in table.column_names]).to_pylist()
         return [
-            Row(part, first + i, size, tuple(latent), tuple(text), values)
+            Row(part, first + i, tuple(size), tuple(latent), tuple(text), values)
             for i, (size, latent, text, values) in enumerate(zip(sizes, latents, texts, others, strict=True))
         ]
 
     def _check_paths(self, part: int, table: "pa.Table", first: int) -> None:
-        import pyarrow as pa
-
         file = self.files[part]
-        if "cache_path" in table.column_names:
-            Columns(table, file.name, file.start + first).column("cache_path")
+        columns = Columns(table, file.name, file.start + first)
         if part not in self._roots:
             root = file.name.rpartition("/")[0] or "."
             if not _holds_payload(file):
-                root = find_root(table, file.folder, self.payload_dir, file.name, file.start + first)
+                root = find_root(columns, file.folder, self.payload_dir)
             self._roots[part] = root
         for name in table.column_names:
             if name.endswith("_path") and name != "image_path":
-                paths = table.column(name).drop_null().cast(pa.large_string())
-                check_inside(paths, [self._roots[part]], file.name, file.start + first, name)
+                check_inside(columns, [self._roots[part]], name)
 
     def view(self, rows: Sequence[Row]) -> "RowsView":
         """A cache of some rows, in the given order; row numbers in its messages are those of the complete index."""
@@ -230,12 +228,9 @@ class StreamIndex:
         starts = np.cumsum([0, *(self.files[part].rows for part in parts)])
         index = _SomeRows(
             table=pa.concat_tables(tables, promote_options="permissive"),
-            part_names=[self.files[part].name for part in parts],
-            part_roots=[self._root(part) for part in parts],
-            part_starts=np.cumsum([0, *map(len, of_part)]),
-            part_sources=np.array([self.files[part].source for part in parts], dtype=np.int32),
-            parts=made,
-            payloads=[self.files[part].payload for part in parts],
+            readers=made,
+            starts=np.cumsum([0, *map(len, of_part)]),
+            sources=np.array([self.files[part].source for part in parts], dtype=np.int32),
             latent_shapes=np.concatenate(latents),
             text_shapes=np.concatenate(texts),
             sizes=np.array([rows[i].size for i in order], dtype=np.int32),
@@ -260,16 +255,13 @@ class StreamIndex:
 
         file, root = self.files[part], self._root(part)
         layout = file.payload.get("layout", "npz")
-        if layout == "npz":
-            return NpzPart(root, table.column("cache_path"))
         if _holds_payload(file):
             own = [file.name.rpartition("/")[2]] * len(rows)
             table = table.append_column("cache_path", pa.array(own, pa.string()))
             table = table.append_column("inline_row", pa.array([row.row for row in rows], pa.int64()))
-        made = layouts()[layout](file.name, root, table, file.payload, latents, texts)
-        if layout == "inline":  # where values begin is looked up once per data file, not once per view
-            known = self._inline.setdefault(part, made)
-            made._offsets, made._checked = known._offsets, known._checked
+        made = READERS[layout](file.name, root, table, file.payload, latents, texts)
+        if isinstance(made, InlineReader):  # where values begin is looked up once per data file, not once per view
+            made.share(self._inline.setdefault(part, made))
             if len(self._inline) > _INLINE_FILES:
                 self._inline.pop(next(iter(self._inline)))
         return made
@@ -282,8 +274,7 @@ class StreamIndex:
 
     @cached_property
     def _empty_prompt_file(self) -> str | None:
-        roots = dict.fromkeys((*self._roots.values(), *(file.folder for file in self.files)))
-        return next((file for root in roots if storage.exists(file := storage.join(root, EMPTY_PROMPT_FILE))), None)
+        return find_empty_prompt([*self._roots.values(), *(file.folder for file in self.files)])
 
 
 @dataclass(frozen=True)

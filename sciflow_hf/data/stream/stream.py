@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 
 from ...errors import CacheError, SciflowError
 from ..cache import LatentCache
-from ..parquet import BUILD
+from ..index import BUILD
 from ..split import check_eval_fraction, is_held_out
 from .index import FILES_AT_ONCE, RowsView, StreamIndex
 from .order import EpochRows, Place, Row

@@ -1,4 +1,4 @@
-"""Where a build keeps what it has encoded: the interface, and the npz layout, whose files are the cache itself."""
+"""What a build keeps until a block is complete: the interface, and that of npz, whose files are the cache itself."""
 
 import logging
 import os
@@ -9,17 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pyarrow.parquet as pq
 import torch
 
 from ...errors import CacheError, SciflowError
+from ..layouts.base import Layout
 from ..layouts.npz import npz_members, write_npz
-from .blocks import Layout
 from .index import index_schema, write_index
 from .jobs import Job
 
 logger = logging.getLogger(__name__)
 
-STAGING = ".staging"  # in a cache: hidden, so that no reader looks into it
+FOLDER = ".staging"  # in a cache: hidden, so that no reader looks into it
 _PART = re.compile(r"data_rank0_part(\d{5,})\.parquet")
 _SHAPES = {"latent_shape": "latents", "prompt_embeds_shape": "prompt_embeds"}
 _TEMPORARY = re.compile(r"\..*\.tmp")
@@ -55,11 +56,11 @@ class Skips:
 
 
 @dataclass(frozen=True)
-class Part:
-    """A part of the cache that is to be made.
+class Todo:
+    """A block of the cache that is to be made.
 
     Attributes:
-        jobs: images to encode; others of the part are there already.
+        jobs: images to encode; others of the block are there already.
         prompts: prompts to encode; None: those of the images, with each of them.
     """
 
@@ -67,11 +68,11 @@ class Part:
     prompts: list[str] | None
 
 
-class Store(ABC):
-    """The payloads of a cache that is being built by several ranks.
+class Staging(ABC):
+    """The samples of a cache that is being built by several ranks.
 
     In this order, with a barrier after each of the first three: all `look`; rank 0 calls `clean`; all `plan`; rank 0
-    calls `clear`. Then ranks `save` what they encoded, and, after a barrier, one of them each `finish`es a part. When
+    calls `clear`. Then ranks `save` what they encoded, and, after a barrier, one of them each `finish`es a block. When
     all are done, rank 0 calls `close`.
 
     Args:
@@ -108,7 +109,7 @@ class Store(ABC):
         return None
 
     @abstractmethod
-    def plan(self, samples_per_part: int) -> list[Part]:
+    def plan(self, samples_per_block: int) -> list[Todo]:
         """What is left to do; changes nothing, and is the same on all ranks."""
 
     @abstractmethod
@@ -124,15 +125,15 @@ class Store(ABC):
         return 0
 
     def gather(self, start: int, stop: int) -> None:
-        """Between barriers: the samples of parts `start` to `stop` are all saved, those before `start` finished."""
+        """Between barriers: the samples of blocks `start` to `stop` are all saved, those before `start` finished."""
         return
 
     @abstractmethod
     def finish(self, number: int) -> None:
-        """Completes part `number` of the plan."""
+        """Completes block `number` of the plan."""
 
     def salvage(self, number: int) -> None:
-        """After an error: makes readable what is there of a part."""
+        """After an error: makes readable what is there of a block."""
         return
 
     @abstractmethod
@@ -151,14 +152,12 @@ class Store(ABC):
             logger.warning("%d samples leave the index: their images or captions are no longer in the input.", gone)
 
 
-class NpzStore(Store):
+class NpzStaging(Staging):
     """One npz a sample, and an index that names them."""
 
     with_text = True
 
     def look(self) -> None:
-        import pyarrow.parquet as pq
-
         self.tables = {}
         for file in sorted(self.output.glob("data_rank0_part*.parquet")):
             if match := _PART.fullmatch(file.name):
@@ -168,12 +167,12 @@ class NpzStore(Store):
         images = {path: row.get("image_path") for path, row in self.known.items()}
         self.check_input(images, self.files.values())
 
-    def plan(self, samples_per_part: int) -> list[Part]:
-        size = samples_per_part
-        self.parts = [self.jobs[i : i + size] for i in range(0, len(self.jobs), size)]
+    def plan(self, samples_per_block: int) -> list[Todo]:
+        size = samples_per_block
+        self.blocks = [self.jobs[i : i + size] for i in range(0, len(self.jobs), size)]
         self.schema = index_schema([job.record.columns for job in self.jobs], self.facts)
         self.shapes = {job.id: self._shapes(job) for job in self.jobs}
-        return [Part([job for job in part if self.shapes[job.id] is None], None) for part in self.parts]
+        return [Todo([job for job in block if self.shapes[job.id] is None], None) for block in self.blocks]
 
     def _shapes(self, job: Job) -> dict[str, list[int]] | None:
         """Columns with the shapes of a finished sample; None if it has to be encoded."""
@@ -191,9 +190,9 @@ class NpzStore(Store):
 
     def clear(self) -> None:
         for number, table in self.tables.items():
-            planned = {self.files[job.id] for job in self.parts[number]} if number < len(self.parts) else set()
+            planned = {self.files[job.id] for job in self.blocks[number]} if number < len(self.blocks) else set()
             if not planned.issuperset(table["cache_path"].to_pylist()) or not table.schema.equals(self.schema):
-                (self.output / _part_name(number)).unlink()
+                (self.output / _index_name(number)).unlink()
 
     def save(self, job: Job, sample: Tensors) -> int:
         file = self.output / self.files[job.id]
@@ -203,11 +202,11 @@ class NpzStore(Store):
 
     def finish(self, number: int) -> None:
         rows = []
-        for job in self.parts[number]:
+        for job in self.blocks[number]:
             shapes = self.shapes[job.id] or self._shapes(job)  # another rank may have encoded it
             if shapes is not None:
                 rows.append(job.row() | shapes | {"cache_path": self.files[job.id]})
-        write_index(self.output / _part_name(number), rows, self.schema)
+        write_index(self.output / _index_name(number), rows, self.schema)
 
     salvage = finish
 
@@ -222,5 +221,5 @@ def _payload_name(job: Job) -> str:
     return f"{paper or job.id[:2]}/{job.id}_latents.npz"
 
 
-def _part_name(number: int) -> str:
+def _index_name(number: int) -> str:
     return f"data_rank0_part{number:05d}.parquet"

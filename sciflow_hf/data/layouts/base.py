@@ -1,0 +1,690 @@
+"""What the layouts share: `Member`, a stored tensor; `Reader`, which finds those of a row; `Writer` of blocks."""
+
+import contextlib
+import json
+import math
+import re
+import struct
+import threading
+import zipfile
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pyarrow.types as types
+import torch
+
+from ...errors import CacheError, SciflowError, first_line
+from .. import storage
+from ..writing import output_file
+from . import CODECS, EMBEDS, PAYLOADS
+from .codecs import PIECE, dequantise, pack, quantise, unpack
+
+METADATA_KEY = b"sciflow_hf"
+"""Of the schema metadata of an index file: encoder settings and `payload`, what the columns do not say of it."""
+TEXT_TENSORS = ("prompt_embeds", "prompt_embeds_scale", "pooled_prompt_embeds", "prompt_embeds_mask", "txt_ids")
+"""What follows from the prompt alone."""
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Names of dtypes as in safetensors files."""
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+BROKEN = (
+    OSError, EOFError, ValueError, OverflowError, MemoryError, KeyError, RuntimeError, SyntaxError,
+    NotImplementedError, struct.error, zlib.error, zipfile.BadZipFile, pa.ArrowException,
+)  # fmt: skip
+"""What the libraries below raise for a file that is not what it should be."""
+numpy_reader = threading.Lock()
+"""numpy reads the headers of arrays by `ast`, which in Python 3.11 may fail in two threads at once."""
+REBUILD = "Run `sciflow-hf cache build` again"
+CONVERT = "Run `sciflow-hf cache convert` or `cache build` again"
+_CHUNK = 1 << 17  # values read at once: what fits into the processor's cache while their dtype is changed
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One stored tensor.
+
+    Attributes:
+        name: key in a batch.
+        file: path or URL.
+        offset, nbytes: of the stored bytes in the file.
+        dtype: of the values, as in safetensors files ("BF16").
+        shape: of the array.
+        codec: "none"; "zstd" (see `codecs.pack`); "numpy" for an array that numpy has to decode.
+        scale: of an "F8_E4M3" array: float32, (shape[0],), one per token.
+    """
+
+    name: str
+    file: str
+    offset: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+    codec: str = "none"
+    scale: "Member | None" = None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def target_dtype(member: Member, dtype: torch.dtype) -> torch.dtype:
+    """What an array becomes: floats `dtype`; truth values and `loss_mask` stay; other whole numbers int64."""
+    stored = DTYPES[member.dtype]
+    if member.name == "txt_ids":
+        return torch.int64
+    if stored.is_floating_point:
+        return dtype
+    return stored if stored == torch.bool or member.name == "loss_mask" else torch.int64
+
+
+def read_member(member: Member, out: torch.Tensor, where: str) -> None:
+    """Fills `out`, contiguous and of the member's shape, in the dtype of `out`.
+
+    Raises:
+        CacheError: naming `where` and the file, if the bytes are not there or do not decode.
+    """
+    with explain(member.file, where, member.name):
+        if tuple(out.shape) != member.shape:
+            raise ValueError(f"shape {member.shape} does not fit into {tuple(out.shape)}")
+        if member.codec == "numpy":
+            out.copy_(_from_numpy(member))
+        elif member.codec == "zstd":
+            data = np.empty(member.nbytes, dtype=np.uint8)
+            storage.read_into(member.file, member.offset, data)
+            same = DTYPES[member.dtype] == out.dtype
+            values = out if same else torch.empty(member.shape, dtype=DTYPES[member.dtype])
+            unpack(data, as_bytes(values), values.itemsize)
+            if not same:
+                _convert(values, out, _read_scale(member, where))
+        elif member.nbytes != member.numel * DTYPES[member.dtype].itemsize:
+            raise ValueError(f"{member.nbytes} bytes cannot be {member.dtype} of shape {member.shape}")
+        elif DTYPES[member.dtype] == out.dtype:
+            storage.read_into(member.file, member.offset, as_bytes(out))
+        else:
+            _read_converted(member, out, _read_scale(member, where))
+
+
+def read_members(members: Iterable[Member], dtype: torch.dtype, where: str) -> dict[str, torch.Tensor]:
+    """New tensors of some arrays, by name; floating ones in `dtype`. See `read_member`."""
+    tensors = {}
+    for member in members:
+        tensors[member.name] = torch.empty(member.shape, dtype=target_dtype(member, dtype))
+        read_member(member, tensors[member.name], where)
+    return tensors
+
+
+@contextlib.contextmanager
+def explain(file: str, where: str, name: str = "") -> Iterator[None]:
+    """Turns what goes wrong while a payload is read into a CacheError that names the row, the file and the member."""
+    try:
+        yield
+    except CacheError:
+        raise
+    except FileNotFoundError as error:
+        raise CacheError(
+            f"{where}: the payload {file} (column `cache_path`) is missing. Say where the payloads are by "
+            "`--payload_dir`, or run `sciflow-hf cache build` again."
+        ) from error
+    except BROKEN as error:
+        reason, member = first_line(error), f", array `{name}`," if name else ""
+        if "pickle" in reason or "Object arrays" in reason:
+            raise CacheError(
+                f"{where}: the payload {file}{member} holds pickled objects ({reason}). They are never loaded, since "
+                "loading could run code. Store plain numbers: float16, float32, or uint16 with the bits of bfloat16. "
+                f"{REBUILD}."
+            ) from error
+        raise CacheError(
+            f"{where}: the payload {file}{member} cannot be read: it is truncated or broken ({reason}). Delete it. "
+            f"{REBUILD}, which makes what is missing."
+        ) from error
+
+
+def as_bytes(values: torch.Tensor) -> np.ndarray:
+    """The memory of a contiguous CPU tensor: (nbytes,) uint8, not a copy."""
+    return values.reshape(-1).view(torch.uint8).numpy()
+
+
+# -- reading ---------------------------------------------------------------------------------------------------
+
+
+class _Scratch(threading.local):
+    """Two small buffers of each thread."""
+
+    def __init__(self) -> None:
+        self.stored = torch.empty(_CHUNK * 8, dtype=torch.uint8)
+        self.floats = torch.empty(PIECE, dtype=torch.float32)
+
+
+_scratch = _Scratch()
+
+
+def _read_converted(member: Member, out: torch.Tensor, scale: torch.Tensor | None) -> None:
+    """Reads chunk by chunk, so that the bytes are still in the processor's cache when their dtype changes."""
+    stored, target = DTYPES[member.dtype], out.view(-1)
+    if scale is not None:
+        values = torch.empty(member.shape, dtype=stored)
+        storage.read_into(member.file, member.offset, as_bytes(values))
+        _convert(values, out, scale)
+        return
+    read, total = storage.reader(member.file), target.numel()
+    values = _scratch.stored[: min(_CHUNK, total) * stored.itemsize].view(stored)
+    data, pieces, targets = as_bytes(values), values.split(PIECE), target.split(PIECE)
+    for number, start in enumerate(range(0, total, _CHUNK)):
+        rest = min(total - start, _CHUNK) * stored.itemsize
+        read(member.offset + start * stored.itemsize, data[:rest])
+        first = number * len(pieces)
+        for piece, out_piece in zip(pieces, targets[first : first + len(pieces)], strict=False):
+            _cast(piece if len(out_piece) == len(piece) else piece[: len(out_piece)], out_piece)
+
+
+def _convert(values: torch.Tensor, out: torch.Tensor, scale: torch.Tensor | None) -> None:
+    if scale is not None:
+        dequantise(values, scale, out)
+    else:
+        for piece, target in zip(values.view(-1).split(PIECE), out.view(-1).split(PIECE), strict=True):
+            _cast(piece, target)
+
+
+def _cast(piece: torch.Tensor, out: torch.Tensor) -> None:
+    """Of at most `PIECE` values. float16 to bfloat16 goes through float32: 3 times faster, equal."""
+    if piece.dtype == torch.float16 and out.dtype == torch.bfloat16:
+        floats = _scratch.floats
+        out.copy_((floats if len(piece) == PIECE else floats[: len(piece)]).copy_(piece))
+    else:
+        out.copy_(piece)
+
+
+def _from_numpy(member: Member) -> torch.Tensor:
+    """An array that only numpy can decode (compressed, big-endian, in Fortran order): slow, but right."""
+    with storage.open_file(member.file) as file, numpy_reader, np.load(file, allow_pickle=False) as payload:
+        array = payload[member.name if member.name != "txt_ids" else "text_ids"]
+    if array.shape != member.shape:
+        raise ValueError(f"shape {array.shape} in place of {member.shape}")
+    array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+    if member.dtype == "BF16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _read_scale(member: Member, where: str) -> torch.Tensor | None:
+    if member.scale is None:
+        return None
+    scale = torch.empty(member.scale.shape, dtype=torch.float32)
+    read_member(member.scale, scale, where)
+    return scale
+
+
+# -- rows ------------------------------------------------------------------------------------------------------
+
+
+class Columns:
+    """Columns of one index file, whose first row is row `start` of the complete index; N rows.
+
+    Its methods raise a CacheError that names file, row and value where a column is not what it must be.
+    """
+
+    def __init__(self, table: pa.Table, file: str, start: int = 0) -> None:
+        self.table, self.file, self.start = table, file, start
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.table.column_names
+
+    def error(self, row: int, name: str, needed: str) -> CacheError:
+        value = self.table.column(name)[row].as_py()
+        return CacheError(
+            f"Row {self.start + row} (in {self.file}): column `{name}` is {value!r}, but must be "
+            f"{needed}. Mend the index, or run `sciflow-hf cache build` again."
+        )
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """One that has a value in every row."""
+        if name not in self:
+            raise CacheError(f"The index {self.file} lacks the column {name!r}. {CONVERT}.")
+        column = self.table.column(name)
+        if column.null_count:
+            raise self.error(int(np.argmax(column.is_null().to_numpy())), name, "given")
+        return column
+
+    def paths(self, name: str) -> pa.ChunkedArray:
+        column = self.column(name)
+        if len(column) and not (types.is_string(column.type) or types.is_large_string(column.type)):
+            raise self.error(0, name, "a path")
+        return column
+
+    def files(self, name: str, root: str) -> tuple[list[str], np.ndarray]:
+        """Distinct files of a column of paths below `root`, and which of them each row has."""
+        encoded = self.paths(name).cast(pa.large_string()).combine_chunks().dictionary_encode()
+        return [storage.join(root, path) for path in encoded.dictionary.to_pylist()], encoded.indices.to_numpy()
+
+    def numbers(self, name: str, *, least: int = 0, unit: str = "") -> np.ndarray:
+        """(N,) int64, none below `least` (0 or 1)."""
+        try:
+            values = self.column(name).cast(pa.int64()).to_numpy()
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise self.error(0, name, f"a whole number{unit} in every row ({first_line(error)})") from error
+        if (values < least).any():
+            raise self.error(int(np.argmax(values < least)), name, f"a positive number{unit}" if least else "0 or more")
+        return values
+
+    def shapes(self, name: str, form: str = "") -> np.ndarray:
+        """Lists or strings ("(32, 64, 48)", "[32, 64, 48]", "32,64,48") -> (N, numbers in `form`), int32.
+
+        Without `form` lists alone, of as many numbers as the first.
+        """
+        column = self.column(name)
+        if not form:
+            first = column[0].as_py() if len(column) else []
+            if not isinstance(first, list):
+                raise self.error(0, name, "a list")
+            if not first:
+                return np.zeros((len(column), 0), dtype=np.int32)
+            form = ",".join("n" * len(first))
+        size = form.count(",") + 1
+        if not len(column):
+            return np.zeros((0, size), dtype=np.int32)
+        needed = f"{size} positive whole numbers {form}"
+        if types.is_string(column.type) or types.is_large_string(column.type):
+            encoded = column.cast(pa.large_string()).combine_chunks().dictionary_encode()  # few distinct shapes
+            parsed = np.array([_parse_shape(text, size) for text in encoded.dictionary.to_pylist()], dtype=np.int64)
+            shapes = parsed.reshape(-1, size)[encoded.indices.to_numpy()]
+        elif types.is_list(column.type) or types.is_large_list(column.type) or types.is_fixed_size_list(column.type):
+            odd = pc.not_equal(pc.list_value_length(column), size).to_numpy()
+            if odd.any():
+                raise self.error(int(np.argmax(odd)), name, needed)
+            try:
+                flat = pc.list_flatten(column).cast(pa.int64()).fill_null(0)
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+                raise self.error(0, name, f"{needed}, in every row ({first_line(error)})") from error
+            shapes = flat.to_numpy().reshape(-1, size)
+        else:
+            raise self.error(0, name, f"{needed}, as a list or a string")
+        odd = (shapes <= 0).any(axis=1)
+        if odd.any():
+            raise self.error(int(np.argmax(odd)), name, needed)
+        return shapes.astype(np.int32)
+
+
+def _parse_shape(text: str, size: int) -> list[int]:
+    """The numbers of a shape in brackets or without; zeros, which no shape has, if it is none."""
+    numbers = re.findall(r"\d+", text) if re.fullmatch(r"[\[(\s]*\d+(?:[,\s]+\d+)*[\])\s,]*", text) else []
+    return [int(number) for number in numbers] if len(numbers) == size else [0] * size
+
+
+class Reader(ABC):
+    """Finds the members of the rows of one index file; N rows.
+
+    Args:
+        file: the index file.
+        root: where paths are rooted; a folder or URL.
+        table: at least its columns `columns(payload)`, those of them that it has.
+        payload: of its metadata; {} for npz.
+        latent_shapes: (N, 3).
+        text_shapes: (N, 2).
+
+    Raises:
+        CacheError: if columns or metadata are not what the library writes.
+    """
+
+    def __init__(
+        self,
+        file: str,
+        root: str,
+        table: pa.Table,
+        payload: Mapping[str, Any],
+        latent_shapes: np.ndarray,
+        text_shapes: np.ndarray,
+    ) -> None:
+        self.file, self.root, self.payload = file, root, payload
+
+    @classmethod
+    def columns(cls, payload: Mapping[str, Any]) -> list[str]:
+        """The index columns that a reader needs, where a file has them; without the checksums."""
+        return ["cache_path"]
+
+    @abstractmethod
+    def members(self, i: int, where: str) -> dict[str, Member]:
+        """The members of row `i` by name; `where` names the row in errors.
+
+        Raises:
+            CacheError: if they are not there, or not what the index says.
+        """
+
+    @property
+    def tensors(self) -> dict[str, dict[str, Any]]:
+        """dtype and codec of each stored tensor, where the index says so."""
+        return {}
+
+    def places(self, name: str) -> dict[tuple[str, int], int]:
+        """Bytes of each distinct stored tensor of a name, by file and place in it."""
+        return {}
+
+    def files(self) -> set[str]:
+        """Payload files of many rows that rows refer to."""
+        return set()
+
+    def check_file(self, members: Mapping[str, Member]) -> list[str]:
+        """What is wrong with the payload file of one row alone."""
+        return []
+
+    def checker(self) -> Callable[[Member, int], str]:
+        """A function of a member and its checksum (-1: none) that says what is wrong with the stored bytes, or ""."""
+        return lambda member, crc32: ""
+
+
+class ColumnReader(Reader):
+    """A reader for payload files of many rows: columns of the index say where the members of each lie.
+
+    For each tensor the columns `<name>_nbytes`, `<name>_crc32` and, but for scales, its shape.
+    """
+
+    def __init__(self, file: str, root: str, table: pa.Table, payload: Mapping[str, Any], *shapes: np.ndarray) -> None:
+        super().__init__(file, root, table, payload, *shapes)
+        _check_tensors(payload, file)
+        columns = Columns(table, file)
+        self._nbytes = {name: compact(columns.numbers(f"{name}_nbytes")) for name in self.tensors}
+        scales = {spec["scale"] for spec in self.tensors.values() if "scale" in spec}
+        known = {"latents": shapes[0], "latents_std": shapes[0], "prompt_embeds": shapes[1]}
+        self._shapes = {
+            name: known[name] if name in known else compact(columns.shapes(shape_column(name)))
+            for name in self.tensors
+            if name not in scales
+        }
+
+    @classmethod
+    def columns(cls, payload: Mapping[str, Any]) -> list[str]:
+        ends = ("offset", "nbytes", "path", "shape")
+        return ["cache_path", "inline_row", *(f"{name}_{end}" for name in payload.get("tensors", {}) for end in ends)]
+
+    @property
+    def tensors(self) -> dict[str, dict[str, Any]]:
+        tensors: dict[str, dict[str, Any]] = self.payload["tensors"]
+        return tensors
+
+    def members(self, i: int, where: str) -> dict[str, Member]:
+        found = {}
+        for name, shapes in self._shapes.items():
+            shape = tuple(shapes[i].tolist())
+            scale = self.tensors[name].get("scale")
+            below = None if scale is None else self._member(scale, i, shape[:1], None, where)
+            found[name] = self._member(name, i, shape, below, where)
+        return found
+
+    def _member(self, name: str, i: int, shape: tuple[int, ...], scale: Member | None, where: str) -> Member:
+        spec, nbytes = self.tensors[name], int(self._nbytes[name][i])
+        file, offset = self._find(name, i, nbytes, where)
+        return Member(name, file, offset, nbytes, spec["dtype"], shape, spec["codec"], scale)
+
+    @abstractmethod
+    def _find(self, name: str, i: int, nbytes: int, where: str) -> tuple[str, int]:
+        """File and offset of a member's bytes."""
+
+    def checker(self) -> Callable[[Member, int], str]:
+        def check(member: Member, crc32: int) -> str:
+            if crc32 < 0:
+                return f"`{member.name}` has no checksum in the index (column `{member.name}_crc32`)"
+            if zlib.crc32(storage.read(member.file, member.offset, member.nbytes)) != crc32:
+                return f"`{member.name}`: its bytes have changed (the checksum differs)"
+            return ""
+
+        return check
+
+
+def _check_tensors(payload: Mapping[str, Any], file: str) -> None:
+    tensors = payload.get("tensors")
+    if not isinstance(tensors, dict) or "latents" not in tensors:
+        raise CacheError(
+            f"The schema metadata of the index {file}: `payload` is {payload!r}, which does not name `latents` among "
+            f"its `tensors`. {CONVERT}."
+        )
+    for name, spec in tensors.items():
+        known = isinstance(spec, dict) and spec.get("dtype") in DTYPES and spec.get("codec") in CODECS
+        if not known or spec.get("scale", name) not in tensors:
+            raise CacheError(
+                f"The schema metadata of the index {file} says of `{name}`: {spec!r}. Known are the dtypes "
+                f"{', '.join(DTYPES)} and the codecs {', '.join(CODECS)}. {CONVERT}, or use a newer sciflow-hf."
+            )
+
+
+def compact(values: np.ndarray) -> np.ndarray:
+    """The same array without memory for its rows where they are all alike, as in most caches."""
+    return np.broadcast_to(values[:1].copy(), values.shape) if len(values) and (values == values[0]).all() else values
+
+
+def shape_column(name: str) -> str:
+    """The index column that holds the shape of a tensor."""
+    return "latent_shape" if name in ("latents", "latents_std") else f"{name}_shape"
+
+
+def payload_columns(payload: Mapping[str, Any]) -> set[str]:
+    """All index columns that say where and how large the members of a payload ({} for npz) are."""
+    tensors = payload.get("tensors", {})
+    found = {f"{name}_{end}" for name in tensors for end in ("offset", "nbytes", "crc32", "path")}
+    return (
+        {"cache_path", "inline_row"} | found | {shape_column(name) for name in ("latents", "prompt_embeds", *tensors)}
+    )
+
+
+# -- writing ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A tensor in its stored form."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: Any  # bytes-like
+
+    @property
+    def nbytes(self) -> int:
+        return memoryview(self.data).nbytes
+
+
+Sample = Mapping[str, "torch.Tensor | Encoded"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How tensors are stored.
+
+    Attributes:
+        payload: "npz" (a file per sample), "shards" or "inline".
+        embeds: `prompt_embeds` as they are ("bf16"), in 8 bits with a scale per token ("fp8"), or no text tensors
+            at all ("none", for online encoding).
+        codec: "none", or "zstd" (lossless).
+        dtype: of floating tensors.
+
+    Raises:
+        SciflowError: for other values, and for fp8 or zstd in npz files.
+    """
+
+    payload: str = "shards"
+    embeds: str = "bf16"
+    codec: str = "none"
+    dtype: torch.dtype = torch.bfloat16
+
+    def __post_init__(self) -> None:
+        for name, allowed in {"payload": PAYLOADS, "embeds": EMBEDS, "codec": CODECS}.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise SciflowError(f"`{name}` is {value!r}, but must be one of {', '.join(allowed)}.")
+        if self.payload == "npz" and (self.embeds == "fp8" or self.codec != "none"):
+            raise SciflowError(
+                f"`payload` npz stores neither fp8 nor zstd (`embeds` is {self.embeds!r}, `codec` {self.codec!r}). "
+                "Choose shards or inline."
+            )
+
+    def tensors(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+        """The tensors that are stored, in the dtypes they are stored in (before fp8)."""
+        kept = {}
+        for name, value in sample.items():
+            name = "txt_ids" if name == "text_ids" else name
+            if name in TEXT_TENSORS and self.embeds == "none":
+                continue
+            if isinstance(value, torch.Tensor):
+                if value.is_floating_point():
+                    value = value.to(self.dtype)
+                elif value.dtype != torch.bool and name != "loss_mask":
+                    value = value.to(torch.int64)
+            kept[name] = value
+        return kept
+
+    def encode(self, sample: Sample) -> dict[str, Encoded]:
+        """The members of a sample in their stored form; what has it already stays as it is."""
+        stored = {}
+        for name, value in self.tensors(sample).items():
+            if isinstance(value, Encoded):
+                stored[name] = value
+            elif self.embeds == "fp8" and name == "prompt_embeds":
+                codes, scale = quantise(value.detach().cpu())
+                stored |= {name: self._encode(codes), f"{name}_scale": self._encode(scale)}
+            else:
+                stored[name] = self._encode(value)
+        return stored
+
+    def _encode(self, value: torch.Tensor) -> Encoded:
+        value = value.detach().cpu().contiguous()
+        data: Any = as_bytes(value)
+        data = pack(data, value.itemsize) if self.codec == "zstd" else data
+        return Encoded(DTYPE_NAMES[value.dtype], tuple(value.shape), data)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows that are written together: one index file with its payload.
+
+    Attributes:
+        name: as "part00000"; sorts like the rows.
+        rows: light columns (`image_path`, `caption`, `bucket_h`, ...); the schema metadata under `METADATA_KEY` holds
+            the encoder settings. Columns of a payload are left out and made (but those of npz, which it must have).
+        prompts: `prompt_hash` of each row. Shards store what follows from a prompt once; None: for every row.
+        owners: name of the block that stores each row's prompt; None: this one.
+    """
+
+    name: str
+    rows: pa.Table
+    prompts: Sequence[str] | None = None
+    owners: Sequence[str] | None = None
+
+    @property
+    def index_file(self) -> str:
+        """Relative to the cache."""
+        return index_file(self.name)
+
+
+def index_file(name: str) -> str:
+    """The index of block `name`, relative to the cache."""
+    return f"data_{name}.parquet"
+
+
+class Writer(ABC):
+    """Writes blocks in one layout: first the payload of each, then, when that of its owners is there, its index.
+
+    Every file appears complete or not at all. Memory does not grow with a block (inline: with 64 MiB).
+
+    Args:
+        output: the cache.
+        layout: how tensors are stored.
+    """
+
+    payload: ClassVar[str]
+
+    def __init__(self, output: Path, layout: Layout) -> None:
+        self.output, self.layout = output, layout
+
+    @abstractmethod
+    def has_payload(self, block: Block) -> bool:
+        """Whether the payload of a block is there. CacheError if it is broken."""
+
+    def missing(self, block: Block) -> list[int]:
+        """Numbers of the rows of a block to write: all of them, unless each has a file of its own."""
+        return list(range(block.rows.num_rows))
+
+    def is_ready(self, block: Block) -> bool:
+        """Whether all is there that the index of a block refers to."""
+        return self.has_payload(block)
+
+    @abstractmethod
+    def write_payload(self, block: Block, samples: Iterable[Sample]) -> None:
+        """Writes the tensors of the rows of a block.
+
+        Args:
+            samples: the tensors of each row, unbatched: `latents` (C, h, w), `prompt_embeds` (L, D), ...; fresh ones,
+                no buffers that are filled again. Shards: a sample without text tensors refers to those of its prompt's
+                owner; one with them, whose prompt is stored already, gets a copy of its own.
+
+        Raises:
+            SciflowError: the files cannot be written.
+        """
+
+    def has_index(self, block: Block) -> bool:
+        """Whether the index of a block is there. CacheError if it is broken."""
+        file = self.output / block.index_file
+        if not file.is_file():
+            return False
+        with explain(str(file), "an index file"):
+            return int(pq.read_metadata(file).num_rows) == block.rows.num_rows
+
+    def write_index(self, block: Block) -> None:
+        """Writes the index of a block. CacheError if its payload, or that of its owners, is missing or broken."""
+        columns, tensors = self._columns(block)
+        table = light(block.rows) if tensors else block.rows
+        for column, array in columns.items():
+            table = table.append_column(column, array)
+        with output_file(self.output / block.index_file) as handle:
+            pq.write_table(table.replace_schema_metadata(self._facts(block, tensors)), handle)
+
+    def _columns(self, block: Block) -> tuple[dict[str, pa.Array], dict[str, dict[str, str]]]:
+        """Columns of a block's index that say where its members lie, and what each tensor is."""
+        return {}, {}
+
+    def _facts(self, block: Block, tensors: Mapping[str, Mapping[str, str]]) -> dict[bytes, bytes]:
+        """Schema metadata of the index: the encoder settings, and how the payload is stored."""
+        metadata = block.rows.schema.metadata or {}
+        facts = json.loads(metadata.get(METADATA_KEY, b"{}")) | {"embeds": self.layout.embeds}
+        facts.pop("payload", None)
+        if tensors:
+            scaled = {
+                n: {**s} | ({"scale": f"{n}_scale"} if s["dtype"] == "F8_E4M3" else {}) for n, s in tensors.items()
+            }
+            facts["payload"] = {"layout": self.payload, "tensors": scaled}
+        return {METADATA_KEY: json.dumps(facts).encode()}
+
+
+def light(rows: pa.Table) -> pa.Table:
+    """Rows without the columns that a writer makes."""
+    made = ("cache_path", "inline_row", "latent_shape", "prompt_embeds_shape")
+    return rows.drop_columns([name for name in made if name in rows.column_names])
+
+
+def stored_columns(tensor: str, found: Sequence[tuple[Sequence[int], int, int]]) -> dict[str, pa.Array]:
+    """Index columns of one tensor from (shape, nbytes, crc32) of each row."""
+    columns = {
+        f"{tensor}_nbytes": pa.array([nbytes for _, nbytes, _ in found], pa.int64()),
+        f"{tensor}_crc32": pa.array([crc32 for _, _, crc32 in found], pa.int64()),
+    }
+    if not tensor.endswith("_scale") and tensor != "latents_std":  # which has the shape of the latents
+        columns = {shape_column(tensor): pa.array([list(s) for s, _, _ in found], pa.list_(pa.int64()))} | columns
+    return columns
