@@ -76,12 +76,26 @@ def _directory(file: str, length: int) -> tuple[list[zipfile.ZipInfo], int]:
     """The central directory of a zip, and where in the file its offsets begin."""
     end = storage.read(file, max(0, length - _TAIL), min(_TAIL, length))
     with contextlib.suppress(zipfile.BadZipFile, ValueError):  # the directory is longer than that
-        return zipfile.ZipFile(io.BytesIO(end)).infolist(), length - len(end)
+        return _entries(io.BytesIO(end)), length - len(end)
     try:
-        with storage.open_file(file) as handle, zipfile.ZipFile(handle) as archive:
-            return archive.infolist(), 0
+        with storage.open_file(file) as handle:
+            return _entries(handle), 0
     except zipfile.BadZipFile as error:
         raise ValueError(f"not an npz: {error}") from error
+
+
+def _entries(handle: Any) -> list[zipfile.ZipInfo]:
+    """The entries of a zip's central directory; as many as the record behind it says."""
+    archive = zipfile.ZipFile(handle)
+    entries = archive.infolist()
+    names = (info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437") for info in entries)
+    lengths = (46 + len(n) + len(i.extra) + len(i.comment) for n, i in zip(names, entries, strict=True))
+    handle.seek(archive.start_dir + sum(lengths))
+    record = handle.read(40)
+    count = {b"PK\5\6": record[10:12], b"PK\6\6": record[32:40]}.get(record[:4], b"")
+    if int.from_bytes(count, "little") != len(entries):
+        raise zipfile.BadZipFile("its central directory has another number of entries")
+    return entries
 
 
 def _member(file: str, length: int, info: zipfile.ZipInfo, local: int) -> Member | None:
