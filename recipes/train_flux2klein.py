@@ -14,13 +14,9 @@ Hardware: see the header of each file in recipes/configs.
 import sciflow_hf as sf
 
 
-def main() -> None:
+def main(family_class: type[sf.PipelineFamily] = sf.Flux2Klein, description: str | None = __doc__) -> None:
     family, data_args, adapter_args, args = sf.parse_args(
-        sf.Flux2Klein,
-        sf.DataArguments,
-        sf.AdapterArguments,
-        sf.DiffusionTrainingArguments,
-        description=__doc__,
+        family_class, sf.DataArguments, sf.AdapterArguments, sf.DiffusionTrainingArguments, description=description
     )
     train_dataset, eval_dataset = sf.prepare_data(data_args, family, args)
 

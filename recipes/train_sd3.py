@@ -11,37 +11,9 @@ First look: add --dry_run (options, layers, buckets, memory) or --debug_batch (s
 Hardware: see the header of each file in recipes/configs.
 """
 
+from train_flux2klein import main  # the steps are the same for every family
+
 import sciflow_hf as sf
 
-
-def main() -> None:
-    family, data_args, adapter_args, args = sf.parse_args(
-        sf.SD3,
-        sf.DataArguments,
-        sf.AdapterArguments,
-        sf.DiffusionTrainingArguments,
-        description=__doc__,
-    )
-    train_dataset, eval_dataset = sf.prepare_data(data_args, family, args)
-
-    dtype = args.load_dtype(trained=adapter_args.no_adapter)
-    model = family.load_model(dtype=dtype, meta=args.dry_run, quantize=args.quantize_base)
-    model = sf.add_adapter(model, adapter_args, family=family, seed=args.seed)
-    if args.dry_run:
-        print(sf.plan(model, family, args, train_dataset, eval_dataset))
-        return
-
-    trainer = sf.DiffusionTrainer(
-        model, args, family=family, train_dataset=train_dataset, eval_dataset=eval_dataset,
-        caption_dropout=data_args.caption_dropout, dataset_names=data_args.names(),
-    )  # fmt: skip
-    if args.debug_batch:
-        print(sf.debug_batch(trainer))
-        return
-
-    trainer.train()
-    sf.finish(trainer)
-
-
 if __name__ == "__main__":
-    sf.run(main)
+    sf.run(lambda: main(sf.SD3, __doc__))

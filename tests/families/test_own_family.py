@@ -58,8 +58,8 @@ def folder(tmp_path_factory):
     """A folder outside the package, on `sys.path`: `my_family.py`, and the recipe that the page describes."""
     folder = tmp_path_factory.mktemp("mine")
     (folder / "my_family.py").write_text(SOURCE, encoding="utf-8")
-    recipe = (ROOT / "recipes" / "train_sd3.py").read_text(encoding="utf-8")
-    before, after = "        sf.SD3,\n", '        sf.load_family("my_family.MyFamily"),\n'
+    recipe = (ROOT / "recipes" / "train_flux2klein.py").read_text(encoding="utf-8")
+    before, after = "    sf.run(main)\n", '    sf.run(lambda: main(sf.load_family("my_family.MyFamily")))\n'
     assert recipe.count(before) == 1 and after in PAGE
     (folder / "train_mine.py").write_text(recipe.replace(before, after), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:

@@ -7,8 +7,11 @@ import itertools
 import re
 import runpy
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
+from unittest import mock
 
 from sciflow_hf.cli.main import _parser
 from sciflow_hf.options import RecipeParser
@@ -52,14 +55,20 @@ def option_strings(recipe: Path) -> set[str]:
 
 
 def parser_of(recipe: Path) -> RecipeParser:
-    """The parser that the recipe makes: its dataclasses are read from its call of `parse_args`."""
+    """The parser that the recipe makes: it is run as far as its call of `parse_args`."""
     import sciflow_hf
 
-    calls = [node for node in ast.walk(ast.parse(read(recipe))) if isinstance(node, ast.Call)]
-    call = next(c for c in calls if ast.unparse(c.func).endswith("parse_args"))
-    names = [ast.unparse(argument).removeprefix("sf.") for argument in call.args]
-    own = {} if all(name in sciflow_hf.__all__ for name in names) else runpy.run_path(str(recipe))
-    return RecipeParser([own.get(name) or getattr(sciflow_hf, name) for name in names])
+    asked: list[tuple[type, ...]] = []
+
+    def parse_args(*classes: type, **options: object) -> NoReturn:
+        asked.append(classes)
+        raise SystemExit
+
+    with mock.patch.object(sciflow_hf, "parse_args", parse_args), mock.patch.object(sys, "path", [*sys.path]):
+        sys.path.insert(0, str(recipe.parent))
+        with contextlib.suppress(SystemExit):
+            runpy.run_path(str(recipe), run_name="__main__")
+    return RecipeParser(list(asked[0]))
 
 
 def faults(words: list[str]) -> list[str]:

@@ -1,6 +1,5 @@
-"""Runs of the recipe in processes of their own: killed, resumed, on one rank or two."""
+"""Runs of a recipe in processes of their own: killed, resumed, on one rank or two."""
 
-import contextlib
 import json
 import os
 import re
@@ -10,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
+import forked
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
@@ -24,23 +23,42 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def command(*flags: object, ranks: int = 1, script: Path = RECIPE) -> list[str]:
+    """What a user types: `python script ...`, or torchrun's words for several ranks."""
     words = [sys.executable, str(script)]
     if ranks > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
-        words += ["--master_addr", "127.0.0.1", "--master_port", str(port), str(script)]
+        words += ["--master_addr", "127.0.0.1", "--master_port", str(free_port()), str(script)]
     return words + [str(flag) for flag in flags]
 
 
+def jobs(*flags: object, ranks: int = 1, script: Path = RECIPE, **env: str) -> list[forked.Job]:
+    """The same processes for `forked`: torchrun's are started without it, in the environment that it gives them."""
+    words, environ = [script, *flags], environment(**env)
+    if ranks == 1:
+        return [(words, environ)]
+    environ |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+    environ |= {"MASTER_PORT": str(free_port())}
+    return [(words, environ | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(ranks)]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def run(
-    *flags: object, ranks: int = 1, check: bool = True, script: Path = RECIPE, **env: str
+    *flags: object, ranks: int = 1, check: bool = True, script: Path = RECIPE, fresh: bool = False, **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs the recipe to its end."""
-    done = subprocess.run(
-        command(*flags, ranks=ranks, script=script), env=environment(**env), capture_output=True, text=True, timeout=600
-    )
+    """Runs the recipe to its end; `fresh`: by an interpreter of its own or by torchrun, as users do.
+
+    So does an environment that names a home of the Hub: it is read at import.
+    """
+    if fresh or "HF_HOME" in env:
+        words = command(*flags, ranks=ranks, script=script)
+        done = subprocess.run(words, env=environment(**env), capture_output=True, text=True, timeout=600)
+    else:
+        done = forked.run(*jobs(*flags, ranks=ranks, script=script, **env))
     if check and done.returncode:
         raise AssertionError(f"exit status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
     return done
@@ -48,32 +66,20 @@ def run(
 
 def run_and_kill(*flags: object, when: str, times: int = 1, ranks: int = 1, delay: float = 0.0) -> str:
     """Starts the recipe and SIGKILLs it with all its ranks `delay` seconds after the n-th line that matches `when`."""
-    process = subprocess.Popen(
-        command(*flags, ranks=ranks),
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdout is not None
+    reader, writer = os.pipe()
+    processes = [forked.start(job, stdout=writer, stderr=writer) for job in jobs(*flags, ranks=ranks)]
+    os.close(writer)
     lines = []
-    for line in process.stdout:
-        lines.append(line)
-        times -= bool(re.search(when, line))
-        if times == 0:
-            time.sleep(delay)
-            break
-    else:
+    with os.fdopen(reader, encoding="utf-8") as output:
+        for line in output:
+            lines.append(line)
+            times -= bool(re.search(when, line))
+            if times == 0:
+                time.sleep(delay)
+                break
+        forked.kill(processes)
+    if times:
         raise AssertionError(f"{when!r} never came:\n{''.join(lines)[-4000:]}")
-    ranks_too = psutil.Process(process.pid).children(recursive=True)  # torchrun gives each a session of its own
-    os.killpg(process.pid, 9)
-    for rank in ranks_too:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            rank.kill()
-    process.wait()
-    psutil.wait_procs(ranks_too)
-    process.stdout.close()
     return "".join(lines)
 
 

@@ -1,4 +1,7 @@
-"""Whole runs in their own processes: SIGKILL and resume, two ranks against one, two ranks resumed."""
+"""Whole runs in their own processes: SIGKILL and resume, two ranks against one, two ranks resumed.
+
+Two of them are as a user starts them, by a new interpreter and by torchrun, against runs that are forked.
+"""
 
 import numpy as np
 from recipe_runs import flags, logged_losses, run, run_and_kill, weights
@@ -15,7 +18,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, tiny_klein, even_cach
     run_and_kill(*words, when="'loss'", times=8)  # checkpoint-6 is whole, steps 7 and 8 are lost
     assert not (tmp_path / "killed" / "checkpoint-12").exists()
     assert checkpoint_fault(tmp_path / "killed" / "checkpoint-6") is None
-    run(*words)
+    run(*words, fresh=True)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
     assert logged_losses(tmp_path / "whole") == logged_losses(tmp_path / "killed")
 
@@ -42,5 +45,5 @@ def test_two_ranks_killed_and_resumed(tmp_path, tiny_klein, tiny_cache):
     run(*flags(tiny_klein, tiny_cache, tmp_path / "whole", **options), ranks=2)
     words = flags(tiny_klein, tiny_cache, tmp_path / "killed", **options)
     run_and_kill(*words, when="'loss'", times=7, ranks=2)
-    run(*words, ranks=2)
+    run(*words, ranks=2, fresh=True)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
