@@ -1,12 +1,6 @@
 """Fixtures shared by the tests: a tiny klein pipeline, drawn figures, and a cache written by hand."""
 
 import os
-
-# Before any import of the libraries that read them.
-os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-os.environ["WANDB_MODE"] = "offline"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +10,14 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))  # for `from caches import write_cache`
 
-from caches import encoder_settings, write_cache
-from hub_server import HubServer
+from hub_server import HubServer, prepare_clients
+
+# Before any import of the libraries that read them.
+prepare_clients()
+os.environ["WANDB_MODE"] = "offline"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from caches import encoder_settings, write_cache  # noqa: E402
 
 STARTS_PROCESSES = {"subprocess", "recipe_runs", "ranks", "faults", "hub_server"}
 

@@ -311,11 +311,11 @@ print(json.dumps(attempt(lambda: hub.check_access("user/figures", token=sys.argv
     with socket.socket() as closed:  # bound but not listening: connections are refused
         closed.bind(("127.0.0.1", 0))
         nowhere = f"import os; os.environ['HF_ENDPOINT'] = 'http://127.0.0.1:{closed.getsockname()[1]}'\n"
-        answer = json.loads(hub.run(nowhere + code, tmp_path / "home", TOKEN, token=None).splitlines()[-1])
+        answer = json.loads(hub.run(nowhere + code, tmp_path / "home", TOKEN, token=None, fresh=True).splitlines()[-1])
     assert "no connection to the Hub" in answer["error"] and answer["waits"] == [2.0, 8.0, 30.0]
     assert TOKEN not in answer["error"]
     offline = "import os; os.environ['HF_HUB_OFFLINE'] = '1'\n"
-    answer = json.loads(hub.run(offline + code, tmp_path / "home", TOKEN, token=None).splitlines()[-1])
+    answer = json.loads(hub.run(offline + code, tmp_path / "home", TOKEN, token=None, fresh=True).splitlines()[-1])
     assert "Unset `HF_HUB_OFFLINE`" in answer["error"] and answer["waits"] == []
 
 

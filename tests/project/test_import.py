@@ -1,5 +1,6 @@
 """What `import sciflow_hf` and `--help` must not load, and the public names."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -26,13 +27,20 @@ def python(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=ROOT, check=False)
 
 
+@functools.cache
 def loaded_by(code: str) -> set[str]:
     """Names of the modules that a fresh interpreter has after `code`."""
+    return output_and_modules(code)[1]
+
+
+def output_and_modules(code: str) -> tuple[str, set[str]]:
+    """What `code` prints in a fresh interpreter, and the names of the modules that are loaded then."""
     marker = "loaded modules: "
     report = f"import sys, json\nsys.stdout.write({marker!r} + json.dumps(sorted(sys.modules)))"
     result = python("-c", f"{code}\n{report}")
     assert result.returncode == 0, result.stderr
-    return set(json.loads(result.stdout.rpartition(marker)[2]))
+    output, _, modules = result.stdout.rpartition(marker)
+    return output, set(json.loads(modules))
 
 
 def test_import_loads_nothing_heavy() -> None:
@@ -62,20 +70,32 @@ def test_names_are_listed_and_unknown_ones_refused() -> None:
         exec("from sciflow_hf import no_such_name")
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
-def test_help_of_recipe(recipe: Path) -> None:
-    result = python(str(recipe), "--help")
+HELP = """
+import contextlib, io, json, runpy, sys
+for recipe in sys.argv[1:]:
+    sys.argv, printed, status = [recipe, "--help"], io.StringIO(), "it went on"
+    sys.path.insert(0, recipe.rpartition("/")[0])
+    with contextlib.redirect_stdout(printed):
+        try:
+            runpy.run_path(recipe, run_name="__main__")
+        except SystemExit as stop:
+            status = stop.code
+    print(json.dumps([recipe, status, printed.getvalue(), sorted(sys.modules)]))
+"""
+
+
+def test_help_of_recipes() -> None:
+    """All in one process; a module that one of them loads is there for those after it, too."""
+    result = python("-c", HELP, *map(str, RECIPES))
     assert result.returncode == 0, result.stderr
-    for flag in ("--config", "--output_dir", "--dry_run", "--learning_rate"):
-        assert flag in result.stdout
-    modules = loaded_by(
-        f"import runpy, sys\nsys.argv = [{str(recipe)!r}, '--help']\n"
-        f"try:\n    runpy.run_path({str(recipe)!r}, run_name='__main__')\n"
-        "except SystemExit as stop:\n    assert stop.code in (0, None)\n"
-        "else:\n    raise AssertionError('--help went on')"
-    )
-    assert "sciflow_hf.training.arguments" in modules
-    assert modules & NETWORKS - loaded_by(STOCK) == set()
+    answers = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("[")]
+    assert [answer[0] for answer in answers] == [str(recipe) for recipe in RECIPES]
+    for recipe, status, output, modules in answers:
+        assert status in (0, None), recipe
+        for flag in ("--config", "--output_dir", "--dry_run", "--learning_rate"):
+            assert flag in output, recipe
+        assert "sciflow_hf.training.arguments" in modules
+        assert set(modules) & NETWORKS - loaded_by(STOCK) == set(), recipe
 
 
 @pytest.mark.parametrize("args", [(), ("cache",), ("cache", "build"), ("cache", "info")], ids=" ".join)

@@ -9,8 +9,10 @@ import hashlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -19,7 +21,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import forked
+
 ROOT = Path(__file__).resolve().parents[2]
+_ENVIRONMENT: dict[str, str] = {}
 NO_COMMIT = "0" * 40
 
 
@@ -43,6 +48,25 @@ class Repo:
         return self.commits[self.branches["main"]]
 
 
+def prepare_clients() -> None:
+    """Makes the server the Hub of this process and of those that it starts: called before any import that reads it.
+
+    Its address and the folder of its files are then those of all tests, one after another, and none reaches another.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        _ENVIRONMENT.update(
+            HF_ENDPOINT=f"http://127.0.0.1:{free.getsockname()[1]}",
+            HF_HOME=str(Path(tempfile.mkdtemp()) / "home"),
+            HF_HUB_DISABLE_XET="1",
+            HF_HUB_DISABLE_TELEMETRY="1",
+            HF_HUB_DISABLE_PROGRESS_BARS="1",
+            NO_PROXY="127.0.0.1",
+            OMP_NUM_THREADS="1",
+        )
+    os.environ.update(_ENVIRONMENT)
+
+
 class HubServer:
     """The server. `repos` holds what was pushed, `requests` every (method, path, status) in order.
 
@@ -60,7 +84,8 @@ class HubServer:
         self._failures: dict[str, list[int]] = defaultdict(list)
         self.open = threading.Event()  # while it is not set, pushes wait
         self.open.set()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        address = ("127.0.0.1", int(_ENVIRONMENT["HF_ENDPOINT"].rpartition(":")[2]))
+        self._http = ThreadingHTTPServer(address, type("Handler", (_Handler,), {"hub": self}))
         self._http.daemon_threads = True
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
@@ -98,24 +123,26 @@ class HubServer:
             return self._failures[route].pop(0) if self._failures[route] else None
 
     def env(self, home: Path, *, token: str | None = "dummy") -> dict[str, str]:
-        """Environment of a client process whose Hub is this server."""
+        """Environment of a client process whose Hub is this server, and whose files of it lie in `home`."""
+        home.mkdir(parents=True, exist_ok=True)
+        link = Path(_ENVIRONMENT["HF_HOME"])
+        if link.is_symlink():
+            link.unlink()
+        link.symlink_to(home)
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING_FACE_"))}
-        kept |= {
-            "HF_ENDPOINT": self.url,
-            "HF_HOME": str(home),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")]),
-            "NO_PROXY": "127.0.0.1",
-            "OMP_NUM_THREADS": "1",
-        }
-        return kept | ({"HF_TOKEN": token} if token is not None else {})
+        kept["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
+        return kept | _ENVIRONMENT | ({"HF_TOKEN": token} if token is not None else {})
 
-    def run(self, code: str, home: Path, *args: str, token: str | None = "dummy") -> str:
-        """Runs Python `code` as a client and returns what it printed; fails with its stderr when it fails."""
-        command, env = [sys.executable, "-c", code, *args], self.env(home, token=token)
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
+    def run(self, code: str, home: Path, *args: str, token: str | None = "dummy", fresh: bool = False) -> str:
+        """Runs Python `code` as a client and returns what it printed; fails with its stderr when it fails.
+
+        `fresh`: by an interpreter of its own, for code that changes what is read at import.
+        """
+        words, env = ["-c", code, *args], self.env(home, token=token)
+        if fresh:
+            done = subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True)
+        else:
+            done = forked.run((words, env))
         if done.returncode != 0:
             raise AssertionError(f"client exited with {done.returncode}\n{done.stdout}\n{done.stderr}")
         return done.stdout

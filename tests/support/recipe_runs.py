@@ -52,9 +52,9 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Runs the recipe to its end; `fresh`: by an interpreter of its own or by torchrun, as users do.
 
-    So does an environment that names a home of the Hub: it is read at import.
+    So does an environment with another Hub: it is read at import.
     """
-    if fresh or "HF_HOME" in env:
+    if fresh or any(os.environ[name] != env.get(name, os.environ[name]) for name in ("HF_ENDPOINT", "HF_HOME")):
         words = command(*flags, ranks=ranks, script=script)
         done = subprocess.run(words, env=environment(**env), capture_output=True, text=True, timeout=600)
     else:

@@ -3,16 +3,15 @@
 `pytest -m acceptance` kills it 30 times, on one rank and on two; the fast suite 3 times.
 """
 
-import contextlib
+import os
 import random
-import subprocess
 import threading
 import time
 
-import psutil
+import forked
 import pytest
 from caches import encoder_settings, write_cache
-from recipe_runs import ROOT, command, environment, flags, logged_losses, run, weights
+from recipe_runs import ROOT, flags, jobs, logged_losses, run, weights
 from trainings import same
 
 from sciflow_hf.training.checkpoints import checkpoint_fault, list_checkpoints
@@ -24,12 +23,11 @@ class Life:
     """A process with its ranks, until it is killed."""
 
     def __init__(self, words, *, ranks, env):
-        self.process = subprocess.Popen(
-            command(*words, ranks=ranks), env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, start_new_session=True,
-        )  # fmt: skip
-        self.lines = []
-        self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stdout))
+        reader, writer = os.pipe()
+        self.processes = [forked.start(job, stdout=writer, stderr=writer) for job in jobs(*words, ranks=ranks, **env)]
+        os.close(writer)
+        self.lines, self._output = [], os.fdopen(reader, encoding="utf-8")
+        self._reader = threading.Thread(target=lambda: self.lines.extend(self._output))
         self._reader.start()
 
     @property
@@ -37,18 +35,13 @@ class Life:
         return sum("'loss'" in line for line in self.lines)
 
     def ended(self):
-        return self.process.poll() is not None
+        return not any(process.is_alive() for process in self.processes)
 
     def kill(self):
         """As the out-of-memory killer, or a machine that is switched off."""
-        alive = psutil.Process(self.process.pid).children(recursive=True)  # torchrun gives each a session of its own
-        for process in (self.process, *alive):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        self.process.wait()
-        psutil.wait_procs(alive)
+        forked.kill(self.processes)
         self._reader.join()
-        self.process.stdout.close()
+        self._output.close()
 
 
 def newest_step(folder):
