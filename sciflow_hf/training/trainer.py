@@ -26,8 +26,16 @@ from ..adapters.initial import INITIAL
 from ..adapters.layers import adapter_disabled, adapter_facts, adapter_layers, adapter_parameters, network_of
 from ..adapters.text_encoders import NetworkWithText, use_captions, with_text
 from ..data.batches.buckets import BucketBatchSampler
-from ..data.batches.loader import BucketLoader, batch_keys_of, evaluation_keys, row_ids_of, training_sampler
-from ..data.batches.samples import collate, describe_row
+from ..data.batches.loader import (
+    BatchLoader,
+    BucketLoader,
+    batch_keys_of,
+    collate,
+    describe_row,
+    evaluation_keys,
+    row_ids_of,
+    training_sampler,
+)
 from ..data.batches.threads import release
 from ..data.cache import LatentCache
 from ..data.prior import loss_weights, without_prior
@@ -860,9 +868,7 @@ def _position_exact_resume() -> Iterator[None]:
     stock: Callable[..., Any] = transformers.trainer.skip_first_batches
 
     def skip(loader: Any, num_batches: int = 0) -> Any:
-        return (
-            loader.skip(num_batches) if isinstance(loader, BucketLoader | StreamLoader) else stock(loader, num_batches)
-        )
+        return loader.skip(num_batches) if isinstance(loader, BatchLoader) else stock(loader, num_batches)
 
     transformers.trainer.skip_first_batches = skip
     try:
@@ -888,7 +894,7 @@ def _closed_after(loader: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        if isinstance(loader, BucketLoader | StreamLoader):
+        if isinstance(loader, BatchLoader):
             loader.close()
 
 

@@ -1,17 +1,251 @@
-"""From the sampler's order to batches: every sample gets its key, every batch its positions."""
+"""From an order of rows to batches: what a sample is made of, and who reads it when."""
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
-from torch.utils.data import DataLoader
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset
 
-from ...diffusion.randomness import generator, hash64, noise_keys, signed64, step_keys
+from ...diffusion.randomness import generator, hash64, noise_keys, randn, signed64, step_keys, uniform
+from ...errors import CacheError, SciflowError
+from ..cache import TEXT_KEYS
+from ..layouts.base import Member, target_dtype
 from .buckets import BucketBatchSampler
-from .samples import KeyedDataset, collate
-from .threads import Index, ThreadedReader
+from .threads import Carve, Index, Layout, Samples, ThreadedReader
+
+MASK = "prompt_embeds_mask"
+IDS = ("txt_ids", "text_ids")
+INDEX = ("row", "position", "noise_key", "step_key")
+"""What an `Index` is called in a batch."""
+Collate = Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]
+KeyOf = Callable[[int, Sequence[int], Sequence[int]], torch.Tensor]
+"""(epoch, row numbers, positions) -> int64 keys of a batch."""
+
+
+def collate(samples: Sequence[dict[str, Any]], *, pads_text: bool = False) -> dict[str, torch.Tensor]:
+    """Stacks samples: {name: (...)} x B -> {name: (B, ...)}; names that only some samples have are left out.
+
+    Args:
+        pads_text: pad `prompt_embeds` (L, D) with zeros to the longest, and add a `prompt_embeds_mask` (B, L), bool,
+            where lengths differ or a sample has one.
+    """
+    names = [name for name in samples[0] if all(name in sample for sample in samples)]
+    padded: dict[str, torch.Tensor] = {}
+    if pads_text and "prompt_embeds" in names:
+        embeds = [sample["prompt_embeds"] for sample in samples]
+        padded["prompt_embeds"] = pad_sequence(embeds, batch_first=True)
+        padded |= _text_mask([len(text) for text in embeds], [sample.get(MASK) for sample in samples])
+        names = [name for name in names if name not in ("prompt_embeds", MASK)]
+    return {name: _stack(name, samples) for name in names} | padded
+
+
+def text_rows(texts: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """Encoded prompts, {name: (B, ...)}, one by one and without their padding.
+
+    `prompt_embeds` end with the last token that `prompt_embeds_mask` lets through; a mask that is then all ones is
+    left out, so that a row looks the same whatever prompts it was encoded with.
+    """
+    rows = [{name: value[i] for name, value in texts.items()} for i in range(len(texts["prompt_embeds"]))]
+    for row in rows:
+        if MASK in row:
+            mask = row.pop(MASK).bool()
+            length = int(mask.nonzero()[-1]) + 1 if mask.any() else len(mask)
+            row["prompt_embeds"] = row["prompt_embeds"][:length]
+            row |= {} if mask[:length].all() else {MASK: mask[:length]}
+    return rows
+
+
+def _stack(name: str, samples: Sequence[dict[str, Any]]) -> torch.Tensor:
+    values = [torch.as_tensor(sample[name]) for sample in samples]
+    shapes = [tuple(value.shape) for value in values]
+    if len(set(shapes)) > 1:
+        raise SciflowError(
+            f"the rows {[sample.get('row') for sample in samples]} are to share a batch, but their `{name}` have the "
+            f"shapes {shapes}. Give them different buckets."
+        )
+    return torch.stack(values)
+
+
+def _text_mask(lengths: Sequence[int], stored: Sequence[torch.Tensor | None]) -> dict[str, torch.Tensor]:
+    """(B, longest) bool, under its name; nothing where no text is padded and no mask stored."""
+    if len(set(lengths)) == 1 and all(own is None for own in stored):
+        return {}
+    mask = torch.zeros(len(lengths), max(lengths), dtype=torch.bool)
+    for row, length, own in zip(mask, lengths, stored, strict=True):
+        row[:length] = True if own is None else own.bool()
+    return {MASK: mask}
+
+
+def describe_row(dataset: Any, row: int) -> str:
+    """A row in words, for messages."""
+    describe = getattr(dataset, "describe", None)
+    return describe(row) if callable(describe) else f"row {row}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What a sample is made of: arrays to read, and the empty prompt's in place of some of them."""
+
+    row: int
+    key: int
+    members: Mapping[str, Member]
+    empty_text: Mapping[str, torch.Tensor]
+    layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+class KeyedDataset(Dataset[dict[str, Any]]):
+    """Batches by the (row, position, key) of their samples: captions dropped, posteriors drawn, position ids left out.
+
+    Args:
+        dataset: of dicts of tensors. One that has `members(row)`, `read_into(row, out, members)` and `dtype`, as
+            `LatentCache`, is read into place, and only what is needed. Where its `online_text` is set, no text is
+            read: `complete` makes it of `captions[row]`.
+            One that has `keyed(row, key)`, as `MicroscopyTiles`, is asked for the sample of a key.
+        caption_dropout: probability of the empty prompt, by key.
+        pads_text: a batch may hold texts of different lengths; see `collate`.
+        posterior: draw latents, by key, from the normal distribution of mean `latents` and deviation `latents_std`,
+            where there is one.
+        collate_fn: of samples; with another one than `collate` nothing is read into place.
+
+    Raises:
+        SciflowError: `caption_dropout` without an empty prompt in the cache.
+        CacheError: (while reading) an empty prompt, or rows of a batch, whose shapes do not fit together.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        caption_dropout: float = 0.0,
+        pads_text: bool = False,
+        posterior: bool = False,
+        collate_fn: Collate = collate,
+    ) -> None:
+        self.dataset, self.caption_dropout, self.pads_text = dataset, caption_dropout, pads_text
+        self.collate_fn = (
+            functools.partial(collate, pads_text=True) if collate_fn is collate and pads_text else collate_fn
+        )
+        self.stacks = collate_fn is collate
+        self.online = getattr(dataset, "online_text", None) is not None
+        self.empty_prompt = getattr(dataset, "empty_prompt", None) if caption_dropout and not self.online else None
+        if caption_dropout and not self.online and self.empty_prompt is None:
+            raise SciflowError(
+                f"`caption_dropout` {caption_dropout}: this cache does not hold the empty prompt. "
+                "`sciflow-hf cache build` stores it; older caches must be built again, or train without dropout."
+            )
+        if self.empty_prompt is not None and pads_text:  # for rows that have a mask
+            everywhere = torch.ones(len(self.empty_prompt["prompt_embeds"]), dtype=torch.bool)
+            self.empty_prompt = {MASK: everywhere} | self.empty_prompt
+        self.left_out = {*IDS, *(TEXT_KEYS if self.online else ()), *(() if posterior else ("latents_std",))}
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, indices: Sequence[Index]) -> dict[str, torch.Tensor]:
+        """A batch, of whatever data set and by whatever `collate_fn`."""
+        if self.stacks and hasattr(self.dataset, "read_into"):
+            return self.read_batch(indices, new_tensors)
+        return self.collate_fn([self._sample(index) | dict(zip(INDEX, index, strict=False)) for index in indices])
+
+    def _sample(self, index: Index) -> dict[str, Any]:
+        row, _, key, *_ = index
+        if hasattr(self.dataset, "read_into"):
+            return {name: values[0] for name, values in self.read_batch([index], new_tensors).items()}
+        stored = self.dataset.keyed(row, key) if hasattr(self.dataset, "keyed") else self.dataset[row]
+        sample = {name: value for name, value in stored.items() if name not in self.left_out}
+        sample |= {n: v.to(sample[n].dtype) for n, v in self._empty_text(row, key, sample).items()}
+        if "latents_std" in sample:
+            sample["latents"] = _draw(sample["latents"], sample.pop("latents_std"), key)
+        return sample
+
+    def read_batch(self, indices: Sequence[Index], carve: Carve) -> dict[str, torch.Tensor]:
+        """As `collate` of the samples, but read into tensors that `carve` makes of {name: (shape, dtype)}."""
+        plans = [self._plan(row, key) for row, _, key, *_ in indices]
+        apart = {"latents_std", MASK} if self.pads_text else {"latents_std"}
+        names = [n for n in plans[0].layout if n not in apart and all(n in plan.layout for plan in plans)]
+        batch = carve({name: self._stacked(name, plans) for name in names})
+        pads, masks = self.pads_text and "prompt_embeds" in names, []
+        for number, plan in enumerate(plans):
+            out = {name: batch[name][number] for name in names}
+            out |= new_tensors({name: where for name, where in plan.layout.items() if name in apart})
+            if pads:
+                length = plan.layout["prompt_embeds"][0][0]
+                out["prompt_embeds"][length:] = 0
+                out["prompt_embeds"] = out["prompt_embeds"][:length]
+            stored = {name: tensor for name, tensor in out.items() if name not in plan.empty_text}
+            self.dataset.read_into(plan.row, stored, plan.members)
+            for name in out.keys() & plan.empty_text.keys():
+                out[name].copy_(plan.empty_text[name])
+            if "latents_std" in out:
+                out["latents"].copy_(_draw(out["latents"], out["latents_std"], plan.key))
+            masks.append(out.get(MASK))
+        if pads:
+            batch |= _text_mask([plan.layout["prompt_embeds"][0][0] for plan in plans], masks)
+        columns = (torch.tensor(column) for column in zip(*indices, strict=True))
+        return batch | dict(zip(INDEX, columns, strict=False))
+
+    def complete(self, batch: dict[str, torch.Tensor]) -> None:
+        """Adds the classes of a batch of latents, and its text where that is encoded online."""
+        if (labels := getattr(self.dataset, "class_labels", None)) is not None:
+            batch["class_labels"] = labels[batch["row"]]
+        if not self.online:
+            return
+        dropped = (uniform(batch["noise_key"], stream="caption_dropout") < self.caption_dropout).tolist()
+        rows = batch["row"].tolist()
+        captions = batch.pop("captions", None) or [self.dataset.captions[row] for row in rows]  # a stream forgets rows
+        captions = ["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
+        batch.update({n: v for n, v in self.dataset.online_text(captions).items() if n not in IDS})
+
+    def _plan(self, row: int, key: int) -> _Plan:
+        members = self.dataset.members(row)
+        wanted = {name: member for name, member in members.items() if name not in self.left_out}
+        text = self._empty_text(row, key, wanted)
+        layout = {n: (tuple(text.get(n, m).shape), target_dtype(m, self.dataset.dtype)) for n, m in wanted.items()}
+        return _Plan(row, key, members, text, layout)
+
+    def _empty_text(self, row: int, key: int, stored: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """What replaces arrays of a sample whose caption is dropped; else nothing."""
+        if self.empty_prompt is None or uniform([key], stream="caption_dropout").item() >= self.caption_dropout:
+            return {}
+        text = {name: value for name, value in self.empty_prompt.items() if name in stored}
+        for name, value in text.items():
+            if not self.pads_text and value.shape != stored[name].shape:
+                raise CacheError(
+                    f"{describe_row(self.dataset, row)}: `{name}` has shape {tuple(stored[name].shape)}, that of the "
+                    f"empty prompt {tuple(value.shape)}, but this network takes texts of one length. Build the cache "
+                    "again with one `--max_sequence_length`, or train without `--caption_dropout`."
+                )
+        return text
+
+    def _stacked(self, name: str, plans: Sequence[_Plan]) -> tuple[tuple[int, ...], torch.dtype]:
+        free = 1 if self.pads_text and name == "prompt_embeds" else 0  # dimensions in which rows may differ
+        shapes = [plan.layout[name][0] for plan in plans]
+        odd = next((i for i, shape in enumerate(shapes) if shape[free:] != shapes[0][free:]), None)
+        if odd is not None:
+            first, other = (describe_row(self.dataset, plans[i].row) for i in (0, odd))
+            raise CacheError(
+                f"{first} and {other} are to share a batch, but their `{name}` have the shapes {shapes[0]} and "
+                f"{shapes[odd]}. Give them different buckets, or build the cache again with one set of encoders."
+            )
+        return (len(plans), *max(shapes)), plans[0].layout[name][1]
+
+
+def _draw(mean: torch.Tensor, std: torch.Tensor, key: int) -> torch.Tensor:
+    """A posterior sample of one row."""
+    noise = randn([key], (1, *mean.shape), stream="posterior")[0]
+    return (mean.float() + std.float() * noise).to(mean.dtype)
+
+
+def new_tensors(layout: Layout) -> dict[str, torch.Tensor]:
+    """A `Carve` that always takes new memory."""
+    return {name: torch.empty(tuple(shape), dtype=dtype) for name, (shape, dtype) in layout.items()}
+
+
+# -- loaders ----------------------------------------------------------------------------------------------------
 
 
 def batch_keys_of(dataset: Any, *, pads_text: bool = False) -> list[Any]:
@@ -46,21 +280,21 @@ def training_sampler(dataset: Any, args: Any, *, pads_text: bool = False) -> Buc
     )
 
 
-class BucketLoader:
-    """Batches in the sampler's order, from any position on. It does its own sharding: accelerate must not touch it.
+class BatchLoader:
+    """Batches read in an order. It does its own sharding: accelerate must not touch it.
 
     A data set that can be read into place is read ahead by threads into `buffers` reused buffers: give batches back
     by `batch.release()` after use, or each costs new memory. Any other comes through a `torch.utils.data.DataLoader`.
 
     Args:
-        dataset: map-style; a sample is a dict of tensors.
-        sampler: of this rank.
-        key_of: (epoch, row numbers, positions) -> int64 keys of a batch; by default from the sampler's seed.
+        dataset: a sample is a dict of tensors.
+        seed: of the keys.
+        total_batch: samples of an optimizer step.
+        key_of: by default keys follow from the seed.
         step_keys: batches have a `step_key` (B,), too, alike in all samples of an optimizer step.
-        caption_dropout, pads_text, posterior: see `KeyedDataset`.
-        collate_fn: another one than `collate` goes with the DataLoader.
-        threads: that read ahead; 0 for the DataLoader.
-        buffers: batches that are held at once (accumulation), and two to read into.
+        caption_dropout, pads_text, posterior, collate_fn: see `KeyedDataset`.
+        threads: that read ahead; 0 reads as batches are asked for.
+        buffers: batches that are held at once (accumulation), and those to read into.
         num_workers: processes of the DataLoader; more than 0 wins over `threads`.
         pin_memory: batches in page-locked memory.
         loader_options: of the DataLoader.
@@ -69,31 +303,74 @@ class BucketLoader:
     def __init__(
         self,
         dataset: Any,
-        sampler: BucketBatchSampler,
         *,
-        key_of: Callable[[int, Sequence[int], Sequence[int]], torch.Tensor] | None = None,
+        seed: int,
+        total_batch: int,
+        key_of: KeyOf | None = None,
         step_keys: bool = False,
         caption_dropout: float = 0.0,
         pads_text: bool = False,
         posterior: bool = False,
-        collate_fn: Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]] = collate,
+        collate_fn: Collate = collate,
         threads: int = 2,
         buffers: int = 3,
         num_workers: int = 0,
         pin_memory: bool = False,
         **loader_options: Any,
     ) -> None:
-        self.dataset, self.sampler, self.buffers, self.pin_memory = dataset, sampler, buffers, pin_memory
-        self._key_of = key_of or (lambda epoch, rows, positions: noise_keys(sampler.seed, epoch, positions))
-        self._step_keys = step_keys
-        self._keyed = KeyedDataset(dataset, caption_dropout=caption_dropout, pads_text=pads_text, posterior=posterior)
-        self.threads = threads if collate_fn is collate and self._keyed.reads_into_place and not num_workers else 0
-        self.collate_fn = (
-            functools.partial(collate, pads_text=True) if collate_fn is collate and pads_text else collate_fn
-        )
+        self.dataset, self.seed, self.total_batch, self.pads_text = dataset, seed, total_batch, pads_text
+        self.buffers, self.pin_memory = buffers, pin_memory
+        self.threads = threads if collate_fn is collate and not num_workers else 0
         self.loader_options = loader_options | {"num_workers": num_workers, "pin_memory": pin_memory}
+        self._key_of = key_of or (lambda epoch, rows, positions: noise_keys(seed, epoch, positions))
+        self._step_keys, self._start = step_keys, 0
+        self._keyed = KeyedDataset(
+            dataset, caption_dropout=caption_dropout, pads_text=pads_text, posterior=posterior, collate_fn=collate_fn
+        )
         self._readers: weakref.WeakSet[ThreadedReader] = weakref.WeakSet()
-        self._start = 0
+
+    def skip(self, num_batches: int) -> Self:
+        """The next iteration starts at that micro-batch. No sample before it is read; a stream reads its light rows."""
+        self._start = num_batches
+        return self
+
+    def close(self) -> None:
+        """Ends the threads of iterations that were left in the middle."""
+        for reader in list(self._readers):
+            reader.close()
+
+    def _indices(self, epoch: int, rows: Sequence[Any], positions: Sequence[int]) -> list[Index]:
+        columns = [rows, positions, self._key_of(epoch, rows, positions).tolist()]
+        if self._step_keys:
+            columns.append(step_keys(self.seed, epoch, positions, self.total_batch).tolist())
+        return list(zip(*columns, strict=True))
+
+    def _read(self, samples: Samples, batches: Iterator[list[Index]], epoch: int) -> Iterator[dict[str, torch.Tensor]]:
+        if self.threads:
+            reader = ThreadedReader(
+                samples, batches, threads=self.threads, buffers=self.buffers, pin_memory=self.pin_memory
+            )
+            self._readers.add(reader)
+            return reader
+        # Its own generator: workers or not, the random numbers of the training process stay the same.
+        seeds = generator(hash64(self.seed, epoch), "workers")
+        data: Any = samples
+        loader = DataLoader(data, batch_size=None, sampler=batches, generator=seeds, **self.loader_options)
+        return _completed(samples, iter(loader))
+
+
+class BucketLoader(BatchLoader):
+    """Batches of a map-style data set in the order of a sampler, from any position on.
+
+    Args:
+        dataset, key_of, options: as of `BatchLoader`.
+        sampler: of this rank.
+    """
+
+    def __init__(self, dataset: Any, sampler: BucketBatchSampler, **options: Any) -> None:
+        super().__init__(dataset, seed=sampler.seed, total_batch=sampler.total_batch, **options)
+        self.sampler = sampler
+        self.threads = self.threads if hasattr(dataset, "read_into") else 0
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -101,62 +378,20 @@ class BucketLoader:
     def set_epoch(self, epoch: int) -> None:
         self.sampler.set_epoch(epoch)
 
-    def skip(self, num_batches: int) -> "BucketLoader":
-        """The next iteration starts at that micro-batch; nothing before it is read."""
-        self._start = num_batches
-        return self
-
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         start, self._start = self._start, 0
-        batches = _IndexBatches(self.sampler, self._key_of, start, self._step_keys)
-        if self.threads:
-            reader = ThreadedReader(
-                self._keyed, batches, threads=self.threads, buffers=self.buffers, pin_memory=self.pin_memory
-            )
-            self._readers.add(reader)
-            return reader
-        # Its own generator: workers or not, the random numbers of the training process stay the same.
-        seeds = generator(hash64(self.sampler.seed, self.sampler.epoch), "workers")
-        loader = DataLoader(
-            self._keyed, batch_sampler=batches, collate_fn=self.collate_fn, generator=seeds, **self.loader_options
-        )
-        return self._completed(iter(loader))
-
-    def _completed(self, batches: Iterator[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
-        for batch in batches:
-            self._keyed.complete(batch)
-            yield batch
-
-    def close(self) -> None:
-        """Ends the threads of iterations that were left in the middle."""
-        for reader in list(self._readers):
-            reader.close()
+        epoch, rows, positions = self.sampler.epoch, self.sampler.epoch_batches(), self.sampler.positions
+        batches = (self._indices(epoch, rows[i].tolist(), positions(i)) for i in range(start, len(rows)))
+        return self._read(self._keyed, batches, epoch)
 
 
-class _IndexBatches:
-    """The index of every sample, batch by batch, from micro-batch `start` of the sampler's epoch."""
-
-    def __init__(
-        self, sampler: BucketBatchSampler, key_of: Callable[..., torch.Tensor], start: int, with_step_keys: bool
-    ) -> None:
-        self.sampler, self.key_of, self.start, self.epoch = sampler, key_of, start, sampler.epoch
-        self.with_step_keys = with_step_keys
-        self.batches = sampler.epoch_batches()
-
-    def __len__(self) -> int:
-        return len(self.batches) - self.start
-
-    def __iter__(self) -> Iterator[list[Index]]:
-        for number in range(self.start, len(self.batches)):
-            rows, positions = self.batches[number].tolist(), self.sampler.positions(number)
-            columns = [rows, positions, self.key_of(self.epoch, rows, positions).tolist()]
-            if self.with_step_keys:
-                total = self.sampler.total_batch
-                columns.append(step_keys(self.sampler.seed, self.epoch, positions, total).tolist())
-            yield list(zip(*columns, strict=True))
+def _completed(samples: Samples, batches: Iterator[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+    for batch in batches:
+        samples.complete(batch)
+        yield batch
 
 
-def evaluation_keys(row_ids: Sequence[str]) -> Callable[[int, Sequence[int], Sequence[int]], torch.Tensor]:
+def evaluation_keys(row_ids: Sequence[str]) -> KeyOf:
     """Keys of evaluation: by the sample's name alone, so the same in every run, at every step, on every machine."""
 
     def key_of(epoch: int, rows: Sequence[int], positions: Sequence[int]) -> torch.Tensor:

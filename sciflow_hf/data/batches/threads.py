@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
-Index = tuple[int, ...]
-"""(row, position, key) of a sample, perhaps with the key of its optimizer step."""
+Index = tuple[Any, ...]
+"""(row, position, key) of a sample, perhaps with the key of its optimizer step; in a stream the row itself."""
 Layout = Mapping[str, tuple[Sequence[int], torch.dtype]]
 """{name: (shape, dtype)}."""
 Carve = Callable[[Layout], dict[str, torch.Tensor]]
@@ -21,7 +21,7 @@ _ALIGNMENT = 64  # bytes
 
 
 class Samples(Protocol):
-    """What a `ThreadedReader` reads from; `samples.KeyedDataset` is one."""
+    """What a `ThreadedReader` reads from; `loader.KeyedDataset` is one."""
 
     def read_batch(self, indices: Sequence[Index], carve: Carve) -> dict[str, torch.Tensor]:
         """A batch whose large tensors `carve` made, filled. Called in a reader thread, several at a time."""
@@ -103,7 +103,7 @@ class ThreadedReader(Iterator[Batch]):
     when this object is closed or collected, and at the interpreter's exit. They never outlive `close`.
 
     Args:
-        samples: reads the batches; a `samples.KeyedDataset` does it for any data set with `members(row)`,
+        samples: reads the batches; a `loader.KeyedDataset` does it for any data set with `members(row)`,
             `read_into(row, out, members)` and `dtype`.
         batches: (row, position, key) of every sample, batch by batch. Advanced in the reader threads, by one at a
             time, and no further than `buffers` batches ahead of the consumer.

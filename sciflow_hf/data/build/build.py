@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ... import __version__
 from ...errors import SciflowError, first_line
 from ..batches.buckets import aspect_ratio_buckets
-from ..batches.samples import text_rows
+from ..batches.loader import text_rows
 from ..index import EMPTY_PROMPT_FILE, same_setting
 from ..layouts.base import Layout
 from ..layouts.npz import write_npz

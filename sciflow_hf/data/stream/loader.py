@@ -1,26 +1,23 @@
 """From a stream to batches: the same steps of one bucket on every rank, which reads its own part of the payload."""
 
+import copy
 import itertools
-import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
-from ...diffusion.randomness import noise_keys, step_keys
 from ...errors import CacheError, SciflowError
-from ..batches.samples import KeyedDataset, collate
-from ..batches.threads import Carve, Layout, ThreadedReader
+from ..batches.loader import BatchLoader
+from ..batches.threads import Carve, Index
 from .order import EpochRows, Row, row_from_json
 from .stream import StreamingCache
 
-_Place = tuple[Any, ...]
-"""A row, its position in the epoch's order, its key, and perhaps that of its optimizer step."""
 _SNAPSHOT = 1000  # rows between two
 
 
-class StreamLoader:
+class StreamLoader(BatchLoader):
     """Endless batches of a stream, in the form of `BucketLoader`: one bucket each, steps and keys from positions.
 
     All ranks read all light rows and form the same steps of batch_size x num_replicas x accumulation_steps rows of
@@ -31,12 +28,7 @@ class StreamLoader:
     Args:
         stream: see `load_cache`.
         batch_size, num_replicas, rank, accumulation_steps, seed, drop_last: as of `BucketBatchSampler`.
-        step_keys: as of `BucketLoader`.
-        caption_dropout, pads_text, posterior: as of `KeyedDataset`.
-        collate_fn: of samples, instead of reading into reused buffers.
-        threads: that read ahead; 0 reads in the thread of the caller.
-        buffers: batches that are held at once (accumulation), and two to read into.
-        pin_memory: batches in page-locked memory.
+        options: of `BatchLoader`.
     """
 
     def __init__(
@@ -49,36 +41,20 @@ class StreamLoader:
         accumulation_steps: int = 1,
         seed: int = 0,
         drop_last: bool = False,
-        step_keys: bool = False,
-        caption_dropout: float = 0.0,
-        pads_text: bool = False,
-        posterior: bool = False,
-        collate_fn: Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]] = collate,
-        threads: int = 2,
-        buffers: int = 3,
-        pin_memory: bool = False,
+        **options: Any,
     ) -> None:
-        self.dataset, self.seed, self.drop_last, self.pads_text = stream, seed, drop_last, pads_text
+        total_batch = batch_size * num_replicas * accumulation_steps
+        super().__init__(stream, seed=seed, total_batch=total_batch, **options)
         self.batch_size, self.num_replicas, self.rank = batch_size, num_replicas, rank
-        self.accumulation_steps, self.step_keys = accumulation_steps, step_keys
-        self.total_batch = batch_size * num_replicas * accumulation_steps
-        self.threads, self.buffers, self.pin_memory = threads, buffers, pin_memory
-        options = {"caption_dropout": caption_dropout, "pads_text": pads_text, "posterior": posterior}
-        self._samples = _Samples(stream, collate_fn, options)
-        self._epoch, self._start, self._taken = 0, 0, 0
+        self.accumulation_steps, self.drop_last = accumulation_steps, drop_last
+        self._epoch, self._taken = 0, 0
         self._state: Mapping[str, Any] | None = None
         self.shapes: dict[Any, Row] = {}  # a row of each batch key: all others have its shapes
         self._snapshots: deque[tuple[int, dict[str, Any]]] = deque()  # (steps before it, what comes after)
-        self._readers: weakref.WeakSet[ThreadedReader] = weakref.WeakSet()
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch that an iteration from the beginning begins with."""
         self._epoch = epoch
-
-    def skip(self, num_batches: int) -> "StreamLoader":
-        """The next iteration starts at that micro-batch: from a loaded state, or by reading light rows again."""
-        self._start = num_batches
-        return self
 
     def state_dict(self) -> dict[str, Any]:
         """Where the newest iteration is, behind the batch that was taken last; plain values that JSON takes."""
@@ -103,28 +79,25 @@ class StreamLoader:
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         batches = self._places(self._start)
         self._taken, self._start, self._state = self._start, 0, None
-        if not self.threads:
-            return _Counted(self, self._read_here(batches))
-        reader = ThreadedReader(
-            cast(Any, self._samples),
-            cast(Any, batches),
-            threads=self.threads,
-            buffers=self.buffers,
-            pin_memory=self.pin_memory,
-        )
-        self._readers.add(reader)
-        return _Counted(self, reader)
+        return self._read(self, batches, self._epoch)
 
-    def close(self) -> None:
-        """Ends the threads of iterations that were left in the middle."""
-        for reader in list(self._readers):
-            reader.close()
+    # -- as the samples of a reader ------------------------------------------------------------------------------
 
-    def _read_here(self, batches: Iterator[list[_Place]]) -> Iterator[dict[str, torch.Tensor]]:
-        for places in batches:
-            batch = self._samples.read_batch(places, _new_tensors)
-            self._samples.complete(batch)
-            yield batch
+    def read_batch(self, places: Sequence[Index], carve: Carve | None = None) -> dict[str, Any]:
+        """As of `KeyedDataset`, but what it calls the number of a row is a `Row` here."""
+        keyed = copy.copy(self._keyed)
+        keyed.dataset = view = self.dataset.view([row for row, *_ in places])
+        indices = [(i, *rest) for i, (_, *rest) in enumerate(places)]
+        batch: dict[str, Any] = keyed[indices] if carve is None else keyed.read_batch(indices, carve)
+        batch["row"] = torch.tensor(view.row_numbers)
+        return batch | ({"captions": view.captions} if keyed.online else {})
+
+    __getitem__ = read_batch
+
+    def complete(self, batch: dict[str, Any]) -> None:
+        self._keyed.complete(batch)
+        self._taken += 1
+        self._newest_snapshot()
 
     def _newest_snapshot(self) -> tuple[int, dict[str, Any]] | None:
         """The last one that is not behind what was taken; older ones are forgotten."""
@@ -135,7 +108,7 @@ class StreamLoader:
 
     # -- order ---------------------------------------------------------------------------------------------------
 
-    def _places(self, start: int) -> Iterator[list[_Place]]:
+    def _places(self, start: int) -> Iterator[list[Index]]:
         """Micro-batches of this rank from number `start` on. The snapshots are those of the newest call."""
         saved, self._snapshots = self._state, deque()
         if saved is None or saved["snapshot"] is None or saved["steps"] * self.accumulation_steps > start:
@@ -144,7 +117,7 @@ class StreamLoader:
 
     def _batches(
         self, start: int, step: int, begin: int, state: Mapping[str, Any] | None, snapshots: deque[Any]
-    ) -> Iterator[list[_Place]]:
+    ) -> Iterator[list[Index]]:
         for epoch in itertools.count(begin):
             steps = _EpochSteps(self, epoch, state)
             state, first = None, step
@@ -155,11 +128,7 @@ class StreamLoader:
                     offset = (micro * self.num_replicas + self.rank) * self.batch_size
                     rows = step_rows[offset : offset + self.batch_size]
                     first_position = number * self.total_batch + offset
-                    positions = range(first_position, first_position + len(rows))
-                    columns = [rows, positions, noise_keys(self.seed, epoch, positions).tolist()]
-                    if self.step_keys:
-                        columns.append(step_keys(self.seed, epoch, positions, self.total_batch).tolist())
-                    yield list(zip(*columns, strict=True))
+                    yield self._indices(epoch, rows, range(first_position, first_position + len(rows)))
                 step += 1
             if step == first and not steps.resumed:
                 raise SciflowError(
@@ -243,55 +212,3 @@ class _EpochSteps:
             tail += itertools.islice(fill, count)
         fill = last[largest] if largest in last else itertools.cycle(self.first[largest])
         return [*tail, *itertools.islice(fill, -len(tail) % loader.total_batch)]
-
-
-class _Samples:
-    """Reads the batches of a `StreamLoader`; see `threads.Samples`."""
-
-    def __init__(self, stream: StreamingCache, collate_fn: Callable[..., Any], options: Mapping[str, Any]) -> None:
-        self.stream, self.collate_fn, self.options = stream, collate_fn, options
-        self.texts = KeyedDataset(self, **options)  # checks the options, and encodes captions
-        self.captions: dict[int, str] = {}
-
-    @property
-    def online_text(self) -> Any:
-        return self.stream.online_text
-
-    @property
-    def empty_prompt(self) -> Any:
-        return self.stream.empty_prompt
-
-    def read_batch(self, places: Sequence[_Place], carve: Carve) -> dict[str, Any]:
-        view = self.stream.view([row for row, *_ in places])
-        if self.options["caption_dropout"]:
-            view.empty_prompt = self.stream.empty_prompt
-        keyed = KeyedDataset(view, **self.options)
-        indices = [(i, *rest) for i, (_, *rest) in enumerate(places)]
-        if self.collate_fn is collate:
-            batch: dict[str, Any] = keyed.read_batch(indices, carve)
-        else:
-            batch = self.collate_fn([keyed[index] for index in indices])
-        batch["row"] = torch.tensor(view.row_numbers)
-        return batch | ({"captions": view.captions} if self.online_text is not None else {})
-
-    def complete(self, batch: dict[str, Any]) -> None:
-        if self.online_text is not None:
-            self.captions = dict(zip(batch["row"].tolist(), batch.pop("captions"), strict=True))
-            self.texts.complete(batch)
-
-
-class _Counted(Iterator[dict[str, torch.Tensor]]):
-    """Batches of a loader, which knows how many were taken."""
-
-    def __init__(self, loader: StreamLoader, batches: Iterator[dict[str, torch.Tensor]]) -> None:
-        self._loader, self._batches = loader, batches
-
-    def __next__(self) -> dict[str, torch.Tensor]:
-        batch = next(self._batches)
-        self._loader._taken += 1
-        self._loader._newest_snapshot()
-        return batch
-
-
-def _new_tensors(layout: Layout) -> dict[str, torch.Tensor]:
-    return {name: torch.empty(tuple(shape), dtype=dtype) for name, (shape, dtype) in layout.items()}
