@@ -1,34 +1,27 @@
 """Where in the noise range a family trains: drawn by key, mapped by a density, shifted by the resolution."""
 
+import functools
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from .arguments import LevelArguments
+from .process import NoiseProcess
 from .randomness import uniform
-
-
-class LevelArguments(Protocol):
-    """The options of training that say which noise levels it sees, as in `DiffusionTrainingArguments`."""
-
-    weighting_scheme: str
-    logit_mean: float
-    logit_std: float
-    mode_scale: float
-    timestep_shift: str
-    stratified_levels: bool
-
-    @property
-    def total_batch(self) -> int: ...
-
 
 WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
 """Densities of the noise level (see `density`) and weights of the loss (see `flow_weight`)."""
 
 
 class NoiseLevels:
-    """The noise levels of flow matching, sigmas in [0, 1]; families with others override what differs."""
+    """The noise levels that a family trains on and is measured at: those of its process."""
+
+    @functools.cached_property
+    def process(self) -> NoiseProcess:
+        """How data becomes noise, and what the network is to predict of it: rectified flow unless a family says."""
+        return NoiseProcess()
 
     def resolution_mu(self, image_seq_len: int) -> float:
         """Logarithm of the resolution-dependent shift for that many image tokens; 0 where a family has none."""
@@ -54,10 +47,10 @@ class NoiseLevels:
         image_seq_len: int,
         batch: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
-        """Noise levels of a batch, after the shift: sigmas in [0, 1], (B,), float32, on the CPU."""
+        """Noise levels of a batch, after the shift: (B,), sigmas in [0, 1], float32, or int64 timesteps; on the CPU."""
         options = {"logit_mean": args.logit_mean, "logit_std": args.logit_std, "mode_scale": args.mode_scale}
         sigmas = density(self.level_quantiles(keys, args, batch), args.weighting_scheme, **options)
-        return shift_sigmas(sigmas, self.shift_mu(args, image_seq_len)).float()
+        return self.process.levels(shift_sigmas(sigmas, self.shift_mu(args, image_seq_len)).float())
 
     def shift_mu(self, args: LevelArguments, image_seq_len: int) -> float:
         """mu of `--timestep_shift`: "resolution" asks the family, "none" is 0, a number is the shift e^mu."""
@@ -67,17 +60,15 @@ class NoiseLevels:
 
     def level_range(self) -> float:
         """The level of pure noise, by which logs divide levels: 1 for sigmas, the timesteps for DDPM."""
-        return 1.0
+        return self.process.level_range
 
     def evaluation_levels(self, num_levels: int) -> torch.Tensor:
         """The fixed grid of `eval_loss`, (num_levels,); the same in every run."""
-        return level_grid(num_levels)
+        return self.process.levels(level_grid(num_levels))
 
 
 class TimestepLevels(NoiseLevels):
-    """The noise levels of DDPM: integer timesteps, drawn uniformly."""
-
-    _alpha_bar: Any  # a cached property of the family: (num_train_timesteps,), float32
+    """Integer timesteps drawn uniformly, without the densities and shifts of flow matching."""
 
     def sample_levels(
         self,
@@ -87,21 +78,7 @@ class TimestepLevels(NoiseLevels):
         batch: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
         """Timesteps of a batch, uniform in [0, num_train_timesteps): (B,), int64, on the CPU."""
-        return (self.level_quantiles(keys, args, batch) * len(self._alpha_bar)).long()
-
-    def evaluation_levels(self, num_levels: int) -> torch.Tensor:
-        """Midpoints of `num_levels` equal parts of the timesteps, (num_levels,), int64."""
-        return (super().evaluation_levels(num_levels) * len(self._alpha_bar)).long()
-
-    def level_range(self) -> float:
-        """Timesteps, by which logs divide levels."""
-        return float(len(self._alpha_bar))
-
-    def alpha_bar_on(self, device: torch.device) -> torch.Tensor:
-        """The signal's share of the variance at each timestep, (num_train_timesteps,), float32, kept on `device`."""
-        if self._alpha_bar.device != device:
-            self.__dict__["_alpha_bar"] = self._alpha_bar.to(device)
-        return self._alpha_bar
+        return self.process.levels(self.level_quantiles(keys, args, batch))
 
 
 def stratify(jitter: torch.Tensor, positions: torch.Tensor, step_keys: torch.Tensor, total_batch: int) -> torch.Tensor:

@@ -30,10 +30,16 @@ def sample_loss(
         loss = (pred - target).abs()
     else:
         loss = F.huber_loss(pred, target, reduction="none", delta=huber_delta)
+    return sample_mean(loss, mask)
+
+
+def sample_mean(values: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean of every sample, (B, ...) -> (B,), weighted by `mask` as in `sample_loss`."""
+    values = values.flatten(1)
     if mask is None:
-        return loss.flatten(1).mean(dim=1)
+        return values.mean(dim=1)
     mask = mask.float().flatten(1)
-    return (mask * loss.flatten(1)).sum(dim=1) / mask.sum(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+    return (mask * values).sum(dim=1) / mask.sum(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def flow_weight(

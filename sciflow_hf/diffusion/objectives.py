@@ -1,9 +1,11 @@
-"""Objectives of DDPM training (Ho et al. 2020): beta schedules, mixing, targets, signal-to-noise ratio."""
+"""Objectives of DDPM training (Ho et al. 2020): beta schedules, predictions, signal-to-noise ratio, variances."""
 
 import math
 from typing import TypeVar
 
 import torch
+
+from .losses import sample_mean
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "cosine", "squaredcos_cap_v2", "sigmoid", "exponential")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -57,41 +59,6 @@ def alphas_cumprod(betas: torch.Tensor, *, zero_terminal_snr: bool = False) -> t
     return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
 
 
-def add_noise(latents: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
-    """sqrt(alpha_bar) latents + sqrt(1 - alpha_bar) noise (Ho et al. 2020, equation 4).
-
-    Args:
-        latents, noise: (B, ...).
-        alpha_bar: (B,).
-    """
-    alpha_bar = _like(alpha_bar, latents)
-    return alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
-
-
-def ddpm_target(
-    latents: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor, *, prediction_type: str
-) -> torch.Tensor:
-    """What the network is to predict, (B, ...).
-
-    Args:
-        latents, noise: (B, ...).
-        alpha_bar: (B,).
-        prediction_type: "epsilon": the noise; "sample": the latents; "v_prediction":
-            sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) latents (Salimans and Ho 2022, appendix D).
-
-    Raises:
-        ValueError: unknown `prediction_type`.
-    """
-    if prediction_type == "epsilon":
-        return noise
-    if prediction_type == "v_prediction":
-        alpha_bar = _like(alpha_bar, latents)
-        return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latents
-    if prediction_type == "sample":
-        return latents
-    raise ValueError(f"`prediction_type` {prediction_type!r}: use one of {', '.join(PREDICTION_TYPES)}.")
-
-
 def convert_prediction(
     model_pred: torch.Tensor,
     noisy: torch.Tensor,
@@ -120,7 +87,7 @@ def convert_prediction(
             raise ValueError(f"`prediction_type` {name!r}: use one of {', '.join(PREDICTION_TYPES)}, velocity.")
     if source == target:
         return model_pred
-    a, b = _like(signal, noisy), _like(noise_scale, noisy)
+    a, b = like(signal, noisy), like(noise_scale, noisy)
     latents, epsilon = model_pred, model_pred
     if source == "epsilon":
         latents = (noisy - b * epsilon) / a.clamp_min(MIN_SCALE)
@@ -158,7 +125,7 @@ def ddpm_weight(alpha_bar: torch.Tensor, *, prediction_type: str, min_snr_gamma:
             that the weights are min(SNR, gamma) / SNR for epsilon (1 at SNR 0) and min(SNR, gamma) / (SNR + 1) for v.
     """
     if min_snr_gamma is None:
-        return torch.ones_like(alpha_bar)
+        return torch.oneslike(alpha_bar)
     snr = signal_to_noise(alpha_bar)
     if prediction_type == "epsilon":
         return (min_snr_gamma / snr).clamp_max(1)
@@ -197,6 +164,8 @@ def variational_bound(
     fraction: torch.Tensor,
     alpha_bar: torch.Tensor,
     timesteps: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A term of the bound on -log2 p(latents) for each element: (B, ...) -> (B,), bits, float32.
 
@@ -209,20 +178,21 @@ def variational_bound(
         noisy: (B, ...), at `timesteps` (B,), int64.
         fraction: of `ddpm_log_variance`, (B, ...).
         alpha_bar: of all timesteps.
+        mask: weights of the elements, (B, ...), as in `sample_loss`.
     """
     now, after = alpha_bar[timesteps], torch.where(timesteps > 0, alpha_bar[(timesteps - 1).clamp_min(0)], 1.0)
     first = alpha_bar[:2].tolist()
     least = posterior_variance(first[1], first[0])  # instead of 0 at timestep 0
-    now, after = _like(now, latents), _like(after, latents)
+    now, after = like(now, latents), like(after, latents)
     true_log = posterior_variance(now, after).clamp_min(least).log()
     log_variance = ddpm_log_variance(fraction, now, after, least=least)
     squared = (ddpm_mean(noisy, latents, now, after) - ddpm_mean(noisy, predicted, now, after)) ** 2
     divergence = 0.5 * (log_variance - true_log - 1 + ((true_log - log_variance).exp() + squared / log_variance.exp()))
     density = 0.5 * (math.log(2 * math.pi) + log_variance + squared / log_variance.exp()) - math.log(2 / 255)
-    bound = torch.where(_like(timesteps, latents) == 0, density, divergence)
-    return bound.flatten(1).mean(dim=1) / math.log(2)
+    bound = torch.where(like(timesteps, latents) == 0, density, divergence)
+    return sample_mean(bound, mask) / math.log(2)
 
 
-def _like(alpha_bar: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    """(B,) -> (B, 1, ...), to multiply `latents` by."""
+def like(alpha_bar: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """(B,) -> (B, 1, ...), to multiply `latents` (B, ...) by."""
     return alpha_bar.view(-1, *[1] * (latents.ndim - 1))

@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import SciflowError
 
 BUILT_IN = tuple(
-    sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in ("base", "loading"))
+    sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in ("base", "loading", "tokens"))
 )
 
 

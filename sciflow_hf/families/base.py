@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 
-from ..diffusion.levels import LevelArguments, NoiseLevels
+from ..diffusion.arguments import LossArguments
+from ..diffusion.levels import NoiseLevels
+from ..diffusion.losses import sample_loss
+from ..diffusion.process import Noised
+from ..diffusion.randomness import randn, sample_keys
 from ..engines.quantisation import check_quantization, load_quantized
 from ..errors import SciflowError
 from ..options import Options, arguments, option
@@ -27,14 +31,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 POSTERIORS = ("mode", "sample")
-
-
-class LossArguments(LevelArguments, Protocol):
-    """The options of training that `compute_loss` reads, as in `DiffusionTrainingArguments`."""
-
-    loss_type: str
-    huber_delta: float
-    min_snr_gamma: float | None
 
 
 class SamplingArguments(Protocol):
@@ -71,6 +67,8 @@ class ModelFamily(NoiseLevels, Options, ABC):
     """Command-line name; equals the file name."""
     component: ClassVar[str] = "transformer"
     """Name of the trained network in the pipeline: prefix of LoRA keys, subfolder of full checkpoints."""
+    patch: ClassVar[int] = 1
+    """Side of an image token in latents."""
     pads_text: ClassVar[bool] = False
     """False: text of different lengths never shares a batch. True: padded to the longest, with a mask."""
     stores_time_ids: ClassVar[bool] = False
@@ -87,7 +85,8 @@ class ModelFamily(NoiseLevels, Options, ABC):
         """The fields of a family as an earlier version wrote them into a checkpoint, in today's words."""
         return options
 
-    @abstractmethod
+    # -- the step --------------------------------------------------------------------------------------------------
+
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -101,11 +100,111 @@ class ModelFamily(NoiseLevels, Options, ABC):
 
         Args:
             model: the network, possibly wrapped (DDP, compile, PEFT).
-            batch: collated samples; `noise_key` (B,) int64 where the loader gave keys; `loss_mask` (B, h, w) where
-                the elements of the latents do not count alike.
-            noise: shape of the normalised latents; drawn from the keys unless given.
-            levels: final noise levels (B,), after any shift; drawn from the keys unless given.
+            batch: collated samples, the family's keys; `noise_key` (B,) int64 where the loader gave keys; `loss_mask`
+                (B, h, w) where the elements of the latents do not count alike.
+            noise: shape of `clean_latents`; drawn from the keys unless given.
+            levels: final noise levels (B,), after any shift: sigmas, or timesteps of DDPM; drawn from the keys unless
+                given.
         """
+        batch = self.prepare(batch, training=model.training)
+        keys, latents = batch["noise_key"], self.clean_latents(batch)
+
+        if noise is None:
+            noise = randn(keys, latents.shape, device=latents.device, draw_on_cpu=not model.training)
+        if levels is None:
+            levels = self.sample_levels(keys, args, self.image_seq_len(latents), batch)
+        noise = noise.view(latents.shape)
+        levels = levels.to(latents.device, self.process.level_dtype, non_blocking=True)
+
+        noisy_latents = self.process.mix(latents, noise, levels)
+
+        answer = self.answer(model, batch, noisy_latents, levels)
+
+        loss = self.compare(answer, Noised(latents, noise, noisy_latents, levels), batch, args)
+        return loss, levels.float()
+
+    def prepare(self, batch: dict[str, Any], *, training: bool) -> dict[str, Any]:
+        """A copy of `batch` with `noise_key` (B,), fresh keys where the loader gave none: what the step is made of."""
+        size = len(next(iter(batch.values())))
+        return batch | {"noise_key": sample_keys(batch, size)}
+
+    @abstractmethod
+    def clean_latents(self, batch: dict[str, Any]) -> torch.Tensor:
+        """What is mixed with noise: (B, C, h, w), float32, normalised."""
+
+    def image_seq_len(self, latents: torch.Tensor) -> int:
+        """How many image tokens the network makes of `clean_latents`; the resolution's shift depends on it."""
+        return latents[0, 0].numel() // self.patch**2
+
+    @abstractmethod
+    def predict(
+        self, model: torch.nn.Module, batch: dict[str, Any], noisy_latents: torch.Tensor, levels: torch.Tensor
+    ) -> torch.Tensor:
+        """What the network predicts of `noisy_latents`: their shape, float32. Calls `model` exactly once.
+
+        Of a flow that is the velocity noise - latents, else what `process.prediction_type` says. Gradients flow where
+        they are enabled.
+
+        Args:
+            model: the network, possibly wrapped (DDP, compile, PEFT).
+            batch: as in `compute_loss`. With `noise_key` what is random in here (class dropout) follows from the keys.
+            noisy_latents: shape of `clean_latents`, float32.
+            levels: (B,), on the same device: sigmas, float32, or timesteps, int64.
+        """
+
+    def answer(
+        self, model: torch.nn.Module, batch: dict[str, Any], noisy_latents: torch.Tensor, levels: torch.Tensor
+    ) -> torch.Tensor:
+        """What `compare` is given: the prediction, and behind it in the channels all else that a network predicts."""
+        return self.predict(model, batch, noisy_latents, levels)
+
+    def compare(self, answer: torch.Tensor, noised: Noised, batch: dict[str, Any], args: LossArguments) -> torch.Tensor:
+        """The loss of every sample, (B,), float32: prediction against target, times the weight of its level.
+
+        A family whose objective compares something else, or something more, overrides this hook.
+
+        Args:
+            answer: of `answer`.
+            noised: what was mixed: latents, noise and noisy latents (B, C, h, w), levels (B,).
+            batch: as in `compute_loss`, with `noise_key`.
+        """
+        target = self.process.target(noised.latents, noised.noise, noised.levels)
+        return self.weighted_loss(answer, target, noised.levels, batch, args)
+
+    def weighted_loss(
+        self,
+        prediction: torch.Tensor,
+        target: torch.Tensor,
+        levels: torch.Tensor,
+        batch: dict[str, Any],
+        args: LossArguments,
+    ) -> torch.Tensor:
+        """The mean over the elements, by `loss_mask` where the batch has one, times the weight of the level: (B,).
+
+        The mean is taken in the order in which the network answers (`pack`): in float32 another order rounds otherwise.
+        """
+        mask = self.element_mask(batch, target)
+        mask = None if mask is None else self.pack(mask)
+        loss = sample_loss(
+            self.pack(prediction),
+            self.pack(target),
+            loss_type=args.loss_type,
+            huber_delta=args.huber_delta,
+            mask=mask,
+        )
+        scheme, gamma = args.weighting_scheme, args.min_snr_gamma
+        return self.process.weight(levels, weighting_scheme=scheme, min_snr_gamma=gamma) * loss
+
+    def element_mask(self, batch: dict[str, Any], latents: torch.Tensor) -> torch.Tensor | None:
+        """`loss_mask` (B, h, w) in the shape of `latents`: every channel of a latent pixel counts alike."""
+        mask = batch.get("loss_mask")
+        return None if mask is None else mask[:, None].expand_as(latents)
+
+    def pack(self, latents: torch.Tensor) -> torch.Tensor:
+        """`clean_latents` as the network takes them: (B, L, D) where it takes tokens."""
+        return latents
+
+    # -- the model -------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def load_model(self, *, dtype: torch.dtype, meta: bool = False) -> torch.nn.Module:
@@ -216,15 +315,16 @@ class ModelFamily(NoiseLevels, Options, ABC):
 
     def check_latent_extras(self, sample: dict[str, torch.Tensor]) -> None:
         """Raises SciflowError where `latents_std` is missing or does not fit `latents`, or `loss_mask` does not."""
-        latents = tuple(sample["latents"].shape)
-        if self.posterior == "sample" and "latents_std" not in sample:
+        key = "latents" if "latents" in sample else "pixel_values"
+        latents = tuple(sample[key].shape)
+        if key == "latents" and self.posterior == "sample" and "latents_std" not in sample:
             raise SciflowError(
                 "`posterior` 'sample': this cache holds no standard deviation (`latents_std`). Build it again by "
                 "`sciflow-hf cache build --posterior sample`, or train on the mode."
             )
         for name, expected in (("latents_std", latents), ("loss_mask", latents[-2:])):
             if name in sample and tuple(sample[name].shape) != expected:
-                raise SciflowError(f"`{name}` {tuple(sample[name].shape)}: `latents` {latents} need {expected}.")
+                raise SciflowError(f"`{name}` {tuple(sample[name].shape)}: `{key}` {latents} need {expected}.")
 
 
 @arguments
@@ -281,6 +381,45 @@ class PipelineFamily(ModelFamily):
             )
         return value
 
+    # -- the step --------------------------------------------------------------------------------------------------
+
+    def clean_latents(self, batch: dict[str, Any]) -> torch.Tensor:
+        return self.normalise(batch["latents"].float())
+
+    def normalise(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents of the VAE as the network is trained on them, (B, C, h, w), float32: (latents - shift) scale."""
+        return (latents - self.latents_shift) * self.latents_scale
+
+    @functools.cached_property
+    def latents_shift(self) -> float:
+        return float(self.config("vae").get("shift_factor") or 0)
+
+    @functools.cached_property
+    def latents_scale(self) -> float:
+        return float(self.setting("vae", "scaling_factor"))
+
+    @functools.cached_property
+    def statistics(self) -> tuple[torch.Tensor, ...]:
+        """Tensors that `normalise` needs; see `statistics_on`."""
+        return ()
+
+    def statistics_on(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """`statistics`, kept on `device`."""
+        if self.statistics[0].device != device:
+            self.__dict__["statistics"] = tuple(t.to(device) for t in self.statistics)
+        return self.statistics
+
+    def text_inputs(self, batch: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+        """Arguments of `model` that hold the text; of `NetworkWithText`, which encodes captions itself, the batch."""
+        text = {n: batch[n] for n in ("captions", "latents", "time_ids") if n in batch}  # DDP would move the keys
+        return {"batch": text, "dtype": dtype} if "captions" in batch else self.text_arguments(batch, dtype)
+
+    def text_arguments(self, batch: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+        """Arguments of the network that hold the text of `batch`. Needed where `trained_text_parts` are named."""
+        raise NotImplementedError
+
+    # -- the checkpoint --------------------------------------------------------------------------------------------
+
     def load_model(self, *, dtype: torch.dtype, meta: bool = False, quantize: str | None = None) -> torch.nn.Module:
         path, found = self.pretrained_model_name_or_path, self.setting(self.component, "_class_name")
         check_kind(path, found, family=self.name, network=self.network_class().__name__)
@@ -309,6 +448,44 @@ class PipelineFamily(ModelFamily):
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval()
         return pipeline.to(device)
+
+    unnamed_posterior: ClassVar[str] = ""
+    """The `posterior` that caches of this family do not name, for the older ones."""
+
+    text_settings: ClassVar[dict[str, Any]] = {"padding_side": "right"}
+    """How texts are encoded, where no field says it: a part of `encoder_settings`."""
+
+    def encoder_settings(self) -> dict[str, Any]:
+        names = ("pretrained_model_name_or_path", "revision", "max_sequence_length")
+        found = {"family": self.name} | {name: vars(self).get(name) for name in names} | self.text_settings
+        return found | ({} if self.posterior == self.unnamed_posterior else {"posterior": self.posterior})
+
+    def bucket_step(self) -> int:
+        return self.patch * 2 ** (len(self.setting("vae", "block_out_channels")) - 1)
+
+    @abstractmethod
+    def widths(self, config: Any) -> dict[str, int]:
+        """What a network of this configuration takes: channels of `latents`, width of `prompt_embeds` and the like."""
+
+    def check_sample(self, model: Any, sample: dict[str, torch.Tensor]) -> None:
+        widths = self.widths(model.config)
+        missing = [key for key in widths if key not in sample]
+        if missing:
+            raise SciflowError(f"a sample of `{self.name}` needs {missing}; it has {sorted(sample)}.")
+        shape = tuple(sample["latents"].shape)
+        if len(shape) != 3 or shape[0] != widths["latents"] or any(side % self.patch for side in shape[1:]):
+            even = " with even h and w" if self.patch == 2 else ""
+            raise SciflowError(
+                f"`latents` {shape}: `{self.name}` takes ({widths['latents']}, h, w){even}. Was the cache built by "
+                "another family or VAE?"
+            )
+        self.check_latent_extras(sample)
+        for name, length in (("prompt_embeds", "L, "), ("pooled_prompt_embeds", "")):
+            if name in widths and (sample[name].ndim, sample[name].shape[-1]) != (1 + bool(length), widths[name]):
+                raise SciflowError(
+                    f"`{name}` {tuple(sample[name].shape)}: this network takes ({length}{widths[name]}). Build the "
+                    "cache with the model that you train."
+                )
 
     def shorten_text_encoder(self, pipeline: Any) -> None:
         """Takes away the parts of the text encoder that `encode_prompts` does not need."""
@@ -368,20 +545,11 @@ class PipelineFamily(ModelFamily):
     idle_text_layers: ClassVar[dict[str, int]] = {}
     """How many of the last layers of a text encoder nothing reads."""
 
-    def text_inputs(self, batch: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-        """Arguments of `model` that hold the text; of `NetworkWithText`, which encodes captions itself, the batch."""
-        text = {n: batch[n] for n in ("captions", "latents", "time_ids") if n in batch}  # DDP would move the keys
-        return {"batch": text, "dtype": dtype} if "captions" in batch else self.text_arguments(batch, dtype)
-
-    def text_arguments(self, batch: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-        """Arguments of the network that hold the text of `batch`. Needed where `trained_text_parts` are named."""
-        raise NotImplementedError
-
-    @abstractmethod
     def pipeline_inputs(
         self, prompt: dict[str, torch.Tensor], negative: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Arguments of the pipeline's call from rows (1, ...) of `encode_prompts`: a prompt's and a negative one's."""
+        return prompt | {f"negative_{name}": value for name, value in negative.items()}
 
     guidance_argument: ClassVar[str] = "guidance_scale"
     """What the pipeline's call names the guidance of `--validation_guidance_scale`."""

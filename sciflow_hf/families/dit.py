@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from ..diffusion.levels import LevelArguments
-from ..diffusion.losses import sample_loss
+from ..diffusion.arguments import LossArguments
 from ..diffusion.objectives import BETA_SCHEDULES
-from ..diffusion.process import OBJECTIVES, PREDICTIONS, NoiseProcess, current_name
-from ..diffusion.randomness import randn, sample_keys, uniform
+from ..diffusion.process import OBJECTIVES, PREDICTIONS, Noised, NoiseProcess, current_name
+from ..diffusion.randomness import sample_keys, uniform
 from ..errors import SciflowError
 from ..options import arguments, option
-from .base import LossArguments, ModelFamily, SamplingArguments
+from .base import ModelFamily, SamplingArguments
 from .loading import explain_loading, load_vae, network_dtype, vae_config
 
 if TYPE_CHECKING:
@@ -96,49 +95,32 @@ class DiT(ModelFamily):
     beta_schedule: str = option("linear", "Noise schedule of ddpm.", choices=BETA_SCHEDULES)
     init_seed: int = option(0, "Seed of the initial weights.")
 
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        batch: dict[str, torch.Tensor],
-        args: LossArguments,
-        *,
-        noise: torch.Tensor | None = None,
-        levels: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rectified flow (Liu et al. 2022) with u = noise - latents, or DDPM (Ho et al. 2020).
+    def predict(
+        self, model: torch.nn.Module, batch: dict[str, Any], noisy_latents: torch.Tensor, levels: torch.Tensor
+    ) -> torch.Tensor:
+        """What `prediction_type` says, (B, C, h, w). Batch: `class_labels` (B,) where there are classes."""
+        return self.answer(model, batch, noisy_latents, levels)[:, : noisy_latents.shape[1]]
 
-        Batch: `pixel_values` (B, C, H, W) in [-1, 1], or `latents` (B, C, h, w) raw; `class_labels` (B,) where there
-        are classes. Levels: sigmas, or integer timesteps under ddpm.
-        """
-        latents = self.clean_latents(batch)  # (B, C, h, w)
-
-        keys = sample_keys(batch, len(latents))
-        if noise is None:
-            noise = randn(keys, latents.shape, device=latents.device, draw_on_cpu=not model.training)
-        if levels is None:
-            levels = self.sample_levels(keys, args, latents[0, 0].numel() // self.patch_size**2, batch)
-        levels = levels.to(latents.device, non_blocking=True)
-        signal, noise_scale = self.process.mixture(levels)  # (B,): 1 - sigma and sigma; sqrt(a) and sqrt(1 - a)
-        a, b = signal.view(-1, 1, 1, 1), noise_scale.view(-1, 1, 1, 1)
-
-        noisy_latents = a * latents + b * noise
-
-        model_pred = model(
+    def answer(
+        self, model: torch.nn.Module, batch: dict[str, Any], noisy_latents: torch.Tensor, levels: torch.Tensor
+    ) -> torch.Tensor:
+        """(B, C, h, w), with `learn_sigma` (B, 2C, h, w): behind the prediction the fraction of the variance."""
+        answer: torch.Tensor = model(
             hidden_states=noisy_latents.to(network_dtype(model)),
             timestep=self.process.timestep(levels),
-            class_labels=self.dropped_labels(batch, keys, training=model.training),
+            class_labels=self.dropped_labels(batch, training=model.training),
             return_dict=False,
-        )[0].float()
-        model_pred, fraction = model_pred.chunk(2, dim=1) if self.learn_sigma else (model_pred, None)
+        )[0]
+        return answer.float()
 
-        velocity = noise - latents if self.objective == "flow" else a * noise - b * latents
-        target = {"epsilon": noise, "sample": latents}.get(self.prediction_type, velocity)
-        loss = sample_loss(model_pred, target, loss_type=args.loss_type, huber_delta=args.huber_delta)
-        scheme, gamma = args.weighting_scheme, args.min_snr_gamma
-        loss = loss * self.process.weight(levels, weighting_scheme=scheme, min_snr_gamma=gamma)
-        if fraction is not None:
-            loss = loss + self.process.variance_loss(latents, noisy_latents, model_pred, fraction, levels)
-        return loss, levels.float()
+    def compare(self, answer: torch.Tensor, noised: Noised, batch: dict[str, Any], args: LossArguments) -> torch.Tensor:
+        """With `learn_sigma` the loss of the variance, too."""
+        if not self.learn_sigma:
+            return super().compare(answer, noised, batch, args)
+        prediction, fraction = answer.chunk(2, dim=1)
+        mask = self.element_mask(batch, noised.latents)
+        variance = self.process.variance_loss(noised, prediction, fraction, mask)
+        return super().compare(prediction, noised, batch, args) + variance
 
     name: ClassVar[str] = "dit"
     task: ClassVar[str] = "unconditional-image-generation"
@@ -176,34 +158,23 @@ class DiT(ModelFamily):
             "scaling_factor"
         ]
 
-    def dropped_labels(
-        self, batch: dict[str, torch.Tensor], keys: Sequence[int] | torch.Tensor, *, training: bool
-    ) -> torch.Tensor | None:
+    def image_seq_len(self, latents: torch.Tensor) -> int:
+        return latents[0, 0].numel() // self.patch_size**2
+
+    def dropped_labels(self, batch: dict[str, torch.Tensor], *, training: bool) -> torch.Tensor | None:
         """(B,), in training with `num_classes`, no class instead of some; None without classes."""
         if not self.num_classes:
             return None
         labels = batch["class_labels"]
         if not training or not self.class_dropout_prob:
             return labels
-        dropped = uniform(keys, stream="class_dropout") < self.class_dropout_prob
+        dropped = uniform(sample_keys(batch, len(labels)), stream="class_dropout") < self.class_dropout_prob
         return labels.masked_fill(dropped.to(labels.device, non_blocking=True), self.num_classes)
 
     @functools.cached_property
     def process(self) -> NoiseProcess:
         """How the network is trained."""
         return NoiseProcess(self.objective, self.prediction_type, self.num_train_timesteps, self.beta_schedule)
-
-    def sample_levels(
-        self, keys: torch.Tensor, args: LevelArguments, image_seq_len: int, batch: Any = None
-    ) -> torch.Tensor:
-        """Sigmas in [0, 1]; under ddpm integer timesteps, by the same densities (`--weighting_scheme none`: evenly)."""
-        return self.process.levels(super().sample_levels(keys, args, image_seq_len, batch))
-
-    def evaluation_levels(self, num_levels: int) -> torch.Tensor:
-        return self.process.levels(super().evaluation_levels(num_levels))
-
-    def level_range(self) -> float:
-        return self.process.level_range
 
     # -- the network -----------------------------------------------------------------------------------------------
 
@@ -284,8 +255,7 @@ class DiT(ModelFamily):
                 f"this network has {model.config.num_classes} classes, but the data has no labels. Name their column "
                 "by `--label_column`, or train without classes by `--num_classes 0`."
             )
-        if "latents" in sample:
-            self.check_latent_extras(sample)
+        self.check_latent_extras(sample)
 
     # -- the VAE ---------------------------------------------------------------------------------------------------
 

@@ -12,15 +12,14 @@ import torch
 import torch.nn.functional as F
 
 from ..diffusion import objectives
+from ..diffusion.arguments import LossArguments
 from ..diffusion.image_losses import fourier_loss, multiscale_loss, perceptual_loss
 from ..diffusion.levels import TimestepLevels
-from ..diffusion.losses import sample_loss
-from ..diffusion.objectives import add_noise, convert_prediction, ddpm_target, ddpm_weight
-from ..diffusion.randomness import randn, sample_keys
+from ..diffusion.process import GivenSchedule, Noised
 from ..errors import SciflowError
 from ..images.transforms import IntensityTransform
 from ..options import arguments, option
-from .base import LossArguments, ModelFamily, SamplingArguments
+from .base import ModelFamily, SamplingArguments
 from .loading import explain_loading, network_dtype
 
 logger = logging.getLogger(__name__)
@@ -78,43 +77,21 @@ class MicroscopyUNet(TimestepLevels, ModelFamily):
         "file. It gets images in the network's units, about [-1, 1].",
     )
 
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        batch: dict[str, torch.Tensor],
-        args: LossArguments,
-        *,
-        noise: torch.Tensor | None = None,
-        levels: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """DDPM (Ho et al. 2020) on the sharp image, given the measured one.
+    def predict(
+        self, model: torch.nn.Module, batch: dict[str, Any], noisy_latents: torch.Tensor, levels: torch.Tensor
+    ) -> torch.Tensor:
+        """What `prediction_type` says of the sharp image, (B, C, H, W).
 
-        Batch: `pixel_values` (B, C, H, W), `conditioning_pixel_values` (B, C', H, W), both in about [-1, 1]. Noise:
-        (B, C, H, W). Levels: integer timesteps, from 0.
+        Batch: `conditioning_pixel_values` (B, C', H, W), the measured image, in about [-1, 1].
         """
-        block = self.block if model.training else 1  # of --progressive_resolutions
-        images, conditioning = (
-            F.avg_pool2d(batch[name].float(), block) for name in ("pixel_values", "conditioning_pixel_values")
-        )
+        conditioning = batch["conditioning_pixel_values"].float()
+        inputs = torch.cat([noisy_latents, conditioning], dim=1).to(network_dtype(model))
+        prediction: torch.Tensor = model(sample=inputs, timestep=levels, return_dict=False)[0]
+        return prediction.float()
 
-        keys = sample_keys(batch, len(images))
-        if noise is None:
-            noise = randn(keys, images.shape, device=images.device, draw_on_cpu=not model.training)
-        if levels is None:
-            levels = self.sample_levels(keys, args, images[0, 0].numel(), batch)
-        timesteps = levels.to(images.device, torch.int64, non_blocking=True)
-        alpha_bar = objectives.shift_snr(self.alpha_bar_on(images.device)[timesteps], block**2)
-
-        noisy_images = add_noise(images, noise, alpha_bar)  # sqrt(a) images + sqrt(1 - a) noise
-
-        inputs = torch.cat([noisy_images, conditioning], dim=1).to(network_dtype(model))
-        model_pred = model(sample=inputs, timestep=timesteps, return_dict=False)[0].float()
-
-        kind = self.prediction_type
-        target = ddpm_target(images, noise, alpha_bar, prediction_type=kind)
-        loss = sample_loss(model_pred, target, loss_type=args.loss_type, huber_delta=args.huber_delta)
-        weight = ddpm_weight(alpha_bar, prediction_type=kind, min_snr_gamma=args.min_snr_gamma)
-        return weight * loss + self.image_loss(model_pred, noisy_images, images, alpha_bar), timesteps.float()
+    def clean_latents(self, batch: dict[str, Any]) -> torch.Tensor:
+        """The sharp image, (B, C, H, W), in about [-1, 1]."""
+        return batch["pixel_values"].float()
 
     name: ClassVar[str] = "microscopy_unet"
     component: ClassVar[str] = "unet"
@@ -139,23 +116,39 @@ class MicroscopyUNet(TimestepLevels, ModelFamily):
 
     # -- the step --------------------------------------------------------------------------------------------------
 
-    def image_loss(
-        self, model_pred: torch.Tensor, noisy: torch.Tensor, images: torch.Tensor, alpha_bar: torch.Tensor
-    ) -> torch.Tensor:
-        """The losses on the clean image that a prediction means, times their weights and sqrt(alpha_bar): (B,)."""
-        total = torch.zeros(len(images), device=images.device)
+    def prepare(self, batch: dict[str, Any], *, training: bool) -> dict[str, Any]:
+        """Under `--progressive_resolutions` training images are averaged over blocks, at the noise that fits them."""
+        block = self.block if training else 1
+        self.process.snr_factor = block**2
+        names = ("pixel_values", "conditioning_pixel_values")
+        coarse = {name: F.avg_pool2d(batch[name].float(), block) for name in names}
+        if "loss_mask" in batch:
+            coarse["loss_mask"] = F.avg_pool2d(batch["loss_mask"].float(), block)
+        return super().prepare(batch, training=training) | coarse
+
+    def compare(self, answer: torch.Tensor, noised: Noised, batch: dict[str, Any], args: LossArguments) -> torch.Tensor:
+        """Also by the image losses, where they have a weight."""
+        loss = super().compare(answer, noised, batch, args)
         if not (self.fourier_weight or self.multiscale_weight or self.perceptual_weight):
-            return total
-        signal, scale = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-        found = convert_prediction(
-            model_pred, noisy, signal=signal, noise_scale=scale, source=self.prediction_type, target="sample"
-        )
+            return loss
+        if "loss_mask" in batch:
+            raise SciflowError(
+                "`loss_mask` does not go with `fourier_weight`, `multiscale_weight` and `perceptual_weight`: these "
+                "compare complete images. Leave the masks or the weights out."
+            )
+        return loss + self.image_loss(answer, noised)
+
+    def image_loss(self, prediction: torch.Tensor, noised: Noised) -> torch.Tensor:
+        """The losses on the clean image that a prediction means, times their weights and sqrt(alpha_bar): (B,)."""
+        images, total = noised.latents, torch.zeros(len(prediction), device=prediction.device)
+        found = self.process.clean(prediction, noised.noisy_latents, noised.levels)
         if self.fourier_weight:
             total = total + self.fourier_weight * fourier_loss(found, images)
         if self.multiscale_weight:
             total = total + self.multiscale_weight * multiscale_loss(found, images)
         if self.perceptual_weight:
             total = total + self.perceptual_weight * perceptual_loss(found, images, self.features_on(images.device))
+        signal, _ = self.process.mixture(noised.levels)
         return signal * total  # an image guessed from noise alone is no image to compare
 
     def features_on(self, device: torch.device) -> torch.nn.Module:
@@ -180,8 +173,9 @@ class MicroscopyUNet(TimestepLevels, ModelFamily):
     # -- the noise schedule ----------------------------------------------------------------------------------------
 
     @functools.cached_property
-    def _alpha_bar(self) -> torch.Tensor:
-        return objectives.alphas_cumprod(objectives.beta_schedule(self.beta_schedule, self.num_train_timesteps))
+    def process(self) -> GivenSchedule:
+        betas = objectives.beta_schedule(self.beta_schedule, self.num_train_timesteps)
+        return GivenSchedule(objectives.alphas_cumprod(betas), self.prediction_type)
 
     # -- the network and its pipeline ------------------------------------------------------------------------------
 
@@ -213,6 +207,7 @@ class MicroscopyUNet(TimestepLevels, ModelFamily):
         self.prediction_type, self.num_train_timesteps = schedule["prediction_type"], schedule["num_train_timesteps"]
         named = {theirs: ours for ours, theirs in _OF_DIFFUSERS.items()}
         self.beta_schedule = "exponential" if schedule["trained_betas"] else named[schedule["beta_schedule"]]
+        self.__dict__.pop("process", None)
         names = ("intensity", "conditioning_intensity")
         sharp, measured = (IntensityTransform.from_dict(index[name]) for name in names)
         return sharp, measured
@@ -327,6 +322,7 @@ class MicroscopyUNet(TimestepLevels, ModelFamily):
         step = 2 ** (len(model.config.block_out_channels) - 1)
         if any(side % step for side in images.shape[1:]):
             raise SciflowError(f"`tile_size` {tuple(images.shape[1:])}: a multiple of {step} for this network.")
+        self.check_latent_extras(sample)
 
     def encode_validation_prompts(
         self, prompts: Sequence[str], *, device: torch.device | str, dtype: torch.dtype, encoders: Any = None

@@ -6,17 +6,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from ..diffusion.losses import flow_weight, sample_loss
-from ..diffusion.randomness import randn, sample_keys
 from ..errors import SciflowError
 from ..options import arguments, option
-from .base import LossArguments, PipelineFamily, posterior_option
+from .base import PipelineFamily, posterior_option
 from .loading import network_dtype
+from .tokens import PATCH, pack, unpack
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PATCH = 2
 MAX_TEXT_LENGTH = 1024  # what the pipeline allows
 # Networks of other pipelines of the family that take further inputs, and what these are.
 _OTHER_NETWORKS = {
@@ -41,53 +39,33 @@ class QwenImage(PipelineFamily):
         advice="Qwen-Image takes no other number of tokens.",
     )
 
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        batch: dict[str, torch.Tensor],
-        args: LossArguments,
-        *,
-        noise: torch.Tensor | None = None,
-        levels: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rectified flow (Liu et al. 2022; Esser et al. 2024, equation 13): the network predicts noise - latents.
-
-        Batch: `latents` (B, 16, 1, h, w) or (B, 16, h, w) raw, `prompt_embeds` (B, L, D), `prompt_embeds_mask` (B, L)
-        where texts are padded, perhaps `loss_mask` (B, h, w). Noise: (B, 16, 1, h, w). Levels: sigmas.
-        """
-        latents = self.normalise(with_frame(batch["latents"].float()))  # (B, 16, 1, h, w)
-        batch_size, _, _, height, width = latents.shape
-        tokens = (1, height // PATCH, width // PATCH)
-
-        keys = sample_keys(batch, batch_size)
-        if noise is None:
-            noise = randn(keys, latents.shape, device=latents.device, draw_on_cpu=not model.training)
-        noise = with_frame(noise)
-        if levels is None:
-            levels = self.sample_levels(keys, args, image_seq_len=tokens[1] * tokens[2], batch=batch)
-        sigmas = levels.to(latents.device, non_blocking=True)
-        sigma = sigmas.view(-1, 1, 1, 1, 1)
-
-        noisy_latents = (1 - sigma) * latents + sigma * noise
-
-        dtype = network_dtype(model)
-        model_pred = model(
+    def predict(
+        self, model: torch.nn.Module, batch: dict[str, Any], noisy_latents: torch.Tensor, levels: torch.Tensor
+    ) -> torch.Tensor:
+        """The velocity (B, 16, h, w). Batch: `prompt_embeds` (B, L, D), `prompt_embeds_mask` (B, L) of padded texts."""
+        dtype, (height, width) = network_dtype(model), noisy_latents.shape[2:]
+        tokens = model(
             hidden_states=pack(noisy_latents).to(dtype),
-            timestep=sigmas,  # the network multiplies by 1000 itself
+            timestep=levels,  # the network multiplies by 1000 itself
             encoder_hidden_states=batch["prompt_embeds"].to(dtype),
             encoder_hidden_states_mask=batch.get("prompt_embeds_mask"),
-            img_shapes=[[tokens]] * batch_size,  # the positions follow from them
+            img_shapes=[[(1, height // PATCH, width // PATCH)]] * len(noisy_latents),  # the positions follow from them
             return_dict=False,
         )[0]
+        return unpack(tokens.float(), height, width)
 
-        target = pack(noise - latents)
-        mask = batch.get("loss_mask")  # (B, h, w): every channel of a latent pixel counts alike
-        mask = None if mask is None else pack(mask[:, None, None].expand_as(latents))
-        loss = sample_loss(model_pred, target, loss_type=args.loss_type, huber_delta=args.huber_delta, mask=mask)
-        weight = flow_weight(sigmas, weighting_scheme=args.weighting_scheme, min_snr_gamma=args.min_snr_gamma)
-        return weight * loss, sigmas
+    def pack(self, latents: torch.Tensor) -> torch.Tensor:
+        return pack(latents)
+
+    def clean_latents(self, batch: dict[str, Any]) -> torch.Tensor:
+        """(B, 16, h, w), without the video VAE's axis of frames, which a batch may have."""
+        latents = batch["latents"]
+        return self.normalise((latents.squeeze(2) if latents.ndim == 5 else latents).float())
 
     name: ClassVar[str] = "qwen_image"
+    patch: ClassVar[int] = PATCH
+    text_settings: ClassVar[dict[str, Any]] = {"text_encoder_layers": [-1], "padding_side": "none"}
+    unnamed_posterior: ClassVar[str] = "mode"
     pads_text: ClassVar[bool] = True
     guidance_argument: ClassVar[str] = "true_cfg_scale"
     no_prompt: ClassVar[str] = " "  # as the model's own examples have it
@@ -99,29 +77,21 @@ class QwenImage(PipelineFamily):
     }
 
     def normalise(self, latents: torch.Tensor) -> torch.Tensor:
-        """(B, C, 1, h, w): per channel by the statistics in the VAE's configuration."""
-        mean, std = self._statistics_on(latents.device)
+        """(B, C, h, w): per channel by the statistics in the VAE's configuration."""
+        mean, std = self.statistics_on(latents.device)
         return (latents - mean) / std
 
     @functools.cached_property
-    def _statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def statistics(self) -> tuple[torch.Tensor, ...]:
         config = self.config("vae")
-        found = [torch.tensor(config.get(name) or []) for name in ("latents_mean", "latents_std")]
-        channels = config.get("z_dim")
-        for name, values in zip(("latents_mean", "latents_std"), found, strict=True):
-            if values.shape != (channels,):
+        for name in ("latents_mean", "latents_std"):
+            if len(config.get(name) or []) != config.get("z_dim"):
                 raise SciflowError(
                     f"`pretrained_model_name_or_path` {self.pretrained_model_name_or_path!r}: the configuration of "
-                    f"its VAE has `z_dim` {channels} and {values.numel()} numbers in `{name}`. Qwen-Image needs one "
-                    "a channel; is this an AutoencoderKLQwenImage?"
+                    f"its VAE has `z_dim` {config.get('z_dim')} and {len(config.get(name) or [])} numbers in `{name}`. "
+                    "Qwen-Image needs one a channel; is this an AutoencoderKLQwenImage?"
                 )
-        mean, std = (values.view(1, -1, 1, 1, 1) for values in found)
-        return mean, std
-
-    def _statistics_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._statistics[0].device != device:
-            self.__dict__["_statistics"] = tuple(t.to(device) for t in self._statistics)
-        return self._statistics
+        return tuple(torch.tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
 
     def pipeline_class(self) -> Any:
         from diffusers import QwenImagePipeline
@@ -204,69 +174,29 @@ class QwenImage(PipelineFamily):
         ).images
         return images
 
-    def encoder_settings(self) -> dict[str, Any]:
-        return {
-            "family": self.name,
-            "pretrained_model_name_or_path": self.pretrained_model_name_or_path,
-            "revision": self.revision,
-            "max_sequence_length": self.max_sequence_length,
-            "text_encoder_layers": [-1],
-            "padding_side": "none",
-            **({"posterior": self.posterior} if self.posterior != "mode" else {}),
-        }
-
     def bucket_step(self) -> int:
         return PATCH * 2 ** len(self.setting("vae", "temperal_downsample"))
 
-    @functools.cached_property
-    def _shift_line(self) -> tuple[float, float]:
-        """(slope, mu at 0 tokens) of the line through the scheduler's two points; diffusers' where it names none."""
+    def resolution_mu(self, image_seq_len: int) -> float:
+        """The line of the pipeline's scheduler: from 0.5 at 256 to 0.9 at 8192 tokens in the published one."""
         config = self.config("scheduler")
         base_length, max_length = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
         base_shift, max_shift = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
         slope = (max_shift - base_shift) / (max_length - base_length)
-        return slope, base_shift - slope * base_length
+        return slope * image_seq_len + (base_shift - slope * base_length)
 
-    def resolution_mu(self, image_seq_len: int) -> float:
-        """The pipeline's shift: from 0.5 at 256 to 0.9 at 8192 tokens in the published scheduler."""
-        slope, start = self._shift_line
-        return slope * image_seq_len + start
+    def widths(self, config: Any) -> dict[str, int]:
+        return {"latents": config.in_channels // PATCH**2, "prompt_embeds": config.joint_attention_dim}
 
     def check_sample(self, model: Any, sample: dict[str, torch.Tensor]) -> None:
-        missing = [key for key in ("latents", "prompt_embeds") if key not in sample]
-        if missing:
-            raise SciflowError(f"a sample of `{self.name}` needs {missing}; it has {sorted(sample)}.")
-        channels, dim = model.config.in_channels // PATCH**2, model.config.joint_attention_dim
-        shape, prompt_embeds = tuple(sample["latents"].shape), sample["prompt_embeds"]
-        frames = shape[1:-2]  # none, or one
-        if len(shape) < 3 or shape[0] != channels or frames not in ((), (1,)) or shape[-2] % PATCH or shape[-1] % PATCH:
-            raise SciflowError(
-                f"`latents` {shape}: `{self.name}` takes ({channels}, h, w) or ({channels}, 1, h, w) with even h and "
-                "w, before packing. Was the cache built by another family or VAE?"
-            )
-        self.check_latent_extras(sample)
-        if prompt_embeds.ndim != 2 or prompt_embeds.shape[1] != dim:
-            raise SciflowError(
-                f"`prompt_embeds` {tuple(prompt_embeds.shape)}: this network takes (L, {dim}). Build the cache with "
-                "the model that you train."
-            )
+        framed = [name for name in ("latents", "latents_std") if name in sample and sample[name].shape[1:-2] == (1,)]
+        super().check_sample(model, sample | {name: sample[name].squeeze(1) for name in framed})
+        prompt_embeds = sample["prompt_embeds"]
         mask = sample.get("prompt_embeds_mask")
         if mask is not None and (tuple(mask.shape) != tuple(prompt_embeds.shape[:1]) or not mask.any()):
             raise SciflowError(
                 f"`prompt_embeds_mask` {tuple(mask.shape)}: one value a token, ({prompt_embeds.shape[0]},), not all 0."
             )
-
-
-def with_frame(latents: torch.Tensor) -> torch.Tensor:
-    """(B, C, h, w) -> (B, C, 1, h, w); the video VAE's own shape stays as it is."""
-    return latents.unsqueeze(2) if latents.ndim == 4 else latents
-
-
-def pack(latents: torch.Tensor) -> torch.Tensor:
-    """2x2 pixels become channels, in the order (c, ph, pw): (B, C, 1, h, w) -> (B, h/2 * w/2, 4C)."""
-    batch_size, channels, _, height, width = latents.shape
-    latents = latents.reshape(batch_size, channels, height // PATCH, PATCH, width // PATCH, PATCH)
-    return latents.permute(0, 2, 4, 1, 3, 5).reshape(batch_size, -1, channels * PATCH**2)
 
 
 def without_padding(row: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,16 +8,16 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..diffusion.losses import flow_weight, sample_loss
-from ..diffusion.randomness import randn, sample_keys
+from ..diffusion.arguments import LossArguments
+from ..diffusion.process import Noised
 from ..errors import SciflowError
 from ..options import arguments, option
-from .base import LossArguments, PipelineFamily, posterior_option
+from .base import PipelineFamily, posterior_option
 from .loading import network_dtype
+from .tokens import PATCH, token_ids
 
 logger = logging.getLogger(__name__)
 
-PATCH = 2
 LONGEST_TEXT = 512  # T5 tokens that the pipeline takes
 # What `prompt_embeds` is made of: inner states of both CLIPs, the last of T5.
 TEXT_STATES = ("text_encoder -2", "text_encoder_2 -2", "text_encoder_3 -1")
@@ -52,48 +52,30 @@ class SD3(PipelineFamily):
         "`--loss_type mse` that weighs the loss on the velocity by sigma^2.",
     )
 
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        batch: dict[str, torch.Tensor],
-        args: LossArguments,
-        *,
-        noise: torch.Tensor | None = None,
-        levels: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rectified flow (Esser et al. 2024, equation 13): the network predicts noise - latents.
-
-        Batch: `latents` (B, 16, h, w) raw, `prompt_embeds` (B, L, D), `pooled_prompt_embeds` (B, P), perhaps
-        `loss_mask` (B, h, w). Noise: as `latents`. Levels: sigmas.
-        """
-        latents = (batch["latents"].float() - self.latents_shift) * self.latents_scale  # (B, 16, h, w)
-        batch_size, _, height, width = latents.shape
-
-        keys = sample_keys(batch, batch_size)
-        if noise is None:
-            noise = randn(keys, latents.shape, device=latents.device, draw_on_cpu=not model.training)
-        if levels is None:
-            levels = self.sample_levels(keys, args, image_seq_len=height * width // PATCH**2, batch=batch)
-        sigmas = levels.to(latents.device, non_blocking=True)
-        sigma = sigmas.view(-1, 1, 1, 1)
-
-        noisy_latents = (1 - sigma) * latents + sigma * noise
-
+    def predict(
+        self, model: torch.nn.Module, batch: dict[str, Any], noisy_latents: torch.Tensor, levels: torch.Tensor
+    ) -> torch.Tensor:
+        """The velocity (B, 16, h, w). Batch: `prompt_embeds` (B, L, D), `pooled_prompt_embeds` (B, P)."""
         dtype = network_dtype(model)
-        model_pred = model(
+        prediction: torch.Tensor = model(
             hidden_states=noisy_latents.to(dtype),
-            timestep=1000 * sigmas,  # float32; the network takes 0 to 1000
+            timestep=1000 * levels,  # float32; the network takes 0 to 1000
             return_dict=False,
             **self.text_inputs(batch, dtype),
         )[0]
+        return prediction.float()
 
-        target = noise - latents
-        if self.precondition_outputs:
-            model_pred, target = noisy_latents - sigma * model_pred.float(), latents
-        mask = batch.get("loss_mask")  # (B, h, w): every channel of a latent pixel counts alike
-        mask = None if mask is None else mask[:, None].expand_as(latents)
-        loss = sample_loss(model_pred, target, loss_type=args.loss_type, huber_delta=args.huber_delta, mask=mask)
-        return self.loss_weight(sigmas, args) * loss, sigmas
+    def compare(self, answer: torch.Tensor, noised: Noised, batch: dict[str, Any], args: LossArguments) -> torch.Tensor:
+        """With `precondition_outputs` x0 = noisy_latents - sigma * prediction and the latents."""
+        if not self.precondition_outputs:
+            return super().compare(answer, noised, batch, args)
+        if args.min_snr_gamma is not None:
+            raise SciflowError(
+                f"`min_snr_gamma` {args.min_snr_gamma} does not go with `precondition_outputs`: it is a weight of the "
+                "loss on the velocity. Leave one of them out."
+            )
+        clean = noised.noisy_latents - noised.levels.view(-1, 1, 1, 1) * answer
+        return self.weighted_loss(clean, noised.latents, noised.levels, batch, args)
 
     def text_arguments(self, batch: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         return {
@@ -102,6 +84,8 @@ class SD3(PipelineFamily):
         }
 
     name: ClassVar[str] = "sd3"
+    patch: ClassVar[int] = PATCH
+    text_settings: ClassVar[dict[str, Any]] = {"text_encoder_layers": list(TEXT_STATES), "padding_side": "right"}
     trained_text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
     text_parts: ClassVar[tuple[str, ...]] = (
         *("text_encoder", "text_encoder_2", "text_encoder_3"),
@@ -114,30 +98,13 @@ class SD3(PipelineFamily):
         "ff.net.0.proj,ff.net.2,ff_context.net.0.proj,ff_context.net.2",
     }
 
-    def loss_weight(self, sigmas: torch.Tensor, args: LossArguments) -> torch.Tensor:
-        """Weight of the noise levels, (B,) -> (B,)."""
-        if self.precondition_outputs and args.min_snr_gamma is not None:
-            raise SciflowError(
-                f"`min_snr_gamma` {args.min_snr_gamma} does not go with `precondition_outputs`: it is a weight of the "
-                "loss on the velocity. Leave one of them out."
-            )
-        return flow_weight(sigmas, weighting_scheme=args.weighting_scheme, min_snr_gamma=args.min_snr_gamma)
-
     @functools.cached_property
     def latents_shift(self) -> float:
         return float(self.setting("vae", "shift_factor"))
 
-    @functools.cached_property
-    def latents_scale(self) -> float:
-        return float(self.setting("vae", "scaling_factor"))
-
-    @functools.cached_property
-    def _mu(self) -> float:
-        return math.log(self.setting("scheduler", "shift"))
-
     def resolution_mu(self, image_seq_len: int) -> float:
         """SD3's shift does not depend on the resolution: that of the scheduler's configuration, 3.0."""
-        return self._mu
+        return math.log(self.setting("scheduler", "shift"))
 
     def pipeline_class(self) -> Any:
         from diffusers import StableDiffusion3Pipeline
@@ -206,57 +173,24 @@ class SD3(PipelineFamily):
             "pooled_prompt_embeds": torch.cat([one.text_embeds, two.text_embeds], dim=-1),
         }
 
-    def pipeline_inputs(
-        self, prompt: dict[str, torch.Tensor], negative: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        return prompt | {f"negative_{name}": value for name, value in negative.items()}
-
     def encoder_settings(self) -> dict[str, Any]:
+        """Without T5 the states of both CLIPs alone."""
+        states = {} if self.use_t5 else {"text_encoder_layers": list(TEXT_STATES[:2])}
+        return super().encoder_settings() | states | {"use_t5": self.use_t5}
+
+    def widths(self, config: Any) -> dict[str, int]:
         return {
-            "family": self.name,
-            "pretrained_model_name_or_path": self.pretrained_model_name_or_path,
-            "revision": self.revision,
-            "max_sequence_length": self.max_sequence_length,
-            "text_encoder_layers": list(TEXT_STATES if self.use_t5 else TEXT_STATES[:2]),
-            "padding_side": "right",
-            "posterior": self.posterior,
-            "use_t5": self.use_t5,
+            "latents": config.in_channels,
+            "prompt_embeds": config.joint_attention_dim,
+            "pooled_prompt_embeds": config.pooled_projection_dim,
         }
 
-    def bucket_step(self) -> int:
-        return PATCH * 2 ** (len(self.setting("vae", "block_out_channels")) - 1)
-
     def check_sample(self, model: Any, sample: dict[str, torch.Tensor]) -> None:
-        missing = [key for key in ("latents", "prompt_embeds", "pooled_prompt_embeds") if key not in sample]
-        if missing:
-            raise SciflowError(f"a sample of `{self.name}` needs {missing}; it has {sorted(sample)}.")
-        config, latents = model.config, sample["latents"]
-        channels, tokens = config.in_channels, config.pos_embed_max_size
-        if latents.ndim != 3 or latents.shape[0] != channels or latents.shape[1] % PATCH or latents.shape[2] % PATCH:
+        super().check_sample(model, sample)
+        shape, tokens = tuple(sample["latents"].shape), model.config.pos_embed_max_size
+        if max(shape[1:]) > PATCH * tokens:
             raise SciflowError(
-                f"`latents` {tuple(latents.shape)}: `{self.name}` takes ({channels}, h, w) with even h and w. Was the "
-                "cache built by another family or VAE?"
-            )
-        if max(latents.shape[1:]) > PATCH * tokens:
-            raise SciflowError(
-                f"`latents` {tuple(latents.shape)}: this network has positions for {tokens} x {tokens} tokens of 2x2 "
+                f"`latents` {shape}: this network has positions for {tokens} x {tokens} tokens of 2x2 "
                 f"(`pos_embed_max_size`), so for sides of at most {tokens * self.bucket_step()} pixels. Build the "
                 "cache with a smaller `--resolution`."
             )
-        self.check_latent_extras(sample)
-        widths = {"prompt_embeds": (2, config.joint_attention_dim)}
-        widths["pooled_prompt_embeds"] = (1, config.pooled_projection_dim)
-        for name, (ndim, width) in widths.items():
-            if sample[name].ndim != ndim or sample[name].shape[-1] != width:
-                raise SciflowError(
-                    f"`{name}` {tuple(sample[name].shape)}: this network takes ({'L, ' * (ndim - 1)}{width}). Build "
-                    "the cache with the model that you train."
-                )
-
-
-def token_ids(prompts: Sequence[str], tokenizer: Any, length: int) -> torch.Tensor:
-    """(B, length): padded or cut; the end token stays."""
-    ids: torch.Tensor = tokenizer(
-        list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-    ).input_ids
-    return ids

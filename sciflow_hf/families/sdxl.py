@@ -8,13 +8,12 @@ from typing import Any, ClassVar
 import torch
 
 from ..diffusion import objectives
-from ..diffusion.levels import LevelArguments, TimestepLevels
-from ..diffusion.losses import sample_loss
-from ..diffusion.objectives import add_noise, ddpm_target, ddpm_weight
-from ..diffusion.randomness import randn, sample_keys
+from ..diffusion.arguments import LevelArguments
+from ..diffusion.levels import TimestepLevels
+from ..diffusion.process import GivenSchedule
 from ..errors import SciflowError
 from ..options import arguments, option
-from .base import LossArguments, PipelineFamily, posterior_option
+from .base import PipelineFamily, posterior_option
 from .loading import network_dtype
 
 logger = logging.getLogger(__name__)
@@ -43,47 +42,21 @@ class SDXL(TimestepLevels, PipelineFamily):
         "attention: the pipeline's own encoding always has 77.",
     )
 
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        batch: dict[str, torch.Tensor],
-        args: LossArguments,
-        *,
-        noise: torch.Tensor | None = None,
-        levels: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """DDPM (Ho et al. 2020): the network predicts the noise, or v = sqrt(a) noise - sqrt(1 - a) latents.
+    def predict(
+        self, model: torch.nn.Module, batch: dict[str, Any], noisy_latents: torch.Tensor, levels: torch.Tensor
+    ) -> torch.Tensor:
+        """The noise, or v = sqrt(a) noise - sqrt(1 - a) latents, as the checkpoint's scheduler says: (B, 4, h, w).
 
-        Batch: `latents` (B, 4, h, w) raw, `prompt_embeds` (B, L, D), `pooled_prompt_embeds` (B, P), perhaps
-        `time_ids` (B, 6) and `loss_mask` (B, h, w). Noise: (B, 4, h, w). Levels: integer timesteps, 0 to 999.
+        Batch: `prompt_embeds` (B, L, D), `pooled_prompt_embeds` (B, P), perhaps `time_ids` (B, 6).
         """
-        latents = self.normalise(batch["latents"].float())
-
-        keys = sample_keys(batch, len(latents))
-        if noise is None:
-            noise = randn(keys, latents.shape, device=latents.device, draw_on_cpu=not model.training)
-        if levels is None:
-            levels = self.sample_levels(keys, args, image_seq_len=latents[0, 0].numel(), batch=batch)
-        timesteps = levels.to(latents.device, torch.int64, non_blocking=True)
-        alpha_bar = self.alpha_bar_on(latents.device)[timesteps]
-
-        noisy_latents = add_noise(latents, noise, alpha_bar)  # sqrt(a) latents + sqrt(1 - a) noise
-
         dtype = network_dtype(model)
-        model_pred = model(
+        prediction: torch.Tensor = model(
             sample=noisy_latents.to(dtype),
-            timestep=timesteps,
+            timestep=levels,
             return_dict=False,
             **self.text_inputs(batch, dtype),
         )[0]
-
-        kind = self.prediction_type
-        target = ddpm_target(latents, noise, alpha_bar, prediction_type=kind)
-        mask = batch.get("loss_mask")  # (B, h, w): every channel of a latent pixel counts alike
-        mask = None if mask is None else mask[:, None].expand_as(latents)
-        loss = sample_loss(model_pred, target, loss_type=args.loss_type, huber_delta=args.huber_delta, mask=mask)
-        weight = ddpm_weight(alpha_bar, prediction_type=kind, min_snr_gamma=args.min_snr_gamma)
-        return weight * loss, timesteps.float()
+        return prediction.float()
 
     def text_arguments(self, batch: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         return {
@@ -149,8 +122,8 @@ class SDXL(TimestepLevels, PipelineFamily):
         return kind
 
     @functools.cached_property
-    def _alpha_bar(self) -> torch.Tensor:
-        """(num_train_timesteps,), float32: DDPM's schedule by the scheduler's configuration, whatever its class."""
+    def process(self) -> GivenSchedule:
+        """DDPM by the scheduler's configuration, whatever its class."""
         config = self.config("scheduler")
         if config.get("trained_betas") is not None:
             betas = torch.tensor(config["trained_betas"], dtype=torch.float32)
@@ -164,7 +137,8 @@ class SDXL(TimestepLevels, PipelineFamily):
                 beta_start=self.setting("scheduler", "beta_start"),
                 beta_end=self.setting("scheduler", "beta_end"),
             )
-        return objectives.alphas_cumprod(betas, zero_terminal_snr=config.get("rescale_betas_zero_snr", False))
+        alpha_bar = objectives.alphas_cumprod(betas, zero_terminal_snr=config.get("rescale_betas_zero_snr", False))
+        return GivenSchedule(alpha_bar, self.prediction_type)
 
     # -- the checkpoint --------------------------------------------------------------------------------------------
 
@@ -207,7 +181,8 @@ class SDXL(TimestepLevels, PipelineFamily):
 
     def load_model(self, *, dtype: torch.dtype, meta: bool = False, quantize: str | None = None) -> torch.nn.Module:
         self._check_kind()
-        kind, steps, scale = self.prediction_type, len(self._alpha_bar), self._vae_config["scaling_factor"]
+        kind, steps = self.prediction_type, self.process.num_train_timesteps
+        scale = self._vae_config["scaling_factor"]
         logger.info("The network predicts %s at %d timesteps; latents are scaled by %g.", kind, steps, scale)
         return super().load_model(dtype=dtype, meta=meta, quantize=quantize)
 
@@ -259,49 +234,21 @@ class SDXL(TimestepLevels, PipelineFamily):
         zeros = self.config().get("force_zeros_for_empty_prompt", True)
         return {name: torch.zeros_like(value) if zeros else value for name, value in row.items()}
 
-    def pipeline_inputs(
-        self, prompt: dict[str, torch.Tensor], negative: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        return prompt | {f"negative_{name}": value for name, value in negative.items()}
-
-    def encoder_settings(self) -> dict[str, Any]:
-        return {
-            "family": self.name,
-            "pretrained_model_name_or_path": self.pretrained_model_name_or_path,
-            "revision": self.revision,
-            "max_sequence_length": self.max_sequence_length,
-            "padding_side": "right",
-            "posterior": self.posterior,
-        }
-
     def bucket_step(self) -> int:
         """The UNet halves the latents, too: SDXL's sides are multiples of 32 pixels."""
         halvings = len(self.setting("unet", "block_out_channels")) - 1
         return max(self._pixels_per_latent * 2**halvings, PIPELINE_STEP)
 
-    def check_sample(self, model: Any, sample: dict[str, torch.Tensor]) -> None:
-        missing = [key for key in ("latents", "prompt_embeds", "pooled_prompt_embeds") if key not in sample]
-        if missing:
-            raise SciflowError(f"a sample of `{self.name}` needs {missing}; it has {sorted(sample)}.")
-        config = model.config
+    def widths(self, config: Any) -> dict[str, int]:
         pooled = config.projection_class_embeddings_input_dim - len(TIME_IDS) * config.addition_time_embed_dim
-        latents, prompt_embeds = sample["latents"], sample["prompt_embeds"]
-        if latents.ndim != 3 or latents.shape[0] != config.in_channels:
-            raise SciflowError(
-                f"`latents` {tuple(latents.shape)}: `{self.name}` takes ({config.in_channels}, h, w). Was the cache "
-                "built by another family or VAE?"
-            )
-        self.check_latent_extras(sample)
-        if prompt_embeds.ndim != 2 or prompt_embeds.shape[1] != config.cross_attention_dim:
-            raise SciflowError(
-                f"`prompt_embeds` {tuple(prompt_embeds.shape)}: this network takes (L, {config.cross_attention_dim}), "
-                "both text encoders side by side. Build the cache with the model that you train."
-            )
-        if tuple(sample["pooled_prompt_embeds"].shape) != (pooled,):
-            raise SciflowError(
-                f"`pooled_prompt_embeds` {tuple(sample['pooled_prompt_embeds'].shape)}: this network takes ({pooled},)"
-                ", of the second text encoder. Build the cache with the model that you train."
-            )
+        return {
+            "latents": config.in_channels,
+            "prompt_embeds": config.cross_attention_dim,  # both text encoders side by side
+            "pooled_prompt_embeds": pooled,  # of the second
+        }
+
+    def check_sample(self, model: Any, sample: dict[str, torch.Tensor]) -> None:
+        super().check_sample(model, sample)
         if "time_ids" not in sample:
             logger.warning(
                 "This cache has no `time_ids`: every image counts as one that was neither resized nor cropped. "

@@ -11,14 +11,13 @@ from diffusers.training_utils import compute_snr
 from sciflow_hf.diffusion.objectives import (
     BETA_SCHEDULES,
     PREDICTION_TYPES,
-    add_noise,
     alphas_cumprod,
     beta_schedule,
     convert_prediction,
-    ddpm_target,
     ddpm_weight,
     signal_to_noise,
 )
+from sciflow_hf.diffusion.process import GivenSchedule, NoiseProcess
 
 TIMESTEPS = torch.tensor([0, 40, 500, 999])
 DIFFUSERS_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
@@ -84,13 +83,13 @@ def test_zero_terminal_snr(name):
 
 def test_mixing_and_targets_are_diffusers(latents, noise):
     scheduler = DDPMScheduler(beta_schedule="scaled_linear")
-    alpha_bar = alphas_cumprod(beta_schedule("scaled_linear", 1000))[TIMESTEPS]
-    noisy = add_noise(latents, noise, alpha_bar)
-    torch.testing.assert_close(noisy, scheduler.add_noise(latents, noise, TIMESTEPS), rtol=1e-6, atol=0)
-    velocity = ddpm_target(latents, noise, alpha_bar, prediction_type="v_prediction")
-    torch.testing.assert_close(velocity, scheduler.get_velocity(latents, noise, TIMESTEPS), rtol=1e-6, atol=1e-6)
-    assert torch.equal(ddpm_target(latents, noise, alpha_bar, prediction_type="epsilon"), noise)
-    assert torch.equal(ddpm_target(latents, noise, alpha_bar, prediction_type="sample"), latents)
+    alpha_bar = alphas_cumprod(beta_schedule("scaled_linear", 1000))
+    step = latents, noise, TIMESTEPS
+    v, epsilon, sample = (GivenSchedule(alpha_bar, kind) for kind in ("v_prediction", "epsilon", "sample"))
+    for process in (v, NoiseProcess("ddpm", "epsilon", schedule="scaled_linear")):
+        torch.testing.assert_close(process.mix(*step), scheduler.add_noise(*step), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(v.target(*step), scheduler.get_velocity(*step), rtol=1e-6, atol=1e-6)
+    assert torch.equal(epsilon.target(*step), noise) and torch.equal(sample.target(*step), latents)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
@@ -98,10 +97,9 @@ def test_the_sampler_recovers_the_latents_from_each_target(prediction_type, late
     """diffusers' step, given the target as the prediction, finds the clean latents."""
     scheduler = DDPMScheduler(prediction_type=prediction_type, clip_sample=False)
     for i, timestep in enumerate(TIMESTEPS[:3]):
-        alpha_bar = scheduler.alphas_cumprod[timestep].expand(1)
-        x0, epsilon = latents[i : i + 1], noise[i : i + 1]
-        target = ddpm_target(x0, epsilon, alpha_bar, prediction_type=prediction_type)
-        found = scheduler.step(target, int(timestep), add_noise(x0, epsilon, alpha_bar)).pred_original_sample
+        process = GivenSchedule(scheduler.alphas_cumprod, prediction_type)
+        x0, step = latents[i : i + 1], (latents[i : i + 1], noise[i : i + 1], timestep[None])
+        found = scheduler.step(process.target(*step), int(timestep), process.mix(*step)).pred_original_sample
         torch.testing.assert_close(found, x0, rtol=1e-4, atol=1e-4)
 
 
@@ -172,7 +170,7 @@ def test_min_snr_is_one_loss_on_the_latents(latents, noise):
     }
     losses = []
     for kind, prediction in implied.items():
-        target = ddpm_target(x0, epsilon, alpha_bar.double(), prediction_type=kind)
+        target = GivenSchedule(alpha_bar.double(), kind).target(x0, epsilon, torch.arange(len(alpha_bar)))
         loss = (prediction - target).square().flatten(1).mean(1)
         losses.append(loss * ddpm_weight(alpha_bar.double(), prediction_type=kind, min_snr_gamma=5.0))
     torch.testing.assert_close(losses[1], losses[0])
@@ -191,4 +189,4 @@ def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="num_timesteps"):
         beta_schedule("linear", 0)
     with pytest.raises(ValueError, match=r"prediction_type.*'flow'.*v_prediction"):
-        ddpm_target(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1), prediction_type="flow")
+        GivenSchedule(torch.ones(1), "flow")

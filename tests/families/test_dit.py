@@ -253,6 +253,43 @@ def test_bound_is_the_divergence_of_two_normals():
         assert float(found[row]) == pytest.approx(float(nats.mean() / np.log(2)), rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"objective": "ddpm", "prediction_type": "epsilon", "learn_sigma": True}], ids=["flow", "ddpm"]
+)
+def test_the_loss_is_the_mean_over_the_mask(options):
+    """Pixels of weight 0 count for nothing, and the others by their weights; also in the bound of the variance."""
+    family, batch = sf.DiT(**SMALL, **options), make_batch()
+    network = filled(family.load_model(dtype=torch.float32))
+    noise = torch.randn(batch["pixel_values"].shape, generator=torch.Generator().manual_seed(3))
+    levels = family.evaluation_levels(len(noise))
+    mask = torch.randint(0, 256, (len(noise), *noise.shape[2:]), generator=torch.Generator().manual_seed(4)).byte()
+    mask[:, :3] = 0
+
+    def losses(**extras):
+        return family.compute_loss(network, batch | extras, ARGS, noise=noise, levels=levels)[0]
+
+    rows = []  # the loss of each row of pixels alone, whose mean by their weights is that of the mask
+    for row in range(noise.shape[2]):
+        for column in range(noise.shape[3]):
+            one = torch.zeros_like(mask)
+            one[:, row, column] = 1
+            rows.append(losses(loss_mask=one).detach())
+    weights = mask.flatten(1).double()
+    expected = (torch.stack(rows, 1).double() * weights).sum(1) / weights.sum(1)
+    masked = losses(loss_mask=mask)
+    torch.testing.assert_close(masked.double(), expected, rtol=1e-4, atol=1e-5)
+    assert ((masked / losses() - 1).abs() > 1e-3).all() and ((masked / losses(loss_mask=mask.flip(1)) - 1).abs() > 1e-3).all()
+    torch.testing.assert_close(losses(loss_mask=torch.full_like(mask, 7)), losses())
+
+
+def test_a_mask_of_another_size_is_refused():
+    family = sf.DiT(**SMALL)
+    network, sample = family.load_model(dtype=torch.float32), {name: value[0] for name, value in make_batch().items()}
+    family.check_sample(network, sample | {"loss_mask": torch.ones(8, 8, dtype=torch.uint8)})
+    with pytest.raises(sf.SciflowError, match=r"`loss_mask` \(4, 4\): `pixel_values`"):
+        family.check_sample(network, sample | {"loss_mask": torch.ones(4, 4, dtype=torch.uint8)})
+
+
 # -- classes -------------------------------------------------------------------------------------------------------
 
 
@@ -260,13 +297,13 @@ def test_class_dropout_follows_the_key():
     family = sf.DiT(**SMALL, class_dropout_prob=0.3)
     keys = noise_keys(0, 0, range(2000))
     batch = {"class_labels": torch.arange(2000) % 5, "noise_key": keys}
-    dropped = family.dropped_labels(batch, keys, training=True)
+    dropped = family.dropped_labels(batch, training=True)
     gone = dropped == 5
     assert 0.26 < gone.float().mean() < 0.34
     assert torch.equal(dropped[~gone], batch["class_labels"][~gone])
-    turned = family.dropped_labels({"class_labels": batch["class_labels"].flip(0)}, keys.flip(0), training=True)
+    turned = family.dropped_labels({name: value.flip(0) for name, value in batch.items()}, training=True)
     assert torch.equal(turned.flip(0), dropped)  # wherever it stands in a batch
-    assert torch.equal(family.dropped_labels(batch, keys, training=False), batch["class_labels"])
+    assert torch.equal(family.dropped_labels(batch, training=False), batch["class_labels"])
 
 
 def test_network_is_told_of_dropped_classes_in_training_only():

@@ -11,10 +11,12 @@ from parity import FEW, MANY, roundings
 from sciflow_hf.adapters.adapter import add_adapter
 from sciflow_hf.adapters.arguments import AdapterArguments
 from sciflow_hf.data.batches.loader import collate
+from sciflow_hf.diffusion.process import NoiseProcess
 from sciflow_hf.diffusion.randomness import noise_keys, randn
 from sciflow_hf.errors import SciflowError
 from sciflow_hf.families import flux2_klein, load_family
 from sciflow_hf.families.flux2_klein import Flux2Klein
+from sciflow_hf.families.tokens import position_ids
 from sciflow_hf.training.arguments import DiffusionTrainingArguments
 
 SIGMAS = torch.tensor([0.35, 0.8])
@@ -103,14 +105,12 @@ def test_loss_and_every_gradient_equal_diffusers(family, model, pipeline, batch,
     assert len([p for p in model.parameters() if p.grad is not None]) > 20
 
 
-def _swapped_ids(height, width, length, batch_size, device):
-    ids = flux2_klein._position_ids(height, width, length, device)
-    return ids[:, [0, 2, 1, 3]].expand(batch_size, -1, -1)
+def _swapped_ids(*sizes, device):
+    return position_ids(*sizes, device=device)[:, [0, 2, 1, 3]]
 
 
-def _zero_text_ids(height, width, length, batch_size, device):
-    ids = flux2_klein._position_ids(height, width, length, device)
-    return ids.expand(batch_size, -1, -1) * (length == 1)
+def _zero_text_ids(*sizes, device):
+    return position_ids(*sizes, device=device) * (sizes[-1] == 1)
 
 
 def _wrong_patchify(latents):
@@ -120,22 +120,24 @@ def _wrong_patchify(latents):
 
 
 def _eps_outside(self, latents):
-    mean, std = self._statistics
+    mean, std = self.statistics
     return (latents - mean) / ((std**2 - 1e-4).sqrt() + 0.05)
 
 
 MISTAKES = {
-    "ids swapped": ("position_ids", _swapped_ids),
-    "patchify in another channel order": ("patchify", _wrong_patchify),
-    "text ids all zero": ("position_ids", _zero_text_ids),
-    "packed by columns": ("pack", lambda x: x.transpose(2, 3).flatten(2).transpose(1, 2)),
-    "weight forgotten to be one": ("flow_weight", lambda sigmas, **_: sigmas**-2),
+    "ids swapped": (flux2_klein, "position_ids", _swapped_ids),
+    "patchify in another channel order": (flux2_klein, "patchify", _wrong_patchify),
+    "text ids all zero": (flux2_klein, "position_ids", _zero_text_ids),
+    "packed by columns": (Flux2Klein, "pack", lambda self, x: x.transpose(2, 3).flatten(2).transpose(1, 2)),
+    "weight forgotten to be one": (NoiseProcess, "weight", lambda self, sigmas, **_: sigmas**-2),
+    "target with the wrong sign": (NoiseProcess, "target", lambda self, x, noise, sigmas: x - noise),
+    "sigma and 1 - sigma swapped": (NoiseProcess, "mixture", lambda self, sigmas: (sigmas, 1 - sigmas)),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_parity_catches(name, monkeypatch, family, model, pipeline, batch, args, noise):
-    monkeypatch.setattr(flux2_klein, *MISTAKES[name])
+    monkeypatch.setattr(*MISTAKES[name])
     assert differs(family, model, pipeline, batch, args, noise) > MANY
 
 
@@ -176,7 +178,7 @@ def test_parity_catches_timestep_and_sign(family, pipeline, batch, args, noise):
 def test_perfect_model_has_zero_loss(scheme, loss_type, family, batch, args, noise):
     options = dataclasses.replace(args, weighting_scheme=scheme, loss_type=loss_type)
     latents = family.normalise(flux2_klein.patchify(batch["latents"]))
-    velocity = flux2_klein.pack(noise - latents)
+    velocity = family.pack(noise - latents)
     loss, _ = family.compute_loss(_Spy(lambda x, t: velocity), batch, options, noise=noise, levels=SIGMAS)
     assert torch.equal(loss, torch.zeros(2))
     loss, _ = family.compute_loss(_Spy(lambda x, t: -velocity), batch, options, noise=noise, levels=SIGMAS)

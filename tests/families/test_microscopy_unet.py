@@ -126,7 +126,7 @@ def test_a_perfect_model_has_no_loss_of_any_kind(kind, batch, noise, args):
         feature_network="torch.nn:Flatten",
     )  # fmt: skip
     levels, images = torch.tensor([3, 50, 90]), batch["pixel_values"]
-    bar = family.alpha_bar_on(torch.device("cpu"))[levels].view(-1, 1, 1, 1)
+    bar = family.process.alpha_bar[levels].view(-1, 1, 1, 1)
     perfect = {"v_prediction": bar.sqrt() * noise - (1 - bar).sqrt() * images, "epsilon": noise, "sample": images}[kind]
     assert family.compute_loss(Answer(perfect), batch, args, noise=noise, levels=levels)[0].max() < 1e-5
     assert family.compute_loss(Answer(-perfect), batch, args, noise=noise, levels=levels)[0].min() > 0.1
@@ -136,7 +136,7 @@ def test_image_losses_are_of_the_clean_image(batch, noise, args):
     """Each weight adds sqrt(a) times its loss between the image and what the prediction says of it."""
     levels, images = torch.tensor([3, 50, 90]), batch["pixel_values"]
     plain = make_family(1, 2, prediction_type="sample")
-    root = plain.alpha_bar_on(torch.device("cpu"))[levels].sqrt()
+    root = plain.process.alpha_bar[levels].sqrt()
     guess = Answer(images + 0.3)
     base = plain.compute_loss(guess, batch, args, noise=noise, levels=levels)[0]
     features = torch.nn.Flatten()
@@ -165,7 +165,7 @@ def test_noise_and_levels_follow_the_keys(batch, args):
 
 def test_coarse_training_hides_as_much_of_the_coarse_image(batch, args):
     """Blocks of 2: the noisy coarse image is the averaged noisy image, up to scale, at the same timestep."""
-    alpha_bar = make_family().alpha_bar_on(torch.device("cpu"))
+    alpha_bar = make_family().process.alpha_bar
     images = torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(1))
     noise = torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(2))
     bar, pool = alpha_bar[60], torch.nn.AvgPool2d(2)
@@ -189,6 +189,23 @@ def test_coarse_training_hides_as_much_of_the_coarse_image(batch, args):
     assert seen == [(3, 3, 4, 6), (3, 3, 16, 24)]
 
 
+def test_masks_are_honoured_or_refused(batch, noise, args):
+    family, levels = make_family(1, 2), torch.tensor([3, 50, 90])
+    guess = Answer(batch["pixel_values"])
+    mask = torch.zeros(3, 16, 24, dtype=torch.uint8)
+    mask[:, 4:8, 2:9] = 3
+    found = family.compute_loss(guess, batch | {"loss_mask": mask}, args, noise=noise, levels=levels)[0]
+    process = family.process
+    error = (batch["pixel_values"] - process.target(batch["pixel_values"], noise, levels)).square()
+    torch.testing.assert_close(found, error[:, :, 4:8, 2:9].flatten(1).mean(1))
+    family.block = 2
+    masked = batch | {"loss_mask": mask}
+    assert family.compute_loss(redraw(family.load_model(dtype=torch.float32)).train(), masked, args)[0].shape == (3,)
+    imaged = dataclasses.replace(family, fourier_weight=1.0)
+    with pytest.raises(sf.SciflowError, match="`loss_mask` does not go with `fourier_weight`"):
+        imaged.compute_loss(guess, masked, args, noise=noise, levels=levels)
+
+
 # -- the saved pipeline ----------------------------------------------------------------------------------------
 
 
@@ -198,7 +215,7 @@ def test_a_saved_pipeline_is_the_trained_network(tmp_path, schedule):
     model = redraw(family.load_model(dtype=torch.float32))
     family.save_network(model, tmp_path)
     scheduler = DDPMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
-    torch.testing.assert_close(scheduler.alphas_cumprod, family.alpha_bar_on(torch.device("cpu")))
+    torch.testing.assert_close(scheduler.alphas_cumprod, family.process.alpha_bar)
     again = sf.MicroscopyUNet(pretrained_model_name_or_path=str(tmp_path))
     assert not again.from_scratch and family.from_scratch
     pipelines = [family.load_pipeline(model), again.load_pipeline(),

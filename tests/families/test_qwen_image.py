@@ -209,7 +209,7 @@ def test_the_network_is_called_once_with_sigma_itself(family, pipeline, batch, a
     assert torch.equal(seen["timestep"], SIGMAS) and seen["timestep"].dtype == torch.float32
     assert torch.equal(levels, SIGMAS) and loss.dtype == levels.dtype == torch.float32
     assert seen["img_shapes"] == [[(1, 6, 4)]] * 3 and seen["encoder_hidden_states_mask"] is None
-    target = noise - family.normalise(batch["latents"])
+    target = noise[:, :, 0] - family.clean_latents(batch)
     torch.testing.assert_close(loss, target.flatten(1).square().mean(1))
     # A cache's latents have no axis of frames: the same step.
     flat, _ = family.compute_loss(spy, batch | {"latents": batch["latents"][:, :, 0]}, args, noise=noise, levels=SIGMAS)
@@ -220,7 +220,7 @@ def test_the_network_is_called_once_with_sigma_itself(family, pipeline, batch, a
 @pytest.mark.parametrize("loss_type", ["mse", "l1", "huber"])
 def test_perfect_model_has_zero_loss(scheme, loss_type, family, batch, args, noise):
     options = dataclasses.replace(args, weighting_scheme=scheme, loss_type=loss_type)
-    velocity = qwen_image.pack(noise - family.normalise(batch["latents"]))
+    velocity = family.pack(noise[:, :, 0] - family.clean_latents(batch))
     loss, _ = family.compute_loss(_Spy(lambda x: velocity), batch, options, noise=noise, levels=SIGMAS)
     assert torch.equal(loss, torch.zeros(3))
     loss, _ = family.compute_loss(_Spy(lambda x: -velocity), batch, options, noise=noise, levels=SIGMAS)
@@ -236,7 +236,8 @@ def test_masked_loss_is_the_weighted_mean_over_the_picture(family, pipeline, bat
     step = {"noise": noise, "levels": SIGMAS}
     loss, _ = family.compute_loss(_Spy(lambda x: answer), batch | {"loss_mask": mask}, options, **step)
     prediction = QwenImagePipeline._unpack_latents(answer, HEIGHT, WIDTH, pipeline.vae_scale_factor)
-    error = (prediction - (noise - family.normalise(batch["latents"])))[:, :, 0].square()  # (B, C, h, w)
+    error = (prediction - noise)[:, :, 0] + family.clean_latents(batch)
+    error = error.square()  # (B, C, h, w)
     weights = mask[:, None].double()
     expected = (weights * error).sum((1, 2, 3)) / (4 * weights.sum((1, 2, 3)))
     expected = expected * flow_weight(SIGMAS, weighting_scheme="cosmap")

@@ -12,6 +12,7 @@ from family_steps import with_adapter
 from parity import FEW, MANY, roundings
 
 from sciflow_hf.demo.tiny_sdxl import make_tiny
+from sciflow_hf.diffusion.process import GivenSchedule
 from sciflow_hf.diffusion.randomness import noise_keys
 from sciflow_hf.errors import SciflowError
 from sciflow_hf.families import sdxl
@@ -157,14 +158,19 @@ def test_loss_and_every_gradient_equal_diffusers(variant, gamma, families, pipel
     assert len(gradients) > 40 and all(gradient.any() for gradient in gradients)
 
 
+def _mixed_by(scales):
+    """`GivenSchedule.mixture` with other scales of signal and noise, made of alpha_bar (B,)."""
+    return "mixture", lambda process, timesteps: scales(process.alpha_bar_at(timesteps))
+
+
 MISTAKES = {
-    "noise with the wrong sign": ("ddpm_target", lambda latents, noise, a, **_: -noise),
-    "velocity as target": ("ddpm_target", lambda latents, noise, a, **_: noise - latents),
-    "signal and noise swapped": ("add_noise", lambda x, n, a: sdxl.objectives.add_noise(n, x, a)),
-    "no square roots": ("add_noise", lambda x, n, a: a.view(-1, 1, 1, 1) * x + (1 - a).view(-1, 1, 1, 1) * n),
-    "Euler's mixture": ("add_noise", lambda x, n, a: x + ((1 - a) / a).sqrt().view(-1, 1, 1, 1) * n),
-    "weight of min-SNR forgotten": ("ddpm_weight", lambda a, **_: torch.ones_like(a)),
-    "weight of v": ("ddpm_weight", lambda a, **_: (5 * (1 - a)).minimum(a)),
+    "noise with the wrong sign": ("target", lambda process, latents, noise, t: -noise),
+    "velocity as target": ("target", lambda process, latents, noise, t: noise - latents),
+    "signal and noise swapped": _mixed_by(lambda a: ((1 - a).sqrt(), a.sqrt())),
+    "no square roots": _mixed_by(lambda a: (a, 1 - a)),
+    "Euler's mixture": _mixed_by(lambda a: (torch.ones_like(a), ((1 - a) / a).sqrt())),
+    "weight of min-SNR forgotten": ("weight", lambda process, t, **_: torch.ones(len(t))),
+    "weight of v": ("weight", lambda process, t, **_: (5 * (1 - (a := process.alpha_bar_at(t)))).minimum(a)),
 }
 WRONG_INPUTS = {
     "timestep in [0, 1]": {"timestep": lambda t: t / 1000},
@@ -182,7 +188,7 @@ WRONG_INPUTS = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_parity_catches(name, monkeypatch, family, pipeline, batch, args, noise):
-    monkeypatch.setattr(sdxl, *MISTAKES[name])
+    monkeypatch.setattr(GivenSchedule, *MISTAKES[name])
     options = dataclasses.replace(args, min_snr_gamma=5.0)
     assert differs(family, with_adapter(family, lora_layers="attention"), pipeline, batch, options, noise) > MANY
 

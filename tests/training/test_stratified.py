@@ -18,6 +18,7 @@ from sciflow_hf.data.batches.loader import BucketLoader
 from sciflow_hf.data.stream.loader import StreamLoader
 from sciflow_hf.data.stream.stream import open_stream
 from sciflow_hf.diffusion.levels import density, shift_sigmas, stratify
+from sciflow_hf.diffusion.process import GivenSchedule
 from sciflow_hf.diffusion.randomness import noise_keys, step_keys, uniform
 from sciflow_hf.errors import SciflowError
 
@@ -38,7 +39,7 @@ def make_family(name):
     """A family that draws levels without its checkpoint."""
     family = sf.load_family(name)(pretrained_model_name_or_path="none")
     if name == "sdxl":
-        family.__dict__["_alpha_bar"] = torch.linspace(1, 0, 1000)
+        family.__dict__["process"] = GivenSchedule(torch.linspace(1, 0, 1000), "epsilon")
     return family
 
 

@@ -1,0 +1,36 @@
+"""Latents and prompts as the networks of several families take them: 2x2 pixels a token, positions, token ids."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+PATCH = 2
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """2x2 pixels become a token, in the order (c, ph, pw): (B, C, h, w) -> (B, h/2 * w/2, 4C)."""
+    size, channels, height, width = latents.shape
+    patches = latents.reshape(size, channels, height // PATCH, PATCH, width // PATCH, PATCH)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(size, -1, channels * PATCH**2)
+
+
+def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The inverse of `pack`: (B, h/2 * w/2, 4C) -> (B, C, h, w)."""
+    patches = tokens.reshape(len(tokens), height // PATCH, width // PATCH, -1, PATCH, PATCH)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, height, width)
+
+
+@functools.lru_cache(maxsize=256)
+def position_ids(*sizes: int, device: torch.device) -> torch.Tensor:
+    """Every place of a grid, the last axis fastest: (product of sizes, len(sizes)), int64."""
+    return torch.cartesian_prod(*(torch.arange(size, device=device) for size in sizes))
+
+
+def token_ids(prompts: Sequence[str], tokenizer: Any, length: int) -> torch.Tensor:
+    """(B, length): padded or cut; the end token stays."""
+    ids: torch.Tensor = tokenizer(
+        list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
+    return ids
