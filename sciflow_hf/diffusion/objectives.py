@@ -125,7 +125,7 @@ def ddpm_weight(alpha_bar: torch.Tensor, *, prediction_type: str, min_snr_gamma:
             that the weights are min(SNR, gamma) / SNR for epsilon (1 at SNR 0) and min(SNR, gamma) / (SNR + 1) for v.
     """
     if min_snr_gamma is None:
-        return torch.oneslike(alpha_bar)
+        return torch.ones_like(alpha_bar)
     snr = signal_to_noise(alpha_bar)
     if prediction_type == "epsilon":
         return (min_snr_gamma / snr).clamp_max(1)

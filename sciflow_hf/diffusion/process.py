@@ -6,7 +6,15 @@ from typing import NamedTuple
 import torch
 
 from .losses import flow_weight
-from .objectives import like, alphas_cumprod, beta_schedule, convert_prediction, ddpm_weight, shift_snr, variational_bound
+from .objectives import (
+    alphas_cumprod,
+    beta_schedule,
+    convert_prediction,
+    ddpm_weight,
+    like,
+    shift_snr,
+    variational_bound,
+)
 
 OBJECTIVES = ("flow", "ddpm")
 PREDICTIONS = ("velocity", "v_prediction", "epsilon", "sample")

@@ -351,11 +351,14 @@ class PipelineFamily(ModelFamily):
             SciflowError: it cannot be read, belongs to another kind of network, or without `trust_remote_code` brings
                 code of its own.
         """
-        index, path = self._index, self.pretrained_model_name_or_path
-        return read_config(path, subfolder, revision=self.revision) if subfolder else index
+        found = self._configs
+        if subfolder not in found:
+            found[subfolder] = read_config(self.pretrained_model_name_or_path, subfolder, revision=self.revision)
+        return found[subfolder]
 
     @functools.cached_property
-    def _index(self) -> dict[str, Any]:
+    def _configs(self) -> dict[str, dict[str, Any]]:
+        """Those read by now, first that of the pipeline, "", which may be refused."""
         path = self.pretrained_model_name_or_path
         index = read_config(path, revision=self.revision)
         classes = [(index.get(part) or [None, None])[1] for part in (self.component, "transformer", "unet")]
@@ -363,7 +366,7 @@ class PipelineFamily(ModelFamily):
         check_kind(path, found, family=self.name, network=self.network_class().__name__)
         if not self.trust_remote_code:
             refuse_code(path, index, revision=self.revision)
-        return index
+        return {"": index}
 
     def read_pipeline(self, what: str, **parts: Any) -> Any:
         """The pipeline with these `parts` instead of its own, None for none; `what` is how errors call it."""
@@ -390,11 +393,11 @@ class PipelineFamily(ModelFamily):
         """Latents of the VAE as the network is trained on them, (B, C, h, w), float32: (latents - shift) scale."""
         return (latents - self.latents_shift) * self.latents_scale
 
-    @functools.cached_property
+    @property
     def latents_shift(self) -> float:
         return float(self.config("vae").get("shift_factor") or 0)
 
-    @functools.cached_property
+    @property
     def latents_scale(self) -> float:
         return float(self.setting("vae", "scaling_factor"))
 
@@ -440,7 +443,7 @@ class PipelineFamily(ModelFamily):
         self, *, device: torch.device | str, dtype: torch.dtype, images: bool = True, text: bool = True
     ) -> Any:
         self.config()  # refuses another kind of pipeline
-        without = [self.component, *(() if images else ("vae",)), *(() if text else self.text_parts)]
+        without = [self.component, *(() if images else ("vae",)), *(self.unread_parts() if text else self.text_parts)]
         pipeline = self.read_pipeline("VAE and text encoder", dtype=dtype, **dict.fromkeys(without))
         if text:
             self.shorten_text_encoder(pipeline)
@@ -467,6 +470,10 @@ class PipelineFamily(ModelFamily):
     def widths(self, config: Any) -> dict[str, int]:
         """What a network of this configuration takes: channels of `latents`, width of `prompt_embeds` and the like."""
 
+    def positions(self, config: Any) -> int | None:
+        """Image tokens on a side that a network of this configuration has positions for, where that is limited."""
+        return None
+
     def check_sample(self, model: Any, sample: dict[str, torch.Tensor]) -> None:
         widths = self.widths(model.config)
         missing = [key for key in widths if key not in sample]
@@ -479,6 +486,13 @@ class PipelineFamily(ModelFamily):
                 f"`latents` {shape}: `{self.name}` takes ({widths['latents']}, h, w){even}. Was the cache built by "
                 "another family or VAE?"
             )
+        tokens = self.positions(model.config)
+        if tokens is not None and max(shape[1:]) > self.patch * tokens:
+            raise SciflowError(
+                f"`latents` {shape}: this network has positions for {tokens} x {tokens} tokens (`pos_embed_max_size`), "
+                f"so for sides of at most {tokens * self.bucket_step()} pixels. Build the cache with a smaller "
+                "`--resolution`."
+            )
         self.check_latent_extras(sample)
         for name, length in (("prompt_embeds", "L, "), ("pooled_prompt_embeds", "")):
             if name in widths and (sample[name].ndim, sample[name].shape[-1]) != (1 + bool(length), widths[name]):
@@ -486,6 +500,10 @@ class PipelineFamily(ModelFamily):
                     f"`{name}` {tuple(sample[name].shape)}: this network takes ({length}{widths[name]}). Build the "
                     "cache with the model that you train."
                 )
+
+    def unread_parts(self) -> tuple[str, ...]:
+        """Those of `text_parts` that `encode_prompts` leaves out."""
+        return ()
 
     def shorten_text_encoder(self, pipeline: Any) -> None:
         """Takes away the parts of the text encoder that `encode_prompts` does not need."""
@@ -585,6 +603,7 @@ class PipelineFamily(ModelFamily):
         num_inference_steps: int,
         guidance_scale: float,
         generator: torch.Generator,
+        **options: Any,
     ) -> list["Image"]:
         network = getattr(pipeline, self.component)
         dtype, device = network_dtype(network), next(network.parameters()).device
@@ -592,15 +611,19 @@ class PipelineFamily(ModelFamily):
             name: value.to(device, dtype if value.is_floating_point() else value.dtype)
             for name, value in prompt_inputs.items()
         }
+
+        def as_network(pipe: Any, step: int, timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
+            # Mixed precision returns float32, in which the scheduler continues; the VAE takes its own dtype.
+            return {"latents": state["latents"].to(dtype)}
+
         images: list[Image] = pipeline(
             **inputs,
             height=height,
             width=width,
             num_inference_steps=num_inference_steps,
             generator=generator,
-            # Mixed precision returns float32, in which the scheduler continues; the VAE takes its own dtype.
-            callback_on_step_end=lambda pipe, step, timestep, state: {"latents": state["latents"].to(dtype)},
             **{self.guidance_argument: guidance_scale},
             **self.call_options(),
+            **{"callback_on_step_end": as_network} | options,
         ).images
         return images

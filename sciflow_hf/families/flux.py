@@ -1,6 +1,5 @@
 """FLUX.1 [dev] (Black Forest Labs): rectified flow on packed latents, guidance-distilled; CLIP and T5 for the text."""
 
-import functools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -89,11 +88,11 @@ class Flux(PipelineFamily):
         """(B,), float32: `guidance_scale` for each sample, or None where the network has no guidance embedding."""
         return torch.full_like(sigmas, self.guidance_scale) if self._has_guidance else None
 
-    @functools.cached_property
+    @property
     def latents_shift(self) -> float:
         return float(self.setting("vae", "shift_factor"))
 
-    @functools.cached_property
+    @property
     def _has_guidance(self) -> bool:
         return bool(self.setting(self.component, "guidance_embeds"))
 

@@ -146,33 +146,12 @@ class QwenImage(PipelineFamily):
         }
 
     def generate(
-        self,
-        pipeline: Any,
-        prompt_inputs: dict[str, torch.Tensor],
-        *,
-        height: int,
-        width: int,
-        num_inference_steps: int,
-        guidance_scale: float,
-        generator: torch.Generator,
+        self, pipeline: Any, prompt_inputs: dict[str, torch.Tensor], *, guidance_scale: float, **options: Any
     ) -> list["Image"]:
         """The negative prompt goes along where there is guidance; the pipeline cuts at `max_sequence_length`, too."""
-        device, dtype = next(pipeline.transformer.parameters()).device, network_dtype(pipeline.transformer)
-        inputs = {
-            name: value.to(device, dtype if value.is_floating_point() else value.dtype)
-            for name, value in prompt_inputs.items()
-            if guidance_scale > 1 or not name.startswith("negative_")
-        }
-        images: list[Image] = pipeline(
-            **inputs,
-            **{self.guidance_argument: guidance_scale},
-            max_sequence_length=self.max_sequence_length,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            generator=generator,
-        ).images
-        return images
+        inputs = {n: value for n, value in prompt_inputs.items() if guidance_scale > 1 or not n.startswith("negative_")}
+        options |= {"max_sequence_length": self.max_sequence_length, "callback_on_step_end": None}
+        return super().generate(pipeline, inputs, guidance_scale=guidance_scale, **options)
 
     def bucket_step(self) -> int:
         return PATCH * 2 ** len(self.setting("vae", "temperal_downsample"))
@@ -191,12 +170,9 @@ class QwenImage(PipelineFamily):
     def check_sample(self, model: Any, sample: dict[str, torch.Tensor]) -> None:
         framed = [name for name in ("latents", "latents_std") if name in sample and sample[name].shape[1:-2] == (1,)]
         super().check_sample(model, sample | {name: sample[name].squeeze(1) for name in framed})
-        prompt_embeds = sample["prompt_embeds"]
-        mask = sample.get("prompt_embeds_mask")
-        if mask is not None and (tuple(mask.shape) != tuple(prompt_embeds.shape[:1]) or not mask.any()):
-            raise SciflowError(
-                f"`prompt_embeds_mask` {tuple(mask.shape)}: one value a token, ({prompt_embeds.shape[0]},), not all 0."
-            )
+        tokens, mask = len(sample["prompt_embeds"]), sample.get("prompt_embeds_mask")
+        if mask is not None and (tuple(mask.shape) != (tokens,) or not mask.any()):
+            raise SciflowError(f"`prompt_embeds_mask` {tuple(mask.shape)}: one value a token, ({tokens},), not all 0.")
 
 
 def without_padding(row: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

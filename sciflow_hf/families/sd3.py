@@ -1,6 +1,5 @@
 """Stable Diffusion 3 and 3.5 (Stability AI): rectified flow, a joint transformer, two CLIP text encoders and T5."""
 
-import functools
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -98,7 +97,7 @@ class SD3(PipelineFamily):
         "ff.net.0.proj,ff.net.2,ff_context.net.0.proj,ff_context.net.2",
     }
 
-    @functools.cached_property
+    @property
     def latents_shift(self) -> float:
         return float(self.setting("vae", "shift_factor"))
 
@@ -130,21 +129,12 @@ class SD3(PipelineFamily):
         last = f"transformer_blocks.{len(model.transformer_blocks) - 1}.attn"
         return f"{last}.add_q_proj", f"{last}.norm_added_q"
 
-    def load_encoders(
-        self, *, device: torch.device | str, dtype: torch.dtype, images: bool = True, text: bool = True
-    ) -> Any:
-        if text and self.use_t5 and self.config().get(T5[0], [None])[0] is None:
+    def unread_parts(self) -> tuple[str, ...]:
+        if self.use_t5 and self.config().get(T5[0], [None])[0] is None:
             raise SciflowError(
                 f"`use_t5`: {self.pretrained_model_name_or_path!r} holds no `{T5[0]}`. Give `--no_use_t5`."
             )
-        if self.use_t5 or not text:
-            return super().load_encoders(device=device, dtype=dtype, images=images, text=text)
-        without = [self.component, *T5, *(() if images else ("vae",))]
-        pipeline = self.read_pipeline("VAE and text encoders", dtype=dtype, **dict.fromkeys(without))
-        for part in pipeline.components.values():
-            if isinstance(part, torch.nn.Module):
-                part.requires_grad_(False).eval()
-        return pipeline.to(device)
+        return () if self.use_t5 else T5
 
     def encode_prompts(self, prompts: Sequence[str], encoders: Any) -> dict[str, torch.Tensor]:
         """As the pipeline's `encode_prompt`, without its warning for every caption beyond CLIP's 77 tokens.
@@ -153,12 +143,10 @@ class SD3(PipelineFamily):
         T5's. `pooled_prompt_embeds` (B, P): of both CLIPs.
         """
         length = encoders.tokenizer.model_max_length
+        clips = (encoders.tokenizer, encoders.text_encoder), (encoders.tokenizer_2, encoders.text_encoder_2)
         one, two = (
             encoder(token_ids(prompts, tokenizer, length).to(encoder.device), output_hidden_states=True)
-            for tokenizer, encoder in (
-                (encoders.tokenizer, encoders.text_encoder),
-                (encoders.tokenizer_2, encoders.text_encoder_2),
-            )
+            for tokenizer, encoder in clips
         )
         clip = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1)
         if self.use_t5:
@@ -185,12 +173,5 @@ class SD3(PipelineFamily):
             "pooled_prompt_embeds": config.pooled_projection_dim,
         }
 
-    def check_sample(self, model: Any, sample: dict[str, torch.Tensor]) -> None:
-        super().check_sample(model, sample)
-        shape, tokens = tuple(sample["latents"].shape), model.config.pos_embed_max_size
-        if max(shape[1:]) > PATCH * tokens:
-            raise SciflowError(
-                f"`latents` {shape}: this network has positions for {tokens} x {tokens} tokens of 2x2 "
-                f"(`pos_embed_max_size`), so for sides of at most {tokens * self.bucket_step()} pixels. Build the "
-                "cache with a smaller `--resolution`."
-            )
+    def positions(self, config: Any) -> int | None:
+        return int(config.pos_embed_max_size)

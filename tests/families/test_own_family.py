@@ -160,23 +160,33 @@ def difference(family, model, pipeline, batch, args, noise):
 
 def test_the_example_is_short():
     lines = [line for line in SOURCE.splitlines() if line.strip()]
-    assert len(lines) <= 66 and max(map(len, lines)) <= 120
+    assert len(lines) <= 50 and max(map(len, lines)) <= 120
 
 
 def test_loss_and_every_gradient_equal_the_pipelines(family, model, pipeline, batch, args, noise):
     assert difference(family, model, pipeline, batch, args, noise) < FEW
 
 
+PROCESS = "from sciflow_hf.diffusion.process import NoiseProcess\n"
+NAME = '    name = "my_family"\n'
+
+
+def method(text):
+    """A method, before the family's name."""
+    return NAME, f"    def {text}\n\n{NAME}"
+
+
 # Mistake in the page's file: what stands there, what stands there then.
 MISTAKES = {
-    "sign of the target": ("target = noise - latents", "target = latents - noise"),
-    "sigma and 1 - sigma swapped": ("(1 - sigma) * latents + sigma * noise", "sigma * latents + (1 - sigma) * noise"),
-    "scaling left out": ("self.scale * batch", "batch"),
-    "divided by the scale": ("self.scale * batch", "1 / self.scale * batch"),
-    "timestep times 1000": ("timestep=sigmas", "timestep=1000 * sigmas"),
-    "timestep turned round": ("timestep=sigmas", "timestep=1 - sigmas"),
-    "mask ignored": ("mask=mask)", "mask=None)"),
+    "sign of the prediction": ("[0].float()", "[0].neg().float()"),
+    "the noise as target": (NAME, f"    process = NoiseProcess(prediction_type='epsilon')\n\n{NAME}"),
+    "scaling left out": method("normalise(self, latents): return latents"),
+    "divided by the scale": method("normalise(self, latents): return latents / self.latents_scale"),
+    "timestep times 1000": ("timestep=levels", "timestep=1000 * levels"),
+    "timestep turned round": ("timestep=levels", "timestep=1 - levels"),
+    "mask ignored": method("element_mask(self, batch, latents): return None"),
     "text of the other sample": ('batch["prompt_embeds"].to', 'batch["prompt_embeds"].flip(0).to'),
+    "weight of another loss": method("compare(self, *step): return super().compare(*step) * step[1].levels"),
 }
 
 
@@ -184,7 +194,8 @@ MISTAKES = {
 def test_parity_catches(name, tmp_path, monkeypatch, tiny, model, pipeline, batch, args, noise):
     right, wrong = MISTAKES[name]
     assert SOURCE.count(right) == 1
-    (tmp_path / "broken_family.py").write_text(SOURCE.replace(right, wrong), encoding="utf-8")
+    source = SOURCE.replace(right, wrong).replace("import torch\n", f"import torch\n{PROCESS}", 1)
+    (tmp_path / "broken_family.py").write_text(source, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "broken_family", raising=False)
     broken = sf.load_family("broken_family.MyFamily")(str(tiny), max_sequence_length=LENGTH)
@@ -192,7 +203,7 @@ def test_parity_catches(name, tmp_path, monkeypatch, tiny, model, pipeline, batc
 
 
 def test_perfect_model_has_zero_loss(family, batch, args, noise):
-    velocity = noise - batch["latents"] * family.scale
+    velocity = noise - batch["latents"] * family.latents_scale
 
     class Answer(Spy):
         def forward(self, hidden_states, *inputs, **options):

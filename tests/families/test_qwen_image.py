@@ -17,7 +17,6 @@ from sciflow_hf.demo.tiny_qwen_image import make_tiny
 from sciflow_hf.diffusion.losses import flow_weight
 from sciflow_hf.diffusion.randomness import noise_keys
 from sciflow_hf.errors import SciflowError
-from sciflow_hf.families import qwen_image
 from sciflow_hf.families.qwen_image import QwenImage
 
 SIGMAS = torch.tensor([0.35, 0.8, 0.6])

@@ -367,8 +367,8 @@ def test_samples_that_do_not_fit_are_named(family, batch, caplog):
     assert "time_ids" in caplog.text
     for key, value, words in (
         ("latents", torch.zeros(16, 12, 8), r"\(4, h, w\)"),
-        ("prompt_embeds", torch.zeros(77, 8), "both text encoders"),
-        ("pooled_prompt_embeds", torch.zeros(8), r"takes \(12,\)"),
+        ("prompt_embeds", torch.zeros(77, 8), r"`prompt_embeds` \(77, 8\).*\(L, 20\)"),
+        ("pooled_prompt_embeds", torch.zeros(8), r"takes \(12\)"),
         ("time_ids", torch.zeros(5), "original height"),
         ("pooled_prompt_embeds", None, "needs.*pooled_prompt_embeds"),
         ("latents_std", None, "--posterior sample"),
