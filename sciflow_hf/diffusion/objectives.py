@@ -87,7 +87,7 @@ def convert_prediction(
             raise ValueError(f"`prediction_type` {name!r}: use one of {', '.join(PREDICTION_TYPES)}, velocity.")
     if source == target:
         return model_pred
-    a, b = like(signal, noisy), like(noise_scale, noisy)
+    a, b = _like(signal, noisy), _like(noise_scale, noisy)
     latents, epsilon = model_pred, model_pred
     if source == "epsilon":
         latents = (noisy - b * epsilon) / a.clamp_min(MIN_SCALE)
@@ -183,16 +183,16 @@ def variational_bound(
     now, after = alpha_bar[timesteps], torch.where(timesteps > 0, alpha_bar[(timesteps - 1).clamp_min(0)], 1.0)
     first = alpha_bar[:2].tolist()
     least = posterior_variance(first[1], first[0])  # instead of 0 at timestep 0
-    now, after = like(now, latents), like(after, latents)
+    now, after = _like(now, latents), _like(after, latents)
     true_log = posterior_variance(now, after).clamp_min(least).log()
     log_variance = ddpm_log_variance(fraction, now, after, least=least)
     squared = (ddpm_mean(noisy, latents, now, after) - ddpm_mean(noisy, predicted, now, after)) ** 2
     divergence = 0.5 * (log_variance - true_log - 1 + ((true_log - log_variance).exp() + squared / log_variance.exp()))
     density = 0.5 * (math.log(2 * math.pi) + log_variance + squared / log_variance.exp()) - math.log(2 / 255)
-    bound = torch.where(like(timesteps, latents) == 0, density, divergence)
+    bound = torch.where(_like(timesteps, latents) == 0, density, divergence)
     return sample_mean(bound, mask) / math.log(2)
 
 
-def like(alpha_bar: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+def _like(alpha_bar: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
     """(B,) -> (B, 1, ...), to multiply `latents` (B, ...) by."""
     return alpha_bar.view(-1, *[1] * (latents.ndim - 1))

@@ -1,20 +1,13 @@
 """How data becomes noise and what a network predicts of it: rectified flow, or DDPM at integer timesteps."""
 
-from dataclasses import dataclass, field
+import functools
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from .losses import flow_weight
-from .objectives import (
-    alphas_cumprod,
-    beta_schedule,
-    convert_prediction,
-    ddpm_weight,
-    like,
-    shift_snr,
-    variational_bound,
-)
+from .objectives import alphas_cumprod, beta_schedule, convert_prediction, ddpm_weight, shift_snr, variational_bound
 
 OBJECTIVES = ("flow", "ddpm")
 PREDICTIONS = ("velocity", "v_prediction", "epsilon", "sample")
@@ -26,12 +19,13 @@ def current_name(prediction_type: str, objective: str) -> str:
 
 
 class Noised(NamedTuple):
-    """A batch that a process mixed: noisy_latents = signal latents + noise_scale noise, (B, ...), at levels (B,)."""
+    """A batch that a process mixed at levels (B,), and what the network is to predict of it: (B, ...) each."""
 
     latents: torch.Tensor
     noise: torch.Tensor
     noisy_latents: torch.Tensor
     levels: torch.Tensor
+    target: torch.Tensor
 
 
 @dataclass
@@ -52,23 +46,19 @@ class NoiseProcess:
     prediction_type: str = "velocity"
     num_train_timesteps: int = 1000
     schedule: str = "linear"
-    alpha_bar: torch.Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.prediction_type = current_name(self.prediction_type, self.objective)
         if self.prediction_type not in PREDICTIONS:
             raise ValueError(f"`prediction_type` {self.prediction_type!r}: use one of {', '.join(PREDICTIONS)}.")
-        self.alpha_bar = alphas_cumprod(beta_schedule(self.schedule, self.num_train_timesteps))
+        flow = self.objective == "flow"
+        self.level_range = 1.0 if flow else float(self.num_train_timesteps)  # the level of pure noise
+        self.level_dtype = torch.float32 if flow else torch.int64
 
-    @property
-    def level_range(self) -> float:
-        """The level of pure noise."""
-        return 1.0 if self.objective == "flow" else float(self.num_train_timesteps)
-
-    @property
-    def level_dtype(self) -> torch.dtype:
-        """float32 for sigmas, int64 for timesteps."""
-        return torch.float32 if self.objective == "flow" else torch.int64
+    @functools.cached_property
+    def alpha_bar(self) -> torch.Tensor:
+        """The schedule of ddpm, (num_train_timesteps,), float32."""
+        return alphas_cumprod(beta_schedule(self.schedule, self.num_train_timesteps))
 
     def levels(self, sigmas: torch.Tensor) -> torch.Tensor:
         """Sigmas as they are; under ddpm the timesteps at those shares of them: (B,) -> (B,)."""
@@ -95,7 +85,7 @@ class NoiseProcess:
 
     def mix(self, latents: torch.Tensor, noise: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
         """The noisy latents, (B, ...)."""
-        signal, noise_scale = (like(scale, latents) for scale in self.mixture(levels))
+        signal, noise_scale = (scale.view(-1, *[1] * (latents.ndim - 1)) for scale in self.mixture(levels))
         return signal * latents + noise_scale * noise
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
@@ -103,7 +93,7 @@ class NoiseProcess:
         if self.prediction_type == "velocity":
             return noise - latents
         if self.prediction_type == "v_prediction":
-            signal, noise_scale = (like(scale, latents) for scale in self.mixture(levels))
+            signal, noise_scale = (scale.view(-1, *[1] * (latents.ndim - 1)) for scale in self.mixture(levels))
             return signal * noise - noise_scale * latents
         return {"epsilon": noise, "sample": latents}[self.prediction_type]
 
@@ -136,7 +126,7 @@ class NoiseProcess:
         Beside the mean squared error this is L_hybrid of Nichol and Dhariwal 2021, lambda = 0.001. `mask` (B, ...) as
         in `sample_loss`.
         """
-        latents, _, noisy, timesteps = noised
+        latents, noisy, timesteps = noised.latents, noised.noisy_latents, noised.levels
         predicted = self.clean(model_pred.detach(), noisy, timesteps)
         bound = variational_bound(latents, predicted, noisy, fraction, self.alpha_bar, timesteps, mask=mask)
         return bound * self.num_train_timesteps / 1000

@@ -113,15 +113,15 @@ class ModelFamily(NoiseLevels, Options, ABC):
             noise = randn(keys, latents.shape, device=latents.device, draw_on_cpu=not model.training)
         if levels is None:
             levels = self.sample_levels(keys, args, self.image_seq_len(latents), batch)
-        noise = noise.view(latents.shape)
+        noise = noise.reshape(latents.shape)
         levels = levels.to(latents.device, self.process.level_dtype, non_blocking=True)
 
         noisy_latents = self.process.mix(latents, noise, levels)
 
         answer = self.answer(model, batch, noisy_latents, levels)
 
-        loss = self.compare(answer, Noised(latents, noise, noisy_latents, levels), batch, args)
-        return loss, levels.float()
+        noised = Noised(latents, noise, noisy_latents, levels, self.process.target(latents, noise, levels))
+        return self.compare(answer, noised, batch, args), levels.float()
 
     def prepare(self, batch: dict[str, Any], *, training: bool) -> dict[str, Any]:
         """A copy of `batch` with `noise_key` (B,), fresh keys where the loader gave none: what the step is made of."""
@@ -159,46 +159,31 @@ class ModelFamily(NoiseLevels, Options, ABC):
         return self.predict(model, batch, noisy_latents, levels)
 
     def compare(self, answer: torch.Tensor, noised: Noised, batch: dict[str, Any], args: LossArguments) -> torch.Tensor:
-        """The loss of every sample, (B,), float32: prediction against target, times the weight of its level.
+        """The loss of every sample, (B,), float32: the mean over the elements, times the weight of the level.
 
-        A family whose objective compares something else, or something more, overrides this hook.
+        A family whose objective compares something else, or something more, overrides this hook. The mean, weighted by
+        `loss_mask`, is taken in the order in which the network answers (`pack`): float32 rounds otherwise in another.
 
         Args:
             answer: of `answer`.
-            noised: what was mixed: latents, noise and noisy latents (B, C, h, w), levels (B,).
+            noised: what was mixed, and the target that follows: latents, noise, noisy latents and target (B, C, h, w),
+                levels (B,).
             batch: as in `compute_loss`, with `noise_key`.
         """
-        target = self.process.target(noised.latents, noised.noise, noised.levels)
-        return self.weighted_loss(answer, target, noised.levels, batch, args)
-
-    def weighted_loss(
-        self,
-        prediction: torch.Tensor,
-        target: torch.Tensor,
-        levels: torch.Tensor,
-        batch: dict[str, Any],
-        args: LossArguments,
-    ) -> torch.Tensor:
-        """The mean over the elements, by `loss_mask` where the batch has one, times the weight of the level: (B,).
-
-        The mean is taken in the order in which the network answers (`pack`): in float32 another order rounds otherwise.
-        """
-        mask = self.element_mask(batch, target)
-        mask = None if mask is None else self.pack(mask)
+        mask = batch.get("loss_mask")
         loss = sample_loss(
-            self.pack(prediction),
-            self.pack(target),
+            self.pack(answer),
+            self.pack(noised.target),
             loss_type=args.loss_type,
             huber_delta=args.huber_delta,
-            mask=mask,
+            mask=None if mask is None else self.pack(self.element_mask(mask, noised.target)),
         )
         scheme, gamma = args.weighting_scheme, args.min_snr_gamma
-        return self.process.weight(levels, weighting_scheme=scheme, min_snr_gamma=gamma) * loss
+        return self.process.weight(noised.levels, weighting_scheme=scheme, min_snr_gamma=gamma) * loss
 
-    def element_mask(self, batch: dict[str, Any], latents: torch.Tensor) -> torch.Tensor | None:
+    def element_mask(self, mask: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """`loss_mask` (B, h, w) in the shape of `latents`: every channel of a latent pixel counts alike."""
-        mask = batch.get("loss_mask")
-        return None if mask is None else mask[:, None].expand_as(latents)
+        return mask[:, None].expand_as(latents)
 
     def pack(self, latents: torch.Tensor) -> torch.Tensor:
         """`clean_latents` as the network takes them: (B, L, D) where it takes tokens."""

@@ -118,7 +118,8 @@ class DiT(ModelFamily):
         if not self.learn_sigma:
             return super().compare(answer, noised, batch, args)
         prediction, fraction = answer.chunk(2, dim=1)
-        mask = self.element_mask(batch, noised.latents)
+        mask = batch.get("loss_mask")
+        mask = None if mask is None else self.element_mask(mask, noised.target)
         variance = self.process.variance_loss(noised, prediction, fraction, mask)
         return super().compare(prediction, noised, batch, args) + variance
 

@@ -1,5 +1,6 @@
 """FLUX.1 [dev] (Black Forest Labs): rectified flow on packed latents, guidance-distilled; CLIP and T5 for the text."""
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -10,7 +11,7 @@ from ..errors import SciflowError
 from ..options import arguments, option
 from .base import PipelineFamily, posterior_option
 from .loading import network_dtype
-from .tokens import PATCH, pack, position_ids, token_ids, unpack
+from .tokens import PATCH, pack, token_ids, unpack
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class Flux(PipelineFamily):
             hidden_states=pack(noisy_latents).to(dtype),
             timestep=levels,  # the network multiplies by 1000 itself
             guidance=self.guidance(levels),
-            img_ids=position_ids(1, height // PATCH, width // PATCH, device=noisy_latents.device),  # no batch axis
+            img_ids=image_ids(height // PATCH, width // PATCH, noisy_latents.device),
             return_dict=False,
             **self.text_inputs(batch, dtype),
         )[0]
@@ -166,3 +167,9 @@ class Flux(PipelineFamily):
         super().check_sample(model, sample)
         if "txt_ids" in sample and sample["txt_ids"].any():
             raise SciflowError("`text_ids`: FLUX.1 takes (0, 0, 0) for every text token; the cache stores other ids.")
+
+
+@functools.lru_cache(maxsize=256)
+def image_ids(height: int, width: int, device: torch.device) -> torch.Tensor:
+    """Rotary position ids (0, h, w) of the image tokens: (height * width, 3), int64, without a batch axis."""
+    return torch.cartesian_prod(*(torch.arange(size, device=device) for size in (1, height, width)))

@@ -11,7 +11,7 @@ from ..errors import SciflowError
 from ..options import arguments, option
 from .base import PipelineFamily
 from .loading import explain_loading, network_dtype
-from .tokens import PATCH, position_ids
+from .tokens import PATCH
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +44,8 @@ class Flux2Klein(PipelineFamily):
             timestep=levels,  # the network multiplies by 1000 itself
             guidance=None,
             encoder_hidden_states=prompt_embeds,
-            # Rotary positions (t, h, w, l): of images (0, h, w, 0), of text (0, 0, 0, l).
-            txt_ids=position_ids(1, 1, 1, prompt_embeds.shape[1], device=device).expand(batch_size, -1, -1),
-            img_ids=position_ids(1, height, width, 1, device=device).expand(batch_size, -1, -1),
+            txt_ids=position_ids(1, 1, prompt_embeds.shape[1], device).expand(batch_size, -1, -1),
+            img_ids=position_ids(height, width, 1, device).expand(batch_size, -1, -1),
             return_dict=False,
         )[0]
         return tokens.float().transpose(1, 2).unflatten(2, (height, width))
@@ -55,10 +54,8 @@ class Flux2Klein(PipelineFamily):
         """(B, 128, h/2, w/2)."""
         return self.normalise(patchify(batch["latents"].float()))
 
-    def element_mask(self, batch: dict[str, Any], latents: torch.Tensor) -> torch.Tensor | None:
-        if "loss_mask" not in batch:
-            return None
-        return patchify(batch["loss_mask"][:, None].expand(-1, latents.shape[1] // PATCH**2, -1, -1))
+    def element_mask(self, mask: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        return patchify(mask[:, None].expand(-1, latents.shape[1] // PATCH**2, -1, -1))
 
     def image_seq_len(self, latents: torch.Tensor) -> int:
         return latents[0, 0].numel()  # 2x2 pixels are channels by now
@@ -88,16 +85,13 @@ class Flux2Klein(PipelineFamily):
 
     @functools.cached_property
     def statistics(self) -> tuple[torch.Tensor, ...]:
-        vae = self._load_vae()
-        mean = vae.bn.running_mean.view(1, -1, 1, 1)
-        std = (vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).sqrt()
-        return mean, std
-
-    def _load_vae(self) -> Any:
         from diffusers import AutoencoderKLFlux2
 
         with explain_loading(self.pretrained_model_name_or_path, "VAE"):
-            return AutoencoderKLFlux2.from_pretrained(self.source, subfolder="vae", revision=self.revision)
+            vae = AutoencoderKLFlux2.from_pretrained(self.source, subfolder="vae", revision=self.revision)
+        mean = vae.bn.running_mean.view(1, -1, 1, 1)
+        std = (vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).sqrt()
+        return mean, std
 
     def pipeline_class(self) -> Any:
         from diffusers import Flux2KleinPipeline
@@ -157,7 +151,7 @@ class Flux2Klein(PipelineFamily):
 
     def check_sample(self, model: Any, sample: dict[str, torch.Tensor]) -> None:
         super().check_sample(model, sample)
-        expected = position_ids(1, 1, 1, len(sample["prompt_embeds"]), device=sample["latents"].device)
+        expected = position_ids(1, 1, len(sample["prompt_embeds"]), sample["latents"].device)
         if "txt_ids" in sample and not torch.equal(sample["txt_ids"], expected):
             raise SciflowError("`text_ids`: FLUX.2 takes (0, 0, 0, l) for text token l; the cache stores other ids.")
 
@@ -178,3 +172,9 @@ def truncate(text_encoder: Any, depth: int) -> None:
     text_encoder.model.norm = text_encoder.lm_head = torch.nn.Identity()
     text_encoder.config.num_hidden_layers = len(text_encoder.model.layers)
     text_encoder.config.layer_types = text_encoder.config.layer_types[:depth]
+
+
+@functools.lru_cache(maxsize=256)
+def position_ids(height: int, width: int, length: int, device: torch.device) -> torch.Tensor:
+    """Rotary position ids (t, h, w, l): (height * width * length, 4), int64; images (0,h,w,0), text (0,0,0,l)."""
+    return torch.cartesian_prod(*(torch.arange(size, device=device) for size in (1, height, width, length)))

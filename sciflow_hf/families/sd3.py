@@ -74,7 +74,7 @@ class SD3(PipelineFamily):
                 "loss on the velocity. Leave one of them out."
             )
         clean = noised.noisy_latents - noised.levels.view(-1, 1, 1, 1) * answer
-        return self.weighted_loss(clean, noised.latents, noised.levels, batch, args)
+        return super().compare(clean, noised._replace(target=noised.latents), batch, args)
 
     def text_arguments(self, batch: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         return {

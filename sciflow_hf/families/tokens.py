@@ -1,6 +1,5 @@
-"""Latents and prompts as the networks of several families take them: 2x2 pixels a token, positions, token ids."""
+"""Latents and prompts as the networks of several families take them: 2x2 pixels a token, token ids."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,12 +19,6 @@ def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """The inverse of `pack`: (B, h/2 * w/2, 4C) -> (B, C, h, w)."""
     patches = tokens.reshape(len(tokens), height // PATCH, width // PATCH, -1, PATCH, PATCH)
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, height, width)
-
-
-@functools.lru_cache(maxsize=256)
-def position_ids(*sizes: int, device: torch.device) -> torch.Tensor:
-    """Every place of a grid, the last axis fastest: (product of sizes, len(sizes)), int64."""
-    return torch.cartesian_prod(*(torch.arange(size, device=device) for size in sizes))
 
 
 def token_ids(prompts: Sequence[str], tokenizer: Any, length: int) -> torch.Tensor:

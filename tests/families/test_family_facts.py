@@ -77,7 +77,7 @@ def check_normalised(step):
     text = cell("normalised latents", name)
     if name == "flux2_klein":
         assert "batch norm" in text and "variance + eps" in text
-        norm = step.family._load_vae().bn
+        norm = step.family.load_encoders(device="cpu", dtype=torch.float32, text=False).vae.bn
         pixels = torch.nn.functional.pixel_unshuffle(raw, 2)
         return (pixels - norm.running_mean.view(1, -1, 1, 1)) / (
             norm.running_var.view(1, -1, 1, 1) + vae["batch_norm_eps"]

@@ -40,12 +40,12 @@ def test_making_a_family_enters_no_family():
     assert files_entered(lambda: sf.Flux2Klein(**KLEIN)) == {"options.py"}
 
 
-def test_sigmas_come_from_two_files(tmp_path):
+def test_sigmas_come_from_three_files(tmp_path):
     family = sf.Flux2Klein(**KLEIN)
     options = {"use_cpu": True, "output_dir": str(tmp_path), "report_to": "none", "timestep_shift": "3.0"}
     args, keys = sf.DiffusionTrainingArguments(**options), torch.tensor([1, 2])
     assert files_entered(lambda: family.sample_levels(keys, args, 24)) == {
-        "diffusion/levels.py", "diffusion/randomness.py",
+        "diffusion/levels.py", "diffusion/process.py", "diffusion/randomness.py",
     }  # fmt: skip
 
 

@@ -184,7 +184,7 @@ MISTAKES = {
     "divided by the scale": method("normalise(self, latents): return latents / self.latents_scale"),
     "timestep times 1000": ("timestep=levels", "timestep=1000 * levels"),
     "timestep turned round": ("timestep=levels", "timestep=1 - levels"),
-    "mask ignored": method("element_mask(self, batch, latents): return None"),
+    "mask ignored": method("element_mask(self, mask, latents): return torch.ones_like(latents)"),
     "text of the other sample": ('batch["prompt_embeds"].to', 'batch["prompt_embeds"].flip(0).to'),
     "weight of another loss": method("compare(self, *step): return super().compare(*step) * step[1].levels"),
 }

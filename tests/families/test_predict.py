@@ -62,11 +62,12 @@ def step(request, folders, args):
     latents = family.clean_latents(batch)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(3))
     levels = family.evaluation_levels(4)[1:3]
-    return family, model, batch, Noised(latents, noise, family.process.mix(latents, noise, levels), levels)
+    noisy, target = (made(latents, noise, levels) for made in (family.process.mix, family.process.target))
+    return family, model, batch, Noised(latents, noise, noisy, levels, target)
 
 
 def test_prediction_has_the_shape_of_the_clean_latents(step):
-    family, model, batch, (latents, _, noisy, levels) = step
+    family, model, batch, (latents, _, noisy, levels, _) = step
     calls = []
     handle = model.register_forward_hook(lambda *_: calls.append(1))
     found = family.predict(model, batch, noisy, levels)
@@ -79,7 +80,7 @@ def test_prediction_has_the_shape_of_the_clean_latents(step):
 
 
 def test_a_bfloat16_network_answers_in_float32(step):
-    family, model, batch, (_, _, noisy, levels) = step
+    family, model, batch, (_, _, noisy, levels, _) = step
     full = family.predict(model, batch, noisy, levels)
     found = family.predict(model.to(torch.bfloat16), batch, noisy, levels)
     assert found.dtype == torch.float32
@@ -89,8 +90,7 @@ def test_a_bfloat16_network_answers_in_float32(step):
 def test_the_right_answer_has_no_loss(step, args):
     """What the process asks for compares to nothing, and anything else to more; the variance has a loss of its own."""
     family, _, batch, noised = step
-    latents, noise, _, levels = noised
-    target = family.process.target(latents, noise, levels)
+    target = noised.target
     if getattr(family, "learn_sigma", False):
         answers = [torch.cat([answer, -torch.ones_like(answer)], dim=1) for answer in (target, target + 0.5)]
     else:
