@@ -92,7 +92,7 @@ class SmallFamily(ModelFamily):
     name: ClassVar[str] = "small"
     from_scratch: ClassVar[bool] = True
     load_model = load_encoders = encode_images = encode_prompts = bucket_step = pipeline_class = unused
-    load_pipeline = encode_validation_prompts = generate = unused
+    load_pipeline = encode_validation_prompts = generate = clean_latents = predict = unused
 
     def compute_loss(
         self, model: torch.nn.Module, batch: dict[str, torch.Tensor], args: Any, **given: Any
