@@ -343,7 +343,8 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         name = f"{image}#{variant}" if variant else image
         known = [name] if name else []
         known += [f"payload {path}"] if path else []
-        return f"row {row} ({', '.join(known)})" if known else f"row {row}"
+        number = self._index.number(row)
+        return f"row {number} ({', '.join(known)})" if known else f"row {number}"
 
     def payload_path(self, i: int) -> str:
         """The file that holds the latents of row `i`."""

@@ -5,6 +5,7 @@ import logging
 import os
 import posixpath
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePath
@@ -31,6 +32,7 @@ CAPTION_COLUMNS = ("caption", "text")
 NAME_COLUMNS = ("image_path", "paper_id", "variant")
 REQUIRED_COLUMNS = ("cache_path", "latent_shape", "prompt_embeds_shape", "bucket_h", "bucket_w")
 PLACE_COLUMNS = ("cache_path", "inline_row", "latents_offset", "prompt_embeds_path", "prompt_embeds_offset")
+_FILES_AT_ONCE = 8
 _KEPT = (*NAME_COLUMNS, "cache_path", "inline_row")  # in memory; shapes and places become arrays
 _PathLike = str | os.PathLike[str]
 # What describes a build and not what was encoded: parts may differ in it, as caches of several resolutions do.
@@ -46,6 +48,19 @@ ENCODER_KEYS = (
     "padding_side",
 )
 BUILD = "`sciflow-hf cache build` makes a cache from a folder of captioned images"
+
+
+@dataclass(frozen=True)
+class IndexFile:
+    """A file of an index, and what its footer says."""
+
+    name: str
+    folder: str  # the entry of `dataset_dir`
+    source: int  # its number
+    footer: pq.FileMetaData
+    schema: pa.Schema
+    payload: dict[str, Any]
+    columns: list[str]  # that say of which shapes the arrays of a row are, and where they lie
 
 
 @dataclass(frozen=True)
@@ -75,6 +90,10 @@ class CacheIndex:
     def file_of(self, row: int) -> str:
         """The index file of a row."""
         return self.find(row)[0].file
+
+    def number(self, row: int) -> int:
+        """What a row is called in messages: its number in the complete index."""
+        return row
 
     def value(self, name: str, row: int) -> Any:
         """One value of a column in memory; None where there is no such column."""
@@ -121,7 +140,7 @@ class CacheIndex:
         ids: list[str] = []
         images, variants, paths = (self._strings(n) for n in ("image_path", "variant", "cache_path"))
         for row in range(len(self.sizes)):
-            name = (images and images[row]) or (paths and paths[row]) or f"row {row}"
+            name = (images and images[row]) or (paths and paths[row]) or f"row {self.number(row)}"
             if os.path.isabs(name) and not (images and images[row]):  # so that such a cache may be moved
                 name = inside(name, self.find(row)[0].root) or name
             ids.append(f"{name}#{variants[row]}" if variants and variants[row] else name)
@@ -155,46 +174,59 @@ class CacheIndex:
         return [None if value is None else str(value) for value in self.table.column(name).to_pylist()]
 
 
-def open_index(dataset_dir: _PathLike | Sequence[_PathLike], *, payload_dir: _PathLike | None = None) -> CacheIndex:
-    """Reads and joins the index of one or more caches; see `load_cache` for the arguments and errors."""
+def find_index(dataset_dir: _PathLike | Sequence[_PathLike]) -> tuple[list[IndexFile], dict[str, Any]]:
+    """The index files of one or more caches, checked against each other, and their common metadata."""
     folders = [os.fspath(f) for f in ([dataset_dir] if isinstance(dataset_dir, str | os.PathLike) else dataset_dir)]
     if not folders:
         raise CacheError("`dataset_dir` is an empty list: name at least one cache.")
-    files = [(source, file) for source, folder in enumerate(folders) for file in index_files(folder)]
-    names = [file for _, file in files]
+    found = [(source, file) for source, folder in enumerate(folders) for file in index_files(folder)]
+    sources, names = [source for source, _ in found], [file for _, file in found]
     check_no_file_twice(names)
-    schemas = [read_schema(file) for file in names]
-    check_schemas(names, [source for source, _ in files], schemas)
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        footers = list(pool.map(read_footer, names))
+    schemas = [footer.schema.to_arrow_schema() for footer in footers]
+    check_schemas(names, sources, schemas)
     described = [file_metadata(name, schema) for name, schema in zip(names, schemas, strict=True)]
     metadata = common_metadata(names, described)
+    files = [
+        IndexFile(
+            name, folders[source], source, footer, schema, facts.get("payload", {}), wanted_columns(name, schema, facts)
+        )
+        for (source, name), footer, schema, facts in zip(found, footers, schemas, described, strict=True)
+    ]
+    if not any(footer.num_rows for footer in footers):
+        raise CacheError(f"The index {names[0]} holds no samples. {BUILD}.")
+    return files, metadata
+
+
+def open_index(dataset_dir: _PathLike | Sequence[_PathLike], *, payload_dir: _PathLike | None = None) -> CacheIndex:
+    """Reads and joins the index of one or more caches; see `load_cache` for the arguments and errors."""
+    files, metadata = find_index(dataset_dir)
     readers: list[Reader] = []
     kept: list[pa.Table] = []
     latent_shapes, text_shapes, sizes, starts = [], [], [], [0]
-    for (source, file), schema, facts in zip(files, schemas, described, strict=True):
-        table = read_table(file, wanted_columns(file, schema, facts))
-        columns = Columns(table, file, starts[-1])
+    for file in files:
+        table = read_table(file.name, file.columns)
+        columns = Columns(table, file.name, starts[-1])
         latents, texts, size = row_shapes(columns)
-        root = find_root(columns, folders[source], payload_dir)
-        payload = facts.get("payload", {})
-        readers.append(READERS[payload.get("layout", "npz")](file, root, table, payload, latents, texts))
+        root = find_root(columns, file.folder, payload_dir)
+        readers.append(READERS[file.payload.get("layout", "npz")](file.name, root, table, file.payload, latents, texts))
         kept.append(table.select([n for n in _KEPT if n in columns]).replace_schema_metadata(None))
         latent_shapes.append(latents)
         text_shapes.append(texts)
         sizes.append(size)
         starts.append(starts[-1] + table.num_rows)
-    if not starts[-1]:
-        raise CacheError(f"The index {names[0]} holds no samples. {BUILD}.")
     pa.default_memory_pool().release_unused()  # of the columns that became arrays
     return CacheIndex(
         table=pa.concat_tables(kept, promote_options="permissive"),
         readers=readers,
         starts=np.array(starts),
-        sources=np.array([source for source, _ in files], dtype=np.int32),
+        sources=np.array([file.source for file in files], dtype=np.int32),
         latent_shapes=np.concatenate(latent_shapes),
         text_shapes=np.concatenate(text_shapes),
         sizes=np.concatenate(sizes),
         metadata=metadata,
-        empty_prompt_file=find_empty_prompt([*folders, *(reader.root for reader in readers)]),
+        empty_prompt_file=find_empty_prompt([*(file.folder for file in files), *(reader.root for reader in readers)]),
     )
 
 
@@ -325,10 +357,13 @@ def is_binary(kind: pa.DataType) -> bool:
 
 
 def read_schema(file: str) -> pa.Schema:
+    return read_footer(file).schema.to_arrow_schema()
 
+
+def read_footer(file: str) -> pq.FileMetaData:
     try:
         with storage.open_file(file) as handle:
-            return pq.read_schema(handle)
+            return pq.read_metadata(handle)
     except BROKEN as error:
         raise CacheError(f"The index {file} cannot be read as parquet ({first_line(error)}). {BUILD}.") from error
 

@@ -21,7 +21,6 @@ from sciflow_hf.data.batches.loader import BucketLoader
 from sciflow_hf.data.batches.threads import release
 from sciflow_hf.data.build.convert import convert_cache
 from sciflow_hf.data.load import load_cache
-from sciflow_hf.data.stream.index import StreamIndex
 from sciflow_hf.data.stream.loader import StreamLoader
 from sciflow_hf.data.stream.order import EpochRows
 from sciflow_hf.data.stream.stream import StreamingCache, open_stream
@@ -197,8 +196,8 @@ def test_resuming_is_exact(npz: Path, monkeypatch: pytest.MonkeyPatch, shuffle_b
     same(take(loaded, 70 - position), wanted)
 
     read: list[int] = []
-    view = StreamIndex.view
-    monkeypatch.setattr(StreamIndex, "view", lambda self, rows: read.append(len(rows)) or view(self, rows))
+    view = StreamingCache.view
+    monkeypatch.setattr(StreamingCache, "view", lambda self, rows: read.append(len(rows)) or view(self, rows))
     replayed = StreamLoader(fresh, threads=0, **sizes).skip(position)
     replayed.set_epoch(0)  # as the Trainer does
     same(take(replayed, 70 - position), wanted)
@@ -215,8 +214,8 @@ def test_a_state_saves_the_work_of_reading_again(npz: Path, monkeypatch: pytest.
     assert state["steps"] == 34 and len(state["snapshot"]["rows"]["buffer"]) == 3
     loaded = StreamLoader(stream, batch_size=1, threads=0)
     loaded.load_state_dict(state)
-    read, opened = StreamIndex.read_rows, []
-    monkeypatch.setattr(StreamIndex, "read_rows", lambda self, *place: opened.append(place) or read(self, *place))
+    read, opened = StreamingCache.read_rows, []
+    monkeypatch.setattr(StreamingCache, "read_rows", lambda self, *place: opened.append(place) or read(self, *place))
     left = [int(batch["row"]) for batch in take(loaded, 4)]
     assert sorted(rows + left) == list(range(ROWS))
     assert len(opened) == 1  # of four files

@@ -89,7 +89,7 @@ class StreamLoader(BatchLoader):
         keyed.dataset = view = self.dataset.view([row for row, *_ in places])
         indices = [(i, *rest) for i, (_, *rest) in enumerate(places)]
         batch: dict[str, Any] = keyed[indices] if carve is None else keyed.read_batch(indices, carve)
-        batch["row"] = torch.tensor(view.row_numbers)
+        batch["row"] = torch.tensor([self.dataset.number(row) for row, *_ in places])
         return batch | ({"captions": view.captions} if keyed.online else {})
 
     __getitem__ = read_batch

@@ -2,21 +2,38 @@
 
 import copy
 import hashlib
+import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow as pa
 import torch
 from torch.utils.data import IterableDataset
 
 from ...errors import CacheError, SciflowError
 from ..cache import LatentCache
-from ..index import BUILD
+from ..index import (
+    BUILD,
+    CAPTION_COLUMNS,
+    READERS,
+    CacheIndex,
+    IndexFile,
+    check_inside,
+    find_empty_prompt,
+    find_index,
+    find_root,
+    row_shapes,
+)
+from ..layouts.base import Columns, Reader
+from ..layouts.inline import InlineReader
 from ..split import check_eval_fraction, is_held_out
-from .index import FILES_AT_ONCE, RowsView, StreamIndex
+from .index import read_tables, stream_file
 from .order import EpochRows, Place, Row
 
 if TYPE_CHECKING:
@@ -24,6 +41,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_FILES_AT_ONCE = 8
+_INLINE_FILES = 256  # whose offsets are kept
+_BECOME_ARRAYS = ("latent_shape", "prompt_embeds_shape", "bucket_h", "bucket_w")
 _PathLike = str | os.PathLike[str]
 
 
@@ -35,16 +55,35 @@ class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
     does; training goes by `StreamLoader`.
 
     Attributes:
+        files: of the index, in the order of the rows.
+        metadata: as of `LatentCache`.
+        dtype: of the floating tensors.
+        online_text: captions -> text tensors (B, ...); where it is set, stored embeddings are not read.
         shuffle_buffer: rows.
         seed: of the order of `for sample in stream`.
     """
 
-    def __init__(self, rows: StreamIndex, *, shuffle_buffer: int, weights: Sequence[float] | None = None) -> None:
-        self._index, self.shuffle_buffer, self.weights = rows, shuffle_buffer, weights
-        self.seed, self._epoch, self._length = 0, 0, rows.num_rows
+    online_text: Callable[[list[str]], dict[str, torch.Tensor]] | None = None
+
+    def __init__(
+        self,
+        files: list[IndexFile],
+        metadata: dict[str, Any],
+        *,
+        payload_dir: _PathLike | None,
+        dtype: torch.dtype,
+        shuffle_buffer: int,
+        weights: Sequence[float] | None,
+    ) -> None:
+        self.files, self.metadata, self.dtype = files, metadata, dtype
+        self.shuffle_buffer, self.weights, self._payload_dir = shuffle_buffer, weights, payload_dir
+        self._starts = np.cumsum([0, *(file.footer.num_rows for file in files)]).tolist()
+        self.seed, self._epoch, self._length = 0, 0, self._starts[-1]
         self._eval_fraction = 0.0
         self._running: EpochRows | None = None
         self._resumed: Mapping[str, Any] | None = None
+        self._roots: dict[int, str] = {}
+        self._inline: dict[int, InlineReader] = {}  # they know where values begin in the files of inline caches
 
     def __len__(self) -> int:
         """Number of samples. An epoch with `weights` shows some of them more than once."""
@@ -87,9 +126,9 @@ class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
         def held_out_of(part: int) -> list[Row]:
             return [row for row, _ in self.read_rows(part) if not train.keeps(row)]
 
-        with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-            held_out = [row for rows in pool.map(held_out_of, range(len(self._index.files))) for row in rows]
-        train._length = self._index.num_rows - len(held_out)
+        with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+            held_out = [row for rows in pool.map(held_out_of, range(len(self.files))) for row in rows]
+        train._length = self._length - len(held_out)
         if not train._length:
             raise SciflowError(
                 f"`eval_fraction` {eval_fraction} puts all groups into the evaluation part and leaves nothing to train "
@@ -102,45 +141,25 @@ class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
     # -- as a LatentCache ----------------------------------------------------------------------------------------
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the floating tensors."""
-        return self._index.dtype
-
-    @property
-    def online_text(self) -> Callable[[list[str]], dict[str, torch.Tensor]] | None:
-        """captions -> text tensors (B, ...); where it is set, stored embeddings are not read."""
-        return self._index.online_text
-
-    @online_text.setter
-    def online_text(self, encode: Callable[[list[str]], dict[str, torch.Tensor]] | None) -> None:
-        self._index.online_text = encode
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """Encoder settings and facts of the build; {} for a cache without metadata."""
-        return self._index.metadata
-
-    @property
     def part_files(self) -> list[str]:
         """The parquet files of the index."""
-        return [file.name for file in self._index.files]
+        return [file.name for file in self.files]
 
     @property
     def index(self) -> "datasets.IterableDataset":
         """The rows of the index as `datasets` streams them: the light columns, in the order of the files."""
         import datasets
 
-        columns = self._index.files[0].columns
-        return datasets.load_dataset(
-            "parquet", data_files=self.part_files, columns=columns, split="train", streaming=True
-        )
+        return datasets.concatenate_datasets([stream_file(file, self.files[0].columns) for file in self.files])
 
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits over the footers of the index files and what decides the order; the same wherever they lie."""
         digest = hashlib.sha256(repr((self.shuffle_buffer, self.weights, self._eval_fraction)).encode())
-        for file in self._index.files:
-            digest.update(f"{file.source} {file.name.removeprefix(file.folder)} {file.digest}\n".encode())
+        for file in self.files:
+            groups = map(file.footer.row_group, range(file.footer.num_row_groups))
+            lie = hashlib.sha256(repr([(group.num_rows, group.total_byte_size) for group in groups]).encode())
+            digest.update(f"{file.source} {file.name.removeprefix(file.folder)} {lie.hexdigest()}\n".encode())
         return digest.hexdigest()[:16]
 
     @cached_property
@@ -158,47 +177,159 @@ class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
 
     def describe(self, number: int) -> str:
         """Row `number` (`row` of a batch) in words: its number in the index, its image and its payload."""
-        return self.view([self._index.row(number)]).describe(0)
+        return self.view([self._row(number)]).describe(0)
 
     @cached_property
     def _first(self) -> LatentCache:
-        return self.view([self._index.row(0)])
+        return self.view([self._row(0)])
 
     # -- rows ----------------------------------------------------------------------------------------------------
 
-    def view(self, rows: Sequence[Row]) -> RowsView:
-        """A cache of some rows, in the given order; row numbers in its messages are those of the complete index."""
-        return self._index.view(rows)
-
     def number(self, row: Row) -> int:
         """Number of a row in the complete index."""
-        return self._index.number(row)
+        return self._starts[row.part] + row.row
+
+    def _row(self, number: int) -> Row:
+        """The row of that number; reads its file up to there."""
+        part = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return next(row for row, _ in self.read_rows(part, number - self._starts[part]))
+
+    def read_rows(self, part: int, start: int = 0, place: Place | None = None) -> Iterator[tuple[Row, Place]]:
+        """Rows of index file number `part` from row `start` on, each with a place from which it can be read again.
+
+        Args:
+            place: of a row that was read before and is not behind `start`; else the file is read from its beginning.
+
+        Raises:
+            CacheError: if the file cannot be read, or a row is not what it must be.
+        """
+        for here, table in read_tables(self.files[part], self._columns(part), place):
+            if here[0] + len(table) > start:
+                for row in self._rows_of(part, table, here[0])[max(0, start - here[0]) :]:
+                    yield row, here
+
+    def _columns(self, part: int) -> list[str]:
+        """The light columns that are read: with the captions where these are encoded."""
+        file = self.files[part]
+        captions = [name for name in CAPTION_COLUMNS if name in file.schema.names][:1]
+        if self.online_text is None:
+            return file.columns
+        if not captions:
+            raise CacheError(
+                f"the index {file.name} has no captions (column `caption` or `text`), which online encoding needs."
+            )
+        return [*file.columns, *captions]
+
+    def _rows_of(self, part: int, table: pa.Table, first: int) -> list[Row]:
+        file = self.files[part]
+        columns = Columns(table, file.name, self._starts[part] + first)
+        if part not in self._roots:
+            beside = file.name.rpartition("/")[0] or "."
+            own = _holds_payload(file)
+            self._roots[part] = beside if own else find_root(columns, file.folder, self._payload_dir)
+        for name in table.column_names:
+            if name.endswith("_path") and name != "image_path":
+                check_inside(columns, [self._roots[part]], name)
+        latents, texts, sizes = (shapes.tolist() for shapes in row_shapes(columns))
+        others = table.drop_columns([name for name in _BECOME_ARRAYS if name in columns]).to_pylist()
+        return [
+            Row(part, first + i, tuple(size), tuple(latent), tuple(text), values)
+            for i, (size, latent, text, values) in enumerate(zip(sizes, latents, texts, others, strict=True))
+        ]
+
+    def view(self, rows: Sequence[Row]) -> LatentCache:
+        """A cache of some rows, in the given order; row numbers in its messages are those of the complete index."""
+        order = sorted(range(len(rows)), key=lambda i: rows[i].part)
+        ordered = [rows[i] for i in order]
+        own = {part: list(group) for part, group in itertools.groupby(ordered, key=lambda row: row.part)}
+        tables = [self._table(*part) for part in own.items()]
+        starts = np.cumsum([0, *(self.files[part].footer.num_rows for part in own)])
+        index = _SomeRows(
+            table=pa.concat_tables(tables, promote_options="permissive"),
+            readers=[self._reader(*part, table) for part, table in zip(own.items(), tables, strict=True)],
+            starts=np.cumsum([0, *map(len, own.values())]),
+            sources=np.array([self.files[part].source for part in own], dtype=np.int32),
+            latent_shapes=np.array([row.latent_shape for row in ordered], dtype=np.int32),
+            text_shapes=np.array([row.text_shape for row in ordered], dtype=np.int32),
+            sizes=np.array([row.size for row in ordered], dtype=np.int32),
+            metadata=self.metadata,
+            empty_prompt_file=self._empty_prompt_file,
+            numbers=[self.number(row) for row in ordered],
+            places=np.concatenate(
+                [start + np.array([r.row for r in g]) for start, g in zip(starts, own.values(), strict=False)]
+            ),
+        )
+        view = LatentCache(index, dtype=self.dtype, rows=np.argsort(order, kind="stable"))
+        view.online_text = self.online_text
+        return view
+
+    def _table(self, part: int, rows: Sequence[Row]) -> pa.Table:
+        schema = self.files[part].schema
+        fields = [schema.field(name) for name in self._columns(part) if name not in _BECOME_ARRAYS]
+        return pa.Table.from_pylist([row.values for row in rows], pa.schema(fields))
+
+    def _reader(self, part: int, rows: Sequence[Row], table: pa.Table) -> Reader:
+        file = self.files[part]
+        if part not in self._roots:  # its rows are those of a saved stream
+            next(self.read_rows(part), None)
+        if _holds_payload(file):
+            table = table.append_column("cache_path", pa.array([os.path.basename(file.name)] * len(rows), pa.string()))
+            table = table.append_column("inline_row", pa.array([row.row for row in rows], pa.int64()))
+        shapes = (np.array([row[name] for row in rows], dtype=np.int32) for name in (3, 4))
+        reader = READERS[file.payload.get("layout", "npz")](file.name, self._roots[part], table, file.payload, *shapes)
+        if isinstance(reader, InlineReader):  # where values begin is looked up once per data file, not once per view
+            reader.share(self._inline.setdefault(part, reader))
+            if len(self._inline) > _INLINE_FILES:
+                self._inline.pop(next(iter(self._inline)))
+        return reader
+
+    @cached_property
+    def _empty_prompt_file(self) -> str | None:
+        return find_empty_prompt([*self._roots.values(), *(file.folder for file in self.files)])
 
     def sources(self) -> list[tuple[float, float, list[int]]]:
         """(weight, how often an epoch shows each row, numbers of the index files) of what is mixed.
 
         Without weights all files are one source.
         """
-        files = self._index.files
+        files = self.files
         if self.weights is None:
             return [(1.0, 1.0, list(range(len(files))))]
         found = []
         for source, weight in enumerate(self.weights):
             parts = [number for number, file in enumerate(files) if file.source == source]
-            count = sum(files[part].rows for part in parts)
+            count = sum(files[part].footer.num_rows for part in parts)
             if not count:
                 raise CacheError(f"The cache {files[parts[0]].folder} holds no samples. {BUILD}.")
             found.append((weight, weight / count, parts))
         least = min(repeats for _, repeats, _ in found)
         return [(weight, round(repeats / least, 9), parts) for weight, repeats, parts in found]
 
-    def read_rows(self, part: int, start: int = 0, place: Place | None = None) -> Iterator[tuple[Row, Place]]:
-        """As `StreamIndex.read_rows`."""
-        return self._index.read_rows(part, start, place)
-
     def keeps(self, row: Row) -> bool:
         """Whether a row is on this side of the split."""
-        return not self._eval_fraction or not is_held_out(self._index.group(row), self._eval_fraction)
+        if not self._eval_fraction:
+            return True
+        names = (row.values.get(name) for name in ("paper_id", "image_path", "cache_path"))
+        group = next((str(name) for name in names if name), f"row {self.number(row)}")  # as `LatentCache.groups`
+        return not is_held_out(group, self._eval_fraction)
+
+
+@dataclass(frozen=True)
+class _SomeRows(CacheIndex):
+    """`numbers`: of its rows in the complete index. `places`: of its rows in its files, joined."""
+
+    numbers: Sequence[int] = ()
+    places: np.ndarray | None = None
+
+    def number(self, row: int) -> int:
+        return self.numbers[row]
+
+    def read_columns(self, names: Sequence[str] | None = None) -> pa.Table:
+        return super().read_columns(names).take(pa.array(self.places))
+
+
+def _holds_payload(file: IndexFile) -> bool:
+    return file.payload.get("layout") == "inline" and "inline_row" not in file.columns
 
 
 def open_stream(
@@ -223,9 +354,12 @@ def open_stream(
     """
     if shuffle_buffer < 0:
         raise SciflowError(f"`shuffle_buffer` is {shuffle_buffer}, but must be at least 0.")
-    index = StreamIndex(dataset_dir, payload_dir, dtype)
-    if weights is not None and (len(weights) != index.num_sources or not all(weight > 0 for weight in weights)):
+    files, metadata = find_index(dataset_dir)
+    sources = files[-1].source + 1
+    if weights is not None and (len(weights) != sources or not all(weight > 0 for weight in weights)):
         raise SciflowError(
-            f"`weights` is {list(weights)}, but must be one number above 0 for each of {index.num_sources} caches."
+            f"`weights` is {list(weights)}, but must be one number above 0 for each of {sources} caches."
         )
-    return StreamingCache(index, shuffle_buffer=shuffle_buffer, weights=weights)
+    return StreamingCache(
+        files, metadata, payload_dir=payload_dir, dtype=dtype, shuffle_buffer=shuffle_buffer, weights=weights
+    )
