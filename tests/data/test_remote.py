@@ -19,6 +19,7 @@ from sciflow_hf.data import storage
 from sciflow_hf.data.build.convert import convert_cache
 from sciflow_hf.data.disk_cache import DiskCache
 from sciflow_hf.data.load import load_cache
+from sciflow_hf.data.stream.order import EpochRows
 from sciflow_hf.errors import CacheError
 
 
@@ -283,6 +284,31 @@ def test_a_remote_that_goes_down_while_a_sample_is_read(remote, tmp_path: Path, 
     remote.failures += [Unavailable("503")] * 1000
     with pytest.raises(CacheError, match=r"flaky://cache/\S+ could not be read in 4 tries"):
         next(iter(cache)) if streaming else cache[0]
+
+
+def test_a_stream_reads_no_payload_for_its_order(remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    npz = write_cache(tmp_path / "npz", text_lengths=900)
+    upload(convert_cache(npz, tmp_path / "inline", payload="inline").output_dir, "flaky://cache")
+    monkeypatch.setattr(storage, "_READ_AHEAD", 64)
+    parts: list[int] = []
+    cat_file = remote.cat_file
+    monkeypatch.setattr(
+        remote,
+        "cat_file",
+        lambda fs, path, start, end, **_: parts.append(end - start) or cat_file(fs, path, start, end),
+    )
+    stream = load_cache("flaky://cache", streaming=True)
+    assert len(list(EpochRows(stream, 0, 0))) == len(stream) == 24
+    assert sum(parts) < 0.1 * fsspec.filesystem("flaky").du("/cache")
+
+
+def test_the_disk_cache_keeps_the_index_of_a_stream(remote, tmp_path: Path) -> None:
+    upload(write_cache(tmp_path / "npz", parts=2), "flaky://cache")
+    storage.use_disk_cache(tmp_path / "kept", 1 << 24)
+    stream = load_cache("flaky://cache", streaming=True)
+    wanted = list(EpochRows(stream, 0, 0))
+    calls = remote.calls
+    assert list(EpochRows(stream, 0, 0)) == wanted and remote.calls == calls
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -164,8 +164,21 @@ def test_a_broken_index(folder: Path) -> None:
     with pytest.raises(CacheError, match=r"The index .*part1.parquet cannot be read as parquet"):
         open_stream(folder)
     file.write_bytes(b"PAR1" + bytes(len(whole) - 1000) + whole[len(whole) - 996 :])
-    with pytest.raises(CacheError, match=r"part1.parquet"):
+    with pytest.raises(CacheError, match=r"The index .*part1.parquet cannot be read as parquet"):
         run(folder)
+
+
+def test_an_index_that_breaks_in_the_middle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sciflow_hf.data.stream.index._PIECE", 3)
+    file = folder / "2015" / "2015_rank0_part1.parquet"
+    pq.write_table(pq.read_table(file), file, row_group_size=3, compression="NONE", use_dictionary=False)
+    third = pq.read_metadata(file).row_group(2)
+    start = min(third.column(i).data_page_offset for i in range(third.num_columns))
+    with file.open("r+b") as handle:
+        handle.seek(start)
+        handle.write(b"\xff" * third.total_byte_size)
+    with pytest.raises(CacheError, match=r"The index .*part1.parquet cannot be read as parquet from its row [36] on"):
+        run(folder, shuffle_buffer=0)
 
 
 def test_captions_that_are_not_there(folder: Path) -> None:

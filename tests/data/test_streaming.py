@@ -3,6 +3,7 @@
 import itertools
 import json
 import pickle
+import random
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -24,7 +25,7 @@ from sciflow_hf.data.load import load_cache
 from sciflow_hf.data.stream.loader import StreamLoader
 from sciflow_hf.data.stream.order import EpochRows
 from sciflow_hf.data.stream.stream import StreamingCache, open_stream
-from sciflow_hf.diffusion.randomness import noise_keys
+from sciflow_hf.diffusion.randomness import hash64, noise_keys
 from sciflow_hf.errors import CacheError, SciflowError
 
 BUCKETS = {(32, 48): 23, (48, 32): 11, (24, 64): 5}
@@ -39,6 +40,10 @@ def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_cache(
         folder, buckets=BUCKETS, text_lengths=[12, 7], dtype="bfloat16", parts=4, settings=settings, figures_per_paper=3
     )
+
+
+def index_files(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.parquet"))
 
 
 def take(loader: StreamLoader | BucketLoader, count: int) -> list[dict[str, Any]]:
@@ -221,6 +226,19 @@ def test_a_state_saves_the_work_of_reading_again(npz: Path, monkeypatch: pytest.
     assert len(opened) == 1  # of four files
 
 
+@pytest.mark.parametrize("count", [0, 1, 5, 17, 38])
+def test_a_place_of_an_older_checkpoint_is_read_up_to(npz: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """It was the number of a file, the first row of a piece of it, and how many rows of the piece were given."""
+    monkeypatch.setattr("sciflow_hf.data.stream.index._PIECE", 3)
+    stream = open_stream(npz, shuffle_buffer=4)
+    rows = EpochRows(stream, 0, 0)
+    taken = [next(rows) for _ in range(count)]
+    state = json.loads(json.dumps(rows.state_dict()))
+    ((passes, file, row, _),) = state["sources"]
+    state["sources"] = [[passes, file, row - row % 2, row % 2]]
+    assert taken + list(EpochRows(stream, 0, 0, state)) == list(EpochRows(stream, 0, 0))
+
+
 def test_a_state_fits_another_split_of_the_same_total_batch_and_no_other(npz: Path) -> None:
     stream = open_stream(npz, shuffle_buffer=10)
     loader = StreamLoader(stream, batch_size=1, accumulation_steps=4)
@@ -276,6 +294,27 @@ def test_files_come_in_another_order_each_epoch(npz: Path) -> None:
     assert len(orders) > 3
     stream.shuffle_buffer = 0
     assert [stream.number(row) for row in EpochRows(stream, 0, 5)] == list(range(ROWS))
+
+
+@pytest.mark.parametrize("epoch", [0, 3])
+@pytest.mark.parametrize("shuffle_buffer", [1, 7, 1000])
+def test_the_order_is_that_of_a_shuffle_buffer_over_shuffled_files(npz: Path, epoch: int, shuffle_buffer: int) -> None:
+    """Written out: a run that is repeated in years sees the same order."""
+    rows = np.split(np.arange(ROWS), np.cumsum([pq.read_metadata(file).num_rows for file in index_files(npz)])[:-1])
+    random.Random(hash64(hash64(5, epoch, 0), 0, "files")).shuffle(rows)
+    generator, coming, buffer, expected = random.Random(hash64(5, epoch, "stream")), [*np.concatenate(rows)], [], []
+    for row in coming:
+        buffer.append(row)
+        if len(buffer) > shuffle_buffer:
+            place = int(generator.random() * shuffle_buffer)
+            expected.append(buffer[place])
+            buffer[place] = buffer.pop()
+    while buffer:
+        place = int(generator.random() * len(buffer))
+        buffer[place], buffer[-1] = buffer[-1], buffer[place]
+        expected.append(buffer.pop())
+    stream = open_stream(npz, shuffle_buffer=shuffle_buffer)
+    assert [stream.number(row) for row in EpochRows(stream, 5, epoch)] == expected
 
 
 def test_rows_of_one_file_come_in_another_order_each_epoch_and_seed(tmp_path: Path) -> None:
@@ -383,6 +422,27 @@ def test_facts_and_words(npz: Path, tmp_path: Path) -> None:
         assert load_cache(moved, streaming=True).fingerprint == stream.fingerprint
     finally:
         moved.rename(npz)
+
+
+@pytest.mark.parametrize("name", ["a[1]b", "a*", "a?[!x]{y,z}", "train%20#1 [", "a::b", ".hidden/__x__"])
+def test_no_character_of_a_file_name_is_part_of_a_pattern(tmp_path: Path, name: str) -> None:
+    folder = write_cache(tmp_path / name, parts=2)
+    write_cache(tmp_path / "a1b", parts=2, seed=1)  # what some of the patterns match
+    wanted = [sample["latents"] for sample in load_cache(folder)]
+    found = [sample["latents"] for sample in open_stream(folder, shuffle_buffer=0)]
+    assert len(found) == len(wanted) and all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert len(list(open_stream(folder).index)) == len(wanted)
+
+
+def test_a_stream_leaves_nothing_behind_and_tells_nobody(npz: Path, tmp_path: Path, monkeypatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "home")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_UPDATE_DOWNLOAD_COUNTS", True)
+    monkeypatch.setattr("datasets.load.get_session", lambda: asked.append(1))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert len(list(EpochRows(open_stream(npz), 0, 0))) == ROWS
+    assert not list(tmp_path.iterdir()) and not asked
 
 
 def test_datasets_streams_the_index_and_inline_payloads(npz: Path, tmp_path: Path) -> None:

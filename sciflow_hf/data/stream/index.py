@@ -74,4 +74,6 @@ def read_tables(file: IndexFile, columns: list[str], place: Place | None) -> Ite
     except CacheError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise CacheError(f"The index {file.name} cannot be read as parquet ({first_line(error)}). {BUILD}.") from error
+        raise CacheError(
+            f"The index {file.name} cannot be read as parquet from its row {first} on ({first_line(error)}). {BUILD}."
+        ) from error
