@@ -41,6 +41,11 @@ def resident() -> int:
 # -- memory ------------------------------------------------------------------------------------------------------
 
 
+def training_buffers(accumulation: int) -> int:
+    """As of `DiffusionTrainer`: a step keeps its batches until it is done, while those of the next are read."""
+    return 2 * accumulation + 1
+
+
 def loader_memory(folder: str, batch_size: int, accumulation: int, threads: int) -> tuple[int, int]:
     """Growth of a fresh process at its largest while it trains, and bytes of a batch."""
     cache = load_cache(folder)
@@ -49,12 +54,12 @@ def loader_memory(folder: str, batch_size: int, accumulation: int, threads: int)
     sampler = BucketBatchSampler(cache.batch_keys, batch_size=batch_size, accumulation_steps=accumulation)
     gc.collect()
     before, largest, nbytes = resident(), 0, 0
-    loader = BucketLoader(cache, sampler, threads=threads, buffers=accumulation + 2)
+    loader = BucketLoader(cache, sampler, threads=threads, buffers=training_buffers(accumulation))
     held: list[Any] = []
     for epoch in range(2):
         loader.set_epoch(epoch)
         batches = iter(loader)
-        # As the Trainer does: all batches of a step at once, while it still has its hands on those of the last one.
+        # As the Trainer does: all batches of a step at once, given back at its end.
         for _ in range(len(sampler) // accumulation):
             held = list(itertools.islice(batches, accumulation))
             nbytes = max(nbytes, sum(value.nbytes for value in held[0].values()))
@@ -96,7 +101,7 @@ def measure_memory(data: Data, *, batch_size: int) -> dict[str, Any]:
     for source in ("shards", "npz fp16"):
         for accumulation in (n for n in (1, 4, 8) if n * batch_size <= data.samples):
             grown, nbytes = in_new_process(loader_memory, str(data.path(source)), batch_size, accumulation, 2)
-            above = grown - (accumulation + 2) * nbytes
+            above = grown - training_buffers(accumulation) * nbytes
             result["loader"].append({
                 "source": source, "accumulation": accumulation, "batch_mb": nbytes / 1e6,
                 "grown_mb": grown / 1e6, "above_mb": above / 1e6,
@@ -113,7 +118,7 @@ def measure_memory(data: Data, *, batch_size: int) -> dict[str, Any]:
 
 
 def print_memory(result: dict[str, Any]) -> None:
-    print(f"  {'':<12}{'accumulation':>13}{'batch MB':>10}{'grown MB':>10}{'above (accumulation + 2) batches':>36}")
+    print(f"  {'':<12}{'accumulation':>13}{'batch MB':>10}{'grown MB':>10}{'above (2 accumulation + 1) batches':>36}")
     for row in result["loader"]:
         figures = f"{row['accumulation']:>13}{row['batch_mb']:>10.1f}{row['grown_mb']:>10.1f}{row['above_mb']:>36.1f}"
         print(f"  {row['source']:<12}{figures}")
