@@ -1,6 +1,6 @@
 """The losses of single samples between two logs: their means by noise level and kind, and whether all are finite."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -8,6 +8,14 @@ import torch
 from .evaluation import quarter_means
 
 _MANY = 512  # notes that are joined, so that few small tensors are held
+
+
+class NotFinite(NamedTuple):
+    """The first step at which a loss, or with finite losses the gradient, was not finite."""
+
+    step: int
+    rows: list[int] | None
+    """Of this rank, whose loss was not; None where only the gradient was not."""
 
 
 class LossLog:
@@ -22,27 +30,37 @@ class LossLog:
 
     def __init__(self, prior: np.ndarray | None = None) -> None:
         self.prior = prior
-        self.notes: tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None], ...] = ()
+        self.notes: tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor], ...] = ()
+        self._bad_norm: torch.Tensor | None = None  # the first step with such a gradient norm, or infinity
 
-    def note(self, loss: torch.Tensor, levels: torch.Tensor, rows: torch.Tensor | None) -> None:
-        """Losses, noise levels and rows of a batch, (B,) each; the rows on the host."""
-        self.notes = (*self.notes, (loss.detach(), levels, rows))
+    def note(self, loss: torch.Tensor, levels: torch.Tensor, rows: torch.Tensor | None, step: int) -> None:
+        """Losses, noise levels and rows of a batch of a step, (B,) each; the rows on the host."""
+        self.notes = (*self.notes, (loss.detach(), levels, rows, torch.full((len(loss),), step)))
         if len(self.notes) >= _MANY:
             self.notes = (self._joined(),)
 
-    def _joined(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        losses, levels, rows = zip(*self.notes, strict=True)
-        return torch.cat(losses), torch.cat(levels), None if rows[0] is None else torch.cat(rows)
+    def note_norm(self, norm: torch.Tensor | float, step: int) -> None:
+        """The gradient norm of a step, the same on all ranks."""
+        found = torch.where(torch.isfinite(torch.as_tensor(norm)), torch.inf, float(step))
+        self._bad_norm = found if self._bad_norm is None else torch.minimum(self._bad_norm, found)
 
-    def bad_rows(self, accelerator: Any) -> list[int] | None:
-        """None where all losses of all ranks are finite; else the rows of this rank whose loss is not. All ranks."""
-        if not self.notes:
-            return None
-        losses, _, rows = self._joined()
-        bad = ~torch.isfinite(losses)
-        if not accelerator.reduce(bad.any().float(), "sum").item():
-            return None
-        return [] if rows is None else rows[bad.cpu()].tolist()
+    def _joined(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        losses, levels, rows, steps = zip(*self.notes, strict=True)
+        return torch.cat(losses), torch.cat(levels), None if rows[0] is None else torch.cat(rows), torch.cat(steps)
+
+    def not_finite(self, accelerator: Any) -> NotFinite | None:
+        """What was not finite first since the last log, on any rank. Called on all of them."""
+        bad_norm = torch.inf if self._bad_norm is None else self._bad_norm.item()
+        rows, steps, first = None, torch.empty(0, dtype=torch.int64), torch.inf
+        if self.notes:
+            losses, _, rows, steps = self._joined()
+            bad = ~torch.isfinite(losses).cpu()
+            rows, steps = None if rows is None else rows[bad], steps[bad]
+            first = float(steps.min()) if len(steps) else torch.inf
+        bad_loss = accelerator.gather(torch.tensor([first], device=accelerator.device)).min().item()
+        if bad_loss <= bad_norm and bad_loss < torch.inf:
+            return NotFinite(int(bad_loss), [] if rows is None else rows[steps == bad_loss].tolist())
+        return NotFinite(int(bad_norm), None) if bad_norm < torch.inf else None
 
     def means(self, accelerator: Any, level_range: float) -> dict[str, float]:
         """Means of all ranks since the last call, which then begins anew: `loss_q1` to `loss_q4`, per noise range.
@@ -52,7 +70,7 @@ class LossLog:
         """
         if not self.notes:
             return {}
-        losses, levels, rows = self._joined()
+        losses, levels, rows, _ = self._joined()
         self.notes = ()
         columns = [losses.float(), levels.float()]
         if self.prior is not None and rows is not None:

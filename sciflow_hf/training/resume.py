@@ -1,10 +1,14 @@
 """Resuming: what must be the same as in the run of a checkpoint, and its place in the epoch, on any number of ranks."""
 
+import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from accelerate.utils import gather_object
+from torch.optim.lr_scheduler import LambdaLR
 
 from ..data.batches.loader import BucketLoader, batch_keys_of, row_ids_of
 from ..diffusion.randomness import hash64
@@ -49,6 +53,80 @@ def check_identity(
             f"`resume_from_checkpoint` {folder} belongs to another run: {'; '.join(differs)}. "
             f"{' '.join([*todo, 'Use the same options'])}, or start a new run from its weights with `--adapter_path`."
         )
+
+
+MEASURED = ("loss_type", "huber_delta", "min_snr_gamma", "weighting_scheme", "eval_levels", "bf16", "fp16", "tf32")
+"""Options that change `eval_loss`, and with it the losses of the base model; those of the family do, too."""
+_ELSEWHERE = (
+    *("output_dir", "logging_dir", "run_name", "hub_", "push_to_hub", "report_to", "resume_from_checkpoint"),
+    *("overwrite_output_dir", "disable_tqdm", "log_level", "local_rank", "dry_run", "debug_batch", "ddp_timeout"),
+    *("gradient_checkpointing", "deepspeed", "do_", "use_cpu"),
+)
+"""Beginnings of the names of options that say where, not what, a run trains."""
+
+
+def options_of(args: DiffusionTrainingArguments, family: Any) -> dict[str, Any]:
+    """The options that a checkpoint remembers, as plain JSON values; those of the family as `family.NAME`."""
+    options = {name: value for name, value in args.to_dict().items() if not name.startswith(_ELSEWHERE)}
+    own = {field.name for field in dataclasses.fields(family)} - {"pretrained_model_name_or_path", "revision"}
+    named = {f"family.{name}": getattr(family, name) for name in own - {"trust_remote_code"}}
+    return json.loads(json.dumps(options | named, default=str))
+
+
+def changed_options(folder: Path, now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Name -> (value in the checkpoint, value now) of the options that differ; {} for a checkpoint without options."""
+    before = json.loads((folder / IDENTITY_NAME).read_text(encoding="utf-8")).get("options", {})
+    return {name: (value, now[name]) for name, value in before.items() if name in now and now[name] != value}
+
+
+def check_scheduler(changed: Mapping[str, tuple[Any, Any]]) -> None:
+    """Refuses another kind of schedule whose state is not a step number."""
+    kinds = changed.get("lr_scheduler_type")
+    if kinds and {"reduce_lr_on_plateau", "greedy"} & set(kinds):
+        raise SciflowError(
+            f"`lr_scheduler_type` {kinds[0]} then, {kinds[1]} now: their states differ. Keep {kinds[0]}, or start a "
+            "new run from these weights with `--adapter_path`."
+        )
+
+
+def rates(optimizer: Any) -> list[dict[str, Any]]:
+    """Learning rate, weight decay and the like of each group, as the options ask for."""
+    names = ("lr", "initial_lr", "weight_decay", "betas", "eps")
+    return [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
+
+
+def apply_rates(optimizer: Any, scheduler: Any, asked: Sequence[Mapping[str, Any]], *, new_rate: bool) -> None:
+    """Puts in place what was asked for, once a checkpoint has put in its own; the schedule goes on at its step.
+
+    Args:
+        asked: from `rates`, before.
+        new_rate: whether the learning rate has changed; otherwise a schedule without a formula keeps its own.
+    """
+    for group, now in zip(optimizer.param_groups, asked, strict=True):
+        group.update({name: value for name, value in now.items() if name != "lr" or new_rate})
+    if isinstance(scheduler, LambdaLR):
+        scheduler.base_lrs = [now["initial_lr"] for now in asked]
+        factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+        scheduler._last_lr = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
+        for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
+            group["lr"] = rate
+
+
+def check_ranks(facts: Mapping[str, Any]) -> None:
+    """Refuses ranks that were started with other data or options. All ranks call it.
+
+    Raises:
+        SciflowError: on every rank; names what differs, and where.
+    """
+    everywhere = gather_object([dict(facts)])
+    for name in facts:
+        values = [other.get(name) for other in everywhere]
+        odd = next((rank for rank, value in enumerate(values) if value != values[0]), None)
+        if odd is not None:
+            raise SciflowError(
+                f"the processes do not train the same: `{name}` is {values[0]!r} on rank 0 and {values[odd]!r} on rank "
+                f"{odd}. Start all of them with the same options, on the same data."
+            )
 
 
 def _flat(identity: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import accelerate.optimizer
@@ -77,7 +78,20 @@ from .checkpoints import (
 from .evaluation import summarise
 from .loss_log import LossLog
 from .out_of_memory import MicroBatches
-from .resume import IDENTITY_NAME, Place, check_identity, data_fingerprint, same_total_batch
+from .resume import (
+    IDENTITY_NAME,
+    MEASURED,
+    Place,
+    apply_rates,
+    changed_options,
+    check_identity,
+    check_ranks,
+    check_scheduler,
+    data_fingerprint,
+    options_of,
+    rates,
+    same_total_batch,
+)
 from .trackers import prepare_wandb
 
 logger = logging.getLogger(__name__)
@@ -120,6 +134,8 @@ class DiffusionTrainer(Trainer):
     _disk_full: DiskFullError | None = None
     _measure_first = False
     _place: Place | None = None  # of the checkpoint that was resumed
+    _loss_before: float | None = 0.0  # sum of the losses of the steps up to there; None where it does not say
+    _options_changed: Mapping[str, tuple[Any, Any]] = MappingProxyType({})  # since then
 
     def __init__(
         self,
@@ -259,7 +275,7 @@ class DiffusionTrainer(Trainer):
         """Mean loss of a batch by the family's step; the losses per sample are kept until the next log."""
         loss, levels = self.family.compute_loss(model, inputs, self.args)
         if model.training:
-            self._losses.note(loss, levels, inputs.get("row"))
+            self._losses.note(loss, levels, inputs.get("row"), self.state.global_step + 1)
         mean = self.mean_loss(loss, inputs.get("row"))
         return (mean, {"loss": loss, "levels": levels}) if return_outputs else mean
 
@@ -279,19 +295,39 @@ class DiffusionTrainer(Trainer):
                 logs["effective_learning_rate"] = rate
             if self.optimizer is not None and "learning_rate" in logs:
                 logs.update(group_rates(self.optimizer.param_groups, logs["learning_rate"]))
+        if "train_loss" in logs and self._loss_before is not None and self.state.global_step:  # the parent's: this call
+            logs["train_loss"] = (self._loss_before + self._total_loss_scalar) / self.state.global_step
         super().log(logs, start_time)
 
     def _check_finite(self) -> None:
-        bad_rows = self._losses.bad_rows(self.accelerator)
-        if bad_rows is None:
+        found = self._losses.not_finite(self.accelerator)
+        if found is None:
             return
-        names = sorted({describe_row(self.train_dataset, row) for row in bad_rows})
+        lower = "lower `--learning_rate`, or train in `--bf16` instead of fp16"
+        if found.rows is None:
+            raise SciflowError(
+                f"the gradient was not finite at step {found.step}, though the loss was: a value overflowed on the way "
+                f"back, and the weights after it are spoilt. Checkpoints of earlier steps are complete: resume from "
+                f"one and {lower}."
+            )
+        names = sorted({describe_row(self.train_dataset, row) for row in found.rows})
         raise SciflowError(
-            f"the loss was not finite before step {self.state.global_step}. "
+            f"the loss was not finite at step {found.step}. "
             f"Rows: {'; '.join(names[:10]) or 'on another rank'}. "
-            "Look for NaN or Inf in them; checkpoints from before are whole. "
-            "Where the data is clean, lower `--learning_rate` or train in `--bf16` instead of fp16."
+            "Look for NaN or Inf in them; checkpoints of earlier steps are complete. "
+            f"Where the data is clean, {lower}."
         )
+
+    @staticmethod
+    def _check_weights(model: torch.nn.Module) -> None:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        finite = torch.stack([torch.isfinite(p).all() for p in trained.values()])
+        if not finite.all():
+            bad = [name for name, good in zip(trained, finite.tolist(), strict=True) if not good]
+            raise SciflowError(
+                f"the trained weights hold NaN or infinity ({len(bad)} of {len(trained)} tensors, the first {bad[0]}): "
+                "they are not saved. Resume from a checkpoint of an earlier step with a lower `--learning_rate`."
+            )
 
     # -- data ----------------------------------------------------------------------------------------------------
 
@@ -449,11 +485,15 @@ class DiffusionTrainer(Trainer):
             check_identity(folder, self._identity(), advice, renamed_options=self.family.renamed_options)
             if (folder / STREAM).is_file():
                 self._stream_state = json.loads((folder / STREAM).read_text(encoding="utf-8"))
-            if (folder / EVAL_BASE).is_file():
-                self._eval_base = json.loads((folder / EVAL_BASE).read_text(encoding="utf-8"))
+            self._apply_options(folder)
             logger.info("Going on from %s.", folder)
-        fresh = folder is None and self.model_init is None and not adapter_layers(self.model)
-        self._measure_first = fresh and self.eval_dataset is not None
+        else:
+            self._options_changed = {}
+        self._measure_first = self.eval_dataset is not None and self.model_init is None and not self._eval_base
+        self._measure_first = self._measure_first and not adapter_layers(self.model)
+        if self.args.world_size > 1:
+            held_out = [data_fingerprint(dataset) for dataset in _as_datasets(self.eval_dataset)]
+            check_ranks({**self._identity(), "eval_data": held_out, **options_of(self.args, self.family)})
         before = self._weight_sums()
         try:
             with self._preemption.listening(), explain_unpickling(folder):
@@ -463,6 +503,27 @@ class DiffusionTrainer(Trainer):
         if before and self._weight_sums() == before:
             logger.warning("No trained weight moved in %d steps: look at the learning rate.", self.state.global_step)
         return output
+
+    def _apply_options(self, folder: Path) -> None:
+        """Says which options differ from those of the checkpoint; the base is measured anew where it has to be."""
+        saved = json.loads((folder / IDENTITY_NAME).read_text(encoding="utf-8"))
+        self._loss_before = saved.get("loss_sum")
+        changed = self._options_changed = changed_options(folder, options_of(self.args, self.family))
+        check_scheduler(changed)
+        self._eval_base = {}
+        if (folder / EVAL_BASE).is_file():
+            self._eval_base = json.loads((folder / EVAL_BASE).read_text(encoding="utf-8"))
+        levels = {len(losses) for losses in self._eval_base.values()}
+        measured = [name for name in changed if name in MEASURED or name.startswith("family.")]
+        if self._eval_base and (measured or levels != {self.args.eval_levels}):
+            logger.warning(
+                "The losses of the base model are measured again: %s changed, and with it `eval_loss`.",
+                ", ".join(measured) or "`eval_levels`",
+            )
+            self._eval_base = {}
+        if changed:
+            told = "; ".join(f"{name} {before!r} -> {now!r}" for name, (before, now) in sorted(changed.items()))
+            logger.warning("Other options than in %s apply from here on: %s.", folder.name, told)
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a checkpoint of this run to be resumed; plain JSON values."""
@@ -615,10 +676,15 @@ class DiffusionTrainer(Trainer):
         return epochs, batches
 
     def _run_epoch(self, model: Any, epoch: int, train_dataloader: Any, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # resumed at its end: the parent would train a step more
+            logger.info("Nothing left to train: step %d of %d.", self.state.global_step, self.state.max_steps)
+            self.control.should_training_stop = True
+            return
         with _position_exact_resume(), _optional_packages_looked_up_once(), _closed_after(train_dataloader):
             super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_finite()
         self._to_average()
         return super()._finalize_training(*args, **kwargs)
 
@@ -691,7 +757,10 @@ class DiffusionTrainer(Trainer):
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         if grad_norm is None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             grad_norm = self.accelerator.clip_grad_norm_(self._trained, float("inf"))
-        return super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.accelerator.scaler is None:  # with one, a step whose gradient overflows is left out
+            self._losses.note_norm(norm, self.state.global_step + 1)
+        return norm
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
@@ -790,10 +859,16 @@ class DiffusionTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The parent's, but the learning rate and the like are those of the options now."""
+        asked = rates(self.optimizer)
         if self._gathered is None or checkpoint is None:
-            return super()._load_optimizer_and_scheduler(checkpoint)
-        sharding.load_gathered_state(self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            sharding.load_gathered_state(self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        if checkpoint is not None and not self.is_deepspeed_enabled:
+            new_rate = "learning_rate" in self._options_changed
+            apply_rates(self.optimizer, self.lr_scheduler, asked, new_rate=new_rate)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The adapter as the family's LoRA file, or the network in diffusers layout. Never the frozen base.
@@ -809,6 +884,7 @@ class DiffusionTrainer(Trainer):
             if self._gathered is not None:
                 model = self._gathered.gather(model)
             if self.args.should_save:
+                self._check_weights(model)
                 folder.mkdir(parents=True, exist_ok=True)
                 self._save_weights(model, folder)
         if is_checkpoint and self._ema is not None:
@@ -820,7 +896,10 @@ class DiffusionTrainer(Trainer):
         loader = self.callback_handler.train_dataloader
         is_map_style = isinstance(loader, BucketLoader)  # a stream keeps its own place
         place = Place.of(self.state, loader, self.args.gradient_accumulation_steps) if is_map_style else None
-        write_json(folder / IDENTITY_NAME, self._identity() | {"place": place})
+        facts = {"place": place, "options": options_of(self.args, self.family)}
+        if is_checkpoint and self._loss_before is not None:
+            facts["loss_sum"] = self._loss_before + self._total_loss_scalar + self._tr_loss.item()
+        write_json(folder / IDENTITY_NAME, self._identity() | facts)
         if self._eval_base and is_checkpoint:
             write_json(folder / EVAL_BASE, self._eval_base)
 
@@ -831,6 +910,9 @@ class DiffusionTrainer(Trainer):
             self.family.save_network(model, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if self._measure_first:
+            self._measure_initial_weights()
+            self._measure_first = False
         network: Any = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
         folder = Path(resume_from_checkpoint)
         if self._gathered is None:

@@ -1,25 +1,43 @@
 """The interval of `eval_gain` and the metrics of an evaluation, against plain loops and known distributions."""
 
-import random
-
 import numpy as np
 import pytest
+from scipy import stats
 
-from sciflow_hf.training.evaluation import MIN_GROUPS, NUM_BOOTSTRAP, bootstrap_interval, quarter_means, summarise
+from sciflow_hf.training.evaluation import (
+    MIN_EFFECTIVE_GROUPS,
+    _degrees_of_freedom,
+    _unskewed,
+    mean_interval,
+    quarter_means,
+    student_quantile,
+    summarise,
+)
 
 
-def simple_interval(gains, groups, *, draws=4000, seed=1):
-    """The percentile bootstrap over groups, written with lists and Python's own generator."""
+def simple_interval(gains, groups):
+    """The same interval by loops, matrices and a search for the root."""
     by_group = {}
     for gain, group in zip(gains, groups, strict=True):
         by_group.setdefault(group, []).append(gain)
-    names, rng = list(by_group), random.Random(seed)
-    means = []
-    for _ in range(draws):
-        rows = [gain for name in rng.choices(names, k=len(names)) for gain in by_group[name]]
-        means.append(sum(rows) / len(rows))
-    means.sort()
-    return means[int(0.025 * draws)], means[int(0.975 * draws) - 1]
+    without = [np.mean([gain for name in by_group if name != left for gain in by_group[name]]) for left in by_group]
+    number, mean = len(by_group), np.mean(gains)
+    deviations = mean - np.array(without)
+    variance = (number - 1) / number * (deviations**2).sum()
+    skewness = (number - 1) / number * (deviations**3).sum() / variance**1.5
+    sizes = np.array([len(values) for values in by_group.values()])
+    w = sizes / sizes.sum()
+    residual = np.eye(number) - np.outer(np.ones(number), w)
+    form = residual.T @ np.diag((w / (1 - w)) ** 2) @ residual
+    degrees = []
+    for variances in (np.ones(number), 1 / sizes):
+        product = form @ np.diag(variances)
+        degrees.append(np.trace(product) ** 2 / np.trace(product @ product))
+    quantile = stats.t.ppf(0.975, min(degrees))
+    ends = np.linspace(-20, 20, 400_001)
+    transform = ends + skewness * ends**2 / 3 + skewness**2 * ends**3 / 27 + skewness / 6
+    low, high = (mean - np.sqrt(variance) * ends[np.searchsorted(transform, q)] for q in (quantile, -quantile))
+    return low, high
 
 
 def clustered(rng, num_groups, mean=0.1, between=0.3, within=0.2):
@@ -30,49 +48,81 @@ def clustered(rng, num_groups, mean=0.1, between=0.3, within=0.2):
     return levels + within * rng.standard_normal(len(groups)), groups
 
 
-@pytest.mark.parametrize("num_groups", [10, 40, 200])
+@pytest.mark.parametrize("num_groups", [15, 40, 200])
 def test_interval_equals_a_simple_one(num_groups):
     gains, groups = clustered(np.random.default_rng(num_groups), num_groups)
-    low, high = bootstrap_interval(gains, groups)
+    low, high = mean_interval(gains, groups)
     other_low, other_high = simple_interval(gains.tolist(), groups)
     width = other_high - other_low
-    assert abs(low - other_low) < 0.06 * width and abs(high - other_high) < 0.06 * width
+    assert abs(low - other_low) < 2e-4 * width and abs(high - other_high) < 2e-4 * width
     assert low < gains.mean() < high
 
 
-def test_interval_covers_the_truth_19_times_in_20():
-    """200 data sets of known mean; a binomial(200, 0.95) lies in [181, 198] but for 3 in 1000. Rows drawn one by
-    one, as if figures of a paper told as much as figures of different papers, would cover far less."""
-    covered = as_rows = 0
-    for seed in range(200):
-        gains, groups = clustered(np.random.default_rng(1000 + seed), 60, mean=0.1)
-        low, high = bootstrap_interval(gains, groups, seed=seed)
-        covered += low <= 0.1 <= high
-        low, high = bootstrap_interval(gains, [str(i) for i in range(len(gains))], seed=seed)
-        as_rows += low <= 0.1 <= high
-    assert 181 <= covered <= 198
-    assert as_rows < 175
+@pytest.mark.parametrize("degrees", [4, 5.5, 9, 30, 1000])
+def test_quantile_of_student(degrees):
+    assert student_quantile(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=4e-4)
 
 
-def test_interval_is_seeded_and_does_not_depend_on_the_order_of_rows():
+def test_degrees_of_equal_groups_are_the_usual_ones():
+    """n - 1, by hand: V is then the usual variance of a mean."""
+    for number in (10, 37):
+        assert _degrees_of_freedom(np.full(number, 1 / number), np.ones(number)) == pytest.approx(number - 1)
+
+
+def test_skewness_moves_the_interval_to_its_long_side():
+    for quantile, skewness in ((2.2, 0.6), (-2.2, 0.6), (2.2, -0.4), (2.0, 1e-9)):
+        t = _unskewed(quantile, skewness)
+        assert t + skewness * t**2 / 3 + skewness**2 * t**3 / 27 + skewness / 6 == pytest.approx(quantile)
+    gains = np.random.default_rng(0).exponential(size=30)
+    low, high = mean_interval(gains, [str(i) for i in range(30)])
+    assert high - gains.mean() > 1.3 * (gains.mean() - low)
+
+
+def unequal(rng, effective):
+    """Sizes of groups, lognormal with deviation 1, that are in effect so many equal ones."""
+    sizes = np.maximum(1, np.round(5 * np.exp(rng.standard_normal(effective)))).astype(int)
+    while sizes.sum() ** 2 / (sizes**2).sum() < effective:
+        sizes = np.append(sizes, max(1, round(5 * np.exp(rng.standard_normal()))))
+    return sizes
+
+
+@pytest.mark.parametrize("draw", ["normal", "exponential"])
+@pytest.mark.parametrize("effective", [10, 20])
+def test_interval_covers_the_truth_19_times_in_20(draw, effective):
+    """500 data sets of mean 0 in groups of very unequal size. The bounds: 4 deviations of a binomial below .93 and
+    .92, above .97, and above .04 for an interval that lies above 0. Rows as if they were groups cover far less."""
+    rng = np.random.default_rng(effective)
+    covered = better = as_rows = 0
+    for _ in range(500):
+        sizes = unequal(rng, effective)
+        noise = rng.standard_normal if draw == "normal" else lambda n: rng.exponential(size=n) - 1
+        gains = np.repeat(noise(len(sizes)), sizes) + 0.5 * noise(sizes.sum())
+        low, high = mean_interval(gains, np.repeat(np.arange(len(sizes)), sizes).astype(str))
+        covered, better = covered + (low <= 0 <= high), better + (low > 0)
+        low, high = mean_interval(gains, np.arange(len(gains)).astype(str))
+        as_rows += low <= 0 <= high
+    least = 0.93 if draw == "normal" else 0.92
+    deviation = np.sqrt(500 * least * (1 - least))
+    assert 500 * least - 4 * deviation <= covered <= 485 + 4 * deviation
+    assert better <= 20 + 4 * np.sqrt(20) and as_rows < 400
+
+
+def test_interval_does_not_depend_on_the_order_of_rows():
     gains, groups = clustered(np.random.default_rng(0), 30)
-    first = bootstrap_interval(gains, groups)
-    assert bootstrap_interval(gains, groups) == first != bootstrap_interval(gains, groups, seed=1)
     order = np.random.default_rng(1).permutation(len(gains))
-    shuffled = bootstrap_interval(gains[order], [groups[i] for i in order])
-    np.testing.assert_allclose(shuffled, first, rtol=1e-12)
-    state = np.random.get_state()[1].tolist()
-    bootstrap_interval(gains, groups)
-    assert np.random.get_state()[1].tolist() == state
+    shuffled = mean_interval(gains[order], [groups[i] for i in order])
+    np.testing.assert_allclose(shuffled, mean_interval(gains, groups), rtol=1e-12)
 
 
-def test_no_interval_below_ten_groups():
-    assert MIN_GROUPS == 10 and NUM_BOOTSTRAP == 2000
+def test_no_interval_below_ten_groups_in_effect():
+    assert MIN_EFFECTIVE_GROUPS == 10
     gains = np.arange(30.0)
-    assert bootstrap_interval(gains, [str(i % 9) for i in range(30)]) is None
-    low, high = bootstrap_interval(gains, [str(i % 10) for i in range(30)])
+    assert mean_interval(gains, [str(i % 9) for i in range(30)]) is None
+    low, high = mean_interval(gains, [str(i % 10) for i in range(30)])
     assert low < gains.mean() < high
-    assert bootstrap_interval(np.ones(12), [str(i) for i in range(12)]) == (1.0, 1.0)
+    assert mean_interval(gains, [str(max(i - 9, 0)) for i in range(30)]) is None, "21 groups, one of them of 10 rows"
+    assert mean_interval(gains, ["one"] * 30) is None
+    assert mean_interval(np.ones(12), [str(i) for i in range(12)]) == (1.0, 1.0)
 
 
 def test_quarters_of_the_noise_range():
@@ -106,7 +156,7 @@ def test_metrics_are_means_over_rows_and_levels(evaluation):
     assert metrics["gain"] == pytest.approx(metrics["base_loss"] - metrics["loss"])
     for quarter in range(4):
         assert metrics[f"loss_q{quarter + 1}"] == pytest.approx(losses[:, quarter].mean())
-    low, high = bootstrap_interval((base_losses - losses).mean(1), [groups[row] for row in rows])
+    low, high = mean_interval((base_losses - losses).mean(1), [groups[row] for row in rows])
     assert (metrics["gain_low"], metrics["gain_high"]) == (low, high) and 0 < low < metrics["gain"] < high
     assert all(isinstance(value, float) for value in metrics.values())
 

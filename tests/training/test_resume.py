@@ -1,0 +1,221 @@
+"""Resuming: a finished run, other options than before, and what a run of several calls reports."""
+
+import json
+import logging
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from trainings import LONGER, losses, make_trainer, same, trained
+
+import sciflow_hf as sf
+from sciflow_hf.adapters.files import WEIGHT_NAME
+from sciflow_hf.training.checkpoints import list_checkpoints
+from sciflow_hf.training.resume import IDENTITY_NAME
+
+STEPS = dict(save_strategy="steps", save_steps=2, max_steps=4, resume_from_checkpoint="latest")
+
+
+def rows(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+# ---- a finished run ----
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 2}, {"max_steps": -1, "num_train_epochs": 1.0, "save_steps": 3}])
+def test_a_finished_run_started_again_trains_nothing(tmp_path, family, even_cache, length):
+    options = STEPS | dict(eval_fraction=0.3)
+    first = make_trainer(tmp_path, family, even_cache, **options | {k: v for k, v in length.items() if v != 2})
+    first.train()
+    again = make_trainer(tmp_path, family, even_cache, **options | length)
+    again.train()
+    assert again.state.global_step == first.state.global_step
+    assert same(trained(first), trained(again)) and losses(first) == losses(again)
+    assert again.evaluate()["eval_loss"] == first.evaluate()["eval_loss"]
+    again.save_model()
+    assert same(load_file(tmp_path / WEIGHT_NAME), load_file(list_checkpoints(tmp_path)[0] / WEIGHT_NAME))
+
+
+def test_the_mean_loss_is_of_all_steps(tmp_path, family, even_cache):
+    """A run of 8 steps in three calls reports the mean of 8 losses, whatever was logged."""
+    options = STEPS | LONGER | dict(save_steps=3, logging_steps=4, max_steps=8)
+    whole = make_trainer(tmp_path / "whole", family, even_cache, **options | dict(logging_steps=1))
+    whole.train()
+    assert rows(whole, "train_loss") == [pytest.approx(np.mean(losses(whole)), rel=1e-4)]
+    shutil.copytree(tmp_path / "whole" / "checkpoint-6", tmp_path / "again" / "checkpoint-6")
+    again = make_trainer(tmp_path / "again", family, even_cache, **options)
+    again.train()
+    assert rows(again, "train_loss")[-1] == pytest.approx(rows(whole, "train_loss")[0], rel=1e-4)
+
+
+# ---- other options than before ----
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory, family, even_cache):
+    """A run that stopped at step 4 of 8, with an evaluation."""
+    folder = tmp_path_factory.mktemp("half")
+    trainer = make_trainer(
+        folder, family, even_cache, eval_fraction=0.3, max_steps=4, save_strategy="steps", save_steps=4,
+        eval_strategy="steps", eval_steps=4, learning_rate=1e-2,
+    )  # fmt: skip
+    trainer.train()
+    return folder
+
+
+def resumed(half, folder, family, data, **options):
+    shutil.copytree(half / "checkpoint-4", folder / "checkpoint-4")
+    return make_trainer(
+        folder, family, data, resume_from_checkpoint="latest",
+        **{"max_steps": 8, "eval_fraction": 0.3, "learning_rate": 1e-2, "eval_strategy": "steps", "eval_steps": 4,
+           "save_strategy": "steps", "save_steps": 4} | options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"learning_rate": 5e-3},
+        {"learning_rate": 5e-3, "lr_scheduler_type": "cosine", "warmup_steps": 2},
+        {"weight_decay": 0.1},
+        {"adam_beta1": 0.5, "adam_beta2": 0.9, "adam_epsilon": 1e-6},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_rates_of_the_command_apply(half, tmp_path, family, even_cache, caplog, options):
+    """The next step is AdamW's, with the moments of the checkpoint and the numbers of the command."""
+    trainer = resumed(half, tmp_path, family, even_cache, max_steps=5, **options)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    for name, value in options.items():
+        assert f"{name} " in caplog.text and f"-> {value!r}" in caplog.text
+    group, args = trainer.optimizer.param_groups[0], trainer.args
+    assert group["betas"] == (args.adam_beta1, args.adam_beta2) and group["eps"] == args.adam_epsilon
+    assert group["weight_decay"] == args.weight_decay and group["initial_lr"] == args.learning_rate
+    logged = rows(trainer, "learning_rate")[-1]
+    expected = args.learning_rate
+    if args.lr_scheduler_type == "cosine":  # step 4 of 5, of which 2 warm up
+        expected *= 0.5 * (1 + np.cos(np.pi * 2 / 3))
+    assert logged == pytest.approx(expected, rel=1e-6)
+    before = load_file(half / "checkpoint-4" / WEIGHT_NAME)
+    assert not same(before, load_file_of(trainer, tmp_path))
+
+
+def load_file_of(trainer, folder):
+    trainer.save_model(str(folder / "now"))
+    return load_file(folder / "now" / WEIGHT_NAME)
+
+
+def test_no_change_changes_nothing(half, tmp_path, family, even_cache, caplog):
+    with caplog.at_level(logging.WARNING):
+        trainer = resumed(half, tmp_path / "a", family, even_cache, max_steps=4)
+        trainer.train()
+    assert "Other options" not in caplog.text and "measured again" not in caplog.text
+
+
+def test_a_rate_with_a_schedule_that_keeps_its_own(half, tmp_path, family, even_cache):
+    options = dict(lr_scheduler_type="reduce_lr_on_plateau", eval_steps=2, save_strategy="steps", save_steps=2)
+    options |= dict(eval_fraction=0.3, eval_strategy="steps", max_steps=2, learning_rate=1e-2)
+    make_trainer(tmp_path, family, even_cache, **options).train()
+    again = make_trainer(
+        tmp_path, family, even_cache, resume_from_checkpoint="latest", **options | dict(max_steps=3, learning_rate=2e-3)
+    )
+    again.train()
+    assert rows(again, "learning_rate")[-1] == 2e-3
+    other = make_trainer(
+        tmp_path, family, even_cache, resume_from_checkpoint="latest", **options | dict(lr_scheduler_type="cosine")
+    )
+    with pytest.raises(sf.SciflowError, match="`lr_scheduler_type` reduce_lr_on_plateau then, cosine now"):
+        other.train()
+
+
+@pytest.mark.parametrize("options", [{"loss_type": "l1"}, {"eval_levels": 8}, {"min_snr_gamma": 5.0}, {"bf16": True}])
+def test_the_base_is_measured_again_where_the_loss_is_another(half, tmp_path, family, even_cache, caplog, options):
+    trainer = resumed(half, tmp_path / "again", family, even_cache, max_steps=4, **options)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+        now = trainer.evaluate()
+    assert f"measured again: {next(iter(options))}" in caplog.text
+    anew = make_trainer(tmp_path / "anew", family, even_cache, eval_fraction=0.3, **options)
+    fresh = anew.evaluate()
+    expected = pytest.approx(fresh["eval_loss"], rel=1e-6)  # means of single and of double precision
+    assert now["eval_base_loss"] == expected and fresh["eval_base_loss"] == expected != now["eval_loss"]
+
+
+def test_all_weights_are_measured_before_they_are_loaded(tmp_path, family, even_cache):
+    """Full fine-tuning has no base to switch to: the network as it is loaded, before the checkpoint."""
+    data, held_out = sf.load_cache(even_cache, dtype=torch.float32).split(0.3)
+
+    def make(folder, **options):
+        args = dict(
+            output_dir=str(tmp_path / folder), use_cpu=True, max_steps=2, logging_steps=1, save_steps=2, report_to="none",
+            per_device_train_batch_size=2, learning_rate=1e-3, save_strategy="steps", disable_tqdm=True,
+        )  # fmt: skip
+        model = family.load_model(dtype=torch.float32)
+        args = sf.DiffusionTrainingArguments(**args | options)
+        return sf.DiffusionTrainer(model, args, family=family, train_dataset=data, eval_dataset=held_out)
+
+    make("run").train()
+    fresh = make("fresh", loss_type="l1")
+    base = fresh.evaluate()["eval_loss"]
+    again = make("run", loss_type="l1", resume_from_checkpoint="latest", max_steps=3)
+    again.train()
+    now = again.evaluate()
+    assert now["eval_base_loss"] == pytest.approx(base, rel=1e-6) != now["eval_loss"]
+
+
+def test_a_checkpoint_without_options_resumes(half, tmp_path, family, even_cache):
+    """As earlier versions wrote them; another number of levels shows in what was measured."""
+    trainer = resumed(half, tmp_path, family, even_cache, max_steps=4, eval_levels=3)
+    path = tmp_path / "checkpoint-4" / IDENTITY_NAME
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in saved.items() if name not in ("options", "loss_sum")}))
+    (tmp_path / "checkpoint-4" / "manifest.json").unlink()
+    from sciflow_hf.training.checkpoints import write_manifest
+
+    write_manifest(tmp_path / "checkpoint-4")
+    trainer.train()
+    assert len(trainer._eval_base) == 0 or {len(v) for v in trainer._eval_base.values()} == {3}
+    assert trainer.evaluate()["eval_gain"]
+
+
+# ---- a result that is none ----
+
+
+def test_a_run_that_diverges_does_not_end_well(tmp_path, family, even_cache):
+    """Nothing is logged or saved before the end: the losses are looked at there."""
+    trainer = make_trainer(tmp_path, family, even_cache, learning_rate=1e20, logging_steps=1000)
+    with pytest.raises(sf.SciflowError, match=r"loss was not finite at step [23]\..*lower `--learning_rate`"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+def test_a_gradient_that_is_not_finite_makes_no_checkpoint(tmp_path, family, even_cache, max_grad_norm):
+    """The loss of step 2 is finite, its gradient is NaN: no row is blamed, and `latest` is the step before."""
+    options = dict(save_strategy="steps", save_steps=1, max_steps=4, logging_steps=1000, max_grad_norm=max_grad_norm)
+    trainer = make_trainer(tmp_path, family, even_cache, **options)
+    weight = trained_parameters(trainer)[0]
+    weight.register_hook(lambda grad: grad * (torch.nan if trainer.state.global_step == 1 else 1))
+    with pytest.raises(sf.SciflowError, match="gradient was not finite at step 2, though the loss was") as caught:
+        trainer.train()
+    assert "Rows" not in str(caught.value)
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == ["checkpoint-1"]
+    again = make_trainer(tmp_path, family, even_cache, resume_from_checkpoint="latest", **options)
+    again.train()
+    assert again.state.global_step == 4
+
+
+def trained_parameters(trainer):
+    return [p for p in trainer.model.parameters() if p.requires_grad]
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, family, even_cache):
+    trainer = make_trainer(tmp_path, family, even_cache)
+    with torch.no_grad():
+        trained_parameters(trainer)[3].view(-1)[0] = torch.inf
+    with pytest.raises(sf.SciflowError, match=r"hold NaN or infinity \(1 of \d+ tensors, the first .*lora"):
+        trainer.save_model()
+    assert not (tmp_path / WEIGHT_NAME).exists()
