@@ -7,6 +7,7 @@ import difflib
 import inspect
 import itertools
 import logging
+import math
 import os
 import re
 import sys
@@ -56,7 +57,7 @@ def option(
     many = isinstance(default, list)
     allowed = f"One{' or more' * many} of {', '.join(map(str, choices))}." if choices else ""
     words = _in_words(within)
-    text = " ".join(filter(None, (help, allowed, f"{words[:1].upper()}{words[1:]}." if within else "")))
+    text = " ".join(filter(None, (help, allowed, f"{words[:1].upper()}{words[1:]}." if words else "")))
     described = _Help(_escaped(text))
     described.choices, described.within, described.advice, described.check = choices, within, advice, check
     described.required_unless = required_unless
@@ -96,12 +97,18 @@ def check_options(args: Any) -> None:
                 several = "one or more" if isinstance(value, list) else "one"
                 allowed = f"use {several} of {', '.join(map(str, described.choices))}."
                 raise SciflowError(" ".join(filter(None, (f"`{field.name}` {single!r}: {allowed}", described.advice))))
-            if described.within and not _is_within(single, described.within):
-                words = f"`{field.name}` {value}: {_in_words(described.within)}."
-                raise SciflowError(" ".join(filter(None, (words, described.advice))))
+            if described.within:
+                check_range(field.name, single, described.within, described.advice)
     changed = [field.metadata["help"].check for field in fields if getattr(args, field.name) != _default(field)]
     for check in dict.fromkeys(filter(None, changed)):  # once where several options name it
         check(args)
+
+
+def check_range(name: str, value: float, within: str, advice: str = "") -> None:
+    """Raises SciflowError where the value of an option is no number in the interval, such as "[0, 1)"; NaN never is."""
+    if not _is_within(value, within):
+        words = _in_words(within) if math.isfinite(value) else f"a finite number is needed, {_in_words(within)}"
+        raise SciflowError(" ".join(filter(None, (f"`{name}` {value}: {words.rstrip(', ')}.", advice))))
 
 
 def _described(args: Any) -> list[dataclasses.Field]:
@@ -130,6 +137,8 @@ def _in_words(within: str) -> str:
     if not within:
         return ""
     low, high = (bound.strip() for bound in within[1:-1].split(","))
+    if low == "-inf":
+        return ""
     if high == "inf":
         return f"at least {low}" if within[0] == "[" else f"above {low}"
     return f"{low} to {high}" if (within[0], within[-1]) == ("[", "]") else f"in {within}"

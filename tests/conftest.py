@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent / "support"))  # for `from caches import write_cache`
+# For `from caches import write_cache`, and for recipes that are run here: the folder of a script is on the path.
+sys.path.insert(0, str(Path(__file__).parent / "support"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 from hub_server import HubServer, prepare_clients
 

@@ -79,6 +79,7 @@ class OptimizerArguments:
         None,
         f"Initial learning rate; {DEFAULT_LEARNING_RATE:g}, usual for LoRA, when not given. With --optim prodigy, "
         f"which finds the rate itself, a factor on it; {OPTIMIZERS['prodigy']:g} when not given.",
+        within="[0, inf)",
     )
     lora_plus_ratio: float | None = option(
         None,

@@ -93,7 +93,7 @@ class DiT(ModelFamily):
     )
     num_train_timesteps: int = option(1000, "Timesteps of ddpm.", within="[1, inf)")
     beta_schedule: str = option("linear", "Noise schedule of ddpm.", choices=BETA_SCHEDULES)
-    init_seed: int = option(0, "Seed of the initial weights.")
+    init_seed: int = option(0, "Seed of the initial weights.", within="[0, inf)")
 
     def predict(
         self, model: torch.nn.Module, batch: dict[str, Any], noisy_latents: torch.Tensor, levels: torch.Tensor

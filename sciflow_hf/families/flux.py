@@ -39,12 +39,14 @@ class Flux(PipelineFamily):
         1.0,
         "Input of the guidance embedding in training, where the network has one. At 1.0 the network's own guidance "
         "stays as it is in sampling (3.5 there).",
+        within="[0, inf)",
     )
     validation_true_cfg_scale: float = option(
         1.0,
         "Above 1, validation images are also drawn with true classifier-free guidance, away from "
         "`--validation_negative_prompt` (default: the empty prompt), in twice the time. `--validation_guidance_scale` "
         "stays the input of the embedding.",
+        within="[0, inf)",
     )
 
     def predict(

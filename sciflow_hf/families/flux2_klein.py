@@ -31,6 +31,7 @@ class Flux2Klein(PipelineFamily):
         512,
         "Tokens of a prompt, chat template included. All of them, padding too, take part in attention: sample with the "
         "same length.",
+        within="[1, inf)",
     )
 
     def predict(

@@ -64,13 +64,15 @@ class MicroscopyUNet(TimestepLevels, ModelFamily):
     layers_per_block: int = option(1, "Residual blocks of a level.", within="[1, inf)")
     attention_levels: int = option(0, "How many of the lowest levels have self-attention.", check=_check_attention)
     dropout: float = option(0.0, "Dropout in the residual blocks.", within="[0, 1)")
-    init_seed: int = option(0, "Seed of the weights of a new network.")
+    init_seed: int = option(0, "Seed of the weights of a new network.", within="[0, inf)")
     beta_schedule: str = option("cosine", "Noise schedule.", choices=SCHEDULES)
     num_train_timesteps: int = option(1000, "Noise levels of the schedule.", within="[2, inf)")
     prediction_type: str = option("v_prediction", "What the network predicts.", choices=objectives.PREDICTION_TYPES)
-    fourier_weight: float = option(0.0, "Weight of the loss in Fourier space.")
-    multiscale_weight: float = option(0.0, "Weight of the loss over several scales.")
-    perceptual_weight: float = option(0.0, "Weight of the loss of `--feature_network`.", check=_check_features)
+    fourier_weight: float = option(0.0, "Weight of the loss in Fourier space.", within="[0, inf)")
+    multiscale_weight: float = option(0.0, "Weight of the loss over several scales.", within="[0, inf)")
+    perceptual_weight: float = option(
+        0.0, "Weight of the loss of `--feature_network`.", within="[0, inf)", check=_check_features
+    )
     feature_network: str | None = option(
         None,
         "Network of the perceptual loss: `package.module:callable`, which returns a torch module, or a TorchScript "

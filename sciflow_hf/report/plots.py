@@ -108,7 +108,7 @@ def _draw_losses(axes: "Axes", history: Sequence[Mapping[str, Any]]) -> None:
 def _draw_held_out(axes: "Axes", history: Sequence[Mapping[str, Any]]) -> None:
     """`eval_loss`, or `eval_NAME_loss` for each of several data sets, with base and interval where there are any."""
     names = loss_names(history) - {"loss"}
-    prefixes = sorted(name.removesuffix("loss") for name in names if not name.endswith("_base_loss"))
+    prefixes = sorted({name.removesuffix("loss").removesuffix("base_") for name in names})
     colours = (_TRAINED, *_RANGES) if len(prefixes) > 1 else (_TRAINED,)
     for prefix, colour in zip(prefixes, colours, strict=False):
         data = prefix.removeprefix("eval_").rstrip("_")
@@ -116,7 +116,8 @@ def _draw_held_out(axes: "Axes", history: Sequence[Mapping[str, Any]]) -> None:
         if len(base[0]):  # measured once, true of every step
             base = np.append(0, base[0]), np.append(base[1][0], base[1])
         _draw(axes, base, _SOFT if len(prefixes) == 1 else colour, f"{data} base model".strip(), 1.6, style="--")
-        measured = [e for e in history if f"{prefix}gain_low" in e]
+        ends = [f"{prefix}{name}" for name in ("base_loss", "gain_low", "gain_high")]
+        measured = [e for e in history if all(np.isfinite(e.get(end, np.nan)) for end in ends)]
         steps, low = series(_differences(measured, prefix, "gain_high"), "loss")
         _, high = series(_differences(measured, prefix, "gain_low"), "loss")
         if len(steps):

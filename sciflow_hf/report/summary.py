@@ -1,6 +1,7 @@
 """What a finished run tells people: its model card, and a few lines for the console."""
 
 import importlib.metadata
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from .contact_sheet import sample_images
 from .model_card import CardFacts, save_card
 from .plots import PLOT_NAME, loss_names, plot_training
 
+NO_INTERVAL = "fewer than 10 held-out groups of like size"
 PACKAGES = ("torch", "transformers", "diffusers", "peft", "datasets", "accelerate")
 
 
@@ -56,7 +58,7 @@ def save_model_card(trainer: Trainer) -> None:
         },
         non_default_args=args.changed_options(),
         metrics=metrics,
-        interval_note="fewer than 10 held-out groups" if "eval_gain" in metrics else "",
+        interval_note=NO_INTERVAL if "eval_gain" in metrics else "",
         global_step=trainer.state.global_step,
         train_loss=losses[-1] if losses else None,
         versions={name: importlib.metadata.version(name) for name in PACKAGES},
@@ -102,10 +104,11 @@ def summary(trainer: Trainer) -> str:
     lines = [f"Trained {trainer.state.global_step} steps."]
     if "eval_gain" in metrics:
         base, loss, gain = metrics["eval_base_loss"], metrics["eval_loss"], metrics["eval_gain"]
-        verdict = "fewer than 10 held-out groups: no interval"
+        verdict = f"{NO_INTERVAL}: no interval"
         if "eval_gain_low" in metrics:
             low, high = metrics["eval_gain_low"], metrics["eval_gain_high"]
-            verdict = f"95 % interval {low:.4f} to {high:.4f}: {'better' if low > 0 else 'not clearly better'}"
+            words = "better" if low > 0 else "worse" if high < 0 else "no clear difference"
+            verdict = f"95 % interval {low:.4f} to {high:.4f}: {words if math.isfinite(gain) else 'not finite'}"
         lines.append(f"Held-out loss: {base:.4f} base model, {loss:.4f} now; gain {gain:.4f} ({verdict}).")
     elif "eval_loss" in metrics:
         lines.append(f"Held-out loss: {metrics['eval_loss']:.4f}.")

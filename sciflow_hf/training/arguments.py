@@ -1,6 +1,7 @@
 """`DiffusionTrainingArguments`: transformers' TrainingArguments plus what diffusion training adds."""
 
 import dataclasses
+import math
 import os
 from typing import Any, ClassVar
 
@@ -17,18 +18,18 @@ from ..engines.offload import OffloadArguments
 from ..engines.optimizers import DEFAULT_LEARNING_RATE, OPTIMIZERS, OptimizerArguments
 from ..engines.quantisation import QuantisationArguments
 from ..errors import SciflowError
-from ..options import arguments, check_options, option
+from ..options import arguments, check_options, check_range, option
 
 
 def _check_timestep_shift(args: Any) -> None:
     if args.timestep_shift == "none":
         return
     try:
-        positive = float(args.timestep_shift) > 0
+        shift = float(args.timestep_shift)
     except ValueError:
-        positive = False
-    if not positive:
-        raise SciflowError(f"`timestep_shift` {args.timestep_shift!r}: resolution, none, or a number above 0.")
+        shift = math.nan
+    if not 0 < shift < math.inf:
+        raise SciflowError(f"`timestep_shift` {args.timestep_shift!r}: resolution, none, or a finite number above 0.")
 
 
 def _check_negative_prompt(args: Any) -> None:
@@ -39,6 +40,22 @@ def _check_negative_prompt(args: Any) -> None:
 def _check_validation_size(args: Any) -> None:
     if len(args.validation_size) != 2:
         raise SciflowError(f"`validation_size` {args.validation_size}: height and width, two numbers.")
+
+
+_SEED = "[0, 4294967295]"  # what numpy takes
+_MODE = "Beyond that the density is none: equation 20 of Esser et al. 2024 is monotonic only within it."
+_STOCK_RANGES = {
+    **dict.fromkeys(("seed", "data_seed"), _SEED),
+    **dict.fromkeys(
+        ("weight_decay", "max_grad_norm", "warmup_steps", "eval_delay", "dataloader_num_workers"), "[0, inf)"
+    ),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), "[0, 1)"),
+    **dict.fromkeys(("adam_epsilon", "num_train_epochs", "eval_steps", "save_steps", "logging_steps"), "(0, inf)"),
+    **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps", "save_total_limit"), "[1, inf)"),
+    **dict.fromkeys(("dataloader_prefetch_factor", "ddp_bucket_cap_mb", "ddp_timeout"), "[1, inf)"),
+    "torch_empty_cache_steps": "[1, inf)",
+}
+"""Ranges of the parent's options, which the parent does not check."""
 
 
 @arguments
@@ -53,9 +70,11 @@ class NoiseLevelArguments:
         "else 1), as in diffusers' scripts.",
         choices=WEIGHTING_SCHEMES,
     )
-    logit_mean: float = option(0.0, "Mean of logit_normal; a positive one moves towards noise (Esser et al. 2024).")
-    logit_std: float = option(1.0, "Standard deviation of logit_normal.")
-    mode_scale: float = option(1.29, "Scale of mode.")
+    logit_mean: float = option(
+        0.0, "Mean of logit_normal; a positive one moves towards noise (Esser et al. 2024).", within="(-inf, inf)"
+    )
+    logit_std: float = option(1.0, "Standard deviation of logit_normal.", within="(0, inf)")
+    mode_scale: float = option(1.29, "Scale of mode.", within="[-1, 1.7519]", advice=_MODE)
     stratified_levels: bool = option(
         False,
         "Spread the noise levels of every optimizer step evenly over the density: one in each of as many equal parts "
@@ -75,11 +94,12 @@ class LossArguments:
     heading: ClassVar[str] = "Loss"
 
     loss_type: str = option("mse", "Loss of an element.", choices=LOSSES)
-    huber_delta: float = option(1.0, "Where the huber loss turns linear.")
+    huber_delta: float = option(1.0, "Where the huber loss turns linear.", within="(0, inf)")
     min_snr_gamma: float | None = option(
         None,
         "Weight by min(SNR, gamma) on the x0 loss (Hang et al. 2023), which some call SNR weighting; a very large one "
         "weights by the SNR itself. No such weight when not given. Works with every --loss_type.",
+        within="(0, inf)",
     )
 
 
@@ -125,10 +145,13 @@ class ValidationArguments:
     )
     validation_steps: int = option(500, "Optimizer steps between validation images.", within="[1, inf)")
     num_inference_steps: int = option(28, "Sampling steps of validation images.", within="[1, inf)")
-    validation_guidance_scale: float = option(3.5, "Guidance of validation images.")
-    validation_seeds: list[int] = option([0], "One image for each prompt and seed.")
+    validation_guidance_scale: float = option(3.5, "Guidance of validation images.", within="[0, inf)")
+    validation_seeds: list[int] = option([0], "One image for each prompt and seed.", within=_SEED)
     validation_size: list[int] = option(
-        [], "Height and width in pixels; the commonest bucket when not given.", check=_check_validation_size
+        [],
+        "Height and width in pixels; the commonest bucket when not given.",
+        within="[1, inf)",
+        check=_check_validation_size,
     )
 
 
@@ -196,8 +219,8 @@ class DiffusionTrainingArguments(
     heading: ClassVar[str] = "Training, with other defaults than those of transformers"
 
     lr_scheduler_type: SchedulerType | str = option("constant", "Learning rate schedule.")
-    per_device_train_batch_size: int = option(1, "Samples per device and micro-batch.")
-    per_device_eval_batch_size: int = option(1, "Samples per device in evaluation.")
+    per_device_train_batch_size: int = option(1, "Samples per device and micro-batch.", within="[1, inf)")
+    per_device_eval_batch_size: int = option(1, "Samples per device in evaluation.", within="[1, inf)")
     logging_steps: float = option(10, "Log every so many steps, or that share of the run.")
     remove_unused_columns: bool = option(False, "Must stay False: a batch is not the arguments of `model.forward`.")
     ddp_find_unused_parameters: bool | None = option(
@@ -208,6 +231,11 @@ class DiffusionTrainingArguments(
     )
 
     def __post_init__(self) -> None:
+        for name, within in _STOCK_RANGES.items():
+            if isinstance(value := getattr(self, name), int | float):
+                check_range(name, value, within)
+        if self.max_steps != -1:
+            check_range("max_steps", self.max_steps, "[1, inf)", "-1 leaves the length to `num_train_epochs`.")
         if self.learning_rate is None:
             self.learning_rate = OPTIMIZERS.get(self.optim, DEFAULT_LEARNING_RATE)
         if not torch.accelerator.is_available() and (self.bf16 or int(os.environ.get("WORLD_SIZE", "1")) > 1):

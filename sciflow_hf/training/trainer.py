@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 import accelerate.optimizer
+import numpy as np
 import torch
 import transformers.trainer
 from accelerate.utils import TorchDynamoPlugin, broadcast_object_list
@@ -442,6 +443,11 @@ class DiffusionTrainer(Trainer):
         losses, base = both[:, : both.shape[1] // 2], both[:, both.shape[1] // 2 :]
         if self._measure_base:
             self._eval_base.update({row: values.tolist() for row, values in zip(rows, base, strict=True)})
+        bad = sorted({row for row, finite in zip(rows, np.isfinite(losses).all(axis=1), strict=True) if not finite})
+        if bad:
+            logger.warning(
+                "The loss of %d of %d evaluated rows is not finite: %s.", len(bad), len(rows), ", ".join(bad[:5])
+            )
         levels = self.family.evaluation_levels(self.args.eval_levels).numpy() / self.family.level_range()
         known = self._eval_base if all(row in self._eval_base for row in rows) else None
         metrics = summarise(losses, levels, rows, self._eval_groups, known)

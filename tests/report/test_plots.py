@@ -155,3 +155,20 @@ def test_a_run_writes_it_shows_it_in_the_card_and_uploads_it(tmp_path, tiny_klei
     # The state is saved before the run's own closing entry, which no panel shows.
     assert from_state.read_bytes() == (tmp_path / "training.png").read_bytes()
     assert lines(panels(state["log_history"])["held-out loss"])["trained"][0] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    "name", ["eval_loss", "eval_base_loss", "eval_gain", "eval_gain_low", "eval_gain_high", "loss"]
+)
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_what_is_not_finite_is_left_out(tmp_path, name, everywhere):
+    """Whichever value of an evaluation is NaN, the others are drawn, and nothing warns."""
+    history = [dict(entry) for entry in RUN]
+    for entry in history if everywhere else history[:4]:
+        if name in entry:
+            entry[name] = float("nan")
+    drawn = panels(history)
+    assert "held-out loss" in drawn or (everywhere and name == "eval_loss")
+    for axes in drawn.values():
+        assert all(np.isfinite(values).all() for line in lines(axes).values() for values in line)
+    plot_training(history, tmp_path / "training.png")

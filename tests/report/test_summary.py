@@ -9,16 +9,17 @@ from sciflow_hf.report.summary import summary
 
 
 @pytest.mark.parametrize(
-    ("low", "words"),
+    ("low", "high", "words"),
     [
-        (0.01, "0.0100 to 0.0900: better)"),
-        (0.0, "not clearly better)"),
-        (-0.01, "-0.0100 to 0.0900: not clearly better)"),
+        (0.01, 0.09, "0.0100 to 0.0900: better)"),
+        (0.0, 0.09, "no clear difference)"),
+        (-0.01, 0.09, "-0.0100 to 0.0900: no clear difference)"),
+        (-0.09, -0.01, "-0.0900 to -0.0100: worse)"),
     ],
 )
-def test_better_is_said_only_where_the_interval_excludes_zero(tmp_path, low, words):
+def test_better_or_worse_is_said_only_where_the_interval_excludes_zero(tmp_path, low, high, words):
     metrics = {"eval_loss": 0.35, "eval_base_loss": 0.4, "eval_gain": 0.05}
-    history = [metrics | {"eval_gain_low": low, "eval_gain_high": 0.09}]
+    history = [metrics | {"eval_gain_low": low, "eval_gain_high": high}]
     trainer = SimpleNamespace(
         args=SimpleNamespace(output_dir=str(tmp_path)),
         state=SimpleNamespace(global_step=7, log_history=history),
@@ -29,4 +30,4 @@ def test_better_is_said_only_where_the_interval_excludes_zero(tmp_path, low, wor
     line = summary(trainer).splitlines()[1]
     assert line.startswith("Held-out loss: 0.4000 base model, 0.3500 now; gain 0.0500 (95 % interval") and words in line
     history[0] = metrics
-    assert "(fewer than 10 held-out groups: no interval)" in summary(trainer)
+    assert "(fewer than 10 held-out groups of like size: no interval)" in summary(trainer)

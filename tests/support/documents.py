@@ -7,7 +7,6 @@ import itertools
 import re
 import runpy
 import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -64,10 +63,8 @@ def parser_of(recipe: Path) -> RecipeParser:
         asked.append(classes)
         raise SystemExit
 
-    with mock.patch.object(sciflow_hf, "parse_args", parse_args), mock.patch.object(sys, "path", [*sys.path]):
-        sys.path.insert(0, str(recipe.parent))
-        with contextlib.suppress(SystemExit):
-            runpy.run_path(str(recipe), run_name="__main__")
+    with mock.patch.object(sciflow_hf, "parse_args", parse_args), contextlib.suppress(SystemExit):
+        runpy.run_path(str(recipe), run_name="__main__")
     return RecipeParser(list(asked[0]))
 
 

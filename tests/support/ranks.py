@@ -1,6 +1,7 @@
 """Trainings on several ranks of gloo: one launch takes a list of jobs, as loading the libraries costs most of it."""
 
 import json
+import os
 import shutil
 import sys
 from contextlib import contextmanager
@@ -63,12 +64,14 @@ def sharding_on_cpu():
         yield
 
 
-def train(*, start=None, **job):
+def train(*, start=None, on_rank_1=None, **job):
     """Losses of every step and how the parameters lie, or the error of a user's mistake.
 
-    `start` is a checkpoint to put into the output folder before.
+    `start` is a checkpoint to put into the output folder before; `on_rank_1` are other options there.
     """
     try:
+        if on_rank_1 is not None and os.environ["RANK"] == "1":
+            job |= on_rank_1
         if start is not None and PartialState().is_main_process:
             shutil.copytree(start, Path(job["output_dir"]) / Path(start).name)
         trainer = make(**job)

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import ranks
 import torch
 from safetensors.torch import load_file
 from trainings import LONGER, losses, make_trainer, same, trained
@@ -151,8 +152,9 @@ def test_all_weights_are_measured_before_they_are_loaded(tmp_path, family, even_
 
     def make(folder, **options):
         args = dict(
-            output_dir=str(tmp_path / folder), use_cpu=True, max_steps=2, logging_steps=1, save_steps=2, report_to="none",
-            per_device_train_batch_size=2, learning_rate=1e-3, save_strategy="steps", disable_tqdm=True,
+            output_dir=str(tmp_path / folder), use_cpu=True, max_steps=2, logging_steps=1, save_steps=2,
+            report_to="none", per_device_train_batch_size=2, learning_rate=1e-3, save_strategy="steps",
+            disable_tqdm=True,
         )  # fmt: skip
         model = family.load_model(dtype=torch.float32)
         args = sf.DiffusionTrainingArguments(**args | options)
@@ -219,3 +221,22 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, family, even_cache)
     with pytest.raises(sf.SciflowError, match=r"hold NaN or infinity \(1 of \d+ tensors, the first .*lora"):
         trainer.save_model()
     assert not (tmp_path / WEIGHT_NAME).exists()
+
+
+# ---- ranks that differ ----
+
+
+def test_ranks_that_differ_are_refused(tmp_path, tiny_klein, tiny_cache, even_cache):
+    """Before the first step, on both; with other rows it was a hang."""
+    job = dict(pipeline=tiny_klein, cache=even_cache, max_steps=2)
+    others = {
+        "seed": {"seed": 4}, "learning_rate": {"learning_rate": 2e-3}, "data": {"cache": str(tiny_cache)},
+        "weight_decay": {"weight_decay": 0.1}, "adapter": {"adapter": {"rank": 2}}, "eval_data": {"held_out": 3},
+    }  # fmt: skip
+    jobs = [job | dict(output_dir=tmp_path / name, on_rank_1=other) for name, other in others.items()]
+    results = ranks.launch(tmp_path, *jobs, job | dict(output_dir=tmp_path / "alike"))
+    for (name, other), result in zip(others.items(), results, strict=False):
+        assert f"the processes do not train the same: `{name}`" in result["error"], (other, result)
+        assert "on rank 0" in result["error"] and "on rank 1" in result["error"]
+        assert not (tmp_path / name / "checkpoint-2").exists()
+    assert len(results[-1]["losses"]) == 2
