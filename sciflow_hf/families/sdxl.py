@@ -40,7 +40,7 @@ class SDXL(TimestepLevels, PipelineFamily):
         77,
         "Tokens of a prompt, at most the 77 that the text encoders read. Fewer mean less padding, which takes part in "
         "attention: the pipeline's own encoding always has 77.",
-        within="[1, 77]",
+        within="[1, inf)",
     )
 
     def predict(
