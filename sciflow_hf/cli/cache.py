@@ -192,7 +192,7 @@ def _conversion(report: "ConvertReport") -> str:
     ratio = report.bytes_before / max(report.bytes_after, 1)
     rows = [
         ("samples", f"{report.samples} in {report.output_dir}"),
-        ("parts", f"{report.blocks}, {report.written} of them written now"),
+        ("blocks", f"{report.blocks}, {report.written} of them written now"),
         ("before", readable_bytes(report.bytes_before)),
         ("after", f"{readable_bytes(report.bytes_after)}, {ratio:.2f}x smaller"),
         ("distinct prompts", f"{report.prompts}"),
@@ -203,7 +203,7 @@ def _conversion(report: "ConvertReport") -> str:
         error = f"{report.fp8_error_mean:.2%} a token in the mean, {report.fp8_error_max:.2%} at most (relative L2)"
         rows.append(("fp8 error", error))
     if report.waiting:
-        rows.append(("waiting", f"{report.waiting} parts for other processes: repeat the command when they are done"))
+        rows.append(("waiting", f"{report.waiting} blocks for other processes: repeat the command when they are done"))
     return text_table(rows)
 
 

@@ -10,8 +10,7 @@ import torch
 
 from ..errors import CacheError, SciflowError
 from .arguments import DataArguments
-from .cache import LatentCache
-from .index import open_index
+from .cache import LatentCache, open_index
 from .prior import Prior
 from .split import spread
 from .storage import use_disk_cache

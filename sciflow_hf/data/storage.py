@@ -5,9 +5,7 @@ import io
 import logging
 import os
 import re
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -67,7 +65,10 @@ def reader(path: str) -> Callable[[int, _Buffer], None]:
         EOFError: the file ends before.
         CacheError: a remote that does not answer, or does not let us in.
     """
-    return _UrlFile(path).read_into if is_url(path) else _open_files.get(path).read_into
+    if is_url(path):
+        return _UrlFile(path).read_into
+    found = os.stat(path)
+    return _open_file(path, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)).read_into
 
 
 def read(path: str, offset: int, nbytes: int) -> bytes:
@@ -244,11 +245,10 @@ class _Raw(io.RawIOBase):
 class _OpenFile:
     """A descriptor that is closed when the last reader lets go of it."""
 
-    __slots__ = ("descriptor", "identity")
+    __slots__ = ("descriptor",)
 
     def __init__(self, path: str) -> None:
         self.descriptor = os.open(path, os.O_RDONLY)
-        self.identity = _identity(os.fstat(self.descriptor))
 
     def read_into(self, offset: int, buffer: _Buffer) -> None:
         done, nbytes = 0, buffer.nbytes
@@ -263,27 +263,7 @@ class _OpenFile:
         close(self.descriptor)
 
 
-class _OpenFiles:
-    """The files read last, kept open. A file that was replaced on disk is opened anew."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._files: OrderedDict[str, _OpenFile] = OrderedDict()
-
-    def get(self, path: str) -> _OpenFile:
-        identity = _identity(os.stat(path))
-        with self._lock:
-            file = self._files.pop(path, None)
-            if file is None or file.identity != identity:
-                file = _OpenFile(path)
-            self._files[path] = file
-            if len(self._files) > _OPEN_FILES:
-                self._files.popitem(last=False)
-        return file
-
-
-def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-_open_files = _OpenFiles()
+@functools.lru_cache(maxsize=_OPEN_FILES)
+def _open_file(path: str, identity: tuple[int, ...]) -> _OpenFile:
+    """One of the files read last, which stay open; another `identity` is a file that was replaced on the disk."""
+    return _OpenFile(path)

@@ -171,7 +171,7 @@ def test_blocks_have_a_bounded_size(images: Path, tmp_path: Path, payload: str, 
     with pytest.raises(RuntimeError):
         build(images, tmp_path / "cut", StubEncoders(stop_after=4), payload=payload)
     build(images, tmp_path / "cut", payload=payload)
-    parts = [len(load_cache(tmp_path / name).part_files) for name in ("whole", "cut")]
+    parts = [len(load_cache(tmp_path / name).index_files) for name in ("whole", "cut")]
     assert parts[0] == 1 and 3 <= parts[1] <= 6
     assert_same_samples(tmp_path / "whole", tmp_path / "cut")
 

@@ -14,6 +14,7 @@ from caches import encoder_settings, write_cache
 
 from sciflow_hf.data.build import convert
 from sciflow_hf.data.build.convert import convert_cache
+from sciflow_hf.data.cache import LatentCache
 from sciflow_hf.data.layouts.shards import read_header
 from sciflow_hf.data.load import load_cache
 from sciflow_hf.errors import CacheError, SciflowError
@@ -283,7 +284,7 @@ def test_ranks_make_what_one_process_makes(tmp_path, repeated, payload):
 
 @pytest.mark.parametrize("payload", ["shards", "inline", "npz"])
 def test_stopped_in_a_block(tmp_path, source, payload, monkeypatch):
-    read = convert._Converter._read
+    read = LatentCache.read
     calls = []
 
     def failing(self, row, members):
@@ -292,7 +293,7 @@ def test_stopped_in_a_block(tmp_path, source, payload, monkeypatch):
             raise KeyboardInterrupt
         return read(self, row, members)
 
-    monkeypatch.setattr(convert._Converter, "_read", failing)
+    monkeypatch.setattr(LatentCache, "read", failing)
     with pytest.raises(KeyboardInterrupt):
         convert_cache(source, tmp_path / "new", payload=payload, shard_bytes=SHARD)
     there = contents(tmp_path / "new")

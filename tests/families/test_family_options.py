@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from dits import SMALL, FewImages, dit_trainer
 
 import sciflow_hf as sf
-from sciflow_hf.data.index import common_metadata, same_setting
+from sciflow_hf.data.cache import common_metadata, same_setting
 from sciflow_hf.families.loading import model_source
 
 PACKAGE = str(Path(sf.__file__).parent) + "/"

@@ -16,8 +16,7 @@ import pyarrow.parquet as pq
 from ...errors import CacheError
 from ...files import move_file
 from .. import storage
-from ..cache import LatentCache
-from ..index import open_index
+from ..cache import LatentCache, open_index
 from ..layouts.base import TEXT_TENSORS, Block, Encoded, Sample, index_file, payload_columns
 from ..layouts.shards import Shard, shard_file
 from ..writing import output_file

@@ -8,19 +8,58 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import SciflowError
-from ..index import ENCODER_KEYS, portable
+from ..cache import ENCODER_KEYS, differences, portable
 from ..layouts.base import Layout, Writer
 from ..layouts.inline import InlineWriter
 from ..layouts.npz import NpzWriter
 from ..layouts.shards import ShardWriter
+from ..writing import output_file
 
 MAX_ROWS = 10_000  # of a block
+BUILD_FILE, CONVERT_FILE = "build.json", "convert.json"  # in a cache: the settings it was made with
 WRITERS: dict[str, type[Writer]] = {writer.payload: writer for writer in (NpzWriter, ShardWriter, InlineWriter)}
 
 
 def writer_of(output: Path, layout: Layout) -> Writer:
     """Writes blocks of a cache."""
     return WRITERS[layout.payload](output, layout)
+
+
+def noted_settings(file: Path, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What an earlier run on the folder of `file` noted there, and how its settings `differ`; None for a new folder.
+
+    Args:
+        file: `BUILD_FILE` or `CONVERT_FILE` of `output_dir`.
+        defaults: of settings that older files lack.
+
+    Raises:
+        SciflowError: `output_dir` holds something else.
+    """
+    output, what = file.parent, {BUILD_FILE: "build", CONVERT_FILE: "convert"}[file.name]
+    if output.exists() and not output.is_dir():
+        raise SciflowError(f"`output_dir` is {str(output)!r}, which is a file. Name a folder.")
+    if not file.is_file():
+        other = any((output / name).is_file() for name in (BUILD_FILE, CONVERT_FILE))
+        if other or next(output.rglob("*.parquet"), None) is not None:
+            raise SciflowError(
+                f"`output_dir` is {str(output)!r}, which holds a cache or other parquet files, but no {file.name}: it "
+                f"was not made by `sciflow-hf cache {what}`. Name another folder."
+            )
+        return None
+    try:
+        noted = dict(json.loads(file.read_text()))
+        before = {**defaults, **noted["settings"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SciflowError(
+            f"{file} is not the settings of `cache {what}` ({error!r}). Name another `output_dir`."
+        ) from error
+    return noted | {"differ": "; ".join(differences(before, settings, "`{}` was {!r} and is now {!r}"))}
+
+
+def write_settings(file: Path, settings: Mapping[str, Any], **more: Any) -> None:
+    """Notes the settings of a run in its output."""
+    with output_file(file) as handle:
+        handle.write(json.dumps({"settings": settings, **more}, indent=2).encode() + b"\n")
 
 
 def prompt_hash(caption: str, settings: Mapping[str, Any]) -> str:

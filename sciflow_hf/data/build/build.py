@@ -20,12 +20,12 @@ from ... import __version__
 from ...errors import SciflowError, first_line
 from ..batches.buckets import aspect_ratio_buckets
 from ..batches.loader import text_rows
-from ..index import EMPTY_PROMPT_FILE, same_setting
+from ..cache import EMPTY_PROMPT_FILE
 from ..layouts.base import Layout
 from ..layouts.npz import write_npz
 from ..writing import output_file, readable_bytes
 from .block_staging import InlineStaging, ShardStaging
-from .blocks import locked
+from .blocks import BUILD_FILE, locked, noted_settings, write_settings
 from .jobs import Batch, Job, by_bucket, find_jobs, in_batches
 from .sources import Record, find_records, to_rgb
 from .staging import FOLDER, NpzStaging, Skips, Staging
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SETTINGS_FILE = "build.json"
 BLOCK_BYTES = 1 << 30
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 STAGING: dict[str, type[Staging]] = {"shards": ShardStaging, "inline": InlineStaging, "npz": NpzStaging}
+_OLDER = {"payload": "npz", "embeds": "bf16", "codec": "none"}  # before there were other layouts
 _Tensors = dict[str, torch.Tensor]
 _Encode = Callable[[Any], _Tensors]
 
@@ -150,7 +150,12 @@ def build_cache(
     output = Path(output_dir)
     facts = json.loads(json.dumps({**settings, "dtype": dtype, "resolution": resolution}))  # tuples become lists
     fixed = facts | {"bucket_step": bucket_step, "payload": payload, "embeds": embeds, "codec": codec}
-    _check_output(output, fixed)
+    noted = noted_settings(output / BUILD_FILE, fixed, _OLDER)
+    if noted and noted["differ"]:
+        raise SciflowError(
+            f"`output_dir` is {str(output)!r}, which was built with other settings: {noted['differ']}. Use those, or "
+            "name another folder."
+        )
     if flip and rank == 0:
         logger.warning("`flip`: mirrored text cannot be read, and captions that say left or right become wrong.")
 
@@ -174,14 +179,14 @@ def build_cache(
             f"`input_dir` is {str(input_dir)!r}: none of its images can be read. First: {skips.first()}."
         )
     staging = kind(output, jobs, facts | {"version": __version__}, layout, skips)
-    work = _Builder(
-        staging, jobs, encode_images, encode_prompts, skips,
-        settings=fixed, batch_size=batch_size, samples_per_part=samples_per_part,
-        time_ids=time_ids, rank=rank, world_size=world_size, barrier=barrier,
+    report = BuildReport(output)
+    builder = _Builder(
+        staging, jobs, encode_images, encode_prompts, skips, report, fixed, batch_size, samples_per_part, time_ids,
+        rank, world_size, barrier,
     )  # fmt: skip
     with locked(output) if rank == 0 else contextlib.nullcontext():
-        work.run()
-    report = BuildReport(output, work.samples, work.encoded, work.reused, list(skips.found.items()), work.bytes)
+        builder.run()
+    report.skipped = list(skips.found.items())
     if rank == 0:
         if not report.samples:
             raise SciflowError(f"`input_dir` is {str(input_dir)!r}: no image could be used. First: {skips.first()}.")
@@ -193,90 +198,42 @@ def build_cache(
     return report
 
 
-# What the settings of a cache say that was built before there were other layouts than npz.
-_NPZ = {"payload": "npz", "embeds": "bf16", "codec": "none"}
-
-
-def _check_output(output: Path, settings: Mapping[str, Any]) -> None:
-    """Refuses a folder that is not a cache of these settings."""
-    file = output / SETTINGS_FILE
-    if output.exists() and not output.is_dir():
-        raise SciflowError(f"`output_dir` is {str(output)!r}, which is a file. Name a folder.")
-    if not file.is_file():
-        if output.is_dir() and next(output.rglob("*.parquet"), None) is not None:
-            raise SciflowError(
-                f"`output_dir` is {str(output)!r}, which holds parquet files, but no {SETTINGS_FILE}: it was "
-                "not made by `sciflow-hf cache build`. Name another folder."
-            )
-        return
-    try:
-        before = _NPZ | json.loads(file.read_text())["settings"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise SciflowError(f"{file} is not the settings of a build ({error!r}). Name another `output_dir`.") from error
-    differ = [
-        f"`{key}` was {before.get(key)!r} and is now {settings.get(key)!r}"
-        for key in sorted(before.keys() | settings.keys())
-        if not same_setting(key, before.get(key), settings.get(key))
-    ]
-    if differ:
-        raise SciflowError(
-            f"`output_dir` is {str(output)!r}, which was built with other settings: {'; '.join(differ)}. Use "
-            "those, or name another folder."
-        )
-
-
+@dataclass
 class _Builder:
-    """The work of one rank: its share of the batches is encoded, its blocks are completed; see `build_cache`.
+    """The work of one rank: its share of the batches is encoded, its blocks are completed; see `build_cache`."""
 
-    Attributes:
-        samples: rows of the index (rank 0).
-        encoded: samples that this rank, and on rank 0 all, encoded.
-        reused: samples that were there before (rank 0).
-        bytes: of the payloads (rank 0).
-    """
+    staging: Staging
+    jobs: Sequence[Job]
+    encode_images: _Encode
+    encode_prompts: _Encode
+    skip: Skips
+    report: BuildReport
+    settings: Mapping[str, Any]
+    batch_size: int
+    samples_per_part: int
+    time_ids: bool
+    rank: int
+    world_size: int
+    barrier: Callable[[], None]
+    texts: dict[str, _Tensors] = field(default_factory=dict)  # of the last batch
+    sizes: dict[str, int] = field(default_factory=dict)  # bytes of an image, of a prompt
+    left: dict[str, int] = field(default_factory=dict)  # images and prompts to encode, on all ranks
+    own: int | None = None  # images that this rank encodes; None before that is planned
+    bar: "tqdm[Any] | None" = None
+    opened: "tuple[str, Image.Image | None]" = ("", None)
 
-    def __init__(
-        self,
-        staging: Staging,
-        jobs: Sequence[Job],
-        encode_images: _Encode,
-        encode_prompts: _Encode,
-        skip: Skips,
-        *,
-        settings: Mapping[str, Any],
-        batch_size: int,
-        samples_per_part: int,
-        time_ids: bool = False,
-        rank: int,
-        world_size: int,
-        barrier: Callable[[], None],
-    ) -> None:
-        self.staging, self.jobs, self.skip, self.settings = staging, jobs, skip, settings
-        self.encode_images, self.encode_prompts = encode_images, encode_prompts
-        self.batch_size, self.samples_per_part = batch_size, samples_per_part
-        self.rank, self.world_size, self.barrier = rank, world_size, barrier
-        self.output, self.dtype, self.with_embeds = (
-            staging.output,
-            staging.layout.dtype,
-            staging.layout.embeds != "none",
-        )
-        self.uses = Counter(job.caption for job in jobs)
-        self.time_ids = time_ids
-        self.masked = any(job.record.open_mask is not None for job in jobs)
-        self.texts: dict[str, _Tensors] = {}  # of the last batch
-        self.samples = self.encoded = self.reused = self.bytes = 0
-        self.sizes: dict[str, int] = {}  # bytes of an image, of a prompt
-        self.left: dict[str, int] = {}  # images and prompts to encode, on all ranks
-        self.own: int | None = None  # images that this rank encodes; None before that is planned
-        self.bar: tqdm[Any] | None = None
-        self.opened: tuple[str, Image.Image | None] = ("", None)
+    def __post_init__(self) -> None:
+        self.output, layout = self.staging.output, self.staging.layout
+        self.dtype, self.with_embeds = layout.dtype, layout.embeds != "none"
+        self.uses = Counter(job.caption for job in self.jobs)
+        self.masked = any(job.record.open_mask is not None for job in self.jobs)
 
     def run(self) -> None:
         """Builds, together with the other ranks."""
         try:
             self._run()
         except KeyboardInterrupt:
-            done, total = self.encoded + self.reused, len(self.jobs)
+            done, total = self.report.encoded + self.report.reused, len(self.jobs)
             logger.warning("Stopped with %d of %d images encoded. The same command goes on from here.", done, total)
             raise
         finally:
@@ -298,9 +255,9 @@ class _Builder:
         turn = itertools.count()  # batches are dealt in turn, over all blocks: no rank has one more than another
         mine = [[batch for batch in block if next(turn) % self.world_size == self.rank] for block in batches]
         images, prompts = sum(len(todo.jobs) for todo in blocks), sum(len(todo.prompts or ()) for todo in blocks)
-        self.left = {"image": images + self.encoded, "prompt": prompts}
+        self.left = {"image": images + self.report.encoded, "prompt": prompts}
         self.own = sum(len(batch.jobs) for block in mine for batch in block)
-        self.reused = len(self.jobs) - self.left["image"]
+        self.report.reused = len(self.jobs) - self.left["image"]
         if not self.left["image"]:
             logger.info("All %d images are encoded already.", len(self.jobs))
         for start in range(0, len(blocks), self.world_size):
@@ -324,14 +281,14 @@ class _Builder:
         self.barrier()
         if self.rank == 0:
             self._read_notes()
-            self.samples, self.bytes = self.staging.close()
+            self.report.samples, self.report.bytes = self.staging.close()
             if (self.output / FOLDER).exists():
                 shutil.rmtree(self.output / FOLDER)
         self.barrier()
 
     def _begin(self) -> None:
         """What one rank does before the others start."""
-        size = self._settings_before().get("sample_bytes")
+        size = self._sample_bytes()
         self._write_settings(size)
         self.staging.clean()
         file = self.output / EMPTY_PROMPT_FILE
@@ -351,20 +308,17 @@ class _Builder:
                 return size
         return None
 
-    def _settings_before(self) -> dict[str, Any]:
-        file = self.output / SETTINGS_FILE
-        return json.loads(file.read_text()) if file.is_file() else {}
+    def _sample_bytes(self) -> int | None:
+        file = self.output / BUILD_FILE
+        return json.loads(file.read_text()).get("sample_bytes") if file.is_file() else None
 
     def _write_settings(self, sample_bytes: int | None) -> None:
-        content: dict[str, Any] = {"settings": self.settings, "version": __version__}
-        if sample_bytes is not None:  # kept, so that the blocks of a build are as large before as after a kill
-            content["sample_bytes"] = sample_bytes
-        text = json.dumps(content, indent=2) + "\n"
-        with output_file(self.output / SETTINGS_FILE) as file:
-            file.write(text.encode())
+        # Kept, so that the blocks of a build are as large before as after a kill.
+        more = {} if sample_bytes is None else {"sample_bytes": sample_bytes}
+        write_settings(self.output / BUILD_FILE, self.settings, version=__version__, **more)
 
     def _block_size(self) -> int:
-        size = self._settings_before().get("sample_bytes")
+        size = self._sample_bytes()
         return max(1, min(self.samples_per_part, BLOCK_BYTES // size)) if size else self.samples_per_part
 
     def _encode(self, batch: Batch) -> None:
@@ -399,7 +353,7 @@ class _Builder:
                 self.skip(job.name, f"its encoded {bad} holds NaN or Inf in {self.settings['dtype']}")
                 continue
             self.sizes["image"] = self.staging.save(job, sample)
-            self.encoded += 1
+            self.report.encoded += 1
             self._advance()
 
     def _encode_texts(self, batch: Batch, good: Sequence[Job]) -> None:
@@ -455,7 +409,7 @@ class _Builder:
         return self.output / FOLDER / f"rank{rank}.json"
 
     def _write_note(self) -> None:
-        text = json.dumps([self.encoded, self.skip.found])
+        text = json.dumps([self.report.encoded, self.skip.found])
         with output_file(self._note(self.rank)) as file:
             file.write(text.encode())
 
@@ -463,7 +417,7 @@ class _Builder:
         """Adds what the other ranks did."""
         for rank in range(1, self.world_size):
             encoded, skipped = json.loads(self._note(rank).read_text())
-            self.encoded += encoded
+            self.report.encoded += encoded
             self.skip.found |= skipped
 
 

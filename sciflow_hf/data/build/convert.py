@@ -21,19 +21,25 @@ from tqdm import tqdm
 from ... import __version__
 from ...errors import CacheError, SciflowError
 from .. import storage
-from ..cache import LatentCache
-from ..index import CAPTION_COLUMNS, EMPTY_PROMPT_FILE
+from ..cache import CAPTION_COLUMNS, EMPTY_PROMPT_FILE, LatentCache
 from ..layouts.base import METADATA_KEY, TEXT_TENSORS, Block, Layout, Member, payload_columns, target_dtype
 from ..layouts.codecs import quantise
 from ..layouts.shards import read_header
 from ..load import load_cache
 from ..writing import output_file, readable_bytes
-from .blocks import cut_blocks, first_rows, locked, prompt_hash, writer_of
-from .build import SETTINGS_FILE as BUILD_SETTINGS
+from .blocks import (
+    CONVERT_FILE,
+    cut_blocks,
+    first_rows,
+    locked,
+    noted_settings,
+    prompt_hash,
+    write_settings,
+    writer_of,
+)  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
-SETTINGS_FILE = "convert.json"
 # Two encodings of one prompt in 16 bit differ by less than this, relative to their length; different ones by more.
 _SAME_PROMPT = 1e-2
 _PathLike = str | os.PathLike[str]
@@ -116,10 +122,10 @@ def convert_cache(
     converter = _Converter(plan, output, ConvertReport(output, len(source), len(plan.blocks), prompts=plan.prompts))
     with locked(output) if rank == 0 else nullcontext():
         if rank == 0:
-            _claim(output, plan, folders or source.part_files)
+            _claim(output, plan, folders or source.index_files)
             _remove_temporaries(output)
         barrier()
-        _claim(output, plan, folders or source.part_files)
+        _claim(output, plan, folders or source.index_files)
         return converter.run(rank, world_size, barrier)
 
 
@@ -173,7 +179,7 @@ class _Plan:
         prompts = text[:, 0] * (text[:, 1] + 4 if self.layout.embeds == "fp8" else 2 * text[:, 1])
         for name, member in members.items():
             if name not in ("latents", "latents_std", "prompt_embeds"):
-                nbytes = member.numel * _itemsize(member)
+                nbytes = member.numel * target_dtype(member, torch.bfloat16).itemsize
                 (prompts if name in TEXT_TENSORS else sizes)[:] += nbytes
         if self.layout.embeds != "none":
             sizes += np.where(np.array(self.first) == np.arange(len(sizes)), prompts, 0)
@@ -205,11 +211,6 @@ class _Plan:
         return files
 
 
-def _itemsize(member: Member) -> int:
-    """Bytes of a value once it is stored anew."""
-    return target_dtype(member, torch.bfloat16).itemsize
-
-
 def _open(
     input_dir: "_PathLike | Sequence[_PathLike] | LatentCache", payload_dir: _PathLike | None
 ) -> tuple[LatentCache, list[str]]:
@@ -226,14 +227,14 @@ def _open(
     if not len(cache):
         raise SciflowError("`input_dir` is a view without rows.")
     source = cache.select(range(len(cache)))
-    source.online_text = None
+    source.online_text, source.dtype = None, torch.bfloat16
     return source, folders
 
 
 def _check_apart(output: Path, source: LatentCache, folders: Sequence[str]) -> None:
     """Refuses an output in which the source lies, or the other way round."""
     new = os.path.realpath(output)
-    known = [*folders, *map(os.path.dirname, source.part_files)] + (
+    known = [*folders, *map(os.path.dirname, source.index_files)] + (
         [reader.root for reader in source.readers] if not folders else []
     )
     for folder in dict.fromkeys(os.path.realpath(f) for f in known if not storage.is_url(f) and os.path.isdir(f)):
@@ -246,35 +247,14 @@ def _check_apart(output: Path, source: LatentCache, folders: Sequence[str]) -> N
 
 def _claim(output: Path, plan: _Plan, source: Sequence[str]) -> None:
     """Writes the settings of the conversion, or compares them with what is there."""
-    file = output / SETTINGS_FILE
-    if not file.is_file():
-        if next(output.rglob("*.parquet"), None) is not None or (output / BUILD_SETTINGS).is_file():
-            raise SciflowError(
-                f"`output_dir` is {str(output)!r}, which holds a cache, but no {SETTINGS_FILE}: it was not made by "
-                "`sciflow-hf cache convert`. Name another folder."
-            )
-        text = json.dumps({"settings": plan.settings, "source": list(source), "version": __version__}, indent=2)
-        with output_file(file) as handle:
-            handle.write(text.encode() + b"\n")
-        return
-    try:
-        before = json.loads(file.read_text())
-        old, old_source = dict(before["settings"]), before["source"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    noted = noted_settings(output / CONVERT_FILE, plan.settings, {})
+    if noted is None:
+        write_settings(output / CONVERT_FILE, plan.settings, source=list(source), version=__version__)
+    elif noted["differ"]:
+        before = ", ".join(noted.get("source", []))
         raise SciflowError(
-            f"{file} is not the settings of a conversion ({error!r}). Name another `output_dir`."
-        ) from error
-    new = plan.settings
-    differ = [
-        f"`{key}` was {old.get(key)!r} and is now {new.get(key)!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
-    if differ:
-        raise SciflowError(
-            f"`output_dir` is {str(output)!r}, which holds the conversion of {', '.join(old_source)}; the source is "
-            f"now {', '.join(source)}, and {'; '.join(differ)}. Use the same source and settings, or name another "
-            "folder."
+            f"`output_dir` is {str(output)!r}, which holds the conversion of {before}; the source is now "
+            f"{', '.join(source)}, and {noted['differ']}. Use the same source and settings, or name another folder."
         )
 
 
@@ -382,21 +362,16 @@ class _Converter:
             others = source.members(first)
             if all(_place(members[name]) == _place(others[name]) for name in text):
                 kept = {name: member for name, member in kept.items() if name not in text}
-        sample = self._read(row, kept)
+        sample = source.read(row, kept)
         if first != row and text[0] in sample:
             other = self.owner_text(first)
             if all(_same(sample[name], other[name]) for name in text):
                 sample = {name: value for name, value in sample.items() if name not in text}
         return sample
 
-    def _read(self, row: int, members: Mapping[str, Member]) -> dict[str, torch.Tensor]:
-        sample = {n: torch.empty(m.shape, dtype=target_dtype(m, torch.bfloat16)) for n, m in members.items()}
-        self.plan.source.read_into(row, sample, members)
-        return sample
-
     def _read_text(self, row: int) -> dict[str, torch.Tensor]:
         members = self.plan.source.members(row)
-        return self._read(row, {name: member for name, member in members.items() if name in TEXT_TENSORS})
+        return self.plan.source.read(row, {name: member for name, member in members.items() if name in TEXT_TENSORS})
 
     def _copy_empty_prompt(self) -> None:
         source, target = self.plan.source.empty_prompt_file, self.output / EMPTY_PROMPT_FILE
@@ -416,7 +391,7 @@ class _Converter:
         report.waiting = sum(not (self.output / block.index_file).is_file() for block in plan.blocks)
         report.bytes_before = plan.source.payload_bytes()[0]
         files = [file for file in self.output.rglob("*") if file.is_file() and not file.name.startswith(".")]
-        report.bytes_after = sum(file.stat().st_size for file in files if file.name != SETTINGS_FILE)
+        report.bytes_after = sum(file.stat().st_size for file in files if file.name != CONVERT_FILE)
         if plan.layout.payload == "shards":
             shards = [file for file in files if file.suffix == ".safetensors"]
             keys = [key for file in shards for key in read_header(str(file)) if key.startswith("prompt_embeds.")]

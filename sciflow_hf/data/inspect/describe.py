@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...errors import CacheError
-from ..index import CAPTION_COLUMNS
+from ..cache import CAPTION_COLUMNS
 from ..layouts.base import Member
 from ..writing import readable_bytes
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from ...errors import SciflowError
 from ...files import atomic_folder
 from .. import storage
-from ..index import EMPTY_PROMPT_FILE, is_binary, read_schema, read_table
+from ..cache import EMPTY_PROMPT_FILE, is_binary, read_schema, read_table
 from ..layouts.base import Reader
 from ..writing import cannot_write
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ...errors import CacheError, SciflowError
 from .. import storage
-from ..index import PLACE_COLUMNS
+from ..cache import MEMBER_COLUMNS
 from ..layouts.base import BROKEN, DTYPES, Member, Reader, read_member
 from ..layouts.npz import npz_problems
 
@@ -287,7 +287,7 @@ def repeated_rows(cache: "LatentCache") -> Iterator[tuple[int, str]]:
     import pyarrow as pa
 
     names = ["image_path", "variant"]
-    for columns, needed in ((PLACE_COLUMNS, "cache_path"), (_checksum_columns(cache), "latents_crc32")):
+    for columns, needed in ((MEMBER_COLUMNS, "cache_path"), (_checksum_columns(cache), "latents_crc32")):
         found = {name: cache.column(name) for name in dict.fromkeys((*names, *columns))}
         if found.get(needed) is None:
             continue

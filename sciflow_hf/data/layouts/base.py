@@ -106,25 +106,29 @@ def read_member(member: Member, out: torch.Tensor, where: str) -> None:
     Raises:
         CacheError: naming `where` and the file, if the bytes are not there or do not decode.
     """
+    stored = DTYPES[member.dtype]
     with explain(member.file, where, member.name):
         if tuple(out.shape) != member.shape:
             raise ValueError(f"shape {member.shape} does not fit into {tuple(out.shape)}")
         if member.codec == "numpy":
             out.copy_(_from_numpy(member))
-        elif member.codec == "zstd":
-            data = np.empty(member.nbytes, dtype=np.uint8)
-            storage.read_into(member.file, member.offset, data)
-            same = DTYPES[member.dtype] == out.dtype
-            values = out if same else torch.empty(member.shape, dtype=DTYPES[member.dtype])
-            unpack(data, as_bytes(values), values.itemsize)
-            if not same:
-                _convert(values, out, _read_scale(member, where))
-        elif member.nbytes != member.numel * DTYPES[member.dtype].itemsize:
+            return
+        plain = member.codec == "none"
+        if plain and member.nbytes != out.numel() * stored.itemsize:
             raise ValueError(f"{member.nbytes} bytes cannot be {member.dtype} of shape {member.shape}")
-        elif DTYPES[member.dtype] == out.dtype:
-            storage.read_into(member.file, member.offset, as_bytes(out))
-        else:
-            _read_converted(member, out, _read_scale(member, where))
+        if plain and member.scale is None and stored != out.dtype:
+            _read_converted(member, out)
+            return
+        values = out if stored == out.dtype else torch.empty(member.shape, dtype=stored)
+        data = as_bytes(values) if plain else np.empty(member.nbytes, dtype=np.uint8)
+        storage.read_into(member.file, member.offset, data)
+        if not plain:
+            unpack(data, as_bytes(values), stored.itemsize)
+        if member.scale is not None:
+            dequantise(values, read_members([member.scale], torch.float32, where)[member.scale.name], out)
+        elif values is not out:
+            for piece, target in zip(values.view(-1).split(PIECE), out.view(-1).split(PIECE), strict=True):
+                _cast(piece, target)
 
 
 def read_members(members: Iterable[Member], dtype: torch.dtype, where: str) -> dict[str, torch.Tensor]:
@@ -181,14 +185,9 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def _read_converted(member: Member, out: torch.Tensor, scale: torch.Tensor | None) -> None:
+def _read_converted(member: Member, out: torch.Tensor) -> None:
     """Reads chunk by chunk, so that the bytes are still in the processor's cache when their dtype changes."""
     stored, target = DTYPES[member.dtype], out.view(-1)
-    if scale is not None:
-        values = torch.empty(member.shape, dtype=stored)
-        storage.read_into(member.file, member.offset, as_bytes(values))
-        _convert(values, out, scale)
-        return
     read, total = storage.reader(member.file), target.numel()
     values = _scratch.stored[: min(_CHUNK, total) * stored.itemsize].view(stored)
     data, pieces, targets = as_bytes(values), values.split(PIECE), target.split(PIECE)
@@ -198,14 +197,6 @@ def _read_converted(member: Member, out: torch.Tensor, scale: torch.Tensor | Non
         first = number * len(pieces)
         for piece, out_piece in zip(pieces, targets[first : first + len(pieces)], strict=False):
             _cast(piece if len(out_piece) == len(piece) else piece[: len(out_piece)], out_piece)
-
-
-def _convert(values: torch.Tensor, out: torch.Tensor, scale: torch.Tensor | None) -> None:
-    if scale is not None:
-        dequantise(values, scale, out)
-    else:
-        for piece, target in zip(values.view(-1).split(PIECE), out.view(-1).split(PIECE), strict=True):
-            _cast(piece, target)
 
 
 def _cast(piece: torch.Tensor, out: torch.Tensor) -> None:
@@ -227,14 +218,6 @@ def _from_numpy(member: Member) -> torch.Tensor:
     if member.dtype == "BF16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
-
-
-def _read_scale(member: Member, where: str) -> torch.Tensor | None:
-    if member.scale is None:
-        return None
-    scale = torch.empty(member.scale.shape, dtype=torch.float32)
-    read_member(member.scale, scale, where)
-    return scale
 
 
 # -- rows ------------------------------------------------------------------------------------------------------
@@ -266,17 +249,14 @@ class Columns:
         column = self.table.column(name)
         if column.null_count:
             raise self.error(int(np.argmax(column.is_null().to_numpy())), name, "given")
-        return column
-
-    def paths(self, name: str) -> pa.ChunkedArray:
-        column = self.column(name)
-        if len(column) and not (types.is_string(column.type) or types.is_large_string(column.type)):
+        is_text = types.is_string(column.type) or types.is_large_string(column.type)
+        if name.endswith("_path") and len(column) and not is_text:
             raise self.error(0, name, "a path")
         return column
 
     def files(self, name: str, root: str) -> tuple[list[str], np.ndarray]:
         """Distinct files of a column of paths below `root`, and which of them each row has."""
-        encoded = self.paths(name).cast(pa.large_string()).combine_chunks().dictionary_encode()
+        encoded = self.column(name).cast(pa.large_string()).combine_chunks().dictionary_encode()
         return [storage.join(root, path) for path in encoded.dictionary.to_pylist()], encoded.indices.to_numpy()
 
     def numbers(self, name: str, *, least: int = 0, unit: str = "") -> np.ndarray:
@@ -344,6 +324,9 @@ class Reader(ABC):
         latent_shapes: (N, 3).
         text_shapes: (N, 2).
 
+    Attributes:
+        tensors: dtype and codec of each stored tensor, where the index says so.
+
     Raises:
         CacheError: if columns or metadata are not what the library writes.
     """
@@ -358,6 +341,7 @@ class Reader(ABC):
         text_shapes: np.ndarray,
     ) -> None:
         self.file, self.root, self.payload = file, root, payload
+        self.tensors: dict[str, dict[str, Any]] = payload.get("tensors", {})
 
     @classmethod
     def columns(cls, payload: Mapping[str, Any]) -> list[str]:
@@ -371,11 +355,6 @@ class Reader(ABC):
         Raises:
             CacheError: if they are not there, or not what the index says.
         """
-
-    @property
-    def tensors(self) -> dict[str, dict[str, Any]]:
-        """dtype and codec of each stored tensor, where the index says so."""
-        return {}
 
     def places(self, name: str) -> dict[tuple[str, int], int]:
         """Bytes of each distinct stored tensor of a name, by file and place in it."""
@@ -417,11 +396,6 @@ class ColumnReader(Reader):
     def columns(cls, payload: Mapping[str, Any]) -> list[str]:
         ends = ("offset", "nbytes", "path", "shape")
         return ["cache_path", "inline_row", *(f"{name}_{end}" for name in payload.get("tensors", {}) for end in ends)]
-
-    @property
-    def tensors(self) -> dict[str, dict[str, Any]]:
-        tensors: dict[str, dict[str, Any]] = self.payload["tensors"]
-        return tensors
 
     def members(self, i: int, where: str) -> dict[str, Member]:
         found = {}

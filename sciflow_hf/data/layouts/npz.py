@@ -40,7 +40,7 @@ class NpzReader(Reader):
 
     def __init__(self, file: str, root: str, table: pa.Table, payload: Mapping[str, Any], *shapes: np.ndarray) -> None:
         super().__init__(file, root, table, payload, *shapes)
-        self._paths = Columns(table, file).paths("cache_path")
+        self._paths = Columns(table, file).column("cache_path")
 
     def members(self, i: int, where: str) -> dict[str, Member]:
         return npz_members(storage.join(self.root, self._paths[i].as_py()), where)

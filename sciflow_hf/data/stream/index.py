@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from ...errors import CacheError, first_line
 from .. import storage
-from ..index import BUILD, IndexFile
+from ..cache import BUILD, IndexFile
 from .order import Place
 
 if TYPE_CHECKING:

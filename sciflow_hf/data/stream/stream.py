@@ -17,13 +17,13 @@ import torch
 from torch.utils.data import IterableDataset
 
 from ...errors import CacheError, SciflowError
-from ..cache import LatentCache
-from ..index import (
+from ..cache import (
     BUILD,
     CAPTION_COLUMNS,
     READERS,
     CacheIndex,
     IndexFile,
+    LatentCache,
     check_inside,
     find_empty_prompt,
     find_index,
@@ -141,7 +141,7 @@ class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
     # -- as a LatentCache ----------------------------------------------------------------------------------------
 
     @property
-    def part_files(self) -> list[str]:
+    def index_files(self) -> list[str]:
         """The parquet files of the index."""
         return [file.name for file in self.files]
 
