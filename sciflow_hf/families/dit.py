@@ -354,23 +354,6 @@ class DiT(ModelFamily):
         except ValueError as error:
             raise SciflowError(str(error)) from error
 
-    def generate(
-        self,
-        pipeline: Any,
-        prompt_inputs: dict[str, torch.Tensor],
-        *,
-        height: int,
-        width: int,
-        num_inference_steps: int,
-        guidance_scale: float,
-        generator: torch.Generator,
-    ) -> list["Image"]:
-        images: list[Image] = pipeline(
-            **prompt_inputs,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            generator=generator,
-        ).images
+    def generate(self, pipeline: Any, prompt_inputs: dict[str, torch.Tensor], **options: Any) -> list["Image"]:
+        images: list[Image] = pipeline(**prompt_inputs, **options).images
         return images

@@ -217,14 +217,8 @@ class SDXL(TimestepLevels, PipelineFamily):
         )
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
 
-    def load_pipeline(
-        self,
-        model: torch.nn.Module | None = None,
-        *,
-        device: torch.device | str = "cpu",
-        with_text_encoder: bool = False,
-    ) -> Any:
-        pipeline = super().load_pipeline(model, device=device, with_text_encoder=with_text_encoder)
+    def load_pipeline(self, model: torch.nn.Module | None = None, **options: Any) -> Any:
+        pipeline = super().load_pipeline(model, **options)
         vae, decode = pipeline.vae, pipeline.vae.decode
         # In mixed precision the network answers in float32, and the pipeline gives that to a bfloat16 VAE.
         vae.decode = lambda latents, **options: decode(latents.to(vae.dtype), **options)
