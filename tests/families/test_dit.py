@@ -10,6 +10,7 @@ from torch.distributions import Normal, kl_divergence
 
 import sciflow_hf as sf
 from sciflow_hf.diffusion.objectives import alphas_cumprod, beta_schedule, ddpm_mean, variational_bound
+from sciflow_hf.diffusion.process import Noised
 from sciflow_hf.diffusion.randomness import noise_keys
 from sciflow_hf.families.dit import PRESETS
 from sciflow_hf.networks.dit import DiTModel
@@ -282,6 +283,13 @@ def test_the_loss_is_the_mean_over_the_mask(options):
         (masked / losses(loss_mask=mask.flip(1)) - 1).abs() > 1e-3
     ).all()
     torch.testing.assert_close(losses(loss_mask=torch.full_like(mask, 7)), losses())
+    # No part of the answer is taught where the mask is 0, all of it elsewhere.
+    process = family.process
+    parts = batch["pixel_values"], noise, levels
+    noised = Noised(batch["pixel_values"], noise, process.mix(*parts), levels, process.target(*parts))
+    answer = torch.rand(len(noise), 3 * (1 + family.learn_sigma), *noise.shape[2:], requires_grad=True)
+    family.compare(answer, noised, batch | {"loss_mask": mask}, ARGS).sum().backward()
+    assert torch.equal(answer.grad != 0, (mask != 0)[:, None].expand_as(answer))
 
 
 def test_a_mask_of_another_size_is_refused():
