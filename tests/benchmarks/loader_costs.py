@@ -21,6 +21,8 @@ from sciflow_hf.data.batches.loader import BucketLoader
 from sciflow_hf.data.build.build import build_cache
 from sciflow_hf.data.build.convert import convert_cache
 from sciflow_hf.data.load import load_cache
+from sciflow_hf.data.stream.order import EpochRows
+from sciflow_hf.data.stream.stream import open_stream
 
 from .klein import quiet
 from .loader_data import Data, disk_bytes, in_new_process, index_row, write_index
@@ -80,6 +82,20 @@ def open_index_process(folder: str) -> dict[str, float]:
     return opened | {"ready_s": time.perf_counter() - start, "ready_mb": (resident() - before) / 1e6}
 
 
+def stream_index_process(folder: str) -> dict[str, float]:
+    """Growth of a fresh process as it streams an index, rows a second, and seconds to get to the last row of a file."""
+    stream = open_stream(folder)
+    before, largest, start = resident(), 0, time.perf_counter()
+    for number, _ in enumerate(EpochRows(stream, 0, 0)):
+        if number % 10_000 == 0:
+            largest = max(largest, resident())
+    rate, start = len(stream) / (time.perf_counter() - start), time.perf_counter()
+    next(stream.read_rows(0, stream.files[0].footer.num_rows - 1))
+    return {
+        "stream_rows_s": rate, "stream_mb": (largest - before) / 1e6, "stream_resume_s": time.perf_counter() - start,
+    }  # fmt: skip
+
+
 def write_large_index(data: Data, folder: Path) -> None:
     """A million rows in the npz layout, and one (empty) payload a part, so that the folder is taken for a cache."""
     (folder / "2015").mkdir(parents=True, exist_ok=True)
@@ -112,8 +128,10 @@ def measure_memory(data: Data, *, batch_size: int) -> dict[str, Any]:
         shutil.rmtree(partial, ignore_errors=True)
         write_large_index(data, partial)
         partial.rename(folder)
-    runs = [in_new_process(open_index_process, str(folder)) for _ in range(3)]
-    result["index"] = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+    result["index"] = {}
+    for process in (open_index_process, stream_index_process):
+        runs = [in_new_process(process, str(folder)) for _ in range(3)]
+        result["index"] |= {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     return result
 
 
@@ -128,6 +146,10 @@ def print_memory(result: dict[str, Any]) -> None:
         f"  an index of {INDEX_ROWS:,} rows: open in {found['open_s']:.2f} s and {found['open_mb']:.0f} MB (goals: "
         f"{INDEX_SECONDS_GOAL:g} s, {INDEX_MEMORY_GOAL} MB); with an epoch's order {found['ready_s']:.2f} s and "
         f"{found['ready_mb']:.0f} MB"
+    )
+    print(
+        f"  as a stream: {found['stream_rows_s']:,.0f} rows/s and {found['stream_mb']:.0f} MB; to the last row "
+        f"of one of its 4 files in {found['stream_resume_s']:.2f} s"
     )
 
 
