@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -128,6 +129,8 @@ class HubServer:
         link = Path(_ENVIRONMENT["HF_HOME"])
         if link.is_symlink():
             link.unlink()
+        elif link.exists():  # libraries of this process keep something there
+            shutil.rmtree(link)
         link.symlink_to(home)
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING_FACE_"))}
         kept["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
