@@ -2,8 +2,10 @@
 
 import errno
 import gc
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from ..errors import Preempted, SciflowError
@@ -16,6 +18,7 @@ def run(main: Callable[[], Any]) -> NoReturn:
     (`Preempted`); 130 Ctrl-C. torchrun and `accelerate launch` of several processes report 1 for any but 0.
     """
     status: Any = 0
+    outlast_readers()
     try:
         main()
     except Preempted as stop:
@@ -32,6 +35,49 @@ def run(main: Callable[[], Any]) -> NoReturn:
         sys.exit(2)
     leave_process_group()
     sys.exit(status)
+
+
+def outlast_readers() -> None:
+    """Lets standard output and errors go on where nobody reads them any more; escapes what their encoding lacks."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and not isinstance(stream, _Lasting):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
+            setattr(sys, name, _Lasting(stream))
+
+
+class _Lasting:
+    """A stream whose reader may leave (a closed terminal, `| head`): what is written after that goes nowhere."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._left():
+            self._stream.write(text)
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.write("".join(lines))
+
+    def flush(self) -> None:
+        with self._left():
+            self._stream.flush()
+
+    @contextmanager
+    def _left(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())  # for what is still in the buffer, too
+            os.close(nowhere)
 
 
 def _shortage(error: Exception) -> str | None:

@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 RETRY_WAITS = (2.0, 8.0, 30.0)  # seconds before the second, third and last try
+SILENCE = (
+    60.0  # seconds without a byte from the Hub after which a try has failed; the client itself would wait for ever
+)
 
 _CARD_IMAGE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
 _IMAGE = re.compile(r"(\w[\w -]*/)*\w[\w. -]*\.png")
@@ -267,6 +270,7 @@ def _log_failure(future: Future[CommitInfo]) -> None:
 def _with_retries(call: Callable[[], T]) -> T:
     """`call()`, tried again after `RETRY_WAITS` where the Hub or the line to it is down."""
     for wait in RETRY_WAITS:
+        _limit_silence()
         try:
             return call()
         except Exception as error:
@@ -274,7 +278,15 @@ def _with_retries(call: Callable[[], T]) -> T:
                 raise
             logger.warning("Hub: %s; trying again in %g s", _masked(error), wait)
             time.sleep(wait)
+    _limit_silence()
     return call()
+
+
+def _limit_silence() -> None:
+    """Sets `SILENCE` on the client that all calls share, unless the user's own client has a limit."""
+    client = huggingface_hub.get_session()
+    if client.timeout.read is None:
+        client.timeout = SILENCE
 
 
 def _status(error: Exception) -> int | None:

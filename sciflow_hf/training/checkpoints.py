@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from ..errors import SciflowError
 from ..files import move_folder, write_json
+from .run_lock import RunLock
 
 logger = logging.getLogger(__name__)
 
@@ -120,8 +122,39 @@ def explain_unpickling(folder: Path | None) -> Iterator[None]:
         ) from error
 
 
+def check_writable(output_dir: str | os.PathLike) -> None:
+    """Makes the folder, and raises SciflowError where a run could not save in it; leaves nothing behind in it."""
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise SciflowError(
+            f"`output_dir` {folder} cannot be written ({error.strerror}): choose another one."
+        ) from error
+    odd = [p.name for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and not p.is_dir()]
+    if odd:
+        raise SciflowError(f"`output_dir` {folder}: {odd[0]} is a file where a checkpoint would go. Move it away.")
+
+
+def check_room(output_dir: str | os.PathLike, checkpoint_bytes: float) -> None:
+    """Raises SciflowError where not even one checkpoint fits on the disk."""
+    free = shutil.disk_usage(output_dir).free
+    if free < checkpoint_bytes:
+        raise SciflowError(
+            f"`output_dir` {output_dir}: a checkpoint takes about {checkpoint_bytes / 2**20:,.0f} MiB, and "
+            f"{free / 2**20:,.0f} MiB are free there. Make room, or choose a folder on another disk."
+        )
+
+
 def check_output_dir(output_dir: str | os.PathLike, *, resume: Any, overwrite: bool) -> None:
-    """Refuses an output folder that holds checkpoints, unless told to resume or to overwrite (which removes them)."""
+    """Refuses an output folder that holds checkpoints, unless told to resume or to overwrite (which removes them).
+
+    Raises:
+        SciflowError: that, or the folder cannot be written, or another run trains there.
+    """
+    check_writable(output_dir)
     found = list_checkpoints(output_dir)
     if not found or resume not in FROM_THE_START:
         return
@@ -130,9 +163,12 @@ def check_output_dir(output_dir: str | os.PathLike, *, resume: Any, overwrite: b
             f"`output_dir` {output_dir} holds {found[0].name}. Go on with `--resume_from_checkpoint latest`, begin "
             "anew with `--overwrite_output_dir` (removes its checkpoints), or choose another folder."
         )
+    lock = RunLock(output_dir)
+    lock.acquire()
     for folder in found:
         logger.info("Removing %s (`--overwrite_output_dir`).", folder)
         shutil.rmtree(folder)
+    lock.release()
 
 
 def rotate(

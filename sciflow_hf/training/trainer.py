@@ -54,6 +54,7 @@ from ..engines.optimizers import (
     optimizer_class,
     rates_of,
     split_groups,
+    state_bytes,
 )
 from ..engines.quantisation import check_loaded, keep_from_broadcast
 from ..errors import DiskFullError, SciflowError
@@ -69,6 +70,7 @@ from .callbacks.validation import ValidationCallback, commonest_size
 from .checkpoints import (
     STAGING,
     check_output_dir,
+    check_room,
     explain_unpickling,
     publish,
     remove_unfinished,
@@ -93,6 +95,7 @@ from .resume import (
     rates,
     same_total_batch,
 )
+from .run_lock import RunLock
 from .trackers import prepare_wandb
 
 logger = logging.getLogger(__name__)
@@ -134,6 +137,8 @@ class DiffusionTrainer(Trainer):
     _saving = False
     _disk_full: DiskFullError | None = None
     _measure_first = False
+    _run_lock: RunLock | None = None
+    _resumed: Path | None = None
     _place: Place | None = None  # of the checkpoint that was resumed
     _loss_before: float | None = 0.0  # sum of the losses of the steps up to there; None where it does not say
     _options_changed: Mapping[str, tuple[Any, Any]] = MappingProxyType({})  # since then
@@ -482,9 +487,27 @@ class DiffusionTrainer(Trainer):
         if trial is None:
             if self.args.should_save:
                 check_output_dir(output_dir, resume=value, overwrite=self.args.overwrite_output_dir)
+            if self.is_world_process_zero():
+                self._run_lock = RunLock(output_dir)
+                self._run_lock.acquire()
+            try:
+                return self._train(value, trial, ignore_keys_for_eval)
+            finally:
+                if self._run_lock is not None:
+                    self._run_lock.release()
+                    self._run_lock = None
+        return self._train(value, trial, ignore_keys_for_eval)
+
+    def _train(self, value: str | bool | None, trial: Any, ignore_keys_for_eval: list[str] | None) -> TrainOutput:
+        """`train`, in a folder that is this run's alone."""
+        output_dir = self.args.output_dir
+        if trial is None:
+            if self.args.should_save:
                 remove_unfinished(output_dir)
+                if self.args.save_strategy != SaveStrategy.NO:
+                    check_room(output_dir, self._checkpoint_bytes())
             self.accelerator.wait_for_everyone()
-        folder = resolve_checkpoint(value, output_dir)
+        folder = self._resumed = resolve_checkpoint(value, output_dir)
         self._place = None if folder is None else Place.saved_in(folder)
         if folder is not None:
             advice = {"total_train_batch_size": lambda before: same_total_batch(before, self.args)}
@@ -509,6 +532,11 @@ class DiffusionTrainer(Trainer):
         if before and self._weight_sums() == before:
             logger.warning("No trained weight moved in %d steps: look at the learning rate.", self.state.global_step)
         return output
+
+    def _checkpoint_bytes(self) -> float:
+        """About what a checkpoint takes: trained weights, their average, and the optimizer's state."""
+        numbers = sum(p.numel() for p in self.model.parameters() if p.requires_grad) if self.model is not None else 0
+        return numbers * (4 + 4 * (self._ema is not None) + state_bytes(self.args.optim))
 
     def _apply_options(self, folder: Path) -> None:
         """Says which options differ from those of the checkpoint; the base is measured anew where it has to be."""
@@ -676,10 +704,21 @@ class DiffusionTrainer(Trainer):
         self, max_steps: int, num_update_steps_per_epoch: int, *args: Any, **kwargs: Any
     ) -> tuple[int, int]:
         epochs, batches = super()._init_training_state(max_steps, num_update_steps_per_epoch, *args, **kwargs)
+        self._find_best()
         if self._place is not None:
             epochs, steps = self._place.in_steps(num_update_steps_per_epoch)
             batches = 0 if self.args.ignore_data_skip else steps * self.args.gradient_accumulation_steps
         return epochs, batches
+
+    def _find_best(self) -> None:
+        """The best checkpoint by its name: the folder of the run may have been moved, or copied."""
+        if self._resumed is None:
+            return
+        saved = json.loads((self._resumed / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["best_model_checkpoint"]
+        here = saved and Path(self.args.output_dir) / Path(saved).name
+        if here and here.is_dir() and self.state.best_model_checkpoint != str(here):
+            logger.info("The best checkpoint is %s.", here)
+            self.state.best_model_checkpoint = str(here)
 
     def _run_epoch(self, model: Any, epoch: int, train_dataloader: Any, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:  # resumed at its end: the parent would train a step more
@@ -796,6 +835,8 @@ class DiffusionTrainer(Trainer):
         A disk that is full, on any rank, costs this checkpoint, not the run.
         """
         self._check_finite()
+        if self._run_lock is not None:
+            self._run_lock.check()
         self._to_average()  # on every rank, so that all go on from the same bits
         run_dir, best = self._get_output_dir(trial=trial), self.state.best_model_checkpoint
         folder = Path(run_dir) / f"checkpoint-{self.state.global_step}"

@@ -42,10 +42,10 @@ class Later(TrainerCallback):
         self.seen.append("on_train_end")
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP"])
 def test_stopped_and_gone_on_with_equals_never_stopped(tmp_path, job, capsys, caplog, name):
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    assert {s.name for s in SIGNALS} == {"SIGTERM", "SIGUSR1"}
+    assert {s.name for s in SIGNALS} == {"SIGTERM", "SIGUSR1", "SIGHUP"}
     whole = ranks.make(output_dir=tmp_path / "whole", **job)
     whole.train()
     whole.save_model()

@@ -1,4 +1,4 @@
-"""Preemption: at SIGTERM or SIGUSR1 the step is finished and saved, and the run ends in a state to go on from."""
+"""Preemption: at SIGTERM, SIGUSR1 or SIGHUP the step is finished and saved, and the run ends ready to be resumed."""
 
 import logging
 import signal
@@ -15,8 +15,10 @@ from ...errors import Preempted
 
 logger = logging.getLogger(__name__)
 
-SIGNALS = [s for s in signal.valid_signals() if isinstance(s, signal.Signals) and s.name in ("SIGTERM", "SIGUSR1")]
-"""SIGTERM comes from schedulers, clouds and torchrun; SIGUSR1 as an early warning (Slurm: `--signal=USR1@120`)."""
+_NAMES = ("SIGTERM", "SIGUSR1", "SIGHUP")
+SIGNALS = [s for s in signal.valid_signals() if isinstance(s, signal.Signals) and s.name in _NAMES]
+"""SIGTERM comes from schedulers, clouds and torchrun; SIGUSR1 as an early warning (Slurm: `--signal=USR1@120`); SIGHUP
+from a terminal that was closed."""
 
 
 class PreemptionCallback(TrainerCallback):
@@ -38,10 +40,11 @@ class PreemptionCallback(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes the signals; afterwards they do again what they did before."""
+        """Takes the signals; afterwards they do again what they did before. Under `nohup` SIGHUP stays ignored."""
         self.received, self._stopping, self._question = None, False, None
+        heard = [n for n in SIGNALS if not (n.name == "SIGHUP" and signal.getsignal(n) == signal.SIG_IGN)]
         try:
-            before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            before = {number: signal.signal(number, self._note) for number in heard}
         except ValueError:  # not the main thread, to which signals belong
             before = {}
         try:

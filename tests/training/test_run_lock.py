@@ -1,0 +1,214 @@
+"""One run a folder, and what a run asks of its folder before it starts."""
+
+import errno
+import json
+import logging
+import os
+import signal
+import socket
+
+import forked
+import pytest
+from recipe_runs import environment
+from trainings import make_trainer
+
+import sciflow_hf as sf
+from sciflow_hf.training import run_lock
+from sciflow_hf.training.checkpoints import check_output_dir, check_room, list_checkpoints
+from sciflow_hf.training.run_lock import FACTS, LOCK, RunLock
+
+HOLD = """
+import sys, signal
+from sciflow_hf.training.run_lock import RunLock
+lock = RunLock(sys.argv[1])
+lock.acquire()
+print("held", flush=True)
+signal.pause()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the folder."""
+    reader, writer = os.pipe()
+    job = (["-c", HOLD, str(tmp_path)], environment())
+    process = forked.start(job, stdout=writer, stderr=writer)
+    os.close(writer)
+    with os.fdopen(reader) as output:
+        assert output.readline() == "held\n"
+        yield process
+        forked.kill([process])
+
+
+def test_a_second_run_is_refused_and_names_the_first(tmp_path, holder, family, even_cache):
+    trainer = make_trainer(tmp_path, family, even_cache, max_steps=1)
+    with pytest.raises(
+        sf.SciflowError, match=f"on {socket.gethostname()} .process {holder.pid}, since 20.*trains there"
+    ):
+        trainer.train()
+    facts = json.loads((tmp_path / FACTS).read_text())
+    assert facts["pid"] == holder.pid, "the first goes on"
+    forked.kill([holder])
+    trainer.train()  # the lock of a dead process
+    assert not (tmp_path / FACTS).exists() and not (tmp_path / LOCK).exists()
+    trainer.train()
+
+
+def test_checkpoints_of_a_run_are_not_removed_by_another(tmp_path, holder):
+    (tmp_path / "checkpoint-1").mkdir()
+    with pytest.raises(sf.SciflowError, match="trains there"):
+        check_output_dir(tmp_path, resume=None, overwrite=True)
+    assert (tmp_path / "checkpoint-1").is_dir()
+
+
+@pytest.mark.parametrize("age", [0.0, 10 * run_lock.BEAT])
+@pytest.mark.parametrize("elsewhere", [{"host": "node7"}, {"machine": 1}])
+def test_on_another_host_the_heartbeat_decides(tmp_path, caplog, age, elsewhere):
+    facts = {"host": socket.gethostname(), "pid": 7, "since": "then"} | elsewhere
+    (tmp_path / FACTS).write_text(json.dumps(facts))
+    written = (tmp_path / FACTS).stat().st_mtime
+    os.utime(tmp_path / FACTS, (written - age, written - age))
+    lock = RunLock(tmp_path)
+    if age:
+        with caplog.at_level(logging.WARNING):
+            lock.acquire()
+        assert "(process 7, since then), which has ended without a word" in caplog.text
+        lock.release()
+    else:
+        with pytest.raises(sf.SciflowError, match=r"process 7, since then. trains there"):
+            lock.acquire()
+        assert json.loads((tmp_path / FACTS).read_text()) == facts
+
+
+def test_the_heart_beats(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "BEAT", 0.001)
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    os.utime(tmp_path / FACTS, (0, 0))
+    while (tmp_path / FACTS).stat().st_mtime == 0:
+        pass
+    lock.release()
+
+
+def test_a_run_that_was_taken_over_saves_nothing_more(tmp_path, family, even_cache):
+    trainer = make_trainer(tmp_path, family, even_cache, save_strategy="steps", save_steps=2, max_steps=4)
+    step = trainer.compute_loss
+
+    def compute_loss(*args, **kwargs):
+        if trainer.state.global_step == 2:
+            (tmp_path / FACTS).write_text(json.dumps({"host": "node7", "pid": 7, "since": "then"}))
+        return step(*args, **kwargs)
+
+    trainer.compute_loss = compute_loss
+    with pytest.raises(sf.SciflowError, match="taken over by a run on node7"):
+        trainer.train()
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == ["checkpoint-2"]
+    assert json.loads((tmp_path / FACTS).read_text())["host"] == "node7"
+
+
+@pytest.mark.parametrize("fault", ["a file", "too long", "a checkpoint's name", "not writable"])
+def test_a_folder_that_cannot_hold_a_run_is_said_at_the_start(tmp_path, monkeypatch, fault):
+    folder = tmp_path / ("x" * 300 if fault == "too long" else "out")
+    words = "cannot be written"
+    if fault == "a file":
+        folder.write_text("")
+    elif fault == "a checkpoint's name":
+        folder.mkdir()
+        (folder / "checkpoint-3").write_text("")
+        words = "checkpoint-3 is a file where a checkpoint would go"
+    elif fault == "not writable":  # root may write anywhere
+
+        def refuse(**options):
+            raise OSError(errno.EACCES, "Permission denied")
+
+        monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(sf.SciflowError, match=words) as caught:
+        check_output_dir(folder, resume="latest", overwrite=False)
+    assert "`output_dir`" in str(caught.value)
+
+
+def test_a_disk_smaller_than_a_checkpoint(tmp_path, family, even_cache, monkeypatch):
+    check_room(tmp_path, 1.0)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 50_000}))
+    trainer = make_trainer(tmp_path, family, even_cache, save_strategy="steps")
+    with pytest.raises(sf.SciflowError, match="a checkpoint takes about 0 MiB, and 0 MiB are free"):
+        trainer.train()
+    make_trainer(tmp_path, family, even_cache, max_steps=1).train()  # saves none
+
+
+def test_a_moved_run_keeps_its_best_checkpoint(tmp_path, family, even_cache):
+    options = dict(
+        eval_fraction=0.3, eval_strategy="steps", save_strategy="steps", eval_steps=1, save_steps=1, save_total_limit=1,
+        load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=True,
+    )  # fmt: skip
+    first = make_trainer(tmp_path / "first", family, even_cache, max_steps=3, **options)
+    first.train()
+    best = first.state.best_model_checkpoint
+    assert best.endswith("checkpoint-1"), "the largest loss is the first"
+    (tmp_path / "first").rename(tmp_path / "second")
+    again = make_trainer(
+        tmp_path / "second", family, even_cache, max_steps=5, resume_from_checkpoint="latest", **options
+    )
+    again.train()
+    assert again.state.best_model_checkpoint == str(tmp_path / "second" / "checkpoint-1")
+    assert (tmp_path / "second" / "checkpoint-1").is_dir()
+
+
+TALK = """
+import sys
+from sciflow_hf.cli.run import run
+
+def main():
+    for line in range(20000):
+        print("a line of output", line)
+        sys.stderr.write("an error\\n")
+    open(sys.argv[1], "w").write("done")
+
+run(main)
+"""
+
+
+def test_a_reader_that_leaves_does_not_end_a_run(tmp_path):
+    """As `| head -1`: the pipe is closed after a line."""
+    reader, writer = os.pipe()
+    process = forked.start((["-c", TALK, tmp_path / "end"], environment()), stdout=writer, stderr=writer)
+    os.close(writer)
+    with os.fdopen(reader) as output:
+        assert any(line == "a line of output 0\n" for line in iter(output.readline, ""))
+    process.join(60)
+    assert process.exitcode == 0 and (tmp_path / "end").read_text() == "done"
+
+
+def test_an_ascii_terminal_shows_what_it_can(tmp_path):
+    code = "import sys; sys.stdout.reconfigure(encoding='ascii', errors='strict')\n"
+    code += "from sciflow_hf.cli.run import run\nrun(lambda: print('50 \u00b5m'))"
+    done = forked.run((["-c", code], environment()))
+    assert done.returncode == 0 and done.stdout == "50 \\xb5m\n", done.stderr
+
+
+def test_sighup_is_heard_unless_nohup_ignores_it():
+    from sciflow_hf.training.callbacks.preemption import PreemptionCallback
+
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for handler, heard in ((signal.SIG_DFL, "SIGHUP"), (signal.SIG_IGN, None)):
+            signal.signal(signal.SIGHUP, handler)
+            callback = PreemptionCallback()
+            with callback.listening():
+                signal.raise_signal(signal.SIGHUP)
+            assert callback.received == heard and signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_hub_that_never_answers(monkeypatch):
+    """It takes the connection: without a limit the client would wait for ever."""
+    from sciflow_hf.hub import upload
+
+    monkeypatch.setattr(upload, "SILENCE", 0.05)
+    monkeypatch.setattr(upload, "RETRY_WAITS", (0.0,))
+    monkeypatch.setattr(upload.huggingface_hub.get_session(), "timeout", None)
+    port = int(os.environ["HF_ENDPOINT"].rpartition(":")[2])
+    words = r"no connection to the Hub.*tried 2 times.*without `--push_to_hub`"
+    with socket.create_server(("127.0.0.1", port)), pytest.raises(sf.SciflowError, match=words):
+        upload.check_access("user/figures", token="dummy")
