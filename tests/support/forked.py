@@ -87,7 +87,8 @@ def _become(words: list[str], env: dict[str, str], cwd: str, stdout: Connection,
     for target, source in ((1, stdout), (2, stderr)):
         os.dup2(source.fileno(), target)
         source.close()
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    # Anew: those of the server know what they wrote to, a file perhaps.
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, encoding="utf-8", closefd=False) for number in (1, 2))
     os.environ.clear()
     os.environ.update(env)
     sys.path[1:1] = [place for place in env.get("PYTHONPATH", "").split(os.pathsep) if place not in sys.path]
