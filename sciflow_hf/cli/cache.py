@@ -227,13 +227,16 @@ def _processes(device: str) -> Iterator[tuple[Any, dict[str, Any]]]:
         state.destroy_process_group()
 
 
-def _family(name: str, **options: Any) -> "ModelFamily":
-    """A family with the options that are given; SciflowError for one that it does not have."""
+def _family(name: str, *, named_in: str | None = None, **options: Any) -> "ModelFamily":
+    """A family with the options that are given; SciflowError for one that it does not have.
+
+    `named_in`: the file that names it, where it was not the user.
+    """
     from dataclasses import fields
 
-    from ..families import load_family
+    from ..families import family_named_in, load_family
 
-    kind = load_family(name)
+    kind = load_family(name) if named_in is None else family_named_in(named_in, name)
     given = {option: value for option, value in options.items() if value is not None}
     if unknown := given.keys() - {field.name for field in fields(kind)}:
         raise SciflowError(f"`{min(unknown)}` is no option of the family {name!r}. Leave it out.")
@@ -323,6 +326,7 @@ def _comparison(args: argparse.Namespace, cache: "LatentCache") -> Any:
         )
     family = _family(
         name,
+        named_in=None if args.family else f"the cache {args.dataset_dir[0]}",
         pretrained_model_name_or_path=model,
         revision=args.revision or facts.get("revision"),
         max_sequence_length=facts.get("max_sequence_length"),

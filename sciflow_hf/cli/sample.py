@@ -188,7 +188,7 @@ def _facts(path: str) -> dict[str, Any]:
 
 def _text_family(args: argparse.Namespace, kind: str | None) -> "ModelFamily":
     """The family of a pipeline or of a run, with the base model."""
-    from ..families import BUILT_IN, load_family
+    from ..families import BUILT_IN, family_named_in, load_family
     from ..families.base import PipelineFamily
 
     facts = _facts(args.model_path)
@@ -205,7 +205,9 @@ def _text_family(args: argparse.Namespace, kind: str | None) -> "ModelFamily":
             + ("." if kind else " and `--base_model`.")
         )  # fmt: skip
     trusted = {"trust_remote_code": True} if args.trust_remote_code else {}
-    return load_family(name)(pretrained_model_name_or_path=base, **trusted)
+    file = Path(args.model_path) / "run_facts.json"
+    family: Any = load_family(name) if args.family else family_named_in(str(file), name)
+    return family(pretrained_model_name_or_path=base, **trusted)
 
 
 def _network(family: Any, args: argparse.Namespace, kind: str | None, dtype: Any) -> Any:

@@ -39,3 +39,17 @@ def load_family(name: str | type) -> type:
     if not (isinstance(found, type) and issubclass(found, ModelFamily)):
         raise SciflowError(f"`family` {name!r} is {found!r}, not a subclass of `ModelFamily`.")
     return found
+
+
+def family_named_in(source: str, name: Any) -> type:
+    """The class of the built-in family that a file names; a path there would let data choose code to import.
+
+    Raises:
+        SciflowError: another name; says how to name the family in the command.
+    """
+    if name not in BUILT_IN:
+        raise SciflowError(
+            f"{source} names the family {name!r}, which is not built in ({', '.join(BUILT_IN)}), and what a file names "
+            "is not imported. Name the class yourself, where you trust it: `--family my_module.MyFamily`."
+        )
+    return load_family(name)

@@ -358,3 +358,52 @@ def test_links_in_a_cache_are_followed_but_no_path_of_its_index_leaves_it(tmp_pa
         pq.write_table(table.set_column(place, "cache_path", column), file)
         with pytest.raises(SciflowError, match="outside of"):
             sf.load_cache(cache)
+
+
+# ---- what data says ----
+
+
+@pytest.fixture
+def planted(tmp_path, monkeypatch):
+    """A module whose import leaves a mark, and the dotted path of a class in it."""
+    (tmp_path / "planted.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')\nclass Family: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "planted.Family"
+    assert not (tmp_path / "imported").exists()
+
+
+def test_a_family_that_a_run_names_is_not_imported(tmp_path, planted, capsys):
+    (tmp_path / "run").mkdir()
+    facts = {"family": planted, "base_model": "somebody/model"}
+    (tmp_path / "run" / "run_facts.json").write_text(json.dumps(facts))
+    words = ["sample", "--model_path", str(tmp_path / "run"), "--output_dir", str(tmp_path / "o"), "--prompts", "a bar"]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert f"run_facts.json names the family {planted!r}" in said and "`--family my_module.MyFamily`" in said
+
+
+def test_a_family_that_a_cache_names_is_not_imported(tmp_path, planted, tiny_klein, capsys):
+    cache = write_cache(tmp_path / "cache", settings=encoder_settings(tiny_klein) | {"family": planted})
+    words = ["cache", "verify", "--dataset_dir", str(cache), "--sample", "1", "--input_dir", str(tmp_path)]
+    assert main(words) == 2
+    assert f"names the family {planted!r}, which is not built in" in capsys.readouterr().err
+
+
+KEYS = [
+    "hf_" + "a" * 24, "sk-proj-" + "a1" * 20, "sk-ant-api03-" + "b" * 30, "AKIA" + "ABCD" * 4, "ghp_" + "c" * 36,
+    "github_pat_" + "d" * 40, "glpat-" + "e" * 20, "AIza" + "f" * 35, "xoxb-" + "1" * 24,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", KEYS, ids=lambda key: key[:5])
+def test_keys_of_other_services_are_masked(key):
+    from sciflow_hf.report.model_card import MASK, public_value
+
+    assert public_value({"a": [f"prompt with {key} inside"]}) == {"a": [f"prompt with {MASK} inside"]}
+    assert public_value("a risk-free task, AKIAN, ask-me") == "a risk-free task, AKIAN, ask-me"
+
+
+def test_control_characters_of_captions_stay_out_of_cards():
+    from sciflow_hf.report.model_card import public_value
+
+    assert public_value("a\x1b[31mred\x07 bar\u202egnp.\n50 \u00b5m") == "a[31mred bargnp.\n50 \u00b5m"
