@@ -140,6 +140,7 @@ class DiffusionTrainer(Trainer):
     _run_lock: RunLock | None = None
     _resumed: Path | None = None
     _place: Place | None = None  # of the checkpoint that was resumed
+    _total_loss_scalar, _tr_loss = 0.0, torch.zeros(())  # the parent's, from the first step on
     _loss_before: float | None = 0.0  # sum of the losses of the steps up to there; None where it does not say
     _options_changed: Mapping[str, tuple[Any, Any]] = MappingProxyType({})  # since then
 
