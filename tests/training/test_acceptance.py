@@ -118,7 +118,7 @@ def test_a_conversion_killed_at_random_moments(tmp_path, payload):
         new = load_cache(output)
         assert new.row_ids == old.row_ids
         for row in range(len(old)):
-            assert all(torch.same(new[row][name], value) for name, value in old[row].items())
+            assert all(torch.equal(new[row][name], value) for name, value in old[row].items())
         files = {f.relative_to(output): f for f in output.rglob("*") if f.is_file() and f.name != ".lock"}
         assert not [name for name in files if name.name.endswith(".tmp")]
         assert all(f.read_bytes() == (tmp_path / "whole" / name).read_bytes() for name, f in files.items())
@@ -174,7 +174,7 @@ def test_cache_build_killed_at_random_moments(tmp_path, tiny_klein, figures):
         found = samples(output)
         assert found.keys() == whole.keys() and not (output / ".staging").exists()
         for name, sample in found.items():
-            assert all(torch.same(value, whole[name][key]) for key, value in sample.items()), name
+            assert all(torch.equal(value, whole[name][key]) for key, value in sample.items()), name
         assert verify_cache(load_cache(output), progress=False).clean
         shutil.rmtree(output)
     assert killed >= 15
