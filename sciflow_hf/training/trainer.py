@@ -944,7 +944,7 @@ class DiffusionTrainer(Trainer):
         loader = self.callback_handler.train_dataloader
         is_map_style = isinstance(loader, BucketLoader)  # a stream keeps its own place
         place = Place.of(self.state, loader, self.args.gradient_accumulation_steps) if is_map_style else None
-        facts = {"place": place, "options": options_of(self.args, self.family)}
+        facts: dict[str, Any] = {"place": place, "options": options_of(self.args, self.family)}
         if is_checkpoint and self._loss_before is not None:
             facts["loss_sum"] = self._loss_before + self._total_loss_scalar + self._tr_loss.item()
         write_json(folder / IDENTITY_NAME, self._identity() | facts)
