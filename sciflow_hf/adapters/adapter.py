@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import SciflowError
-from ..families.base import ModelFamily, PipelineFamily
-from ..families.loading import network_dtype
+from ..families.base import ModelFamily, PipelineFamily, network_dtype
 from .arguments import PIPELINE_TYPES, RANDOM, AdapterArguments, adapter_config
 from .files import fill_text_encoder, load_from
 from .initial import initialise

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 
 from ..diffusion.arguments import LossArguments
-from ..diffusion.levels import NoiseLevels
 from ..diffusion.losses import sample_loss
-from ..diffusion.process import Noised
+from ..diffusion.process import Noised, NoiseLevels
 from ..diffusion.randomness import randn, sample_keys
 from ..engines.quantisation import check_quantization, load_quantized
 from ..errors import SciflowError
@@ -21,7 +20,6 @@ from .loading import (
     check_kind,
     explain_loading,
     model_source,
-    network_dtype,
     quiet_loading,
     read_config,
     refuse_code,
@@ -415,6 +413,7 @@ class PipelineFamily(ModelFamily):
             with torch.device("meta"):
                 network = self.network_class().from_config(self.config(self.component))
                 return torch.nn.Module.to(network, dtype)
+        _ = self.statistics  # read with the weights, not in the first step
         options = {"subfolder": self.component, "revision": self.revision}
         load = functools.partial(self.network_class().from_pretrained, self.source, dtype=dtype, **options)
         if quantize is not None:
@@ -612,3 +611,15 @@ class PipelineFamily(ModelFamily):
             **{"callback_on_step_end": as_network} | options,
         ).images
         return images
+
+
+def network_dtype(model: torch.nn.Module) -> torch.dtype:
+    """dtype of the network's own weights, through any wrapper (`model.dtype` fails under DDP).
+
+    Where they are packed in integers, that of what is not: norms and biases. An adapter's, float32, is another.
+    """
+    first = next(model.parameters())
+    if first.is_floating_point():
+        return first.dtype
+    floating = [p for p in model.parameters() if p.is_floating_point()]
+    return next((p for p in floating if not p.requires_grad), floating[0]).dtype

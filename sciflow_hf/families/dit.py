@@ -15,8 +15,8 @@ from ..diffusion.process import OBJECTIVES, PREDICTIONS, Noised, NoiseProcess, c
 from ..diffusion.randomness import sample_keys, uniform
 from ..errors import SciflowError
 from ..options import arguments, option
-from .base import ModelFamily, SamplingArguments
-from .loading import explain_loading, load_vae, network_dtype, vae_config
+from .base import ModelFamily, SamplingArguments, network_dtype
+from .loading import explain_loading, load_vae, vae_config
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -9,8 +9,7 @@ import torch
 
 from ..errors import SciflowError
 from ..options import arguments, option
-from .base import PipelineFamily, posterior_option
-from .loading import network_dtype
+from .base import PipelineFamily, network_dtype, posterior_option
 from .tokens import PATCH, pack, token_ids, unpack
 
 logger = logging.getLogger(__name__)

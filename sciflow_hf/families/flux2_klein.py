@@ -9,8 +9,8 @@ import torch
 
 from ..errors import SciflowError
 from ..options import arguments, option
-from .base import PipelineFamily
-from .loading import explain_loading, network_dtype
+from .base import PipelineFamily, network_dtype
+from .loading import explain_loading
 from .tokens import PATCH
 
 logger = logging.getLogger(__name__)

@@ -106,18 +106,6 @@ def quiet_loading() -> Iterator[None]:
             diffusers_logging.enable_progress_bar()
 
 
-def network_dtype(model: torch.nn.Module) -> torch.dtype:
-    """dtype of the network's own weights, through any wrapper (`model.dtype` fails under DDP).
-
-    Where they are packed in integers, that of what is not: norms and biases. An adapter's, float32, is another.
-    """
-    first = next(model.parameters())
-    if first.is_floating_point():
-        return first.dtype
-    floating = [p for p in model.parameters() if p.is_floating_point()]
-    return next((p for p in floating if not p.requires_grad), floating[0]).dtype
-
-
 def vae_config(path: str, **where: Any) -> dict[str, Any]:
     """The configuration of an `AutoencoderKL`; `where`: subfolder, revision."""
     from diffusers import AutoencoderKL

@@ -14,13 +14,12 @@ import torch.nn.functional as F
 from ..diffusion import objectives
 from ..diffusion.arguments import LossArguments
 from ..diffusion.image_losses import fourier_loss, multiscale_loss, perceptual_loss
-from ..diffusion.levels import TimestepLevels
-from ..diffusion.process import GivenSchedule, Noised
+from ..diffusion.process import GivenSchedule, Noised, TimestepLevels
 from ..errors import SciflowError
 from ..images.transforms import IntensityTransform
 from ..options import arguments, option
-from .base import ModelFamily, SamplingArguments
-from .loading import explain_loading, network_dtype
+from .base import ModelFamily, SamplingArguments, network_dtype
+from .loading import explain_loading
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,7 @@ import torch
 
 from ..errors import SciflowError
 from ..options import arguments, option
-from .base import PipelineFamily, posterior_option
-from .loading import network_dtype
+from .base import PipelineFamily, network_dtype, posterior_option
 from .tokens import PATCH, pack, unpack
 
 if TYPE_CHECKING:

@@ -11,8 +11,7 @@ from ..diffusion.arguments import LossArguments
 from ..diffusion.process import Noised
 from ..errors import SciflowError
 from ..options import arguments, option
-from .base import PipelineFamily, posterior_option
-from .loading import network_dtype
+from .base import PipelineFamily, network_dtype, posterior_option
 from .tokens import PATCH, token_ids
 
 logger = logging.getLogger(__name__)

@@ -9,12 +9,10 @@ import torch
 
 from ..diffusion import objectives
 from ..diffusion.arguments import LevelArguments
-from ..diffusion.levels import TimestepLevels
-from ..diffusion.process import GivenSchedule
+from ..diffusion.process import GivenSchedule, TimestepLevels
 from ..errors import SciflowError
 from ..options import arguments, option
-from .base import PipelineFamily, posterior_option
-from .loading import network_dtype
+from .base import PipelineFamily, network_dtype, posterior_option
 
 logger = logging.getLogger(__name__)
 

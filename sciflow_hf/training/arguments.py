@@ -11,8 +11,8 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from ..adapters.formats.names import FORMATS
-from ..diffusion.levels import WEIGHTING_SCHEMES
 from ..diffusion.losses import LOSSES
+from ..diffusion.process import WEIGHTING_SCHEMES
 from ..engines.compilation import CompilationArguments
 from ..engines.offload import OffloadArguments
 from ..engines.optimizers import DEFAULT_LEARNING_RATE, OPTIMIZERS, OptimizerArguments

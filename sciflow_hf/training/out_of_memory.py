@@ -121,7 +121,9 @@ class MicroBatches:
         inputs = trainer._prepare_inputs(part)
         with model.no_sync() if _is_replicated(model) else nullcontext():
             with trainer.compute_loss_context_manager():
-                loss = trainer.compute_loss(model, inputs) / (trainer.current_gradient_accumulation_steps / share)
+                mean, found = trainer.compute_loss(model, inputs, return_outputs=True)
+                loss = mean / (trainer.current_gradient_accumulation_steps / share)
+            trainer._losses.note(found["loss"], found["levels"], inputs.get("row"), trainer.state.global_step + 1)
             # DeepSpeed would divide by the accumulation once more
             trainer.accelerator.backward(loss, **({"scale_wrt_gas": False} if trainer.is_deepspeed_enabled else {}))
         return loss.detach()

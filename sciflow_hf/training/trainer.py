@@ -58,8 +58,7 @@ from ..engines.optimizers import (
 )
 from ..engines.quantisation import check_loaded, keep_from_broadcast
 from ..errors import DiskFullError, SciflowError
-from ..families.base import ModelFamily
-from ..families.loading import network_dtype
+from ..families.base import ModelFamily, network_dtype
 from ..files import disk_full_named, write_json
 from ..hub.upload import check_access, upload, upload_checkpoint
 from ..report.summary import save_model_card
@@ -279,10 +278,8 @@ class DiffusionTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Mean loss of a batch by the family's step; the losses per sample are kept until the next log."""
+        """Mean loss of a batch by the family's step; with `return_outputs` also `loss` and `levels` of each sample."""
         loss, levels = self.family.compute_loss(model, inputs, self.args)
-        if model.training:
-            self._losses.note(loss, levels, inputs.get("row"), self.state.global_step + 1)
         mean = self.mean_loss(loss, inputs.get("row"))
         return (mean, {"loss": loss, "levels": levels}) if return_outputs else mean
 

@@ -9,9 +9,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 
-from sciflow_hf.diffusion.levels import level_grid, logit_normal_density, mode_density, shift_sigmas, uniform_density
 from sciflow_hf.diffusion.losses import LOSSES, flow_weight, sample_loss
 from sciflow_hf.diffusion.objectives import ddpm_weight
+from sciflow_hf.diffusion.process import level_grid, logit_normal_density, mode_density, shift_sigmas, uniform_density
 from sciflow_hf.diffusion.randomness import generator, hash64, noise_keys, randn, sample_keys, uniform
 
 SIGMAS = torch.linspace(0.02, 0.98, 25, dtype=torch.float64)

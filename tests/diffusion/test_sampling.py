@@ -13,8 +13,8 @@ from diffusers import (
 )
 
 from sciflow_hf.diffusion import sampling
-from sciflow_hf.diffusion.levels import shift_sigmas
 from sciflow_hf.diffusion.objectives import alphas_cumprod, beta_schedule, convert_prediction
+from sciflow_hf.diffusion.process import shift_sigmas
 from sciflow_hf.diffusion.sampling import (
     ddpm_timesteps,
     flow_sigmas,

@@ -16,7 +16,7 @@ import sciflow_hf as sf
 from sciflow_hf.adapters.files import WEIGHT_NAME
 from sciflow_hf.engines import offload
 from sciflow_hf.engines.offload import held_bytes, offload_blocks
-from sciflow_hf.families.loading import network_dtype
+from sciflow_hf.families.base import network_dtype
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -18,7 +18,7 @@ import sciflow_hf as sf
 from sciflow_hf.adapters.files import WEIGHT_NAME
 from sciflow_hf.adapters.layers import adapter_disabled, adapter_parameters
 from sciflow_hf.engines.quantisation import QUANTIZATIONS, keep_from_broadcast, saved_bytes
-from sciflow_hf.families.loading import network_dtype
+from sciflow_hf.families.base import network_dtype
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -45,7 +45,7 @@ def test_sigmas_come_from_three_files(tmp_path):
     options = {"use_cpu": True, "output_dir": str(tmp_path), "report_to": "none", "timestep_shift": "3.0"}
     args, keys = sf.DiffusionTrainingArguments(**options), torch.tensor([1, 2])
     assert files_entered(lambda: family.sample_levels(keys, args, 24)) == {
-        "diffusion/levels.py", "diffusion/process.py", "diffusion/randomness.py",
+        "diffusion/process.py", "diffusion/randomness.py",
     }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from trainings import LONGER, assert_folders_equal, assert_resume_is_exact, make
 import sciflow_hf as sf
 from sciflow_hf.adapters.layers import adapter_disabled
 from sciflow_hf.demo.tiny_sd3 import make_tiny
-from sciflow_hf.diffusion.levels import shift_sigmas
+from sciflow_hf.diffusion.process import shift_sigmas
 from sciflow_hf.errors import CacheError, SciflowError
 from sciflow_hf.families.sd3 import SD3
 from sciflow_hf.training.prepare import build_cache_for

@@ -9,7 +9,7 @@ import torch
 from trainings import make_args
 
 import sciflow_hf as sf
-from sciflow_hf.diffusion.levels import mode_density
+from sciflow_hf.diffusion.process import mode_density
 from sciflow_hf.families import BUILT_IN, load_family
 from sciflow_hf.training.arguments import _STOCK_RANGES
 

@@ -17,8 +17,7 @@ import sciflow_hf as sf
 from sciflow_hf.data.batches.loader import BucketLoader
 from sciflow_hf.data.stream.loader import StreamLoader
 from sciflow_hf.data.stream.stream import open_stream
-from sciflow_hf.diffusion.levels import density, shift_sigmas, stratify
-from sciflow_hf.diffusion.process import GivenSchedule
+from sciflow_hf.diffusion.process import GivenSchedule, density, shift_sigmas, stratify
 from sciflow_hf.diffusion.randomness import noise_keys, step_keys, uniform
 from sciflow_hf.errors import SciflowError
 
