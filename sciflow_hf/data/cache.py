@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -236,9 +236,9 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         Raises:
             CacheError: if the payload is not there or not what the index says.
         """
-        row = self._row(i)
+        row = int(self._rows[i])
         reader, number = self._index.find(row)
-        where = f"{self.describe(i)} of {reader.file}"
+        where = _Where(self, i)
         members = reader.members(number, where)
         if self.online_text is not None:
             members = {name: member for name, member in members.items() if name not in TEXT_KEYS}
@@ -258,7 +258,7 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
 
     def read_into(self, i: int, out: Mapping[str, torch.Tensor], members: Mapping[str, Member] | None = None) -> None:
         """Reads row `i` (its `members`, if they are known already) into contiguous CPU tensors of their shapes."""
-        where = f"{self.describe(i)} of {self._index.find(self._row(i))[0].file}"
+        where = _Where(self, i)
         members = self.members(i) if members is None else members
         for name, tensor in out.items():
             if name not in members:
@@ -269,7 +269,7 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
             else:
                 read_member(member, tensor, where)
 
-    def _check(self, row: int, members: Mapping[str, Member], where: str) -> None:
+    def _check(self, row: int, members: Mapping[str, Member], where: object) -> None:
         index = self._index
         wanted = {"latents": ("latent_shape", index.latent_shapes[row])}
         if self.online_text is None and index.text_shapes[row, 0]:
@@ -411,7 +411,7 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
 
     def reader(self, i: int) -> Reader:
         """Of the index file of row `i`."""
-        return self._index.find(self._row(i))[0]
+        return self._index.find(int(self._rows[i]))[0]
 
     def column(self, name: str) -> pa.ChunkedArray | None:
         """A column of the index, not of a payload's bytes; None if there is none of that name."""
@@ -503,7 +503,7 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
 
     def describe(self, i: int) -> str:
         """Row `i` in words, for error messages: its number in the index, its image and its payload."""
-        row = self._row(i)
+        row = int(self._rows[i])
         image, variant, path = (self._index.value(name, row) for name in ("image_path", "variant", "cache_path"))
         name = f"{image}#{variant}" if variant else image
         known = [name] if name else []
@@ -513,7 +513,7 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
 
     def payload_path(self, i: int) -> str:
         """The file that holds the latents of row `i`."""
-        return self._index.payload_file(self._row(i))
+        return self._index.payload_file(int(self._rows[i]))
 
     def check_family(self, encoder_settings: Mapping[str, Any]) -> None:
         """Compare the encoders that made the cache with those of the family to train.
@@ -531,18 +531,23 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
                 "settings, or build a new cache by `sciflow-hf cache build` with those of this run."
             )
 
-    def _row(self, i: int) -> int:
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"row {i} of a cache with {len(self)} rows")
-        return int(self._rows[i])
-
     def strings(self, name: str) -> list[str | None] | None:
         """A column of the index as strings, missing values as None; None if there is none of that name."""
         column = self.column(name)
         return None if column is None else [None if v is None else str(v) for v in column.to_pylist()]
 
 
-def _read_text_ids(member: Member, out: torch.Tensor, where: str) -> None:
+class _Where(NamedTuple):
+    """A row in words, which are made when a message needs them."""
+
+    cache: LatentCache
+    row: int
+
+    def __str__(self) -> str:
+        return f"{self.cache.describe(self.row)} of {self.cache.reader(self.row).file}"
+
+
+def _read_text_ids(member: Member, out: torch.Tensor, where: object) -> None:
     """Position ids of the text: (L, n), int64."""
     ids = torch.empty(member.shape, dtype=torch.float64)
     read_member(member, ids, where)
@@ -566,7 +571,7 @@ def open_index(dataset_dir: _PathLike | Sequence[_PathLike], *, payload_dir: _Pa
         latents, texts, size = row_shapes(columns)
         root = find_root(columns, file.folder, payload_dir)
         readers.append(READERS[file.payload.get("layout", "npz")](file.name, root, table, file.payload, latents, texts))
-        kept.append(table.select([n for n in _KEPT if n in columns]).replace_schema_metadata(None))
+        kept.append(table.select([n for n in _KEPT if n in columns.names]).replace_schema_metadata(None))
         latent_shapes.append(latents)
         text_shapes.append(texts)
         sizes.append(size)
@@ -588,7 +593,7 @@ def open_index(dataset_dir: _PathLike | Sequence[_PathLike], *, payload_dir: _Pa
 def row_shapes(columns: Columns) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each row the shapes of `latents` (N, 3) and `prompt_embeds` (N, 2; 0: none), and the bucket (N, 2); int32."""
     latents = columns.shapes("latent_shape", "(C, h, w)")
-    with_text = "prompt_embeds_shape" in columns
+    with_text = "prompt_embeds_shape" in columns.names
     texts = columns.shapes("prompt_embeds_shape", "(L, D)") if with_text else np.zeros((len(latents), 2), np.int32)
     sides = [columns.numbers(name, least=1, unit=" of pixels") for name in ("bucket_h", "bucket_w")]
     return latents, texts, np.stack(sides, axis=1).astype(np.int32)
@@ -684,14 +689,23 @@ def find_root(columns: Columns, folder: str, payload_dir: _PathLike | None) -> s
     beside = file.rpartition("/")[0] if storage.is_url(file) else str(Path(file).parent)
     tried = [os.fspath(payload_dir)] if payload_dir is not None else [beside if folder == file else folder, beside]
     roots = list(dict.fromkeys(root if storage.is_url(root) else os.path.abspath(root) for root in tried))
-    root = roots[0]
-    if "cache_path" in columns:
+    root: str | None = roots[0]
+    if "cache_path" in columns.names:
         check_inside(columns, roots, "cache_path")
-        root = _choose_root(roots, columns.column("cache_path"), file)
+        paths = columns.column("cache_path")
+        few = np.unique(np.linspace(0, len(paths) - 1, min(8, len(paths))).astype(int)).tolist()  # spread over the file
+        some = [paths[row].as_py() for row in few]
+        found = (r for r in roots if any(inside(p, r) is not None and storage.exists(storage.join(r, p)) for p in some))
+        root = next(found, None) if some else root
+        if root is None:
+            raise CacheError(
+                f"The payloads of {file} are missing: no {some[0]!r} (column `cache_path` of its first row) under "
+                f"{' or '.join(roots)}. Say where they are by `--payload_dir`, or run `sciflow-hf cache build` again."
+            )
     for name in columns.table.column_names:
         if name.endswith("_path") and name != "image_path":
-            check_inside(columns, [root], name)
-    return root
+            check_inside(columns, [str(root)], name)
+    return str(root)
 
 
 def check_inside(columns: Columns, roots: Sequence[str], name: str) -> None:
@@ -706,20 +720,6 @@ def check_inside(columns: Columns, roots: Sequence[str], name: str) -> None:
                 f"{' and '.join(roots)}. If the payloads are there by intention, name their folder by "
                 "`--payload_dir`."
             )
-
-
-def _choose_root(roots: Sequence[str], paths: pa.ChunkedArray, file: str) -> str:
-    """The first root under which some of the payloads exist; looks at a few rows, spread over the part."""
-    if not len(paths):
-        return roots[0]
-    some = [paths[int(i)].as_py() for i in np.unique(np.linspace(0, len(paths) - 1, 8).astype(int))]
-    for root in roots:
-        if any(inside(path, root) is not None and storage.exists(storage.join(root, path)) for path in some):
-            return root
-    raise CacheError(
-        f"The payloads of {file} are missing: no {some[0]!r} (column `cache_path` of its first row) under "
-        f"{' or '.join(roots)}. Say where they are by `--payload_dir`, or run `sciflow-hf cache build` again."
-    )
 
 
 # -- settings --------------------------------------------------------------------------------------------------
@@ -783,7 +783,7 @@ def check_schemas(files: Sequence[tuple[int, str]], schemas: Sequence[pa.Schema]
 
 def common_metadata(names: Sequence[str], found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The metadata of the first part; CacheError where another was made with other settings."""
-    for name, metadata in zip(names, found, strict=True):
+    for name, metadata in zip(names[1:], found[1:], strict=True):
         one, other = ({k: v for k, v in each.items() if k not in _OF_THE_BUILD} for each in (found[0], metadata))
         differ = differences(one, other, "`{}` is {!r} and {!r}")
         if differ:

@@ -37,12 +37,13 @@ def hash64(*parts: int | str) -> int:
 
 def noise_keys(seed: int, epoch: int, positions: Iterable[int]) -> torch.Tensor:
     """Keys of the samples at `positions` of the epoch's order: (B,), int64 (the hash's bits, so often negative)."""
-    return torch.tensor([signed64(hash64(seed, epoch, p)) for p in positions], dtype=torch.int64)
+    return torch.tensor([hash64(seed, epoch, p) for p in positions], dtype=torch.uint64).view(torch.int64)
 
 
 def step_keys(seed: int, epoch: int, positions: Iterable[int], total_batch: int) -> torch.Tensor:
     """Keys of the optimizer steps that hold the samples at `positions`: (B,), int64; one step, one key."""
-    return torch.tensor([signed64(hash64(seed, epoch, "step", p // total_batch)) for p in positions])
+    hashes = [hash64(seed, epoch, "step", p // total_batch) for p in positions]
+    return torch.tensor(hashes, dtype=torch.uint64).view(torch.int64)
 
 
 def signed64(key: int) -> int:

@@ -116,15 +116,14 @@ class ModelFamily(NoiseLevels, Options, ABC):
 
         noisy_latents = self.process.mix(latents, noise, levels)
 
-        answer = self.answer(model, batch, noisy_latents, levels)
+        model_pred = self.predict(model, batch, noisy_latents, levels)
 
         noised = Noised(latents, noise, noisy_latents, levels, self.process.target(latents, noise, levels))
-        return self.compare(answer, noised, batch, args), levels.float()
+        return self.compare(model_pred, noised, batch, args), levels.float()
 
     def prepare(self, batch: dict[str, Any], *, training: bool) -> dict[str, Any]:
         """A copy of `batch` with `noise_key` (B,), fresh keys where the loader gave none: what the step is made of."""
-        size = len(next(iter(batch.values())))
-        return batch | {"noise_key": sample_keys(batch, size)}
+        return batch | {"noise_key": sample_keys(batch, len(next(iter(batch.values()))))}
 
     @abstractmethod
     def clean_latents(self, batch: dict[str, Any]) -> torch.Tensor:
@@ -150,27 +149,23 @@ class ModelFamily(NoiseLevels, Options, ABC):
             levels: (B,), on the same device: sigmas, float32, or timesteps, int64.
         """
 
-    def answer(
-        self, model: torch.nn.Module, batch: dict[str, Any], noisy_latents: torch.Tensor, levels: torch.Tensor
+    def compare(
+        self, model_pred: torch.Tensor, noised: Noised, batch: dict[str, Any], args: LossArguments
     ) -> torch.Tensor:
-        """What `compare` is given: the prediction, and behind it in the channels all else that a network predicts."""
-        return self.predict(model, batch, noisy_latents, levels)
-
-    def compare(self, answer: torch.Tensor, noised: Noised, batch: dict[str, Any], args: LossArguments) -> torch.Tensor:
         """The loss of every sample, (B,), float32: the mean over the elements, times the weight of the level.
 
         A family whose objective compares something else, or something more, overrides this hook. The mean, weighted by
         `loss_mask`, is taken in the order in which the network answers (`pack`): float32 rounds otherwise in another.
 
         Args:
-            answer: of `answer`.
+            model_pred: of `predict`.
             noised: what was mixed, and the target that follows: latents, noise, noisy latents and target (B, C, h, w),
                 levels (B,).
-            batch: as in `compute_loss`, with `noise_key`.
+            batch: as in `compute_loss`, with `noise_key`, and with what `predict` has put into it.
         """
         mask = batch.get("loss_mask")
         loss = sample_loss(
-            self.pack(answer),
+            self.pack(model_pred),
             self.pack(noised.target),
             loss_type=args.loss_type,
             huber_delta=args.huber_delta,

@@ -98,30 +98,30 @@ class DiT(ModelFamily):
     def predict(
         self, model: torch.nn.Module, batch: dict[str, Any], noisy_latents: torch.Tensor, levels: torch.Tensor
     ) -> torch.Tensor:
-        """What `prediction_type` says, (B, C, h, w). Batch: `class_labels` (B,) where there are classes."""
-        return self.answer(model, batch, noisy_latents, levels)[:, : noisy_latents.shape[1]]
+        """What `prediction_type` says, (B, C, h, w). Batch: `class_labels` (B,) where there are classes.
 
-    def answer(
-        self, model: torch.nn.Module, batch: dict[str, Any], noisy_latents: torch.Tensor, levels: torch.Tensor
-    ) -> torch.Tensor:
-        """(B, C, h, w), with `learn_sigma` (B, 2C, h, w): behind the prediction the fraction of the variance."""
-        answer: torch.Tensor = model(
+        With `learn_sigma` it puts `variance_fraction` (B, C, h, w) into the batch: what the network says of that.
+        """
+        model_pred: torch.Tensor = model(
             hidden_states=noisy_latents.to(network_dtype(model)),
             timestep=self.process.timestep(levels),
             class_labels=self.dropped_labels(batch, training=model.training),
             return_dict=False,
-        )[0]
-        return answer.float()
+        )[0].float()
+        if self.learn_sigma:
+            model_pred, batch["variance_fraction"] = model_pred.chunk(2, dim=1)
+        return model_pred
 
-    def compare(self, answer: torch.Tensor, noised: Noised, batch: dict[str, Any], args: LossArguments) -> torch.Tensor:
+    def compare(
+        self, model_pred: torch.Tensor, noised: Noised, batch: dict[str, Any], args: LossArguments
+    ) -> torch.Tensor:
         """With `learn_sigma` the loss of the variance, too."""
+        loss = super().compare(model_pred, noised, batch, args)
         if not self.learn_sigma:
-            return super().compare(answer, noised, batch, args)
-        prediction, fraction = answer.chunk(2, dim=1)
+            return loss
         mask = batch.get("loss_mask")
         mask = None if mask is None else self.element_mask(mask, noised.target)
-        variance = self.process.variance_loss(noised, prediction, fraction, mask)
-        return super().compare(prediction, noised, batch, args) + variance
+        return loss + self.process.variance_loss(noised, model_pred, batch["variance_fraction"], mask)
 
     name: ClassVar[str] = "dit"
     task: ClassVar[str] = "unconditional-image-generation"

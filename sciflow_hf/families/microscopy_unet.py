@@ -127,9 +127,11 @@ class MicroscopyUNet(TimestepLevels, ModelFamily):
             coarse["loss_mask"] = F.avg_pool2d(batch["loss_mask"].float(), block)
         return super().prepare(batch, training=training) | coarse
 
-    def compare(self, answer: torch.Tensor, noised: Noised, batch: dict[str, Any], args: LossArguments) -> torch.Tensor:
+    def compare(
+        self, model_pred: torch.Tensor, noised: Noised, batch: dict[str, Any], args: LossArguments
+    ) -> torch.Tensor:
         """Also by the image losses, where they have a weight."""
-        loss = super().compare(answer, noised, batch, args)
+        loss = super().compare(model_pred, noised, batch, args)
         if not (self.fourier_weight or self.multiscale_weight or self.perceptual_weight):
             return loss
         if "loss_mask" in batch:
@@ -137,7 +139,7 @@ class MicroscopyUNet(TimestepLevels, ModelFamily):
                 "`loss_mask` does not go with `fourier_weight`, `multiscale_weight` and `perceptual_weight`: these "
                 "compare complete images. Leave the masks or the weights out."
             )
-        return loss + self.image_loss(answer, noised)
+        return loss + self.image_loss(model_pred, noised)
 
     def image_loss(self, prediction: torch.Tensor, noised: Noised) -> torch.Tensor:
         """The losses on the clean image that a prediction means, times their weights and sqrt(alpha_bar): (B,)."""

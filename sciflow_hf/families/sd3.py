@@ -63,16 +63,18 @@ class SD3(PipelineFamily):
         )[0]
         return prediction.float()
 
-    def compare(self, answer: torch.Tensor, noised: Noised, batch: dict[str, Any], args: LossArguments) -> torch.Tensor:
+    def compare(
+        self, model_pred: torch.Tensor, noised: Noised, batch: dict[str, Any], args: LossArguments
+    ) -> torch.Tensor:
         """With `precondition_outputs` x0 = noisy_latents - sigma * prediction and the latents."""
         if not self.precondition_outputs:
-            return super().compare(answer, noised, batch, args)
+            return super().compare(model_pred, noised, batch, args)
         if args.min_snr_gamma is not None:
             raise SciflowError(
                 f"`min_snr_gamma` {args.min_snr_gamma} does not go with `precondition_outputs`: it is a weight of the "
                 "loss on the velocity. Leave one of them out."
             )
-        clean = noised.noisy_latents - noised.levels.view(-1, 1, 1, 1) * answer
+        clean = noised.noisy_latents - noised.levels.view(-1, 1, 1, 1) * model_pred
         return super().compare(clean, noised._replace(target=noised.latents), batch, args)
 
     def text_arguments(self, batch: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def sides(cache: Path, images: Path) -> list[tuple[set[str], set[str]]]:
     """Groups to train on and held out: of a cache, of a stream, of images with classes."""
     train, held_out = load_cache(cache).split(FRACTION)
     stream, kept = load_cache(cache, streaming=True).split(FRACTION)
-    rows = (row for part in range(2) for piece in stream.read_rows(part, 0) for row in piece)
+    rows = (row for part in range(2) for row, _ in stream.read_rows(part))
     streamed = {row.values["paper_id"] for row in rows if stream.keeps(row)}
     args = sf.ClassImageArguments(input_dir=str(images), eval_fraction=FRACTION)
     pixels, others = load_class_images(args, image_size=8)

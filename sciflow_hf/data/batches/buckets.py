@@ -71,15 +71,9 @@ class BucketBatchSampler(Sampler[list[int]]):
         drop_last: bool = False,
         repeats: Sequence[float] | np.ndarray | None = None,
     ) -> None:
-        sizes = {
-            "batch_size": batch_size,
-            "num_replicas": num_replicas,
-            "accumulation_steps": accumulation_steps,
-        }
-        for name, value in sizes.items():
-            _check_int(name, value, low=1)
-        _check_int("rank", rank, low=0)
-        _check_int("seed", seed, low=None)
+        _check_ints(1, batch_size=batch_size, num_replicas=num_replicas, accumulation_steps=accumulation_steps)
+        _check_ints(0, rank=rank)
+        _check_ints(-math.inf, seed=seed)
         if rank >= num_replicas:
             raise SciflowError(f"`rank` is {rank}, but must lie in [0, num_replicas) = [0, {num_replicas}).")
         self.batch_size, self.num_replicas, self.rank = batch_size, num_replicas, rank
@@ -118,7 +112,7 @@ class BucketBatchSampler(Sampler[list[int]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next iteration follows."""
-        _check_int("epoch", epoch, low=0)
+        _check_ints(0, epoch=epoch)
         self.epoch = int(epoch)
 
     def __len__(self) -> int:
@@ -158,8 +152,9 @@ class BucketBatchSampler(Sampler[list[int]]):
         """`report()` as an aligned table with totals; buckets beyond `max_rows` share one line."""
         report = self.report()
         numbers = [(r.samples, r.batches, r.repeats, r.dropped) for r in report]
+        names = [" x ".join(map(str, r.bucket)) if isinstance(r.bucket, tuple) else str(r.bucket) for r in report]
         lines: list[tuple[str, ...]] = [("bucket", "samples", "batches", "repeats", "dropped")]
-        lines += [(_label(r.bucket), *map(str, n)) for r, n in zip(report[:max_rows], numbers, strict=False)]
+        lines += [(name, *map(str, n)) for name, n in zip(names[:max_rows], numbers, strict=False)]
         if len(report) > max_rows:
             rest = [str(sum(column)) for column in zip(*numbers[max_rows:], strict=True)]
             lines.append((f"{len(report) - max_rows} more", *rest))
@@ -294,8 +289,7 @@ def aspect_ratio_buckets(resolution: int, step: int, *, max_aspect_ratio: float 
         (height, width) pairs from the tallest to the widest. A size is left out if one of its sides could
         grow by a step without passing a limit; the square is always there.
     """
-    _check_int("step", step, low=1)
-    _check_int("resolution", resolution, low=1)
+    _check_ints(1, step=step, resolution=resolution)
     if resolution < step:
         raise SciflowError(
             f"`resolution` is {resolution}, but image sides are multiples of {step}: give at least {step}."
@@ -324,12 +318,10 @@ def nearest_bucket(height: int, width: int, buckets: Sequence[tuple[int, int]]) 
     return min(buckets, key=lambda size: (round(abs(math.log(size[0] / size[1]) - aspect), 9), -size[0] * size[1]))
 
 
-def _check_int(name: str, value: int, *, low: int | None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise SciflowError(f"`{name}` is {value!r}, but must be a whole number.")
-    if low is not None and value < low:
-        raise SciflowError(f"`{name}` is {value}, but must be at least {low}.")
-
-
-def _label(bucket: Hashable) -> str:
-    return " x ".join(map(str, bucket)) if isinstance(bucket, tuple) else str(bucket)
+def _check_ints(low: float, **values: int) -> None:
+    """SciflowError for a value that is no whole number, or below `low`."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise SciflowError(f"`{name}` is {value!r}, but must be a whole number.")
+        if value < low:
+            raise SciflowError(f"`{name}` is {value}, but must be at least {low}.")

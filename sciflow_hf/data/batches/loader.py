@@ -188,22 +188,22 @@ class KeyedDataset(Dataset[dict[str, Any]]):
         columns = (torch.tensor(column) for column in zip(*indices, strict=True))
         return batch | dict(zip(INDEX, columns, strict=False))
 
-    def complete(self, batch: dict[str, torch.Tensor]) -> None:
-        """Adds the classes of a batch of latents, and its text where that is encoded online."""
+    def complete(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Adds the classes of a batch of latents, and its text where that is encoded online; the same batch."""
         if (labels := getattr(self.dataset, "class_labels", None)) is not None:
             batch["class_labels"] = labels[batch["row"]]
-        if not self.online:
-            return
-        dropped = (uniform(batch["noise_key"], stream="caption_dropout") < self.caption_dropout).tolist()
-        rows = batch["row"].tolist()
-        captions = batch.pop("captions", None) or [self.dataset.captions[row] for row in rows]  # a stream forgets rows
-        captions = ["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
-        batch.update({n: v for n, v in self.dataset.online_text(captions).items() if n not in IDS})
+        if self.online:
+            dropped = (uniform(batch["noise_key"], stream="caption_dropout") < self.caption_dropout).tolist()
+            rows = batch["row"].tolist()
+            captions = batch.pop("captions", None) or [self.dataset.captions[row] for row in rows]  # not of a stream
+            captions = ["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
+            batch.update({n: v for n, v in self.dataset.online_text(captions).items() if n not in IDS})
+        return batch
 
     def _plan(self, row: int, key: int) -> _Plan:
         members = self.dataset.members(row)
         wanted = {name: member for name, member in members.items() if name not in self.left_out}
-        text = self._empty_text(row, key, wanted)
+        text = {} if self.empty_prompt is None else self._empty_text(row, key, wanted)
         layout = {n: (tuple(text.get(n, m).shape), target_dtype(m, self.dataset.dtype)) for n, m in wanted.items()}
         return _Plan(row, key, members, text, layout)
 
@@ -356,7 +356,7 @@ class BatchLoader:
         seeds = generator(hash64(self.seed, epoch), "workers")
         data: Any = samples
         loader = DataLoader(data, batch_size=None, sampler=batches, generator=seeds, **self.loader_options)
-        return _completed(samples, iter(loader))
+        return map(samples.complete, loader)
 
 
 class BucketLoader(BatchLoader):
@@ -383,12 +383,6 @@ class BucketLoader(BatchLoader):
         epoch, rows, positions = self.sampler.epoch, self.sampler.epoch_batches(), self.sampler.positions
         batches = (self._indices(epoch, rows[i].tolist(), positions(i)) for i in range(start, len(rows)))
         return self._read(self._keyed, batches, epoch)
-
-
-def _completed(samples: Samples, batches: Iterator[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
-    for batch in batches:
-        samples.complete(batch)
-        yield batch
 
 
 def evaluation_keys(row_ids: Sequence[str]) -> KeyOf:

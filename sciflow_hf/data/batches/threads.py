@@ -26,7 +26,7 @@ class Samples(Protocol):
     def read_batch(self, indices: Sequence[Index], carve: Carve) -> dict[str, torch.Tensor]:
         """A batch whose large tensors `carve` made, filled. Called in a reader thread, several at a time."""
 
-    def complete(self, batch: dict[str, torch.Tensor]) -> None:
+    def complete(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Adds what is not read but computed. Called by the consumer, as it takes the batch."""
 
 

@@ -100,7 +100,7 @@ def target_dtype(member: Member, dtype: torch.dtype) -> torch.dtype:
     return stored if stored == torch.bool or member.name == "loss_mask" else torch.int64
 
 
-def read_member(member: Member, out: torch.Tensor, where: str) -> None:
+def read_member(member: Member, out: torch.Tensor, where: object) -> None:
     """Fills `out`, contiguous and of the member's shape, in the dtype of `out`.
 
     Raises:
@@ -131,7 +131,7 @@ def read_member(member: Member, out: torch.Tensor, where: str) -> None:
                 _cast(piece, target)
 
 
-def read_members(members: Iterable[Member], dtype: torch.dtype, where: str) -> dict[str, torch.Tensor]:
+def read_members(members: Iterable[Member], dtype: torch.dtype, where: object) -> dict[str, torch.Tensor]:
     """New tensors of some arrays, by name; floating ones in `dtype`. See `read_member`."""
     tensors = {}
     for member in members:
@@ -141,7 +141,7 @@ def read_members(members: Iterable[Member], dtype: torch.dtype, where: str) -> d
 
 
 @contextlib.contextmanager
-def explain(file: str, where: str, name: str = "") -> Iterator[None]:
+def explain(file: str, where: object, name: str = "") -> Iterator[None]:
     """Turns what goes wrong while a payload is read into a CacheError that names the row, the file and the member."""
     try:
         yield
@@ -231,9 +231,7 @@ class Columns:
 
     def __init__(self, table: pa.Table, file: str, start: int = 0) -> None:
         self.table, self.file, self.start = table, file, start
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.table.column_names
+        self.names = table.column_names
 
     def error(self, row: int, name: str, needed: str) -> CacheError:
         value = self.table.column(name)[row].as_py()
@@ -244,7 +242,7 @@ class Columns:
 
     def column(self, name: str) -> pa.ChunkedArray:
         """One that has a value in every row."""
-        if name not in self:
+        if name not in self.names:
             raise CacheError(f"The index {self.file} lacks the column {name!r}. {CONVERT}.")
         column = self.table.column(name)
         if column.null_count:
@@ -349,7 +347,7 @@ class Reader(ABC):
         return ["cache_path"]
 
     @abstractmethod
-    def members(self, i: int, where: str) -> dict[str, Member]:
+    def members(self, i: int, where: object) -> dict[str, Member]:
         """The members of row `i` by name; `where` names the row in errors.
 
         Raises:
@@ -397,7 +395,7 @@ class ColumnReader(Reader):
         ends = ("offset", "nbytes", "path", "shape")
         return ["cache_path", "inline_row", *(f"{name}_{end}" for name in payload.get("tensors", {}) for end in ends)]
 
-    def members(self, i: int, where: str) -> dict[str, Member]:
+    def members(self, i: int, where: object) -> dict[str, Member]:
         found = {}
         for name, shapes in self._shapes.items():
             shape = tuple(shapes[i].tolist())
@@ -406,13 +404,13 @@ class ColumnReader(Reader):
             found[name] = self._member(name, i, shape, below, where)
         return found
 
-    def _member(self, name: str, i: int, shape: tuple[int, ...], scale: Member | None, where: str) -> Member:
+    def _member(self, name: str, i: int, shape: tuple[int, ...], scale: Member | None, where: object) -> Member:
         spec, nbytes = self.tensors[name], int(self._nbytes[name][i])
         file, offset = self._find(name, i, nbytes, where)
         return Member(name, file, offset, nbytes, spec["dtype"], shape, spec["codec"], scale)
 
     @abstractmethod
-    def _find(self, name: str, i: int, nbytes: int, where: str) -> tuple[str, int]:
+    def _find(self, name: str, i: int, nbytes: int, where: object) -> tuple[str, int]:
         """File and offset of a member's bytes."""
 
     def checker(self) -> Callable[[Member, int], str]:

@@ -47,7 +47,7 @@ class InlineReader(ColumnReader):
         """Parquet file, and the row there."""
         return (self._files[self._number[i]], int(self._rows[i])) if self._elsewhere else (self.file, i)
 
-    def _find(self, name: str, i: int, nbytes: int, where: str) -> tuple[str, int]:
+    def _find(self, name: str, i: int, nbytes: int, where: object) -> tuple[str, int]:
         file, row = self._row(i)
         with explain(file, where, name):
             if file not in self._offsets:

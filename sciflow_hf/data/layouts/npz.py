@@ -42,7 +42,7 @@ class NpzReader(Reader):
         super().__init__(file, root, table, payload, *shapes)
         self._paths = Columns(table, file).column("cache_path")
 
-    def members(self, i: int, where: str) -> dict[str, Member]:
+    def members(self, i: int, where: object) -> dict[str, Member]:
         return npz_members(storage.join(self.root, self._paths[i].as_py()), where)
 
     def check_file(self, members: Mapping[str, Member]) -> list[str]:
@@ -53,7 +53,7 @@ class NotPlain(Exception):
     """An array that is not stored as plain bytes, and why."""
 
 
-def npz_members(file: str, where: str) -> dict[str, Member]:
+def npz_members(file: str, where: object) -> dict[str, Member]:
     """The arrays of an npz, by name; `text_ids` is called `txt_ids`, as in a batch.
 
     uint16 arrays hold the bits of bfloat16 (masks and ids apart). Arrays that are compressed, big-endian or in

@@ -49,12 +49,12 @@ class ShardReader(ColumnReader):
         super().__init__(file, root, table, payload, *shapes)
         columns = Columns(table, file)
         self._offsets = {name: compact(columns.numbers(f"{name}_offset")) for name in self.tensors}
-        paths = {name: f"{name}_path" if f"{name}_path" in columns else "cache_path" for name in self.tensors}
+        paths = {name: f"{name}_path" if f"{name}_path" in columns.names else "cache_path" for name in self.tensors}
         found = {column: columns.files(column, root) for column in set(paths.values())}
         self._files = {name: found[column] for name, column in paths.items()}
         self._complete: set[str] = set()
 
-    def _find(self, name: str, i: int, nbytes: int, where: str) -> tuple[str, int]:
+    def _find(self, name: str, i: int, nbytes: int, where: object) -> tuple[str, int]:
         files, number = self._files[name]
         file = files[number[i]]
         # Where a file has lost or gained bytes, the index's offsets would lead to wrong ones. Behind a URL that would

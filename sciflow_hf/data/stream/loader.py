@@ -94,10 +94,11 @@ class StreamLoader(BatchLoader):
 
     __getitem__ = read_batch
 
-    def complete(self, batch: dict[str, Any]) -> None:
+    def complete(self, batch: dict[str, Any]) -> dict[str, Any]:
         self._keyed.complete(batch)
         self._taken += 1
         self._newest_snapshot()
+        return batch
 
     def _newest_snapshot(self) -> tuple[int, dict[str, Any]] | None:
         """The last one that is not behind what was taken; older ones are forgotten."""

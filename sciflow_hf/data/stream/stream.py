@@ -231,7 +231,7 @@ class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
             if name.endswith("_path") and name != "image_path":
                 check_inside(columns, [self._roots[part]], name)
         latents, texts, sizes = (shapes.tolist() for shapes in row_shapes(columns))
-        others = table.drop_columns([name for name in _BECOME_ARRAYS if name in columns]).to_pylist()
+        others = table.drop_columns([name for name in _BECOME_ARRAYS if name in columns.names]).to_pylist()
         return [
             Row(part, first + i, tuple(size), tuple(latent), tuple(text), values)
             for i, (size, latent, text, values) in enumerate(zip(sizes, latents, texts, others, strict=True))
