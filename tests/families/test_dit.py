@@ -287,9 +287,11 @@ def test_the_loss_is_the_mean_over_the_mask(options):
     process = family.process
     parts = batch["pixel_values"], noise, levels
     noised = Noised(batch["pixel_values"], noise, process.mix(*parts), levels, process.target(*parts))
-    answer = torch.rand(len(noise), 3 * (1 + family.learn_sigma), *noise.shape[2:], requires_grad=True)
-    family.compare(answer, noised, batch | {"loss_mask": mask}, ARGS).sum().backward()
-    assert torch.equal(answer.grad != 0, (mask != 0)[:, None].expand_as(answer))
+    model_pred, fraction = torch.rand(2, *noise.shape).unbind()
+    told = {"loss_mask": mask, "variance_fraction": fraction.requires_grad_()}
+    family.compare(model_pred.requires_grad_(), noised, batch | told, ARGS).sum().backward()
+    for answer in (model_pred, fraction) if family.learn_sigma else (model_pred,):
+        assert torch.equal(answer.grad != 0, (mask != 0)[:, None].expand_as(answer))
 
 
 def test_a_mask_of_another_size_is_refused():

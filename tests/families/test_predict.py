@@ -91,11 +91,8 @@ def test_the_right_answer_has_no_loss(step, args):
     """What the process asks for compares to nothing, and anything else to more; the variance has a loss of its own."""
     family, _, batch, noised = step
     target = noised.target
-    if getattr(family, "learn_sigma", False):
-        answers = [torch.cat([answer, -torch.ones_like(answer)], dim=1) for answer in (target, target + 0.5)]
-    else:
-        answers = [target, target + 0.5]
-    right, wrong = (family.compare(answer, noised, batch, args) for answer in answers)
+    batch = batch | ({"variance_fraction": -torch.ones_like(target)} if getattr(family, "learn_sigma", False) else {})
+    right, wrong = (family.compare(answer, noised, batch, args) for answer in (target, target + 0.5))
     assert right.shape == wrong.shape == (2,) and right.dtype == torch.float32
     assert (right < 1e-6).all() and (wrong > 0.01).all()
 
@@ -104,11 +101,10 @@ def test_the_step_is_made_of_these_parts(step, args):
     """`compute_loss` is `compare` of `predict`, also where it draws noise and levels from the keys itself."""
     family, model, batch, noised = step
     loss, levels = family.compute_loss(model.eval(), batch, args, noise=noised.noise, levels=noised.levels)
-    answer = family.answer(model, batch, noised.noisy_latents, noised.levels)
-    assert torch.equal(loss, family.compare(answer, noised, batch, args))
-    assert torch.equal(levels, noised.levels.float()) and torch.equal(
-        answer[:, : noised.latents.shape[1]], family.predict(model, batch, noised.noisy_latents, noised.levels)
-    )
+    told = dict(batch)
+    model_pred = family.predict(model, told, noised.noisy_latents, noised.levels)
+    assert torch.equal(loss, family.compare(model_pred, noised, told, args))
+    assert torch.equal(levels, noised.levels.float())
     keyed = batch | {"noise_key": noise_keys(0, 0, range(2))}
     one, two = (family.compute_loss(model, keyed, args)[0] for _ in range(2))
     assert torch.equal(one, two) and "noise_key" not in batch
