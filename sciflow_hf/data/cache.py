@@ -25,6 +25,7 @@ from . import storage
 from .layouts.base import (
     BROKEN,
     DTYPES,
+    INT32,
     METADATA_KEY,
     REBUILD,
     Columns,
@@ -38,7 +39,7 @@ from .layouts.inline import InlineReader
 from .layouts.npz import NpzReader, npz_members
 from .layouts.shards import ShardReader
 from .prior import Prior
-from .split import check_eval_fraction, is_held_out
+from .split import check_eval_fraction, is_held_out, stand_in
 
 if TYPE_CHECKING:
     import datasets
@@ -325,8 +326,8 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         """Training and evaluation part. Whole groups go to one side, by a hash of the group alone.
 
         So figures of one paper never sit on both sides, and adding rows does not move old ones. The fraction
-        is of groups and is met in the mean; a small cache may get an empty evaluation part (a warning says
-        so).
+        is of groups and is met in the mean; of two groups or more one is held out at least (`stand_in`). Of a single
+        one the evaluation part is empty, and a warning says so.
 
         Raises:
             SciflowError: if `eval_fraction` is not in [0, 1), or nothing is left to train on.
@@ -340,11 +341,10 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
                 "leaves nothing to train on. Make it smaller or add data."
             )
         if eval_fraction and not mask.any():
-            logger.warning(
-                "`eval_fraction` %s of %d groups selects none of them: no evaluation.",
-                eval_fraction,
-                len(sides),
-            )
+            group = stand_in(sides)
+            if group is None:
+                logger.warning("`eval_fraction` %s: there is one group only, so none is held out.", eval_fraction)
+            mask = np.fromiter((name == group for name in self.groups), dtype=bool, count=len(self))
         return self.select(np.flatnonzero(~mask)), self.select(np.flatnonzero(mask))
 
     @property
@@ -595,7 +595,7 @@ def row_shapes(columns: Columns) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     latents = columns.shapes("latent_shape", "(C, h, w)")
     with_text = "prompt_embeds_shape" in columns.names
     texts = columns.shapes("prompt_embeds_shape", "(L, D)") if with_text else np.zeros((len(latents), 2), np.int32)
-    sides = [columns.numbers(name, least=1, unit=" of pixels") for name in ("bucket_h", "bucket_w")]
+    sides = [columns.numbers(name, least=1, most=INT32, unit=" of pixels") for name in ("bucket_h", "bucket_w")]
     return latents, texts, np.stack(sides, axis=1).astype(np.int32)
 
 

@@ -85,11 +85,7 @@ def load_data(
         is_prior = cache.source_of_row == len(args.dataset_dir)
         cache, prior = cache.select(np.flatnonzero(~is_prior)), cache.select(np.flatnonzero(is_prior))
     train, held_out = cache.split(args.eval_fraction) if args.eval_fraction else (cache, None)
-    if args.eval_fraction and (len(train) == 0 or held_out is None or len(held_out) == 0):
-        raise SciflowError(
-            f"`eval_fraction` {args.eval_fraction} of {len(cache)} samples leaves {len(train)} to train on and "
-            f"{len(held_out or [])} held out; those of one `paper_id` stay together. Use another fraction, or 0."
-        )
+    held_out = held_out or None  # of a single group nothing is held out: a warning has said so
     if isinstance(train, LatentCache):
         train = _chosen(train, args)
         train = train if prior is None else _with_prior(train, prior, loss_weight=args.prior_loss_weight)

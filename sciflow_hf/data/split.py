@@ -1,6 +1,7 @@
 """Which rows of a data set are trained on and which are held out: one rule for caches, streams and images."""
 
 import functools
+from collections.abc import Iterable
 
 from ..diffusion.randomness import hash64
 from ..errors import SciflowError
@@ -13,7 +14,20 @@ def is_held_out(group: str, eval_fraction: float) -> bool:
     A hash of the group alone decides, so that rows of one group stay together and new data moves no old row. The
     fraction is of the groups, and is met in the mean.
     """
-    return hash64(group, "eval split") < int(eval_fraction * 2.0**64)
+    return _hash(group) < int(eval_fraction * 2.0**64)
+
+
+def stand_in(groups: Iterable[str]) -> str | None:
+    """The group that is held out where the hash selects none: that of the smallest hash; None for a single group.
+
+    It returns to training once the hash selects another, of data that were added; no other group ever moves.
+    """
+    distinct = set(groups)
+    return min(distinct, key=_hash) if len(distinct) > 1 else None
+
+
+def _hash(group: str) -> int:
+    return hash64(group, "eval split")
 
 
 def check_eval_fraction(eval_fraction: float) -> None:

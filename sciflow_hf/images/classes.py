@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from ..data.build.sources import to_rgb
 from ..data.cache import LatentCache
-from ..data.split import is_held_out, spread
+from ..data.split import is_held_out, spread, stand_in
 from ..diffusion.randomness import hash64
 from ..errors import CacheError, SciflowError
 from .class_source import CHANNELS, LABEL, SAME_AS, ClassImageArguments, ClassSource
@@ -186,11 +186,12 @@ def load_class_images(
         )
     fraction = 0.0 if args.eval_split else args.eval_fraction
     outside = {row for row in rows if is_held_out(source.names[row], fraction)}
+    if fraction and not outside and (name := stand_in(source.names)):
+        outside = {row for row in rows if source.names[row] == name}
     chosen = [row for row in rows if row not in outside]
-    if fraction and not (outside and chosen):
+    if not chosen:
         raise SciflowError(
-            f"`eval_fraction` {args.eval_fraction} of {len(rows)} images leaves {len(chosen)} to train on and "
-            f"{len(outside)} held out. Use another fraction, or 0."
+            f"`eval_fraction` {args.eval_fraction} of {len(rows)} images leaves none to train on. Use a smaller one."
         )
     if args.max_train_samples and args.max_train_samples < len(chosen):
         chosen = [chosen[i] for i in spread(len(chosen), args.max_train_samples)]

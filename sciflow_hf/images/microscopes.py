@@ -355,7 +355,10 @@ def _held_out(specimens: Sequence[str], args: MicroscopyDataArguments) -> set[st
         return {*args.eval_specimens, *order[args.fold :: args.num_folds]}
     if args.split == "region":
         return set(args.eval_specimens)
-    by_hash = {s for s in specimens if uniform([signed64(hash64(s))], stream="split").item() < args.eval_fraction}
+    place = {s: uniform([signed64(hash64(s))], stream="split").item() for s in specimens}
+    by_hash = {s for s in specimens if place[s] < args.eval_fraction}
+    if args.eval_fraction and not by_hash and not args.eval_specimens and len(specimens) > 1:
+        by_hash = {min(specimens, key=place.__getitem__)}  # as `data.split.stand_in`
     return {*args.eval_specimens, *by_hash}
 
 

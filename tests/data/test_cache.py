@@ -18,6 +18,7 @@ from sciflow_hf.data.cache import LatentCache
 from sciflow_hf.data.layouts.base import read_members
 from sciflow_hf.data.layouts.npz import npz_members
 from sciflow_hf.data.load import load_cache
+from sciflow_hf.diffusion.randomness import hash64
 from sciflow_hf.errors import CacheError, SciflowError
 
 
@@ -196,9 +197,15 @@ def test_split_refuses_other_fractions(folder: Path, fraction: float) -> None:
         load_cache(folder).split(fraction)
 
 
-def test_split_of_nothing_warns_and_of_all_refuses(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    train, held_out = load_cache(folder).split(1e-9)
-    assert (len(train), len(held_out)) == (24, 0) and "selects none" in caplog.text
+def test_split_of_nothing_takes_a_stand_in_and_of_all_refuses(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache = load_cache(folder)
+    train, held_out = cache.split(1e-9)
+    (group,) = set(held_out.groups)
+    assert group == min(cache.groups, key=lambda name: hash64(name, "eval split")) and group not in train.groups
+    assert len(train) + len(held_out) == 24
+    alone = cache.select([i for i, name in enumerate(cache.groups) if name == group])
+    train, held_out = alone.split(1e-9)
+    assert (len(train), len(held_out)) == (len(alone), 0) and "there is one group only" in caplog.text
     with pytest.raises(SciflowError, match="nothing to train on"):
         load_cache(folder).split(1 - 1e-9)
 

@@ -223,6 +223,11 @@ def test_required_columns_are_named(folder: Path, column: str) -> None:
         ("latent_shape", [4, 8], "3 positive whole numbers"),
         ("latent_shape", [4, 8, 0], "3 positive whole numbers"),
         ("prompt_embeds_shape", [12], "2 positive whole numbers"),
+        # In memory these are int32: 2^32 + 32 would become 32.
+        ("bucket_h", 2**32 + 32, "at most 2147483647 of pixels"),
+        ("bucket_w", 2**31, "at most 2147483647 of pixels"),
+        ("latent_shape", [4, 2**32 + 8, 12], "at most 2147483647"),
+        ("prompt_embeds_shape", [12, 2**31], "at most 2147483647"),
     ],
 )
 def test_broken_cells_are_named(folder: Path, column: str, value: Any, words: str) -> None:
@@ -232,7 +237,7 @@ def test_broken_cells_are_named(folder: Path, column: str, value: Any, words: st
         load_cache(folder)
 
 
-@pytest.mark.parametrize("text", ["", "4, 8", "(4, 8, x)", "4.0, 8, 12", "-4, 8, 12"])
+@pytest.mark.parametrize("text", ["", "4, 8", "(4, 8, x)", "4.0, 8, 12", "-4, 8, 12", f"(4, {2**70}, 12)"])
 def test_broken_shape_strings_are_named(tmp_path: Path, text: str) -> None:
     folder = write_cache(tmp_path, shapes_as_strings=True)
     edit(index_files(folder)[0], latent_shape=lambda cells: [*cells[:5], text, *cells[6:]])
@@ -285,3 +290,14 @@ def test_rows_that_cannot_share_a_batch_are_named(folder: Path) -> None:
     edit(index_files(folder)[0], latent_shape=lambda shapes: [*shapes[:3], [4, 9, 12], *shapes[4:]])
     with pytest.raises(CacheError, match=r"row 3 .*row 0 .*\(32, 48, 12\).*\(4, 9, 12, 12, 48\)"):
         _ = load_cache(folder).batch_keys
+
+
+@pytest.mark.parametrize("name", ["latents", "an_extra"])
+def test_an_array_that_would_fill_the_memory_is_refused(folder: Path, name: str) -> None:
+    """1 GiB of zeros, compressed a thousandfold: known from its header, before a byte is decoded."""
+    with np.load(payload_of(folder)) as stored:
+        arrays = dict(stored)
+    zeros = np.zeros((1 << 14, 1 << 14), dtype=np.float32)
+    np.savez_compressed(payload_of(folder), **(arrays | {name: zeros}))
+    assert payload_of(folder).stat().st_size < 2 << 20
+    _broken(folder, f"array `{name}` would take 1,024 MiB of memory, more than 256 MiB")

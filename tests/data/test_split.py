@@ -113,3 +113,35 @@ def test_the_rule_stands_once(cache: Path, images: Path, monkeypatch: pytest.Mon
     finally:
         split.is_held_out.cache_clear()
     assert after[0] == after[1] and all(one != other for one, other in zip(before, after, strict=True))
+
+
+def test_small_data_sets_hold_one_group_out(tmp_path: Path) -> None:
+    """At the usual fraction the hash selects none of 20 groups in .95^20 = 36 % of the cases; the smallest stands in.
+
+    It goes back to training once the hash selects another, and no other group moves when data is added.
+    """
+    folder = tmp_path / "images"
+    (folder / "axon").mkdir(parents=True)
+    held: list[set[str]] = []
+    for number in range(1, 41):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / "axon" / f"{number}.png")
+        args = sf.ClassImageArguments(input_dir=str(folder), eval_fraction=0.05)
+        train, others = load_class_images(args, image_size=8)
+        held.append(set() if others is None else set(others.groups))
+        assert len(train) + len(others or []) == number and not held[-1] & set(train.groups)
+    by_hash = [
+        {f"axon/{i}.png" for i in range(1, n + 1) if split.is_held_out(f"axon/{i}.png", 0.05)} for n in range(41)
+    ]
+    assert held[0] == set() and all(len(found) >= 1 for found in held[1:])
+    assert all(found == expected for found, expected in zip(held, by_hash[1:], strict=True) if expected)
+    stood_in = [found for found, expected in zip(held[1:], by_hash[2:], strict=True) if not expected]
+    assert stood_in and all(len(found) == 1 for found in stood_in)
+
+
+def test_stream_and_cache_have_the_same_stand_in(cache: Path) -> None:
+    _, held_out = load_cache(cache).split(1e-9)
+    stream, kept = load_cache(cache, streaming=True).split(1e-9)
+    assert kept is not None and set(kept.groups) == set(held_out.groups) and len(set(kept.groups)) == 1
+    assert len(stream) + len(kept) == len(load_cache(cache))
+    streamed = {row.values["paper_id"] for part in range(2) for row, _ in stream.read_rows(part) if stream.keeps(row)}
+    assert not streamed & set(kept.groups)

@@ -59,6 +59,8 @@ numpy_reader = threading.Lock()
 """numpy reads the headers of arrays by `ast`, which in Python 3.11 may fail in two threads at once."""
 REBUILD = "Run `sciflow-hf cache build` again"
 CONVERT = "Run `sciflow-hf cache convert` or `cache build` again"
+INT32 = 2**31 - 1
+"""The largest side and shape: in memory they are int32."""
 _CHUNK = 1 << 17  # values read at once: what fits into the processor's cache while their dtype is changed
 
 
@@ -257,14 +259,16 @@ class Columns:
         encoded = self.column(name).cast(pa.large_string()).combine_chunks().dictionary_encode()
         return [storage.join(root, path) for path in encoded.dictionary.to_pylist()], encoded.indices.to_numpy()
 
-    def numbers(self, name: str, *, least: int = 0, unit: str = "") -> np.ndarray:
-        """(N,) int64, none below `least` (0 or 1)."""
+    def numbers(self, name: str, *, least: int = 0, most: int = 2**63 - 1, unit: str = "") -> np.ndarray:
+        """(N,) int64, none below `least` (0 or 1) or above `most`."""
         try:
             values = self.column(name).cast(pa.int64()).to_numpy()
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise self.error(0, name, f"a whole number{unit} in every row ({first_line(error)})") from error
         if (values < least).any():
             raise self.error(int(np.argmax(values < least)), name, f"a positive number{unit}" if least else "0 or more")
+        if (values > most).any():
+            raise self.error(int(np.argmax(values > most)), name, f"at most {most}{unit}")
         return values
 
     def shapes(self, name: str, form: str = "") -> np.ndarray:
@@ -299,16 +303,16 @@ class Columns:
             shapes = flat.to_numpy().reshape(-1, size)
         else:
             raise self.error(0, name, f"{needed}, as a list or a string")
-        odd = (shapes <= 0).any(axis=1)
+        odd = ((shapes <= 0) | (shapes > INT32)).any(axis=1)
         if odd.any():
-            raise self.error(int(np.argmax(odd)), name, needed)
+            raise self.error(int(np.argmax(odd)), name, f"{needed}, at most {INT32}")
         return shapes.astype(np.int32)
 
 
 def _parse_shape(text: str, size: int) -> list[int]:
     """The numbers of a shape in brackets or without; zeros, which no shape has, if it is none."""
     numbers = re.findall(r"\d+", text) if re.fullmatch(r"[\[(\s]*\d+(?:[,\s]+\d+)*[\])\s,]*", text) else []
-    return [int(number) for number in numbers] if len(numbers) == size else [0] * size
+    return [min(int(number), INT32 + 1) for number in numbers] if len(numbers) == size else [0] * size
 
 
 class Reader(ABC):

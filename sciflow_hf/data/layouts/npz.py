@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import re
 import struct
 import zipfile
@@ -19,6 +20,7 @@ from .base import BROKEN, DTYPES, Block, Columns, Member, Reader, Sample, Writer
 
 _TAIL = 1 << 10  # bytes; holds the central directory of a handful of arrays
 _HEAD = 256  # bytes; holds a local header and the array's own header
+_LARGEST_DECODED = 256 << 20  # bytes; ten times the text of a FLUX model in float32. zlib packs zeros a thousandfold
 _LOCAL = struct.Struct("<4s5H3L2H")
 _HAS_DESCRIPTOR = 8  # flag: the local header leaves CRC and sizes to a record behind the data
 _DTYPES = {
@@ -127,6 +129,10 @@ def _member(file: str, length: int, info: zipfile.ZipInfo, local: int) -> Member
         if header is None:
             return None
         (dtype, shape), offset, codec = header, 0, "numpy"
+        if (decoded := math.prod(shape) * DTYPES[dtype].itemsize) > _LARGEST_DECODED:
+            raise ValueError(
+                f"array `{key}` would take {decoded >> 20:,} MiB of memory, more than {_LARGEST_DECODED >> 20} MiB"
+            ) from None
     if dtype == "BF16" and key.endswith(("_mask", "_ids")):
         dtype = "U16"
     member = Member("txt_ids" if key == "text_ids" else key, file, start + offset, packed - offset, dtype, shape, codec)

@@ -32,7 +32,7 @@ from ..cache import (
 )
 from ..layouts.base import Columns, Reader
 from ..layouts.inline import InlineReader
-from ..split import check_eval_fraction, is_held_out
+from ..split import check_eval_fraction, is_held_out, stand_in
 from .index import read_tables, stream_file
 from .order import EpochRows, Place, Row
 
@@ -80,6 +80,7 @@ class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
         self._starts = np.cumsum([0, *(file.footer.num_rows for file in files)]).tolist()
         self.seed, self._epoch, self._length = 0, 0, self._starts[-1]
         self._eval_fraction = 0.0
+        self._stand_in: str | None = None
         self._running: EpochRows | None = None
         self._resumed: Mapping[str, Any] | None = None
         self._roots: dict[int, str] = {}
@@ -128,6 +129,10 @@ class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
 
         with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
             held_out = [row for rows in pool.map(held_out_of, range(len(self.files))) for row in rows]
+            if not held_out:
+                rows = (row for part in range(len(self.files)) for row, _ in self.read_rows(part))
+                train._stand_in = stand_in(map(self._group, rows))
+                held_out = [row for rows in pool.map(held_out_of, range(len(self.files))) for row in rows]
         train._length = self._length - len(held_out)
         if not train._length:
             raise SciflowError(
@@ -135,7 +140,7 @@ class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
                 "on. Make it smaller or add data."
             )
         if not held_out:
-            logger.warning("`eval_fraction` %s selects no group: no evaluation.", eval_fraction)
+            logger.warning("`eval_fraction` %s: there is one group only, so none is held out.", eval_fraction)
         return train, self.view(held_out) if held_out else None
 
     # -- as a LatentCache ----------------------------------------------------------------------------------------
@@ -309,9 +314,13 @@ class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
         """Whether a row is on this side of the split."""
         if not self._eval_fraction:
             return True
+        group = self._group(row)
+        return group != self._stand_in and not is_held_out(group, self._eval_fraction)
+
+    def _group(self, row: Row) -> str:
+        """As `LatentCache.groups`."""
         names = (row.values.get(name) for name in ("paper_id", "image_path", "cache_path"))
-        group = next((str(name) for name in names if name), f"row {self.number(row)}")  # as `LatentCache.groups`
-        return not is_held_out(group, self._eval_fraction)
+        return next((str(name) for name in names if name), f"row {self.number(row)}")
 
 
 @dataclass(frozen=True)
