@@ -90,8 +90,10 @@ def tiny(tmp_path_factory):
     with torch.no_grad():
         network.time_step_proj.linear_1.weight *= quiet(TIME_CHANNELS)
         network.proj_out.weight /= 2
+    encoder_of_images = vae(SIZES["test"], 0)
+    encoder_of_images.register_to_config(shift_factor=None)  # as the published one: the pipeline would not read it
     pipeline = AuraFlowPipeline(
-        tokenizer=tokenizer, text_encoder=encoder.eval(), vae=vae(SIZES["test"], 0), transformer=network.eval(),
+        tokenizer=tokenizer, text_encoder=encoder.eval(), vae=encoder_of_images, transformer=network.eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
     )  # fmt: skip
     target = tmp_path_factory.mktemp("auraflow") / "tiny"

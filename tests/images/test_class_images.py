@@ -164,7 +164,6 @@ def labelled(tmp_path, labels, kind="int64"):
         ([0.5, 1.0], {"kind": "float64"}, r"label.*not one class an image"),
         ([0, 1], {"label_column": "class"}, r"label_column.*'class'.*image, label"),
         ([0, 1], {"image_column": "img"}, r"image_column.*'img'.*image \(Image\)"),
-        ([0, 1], {"eval_fraction": 0.001}, r"eval_fraction.*2 to train on and 0 held out"),
     ],
 )
 def test_labels_that_cannot_be_used(tmp_path, labels, options, match):

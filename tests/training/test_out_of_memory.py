@@ -105,7 +105,7 @@ def test_other_errors_are_not_memory(tmp_path, job, monkeypatch):
 def test_sharded_engines_stop_with_the_ladder(tmp_path, job, monkeypatch, engine):
     trainer, passes = ranks.make(output_dir=tmp_path, **job), []
 
-    def full(model, inputs):
+    def full(model, inputs, **options):
         passes.append(len(inputs["noise_key"]))
         monkeypatch.setattr(trainer, f"is_{engine}_enabled", True)
         raise ERRORS["device"]()

@@ -299,7 +299,7 @@ class Ranks:
 
 def test_means_are_of_all_ranks():
     log = LossLog(np.array([False, True, True]))
-    log.note(torch.tensor([2.0, 8.0]), torch.tensor([0.1, 0.9]), torch.tensor([0, 2]))
+    log.note(torch.tensor([2.0, 8.0]), torch.tensor([0.1, 0.9]), torch.tensor([0, 2]), 1)
     other = torch.tensor([[4.0, 0.1, 0.0], [6.0, 0.6, 1.0], [-1.0, -1.0, -1.0]])
     means = log.means(Ranks(other), 1.0)
     assert means == {"loss_q1": 3.0, "instance_loss": 3.0, "prior_loss": 7.0}
@@ -372,7 +372,7 @@ def test_quarters_of_the_noise_range_are_of_the_family():
     """DDPM's levels are timesteps: the quarters are of 0 to 1000, as they are without a prior."""
     levels, losses = torch.tensor([100.0, 300.0, 600.0, 900.0, 950.0]), torch.tensor([1.0, 2.0, 3.0, 4.0, 9.0])
     log = LossLog(prior=np.array([False, False, False, False, True]))
-    log.note(losses, levels, torch.arange(5))
+    log.note(losses, levels, torch.arange(5), 1)
     means = log.means(Accelerator(cpu=True), 1000.0)
     assert means == {
         "loss_q1": 1.0, "loss_q2": 2.0, "loss_q3": 3.0, "loss_q4": 4.0, "instance_loss": 2.5, "prior_loss": 9.0,
