@@ -239,11 +239,11 @@ def test_resume_without_the_file(tmp_path, family, tiny_cache):
 
 
 def test_the_best_checkpoint_brings_its_average(tmp_path, family, tiny_cache):
-    """A rate that ruins the network: the first evaluation is the best."""
+    """By the largest loss, the first evaluation is the best."""
     trainer = ema_trainer(
-        tmp_path, family, tiny_cache, max_steps=4, learning_rate=3.0, load_best_model_at_end=True,
+        tmp_path, family, tiny_cache, max_steps=4, load_best_model_at_end=True,
         eval_strategy="steps", save_strategy="steps", eval_steps=2, save_steps=2,
-        metric_for_best_model="eval_loss", greater_is_better=False,
+        metric_for_best_model="eval_loss", greater_is_better=True,
     )  # fmt: skip
     trainer.train()
     best = trainer.state.best_model_checkpoint
