@@ -23,9 +23,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 RETRY_WAITS = (2.0, 8.0, 30.0)  # seconds before the second, third and last try
-SILENCE = (
-    60.0  # seconds without a byte from the Hub after which a try has failed; the client itself would wait for ever
-)
+SILENCE = 60.0
+"""Seconds without a byte from the Hub after which a try has failed; the client alone would wait for ever."""
 
 _CARD_IMAGE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
 _IMAGE = re.compile(r"(\w[\w -]*/)*\w[\w. -]*\.png")

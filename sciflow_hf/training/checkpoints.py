@@ -165,10 +165,12 @@ def check_output_dir(output_dir: str | os.PathLike, *, resume: Any, overwrite: b
         )
     lock = RunLock(output_dir)
     lock.acquire()
-    for folder in found:
-        logger.info("Removing %s (`--overwrite_output_dir`).", folder)
-        shutil.rmtree(folder)
-    lock.release()
+    try:
+        for folder in found:
+            logger.info("Removing %s (`--overwrite_output_dir`).", folder)
+            shutil.rmtree(folder)
+    finally:
+        lock.release()
 
 
 def rotate(

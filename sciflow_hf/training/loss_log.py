@@ -33,6 +33,10 @@ class LossLog:
         self.notes: tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor], ...] = ()
         self._bad_norm: torch.Tensor | None = None  # the first step with such a gradient norm, or infinity
 
+    def clear(self) -> None:
+        """Begins anew."""
+        self.notes, self._bad_norm = (), None
+
     def note(self, loss: torch.Tensor, levels: torch.Tensor, rows: torch.Tensor | None, step: int) -> None:
         """Losses, noise levels and rows of a batch of a step, (B,) each; the rows on the host."""
         self.notes = (*self.notes, (loss.detach(), levels, rows, torch.full((len(loss),), step)))

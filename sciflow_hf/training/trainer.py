@@ -515,7 +515,8 @@ class DiffusionTrainer(Trainer):
             self._apply_options(folder)
             logger.info("Going on from %s.", folder)
         else:
-            self._options_changed = {}
+            self._options_changed, self._loss_before = {}, 0.0
+        self._losses.clear()  # of an earlier call that ended with an error
         self._measure_first = self.eval_dataset is not None and self.model_init is None and not self._eval_base
         self._measure_first = self._measure_first and not adapter_layers(self.model)
         if self.args.world_size > 1:

@@ -210,6 +210,25 @@ def test_a_gradient_that_is_not_finite_makes_no_checkpoint(tmp_path, family, eve
     assert again.state.global_step == 4
 
 
+def test_the_same_trainer_can_train_after_an_error(tmp_path, family, even_cache):
+    """What was not finite then is not blamed on the steps now; the mean loss is of these steps alone."""
+    trainer = make_trainer(tmp_path, family, even_cache, max_steps=2)
+    weight = trained_parameters(trainer)[0]
+    handle = weight.register_hook(lambda grad: grad * torch.nan)
+    with pytest.raises(sf.SciflowError, match="gradient was not finite at step 1"):
+        trainer.train()
+    handle.remove()
+    again = trained(make_trainer(tmp_path, family, even_cache, max_steps=2))
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if name in again:
+                parameter.copy_(again[name])
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer._loss_before = 1e6  # as a resumed run leaves it
+    trainer.train()
+    assert rows(trainer, "train_loss")[-1] == pytest.approx(np.mean(losses(trainer)), rel=1e-4)
+
+
 def trained_parameters(trainer):
     return [p for p in trainer.model.parameters() if p.requires_grad]
 
