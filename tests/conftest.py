@@ -47,9 +47,9 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_klein(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the smallest klein pipeline; a token is 8x8 pixels, `bucket_step` 8. Read only."""
-    from sciflow_hf.demo import make_tiny_klein
+    from sciflow_hf.demo import make_tiny
 
-    return make_tiny_klein(tmp_path_factory.mktemp("klein") / "tiny", size="test")
+    return make_tiny(tmp_path_factory.mktemp("klein") / "tiny", size="test")
 
 
 @pytest.fixture(scope="session")

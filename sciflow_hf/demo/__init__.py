@@ -1,13 +1,12 @@
 """Drawn figures and tiny pipelines, where nothing is downloaded. May import `images`, `diffusion` and `files`."""
 
-from importlib import import_module
 from pathlib import Path
 
 from .figures import make_figures
 from .mini_figures import SIZES, make_mini_figures, mini_figures, night_figures, pretraining_figures
 from .mini_klein import TEXT_LENGTH, start_mini_klein
 from .mini_vae import train_mini_vae
-from .tiny_klein import make_tiny_klein
+from .tiny import make_tiny
 
 __all__ = [
     "SIZES",
@@ -16,7 +15,7 @@ __all__ = [
     "demo_pipeline",
     "make_figures",
     "make_mini_figures",
-    "make_tiny_klein",
+    "make_tiny",
     "mini_figures",
     "night_figures",
     "pretraining_figures",
@@ -42,9 +41,4 @@ def demo_figures(folder: str | Path, name: str = "demo") -> Path:
 def demo_pipeline(folder: str | Path, family: str = "flux2_klein") -> Path:
     """A family's tiny pipeline (`pretrained_model_name_or_path: demo`): made below `folder` at first use."""
     target = Path(folder) / f"tiny-{family.replace('_', '-')}-v{_VERSION}"
-    if target.is_dir():
-        return target
-    if family == "flux2_klein":
-        return make_tiny_klein(target, size="demo")
-    made: Path = import_module(f".tiny_{family}", __name__).make_tiny(target, size="demo")
-    return made
+    return target if target.is_dir() else make_tiny(target, family)

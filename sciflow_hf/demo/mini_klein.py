@@ -1,17 +1,12 @@
 """`mini_klein`, a FLUX.2 klein pipeline of 3.6 million parameters for small figures: its parts before training."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .folders import write_pipeline
 from .mini_figures import COLOURS, COUNTS, KINDS
 from .mini_vae import LATENT_CHANNELS
-from .tiny import redraw, word_merges
-from .tiny_klein import SCHEDULER_CONFIG, SPECIAL_TOKENS, TEXT_LAYERS
-
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedTokenizerBase
+from .tiny import FLUX_SCHEDULER, QWEN_TOKENS, qwen3, qwen_tokenizer
 
 TEXT_LENGTH = 16  # tokens; a caption has 9 to 13
 _TEXT_HIDDEN = 32
@@ -34,7 +29,9 @@ def start_mini_klein(folder: str | Path, vae: Any, *, seed: int = 0) -> Path:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokenizer = _tokenizer()
+        listed = [" ".join([*KINDS, *KINDS.values(), *COLOURS, *COUNTS]), _OTHER_WORDS]
+        words = (f"Ġ{word}" for word in dict.fromkeys(" ".join(listed).split()))
+        tokenizer = qwen_tokenizer(QWEN_TOKENS, words, chat_template=_CHAT_TEMPLATE, length=512)
         transformer = Flux2Transformer2DModel(
             in_channels=4 * LATENT_CHANNELS,
             num_layers=1,
@@ -46,7 +43,7 @@ def start_mini_klein(folder: str | Path, vae: Any, *, seed: int = 0) -> Path:
             guidance_embeds=False,
         )
         pipeline: Any = Flux2KleinPipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER_CONFIG),
+            scheduler=FlowMatchEulerDiscreteScheduler(**FLUX_SCHEDULER),
             vae=vae,
             text_encoder=_text_encoder(tokenizer, seed),
             tokenizer=tokenizer,
@@ -56,51 +53,23 @@ def start_mini_klein(folder: str | Path, vae: Any, *, seed: int = 0) -> Path:
     return write_pipeline(folder, pipeline)
 
 
-def _tokenizer() -> "PreTrainedTokenizerBase":
-    """Bytes, and each word of a list put together from left to right into one token."""
-    from tokenizers import AddedToken
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import Qwen2Tokenizer
-
-    listed = [" ".join([*KINDS, *KINDS.values(), *COLOURS, *COUNTS]), _OTHER_WORDS]
-    merges = word_merges(f"Ġ{word}" for word in dict.fromkeys(" ".join(listed).split()))
-    words = dict.fromkeys([*sorted(ByteLevel.alphabet()), *(a + b for a, b in merges)])
-    tokenizer = Qwen2Tokenizer(
-        vocab={word: i for i, word in enumerate(words)},
-        merges=list(merges),
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        padding_side="right",
-    )
-    tokenizer.add_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS], special_tokens=True)
-    tokenizer.chat_template = _CHAT_TEMPLATE
-    tokenizer.model_max_length = 512
-    return tokenizer
-
-
-def _text_encoder(tokenizer: "PreTrainedTokenizerBase", seed: int) -> "nn.Module":
+def _text_encoder(tokenizer: Any, seed: int) -> Any:
     """Random, and never trained: each token becomes 3 x 32 numbers of its own, and padding becomes zeros.
 
     The attention writes nothing and the embedding of padding is zero. So the rows of a prompt do not depend on how
     far it is padded, as those of a real klein do; the transformer sees the order by the position ids.
     """
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
+    model = qwen3(
+        tokenizer,
+        seed,
+        gains={"embed_tokens": 5.0, "down_proj": 0.3},
         hidden_size=_TEXT_HIDDEN,
         intermediate_size=_TEXT_HIDDEN,
-        num_hidden_layers=TEXT_LAYERS,
         num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model: Any = Qwen3ForCausalLM(config).eval()
-    redraw(model, seed, "text_encoder", gains={"embed_tokens": 5.0, "down_proj": 0.3})
     with torch.no_grad():
         model.model.embed_tokens.weight[tokenizer.pad_token_id] = 0
         for layer in model.model.layers:

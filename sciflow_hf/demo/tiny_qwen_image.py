@@ -1,106 +1,59 @@
-"""A tiny Qwen-Image pipeline of random, non-degenerate weights: for the demo and the tests, no download."""
+"""A tiny Qwen-Image pipeline."""
 
-from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-from .folders import write_pipeline
-from .tiny import dims_of, probe, quiet, redraw, rounded, sample_pixels, word_merges
-from .tiny_klein import SCHEDULER_CONFIG
+from .tiny import (
+    FLUX_SCHEDULER,
+    LATENT_CHANNELS,
+    QWEN_TOKENS,
+    drawn,
+    latents_of_figures,
+    quiet,
+    qwen_tokenizer,
+    redraw,
+    rounded,
+)
 
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedTokenizerBase
-
-TEXT_HIDDEN = 16
+SIZES: dict[str, dict[str, Any]] = {
+    "test": {"vae_width": 4, "heads": 2, "layers": 2},
+    "demo": {"vae_width": 8, "heads": 4, "layers": 3},
+}
+_TEXT_HIDDEN = 16
 _TIME_CHANNELS = 256  # fixed in diffusers' network
 
 # As published: a flatter line than FLUX's, and a last sampling step at 0.02.
-_SCHEDULER = SCHEDULER_CONFIG | {"shift": 1.0, "max_image_seq_len": 8192, "max_shift": 0.9, "shift_terminal": 0.02}
-
-# The VAE halves twice; with the 2x2 patches a token is 8x8 pixels (the real Qwen-Image: 16x16).
-_SIZES: dict[str, dict[str, Any]] = {
-    "test": {"vae_width": 4, "latent": 4, "heads": 2, "head_dim": 16, "layers": 2, "rope": (4, 6, 6)},
-    "demo": {"vae_width": 8, "latent": 4, "heads": 4, "head_dim": 16, "layers": 3, "rope": (4, 6, 6)},
-}
-
-_SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
+_SCHEDULER = FLUX_SCHEDULER | {"shift": 1.0, "max_image_seq_len": 8192, "max_shift": 0.9, "shift_terminal": 0.02}
+_VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
 
-def make_tiny(folder: str | Path, *, seed: int = 0, size: Literal["demo", "test"] = "demo") -> Path:
-    """Writes a Qwen-Image pipeline folder that `diffusers.QwenImagePipeline.from_pretrained` loads.
-
-    The weights are random but drawn so that positions, timestep scale, text, its order and its mask all show in the
-    network's output (the default initialisation gives a nearly constant one). One seed gives the same bytes.
-
-    Args:
-        folder: where to write; must not exist or be empty. It appears complete or not at all.
-        seed: changes every weight.
-        size: "test" is the smallest (a forward takes milliseconds), "demo" can learn something in 150 steps.
-
-    Returns:
-        The folder.
-
-    Raises:
-        SciflowError: `size` is unknown, or the folder holds something.
-    """
-    dims = dims_of(size, _SIZES)
-    import torch
+def pipeline(seed: int, *, vae_width: int, heads: int, layers: int) -> Any:
+    """Words of captions are tokens: those of the file next to this one."""
     from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 
-    with torch.random.fork_rng(devices=[]):  # the constructors draw weights that are replaced below
-        tokenizer = _tokenizer()
-        pipeline: Any = QwenImagePipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(**_SCHEDULER),
-            vae=_vae(dims, seed),
-            text_encoder=_text_encoder(tokenizer, seed),
-            tokenizer=tokenizer,
-            transformer=_transformer(dims, seed),
-        )
-    return write_pipeline(folder, pipeline)
-
-
-def _tokenizer() -> "PreTrainedTokenizerBase":
-    """Bytes, and the words of the file next to this one, each joined letter by letter from its start."""
-    from tokenizers import AddedToken
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import Qwen2Tokenizer
-
-    lines = files(__package__).joinpath("tiny_qwen_image.txt").read_text(encoding="utf-8").splitlines()
+    lines = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").splitlines()
     words = [line.replace("_", "Ġ") for line in lines if line and not line.startswith("#")]
-    merges = word_merges(words)
-    tokens = [*sorted(ByteLevel.alphabet()), *(left + right for left, right in merges)]
-    tokenizer = Qwen2Tokenizer(
-        vocab={token: i for i, token in enumerate(tokens)},
-        merges=list(merges),
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        padding_side="right",
+    tokenizer = qwen_tokenizer((*QWEN_TOKENS, *_VISION_TOKENS), words)
+    return QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**_SCHEDULER),
+        vae=_vae(seed, vae_width),
+        text_encoder=_text_encoder(tokenizer, seed),
+        tokenizer=tokenizer,
+        transformer=_transformer(seed, heads, layers),
     )
-    tokenizer.add_tokens([AddedToken(token, special=True) for token in _SPECIAL_TOKENS], special_tokens=True)
-    tokenizer.model_max_length = 4096
-    return tokenizer
 
 
-def _text_encoder(tokenizer: "PreTrainedTokenizerBase", seed: int) -> "nn.Module":
+def _text_encoder(tokenizer: Any, seed: int) -> Any:
     """Two layers of width 16, and a vision tower that prompts do not use."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     names = ("vision_start", "vision_end", "image", "video")
-    ids = tokenizer.convert_tokens_to_ids(list(_SPECIAL_TOKENS[3:]))
+    ids = tokenizer.convert_tokens_to_ids(list(_VISION_TOKENS))
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
-            "hidden_size": TEXT_HIDDEN,
-            "intermediate_size": 2 * TEXT_HIDDEN,
+            "hidden_size": _TEXT_HIDDEN,
+            "intermediate_size": 2 * _TEXT_HIDDEN,
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
             "num_key_value_heads": 1,
@@ -115,7 +68,7 @@ def _text_encoder(tokenizer: "PreTrainedTokenizerBase", seed: int) -> "nn.Module
             "hidden_size": 8,
             "intermediate_size": 8,
             "num_heads": 1,
-            "out_hidden_size": TEXT_HIDDEN,
+            "out_hidden_size": _TEXT_HIDDEN,
             "fullatt_block_indexes": [0],
         },
         **{f"{name}_token_id": number for name, number in zip(names, ids, strict=True)},
@@ -125,64 +78,49 @@ def _text_encoder(tokenizer: "PreTrainedTokenizerBase", seed: int) -> "nn.Module
     return model
 
 
-def _vae(dims: dict[str, Any], seed: int) -> "nn.Module":
-    """Log-variance near -6; the mean and deviation of its latents are measured on drawn figures."""
+def _vae(seed: int, width: int) -> Any:
+    """The mean and deviation of its latents are measured on drawn figures."""
     import torch
     from diffusers import AutoencoderKLQwenImage
 
-    channels = dims["latent"]
-    vae: Any = AutoencoderKLQwenImage(
-        base_dim=dims["vae_width"],
-        z_dim=channels,
+    vae = AutoencoderKLQwenImage(
+        base_dim=width,
+        z_dim=LATENT_CHANNELS,
         dim_mult=[1, 2, 2],
         num_res_blocks=1,
         temperal_downsample=[False, True],
-        latents_mean=[0.0] * channels,
-        latents_std=[1.0] * channels,
-    )
-    vae.eval()
+        latents_mean=[0.0] * LATENT_CHANNELS,
+        latents_std=[1.0] * LATENT_CHANNELS,
+    ).eval()
     redraw(vae, seed, "vae", gains={"quant_conv": 1.0})
     with torch.no_grad():
         for name, parameter in vae.named_parameters():
             if name.endswith("gamma"):  # a norm's scale, of more than one dimension here
                 parameter.copy_(1 + parameter / 8)
-        vae.quant_conv.weight[channels:] *= 0.05
-        vae.quant_conv.bias[channels:] = -6.0
-        latents = [vae.encode(pixels.unsqueeze(2)).latent_dist.mode() for pixels in sample_pixels(seed)]
+    latents = latents_of_figures(vae, seed, frames=True)
     both = torch.cat([latent[0].flatten(1) for latent in latents], dim=1).double()  # (C, pixels)
-    # Rounded, so that the last bit of a convolution on another machine does not change the file.
     vae.register_to_config(latents_mean=rounded(both.mean(1)).tolist(), latents_std=rounded(both.std(1)).tolist())
     return vae
 
 
-def _transformer(dims: dict[str, Any], seed: int) -> "nn.Module":
-    """Blocks of two streams whose output has a standard deviation of about one."""
+def _transformer(seed: int, heads: int, layers: int) -> Any:
     import torch
     from diffusers import QwenImageTransformer2DModel
 
-    channels = 4 * dims["latent"]
-    model: Any = QwenImageTransformer2DModel(
+    channels = 4 * LATENT_CHANNELS
+    model = QwenImageTransformer2DModel(
         in_channels=channels,
-        out_channels=dims["latent"],
-        num_layers=dims["layers"],
-        attention_head_dim=dims["head_dim"],
-        num_attention_heads=dims["heads"],
-        joint_attention_dim=TEXT_HIDDEN,
-        axes_dims_rope=dims["rope"],
+        out_channels=LATENT_CHANNELS,
+        num_layers=layers,
+        attention_head_dim=16,
+        num_attention_heads=heads,
+        joint_attention_dim=_TEXT_HIDDEN,
+        axes_dims_rope=(4, 6, 6),
     )
-    model.eval()
-    redraw(model, seed, "transformer")
-    with torch.no_grad():
-        model.time_text_embed.timestep_embedder.linear_1.weight *= quiet(_TIME_CHANNELS)
-    rng = probe(seed)
-    height, width, length = 4, 6, 12
-    with torch.no_grad():
-        output = model(
-            hidden_states=torch.randn(4, height * width, channels, generator=rng),
-            encoder_hidden_states=torch.randn(4, length, TEXT_HIDDEN, generator=rng),
-            timestep=torch.tensor([0.1, 0.4, 0.7, 0.95]),
-            img_shapes=[[(1, height, width)]] * 4,
-            return_dict=False,
-        )[0]
-        model.proj_out.weight /= rounded(output.double().std()).float()
-    return model
+    inputs = {
+        "hidden_states": (4, 24, channels),
+        "encoder_hidden_states": (4, 12, _TEXT_HIDDEN),
+        "timestep": torch.tensor([0.1, 0.4, 0.7, 0.95]),
+        "img_shapes": [[(1, 4, 6)]] * 4,
+    }
+    return drawn(model, seed, inputs, smooth={"time_text_embed.timestep_embedder.linear_1": quiet(_TIME_CHANNELS)})

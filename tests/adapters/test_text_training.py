@@ -1,6 +1,5 @@
 """Text encoders trained with the network: gradients, files, resuming and what is refused, for sdxl, sd3 and flux."""
 
-import importlib
 import logging
 
 import numpy as np
@@ -15,6 +14,7 @@ from sciflow_hf.adapters.files import WEIGHT_NAME, load_adapter_weights, save_ad
 from sciflow_hf.adapters.layers import adapter_disabled, adapter_facts, adapter_parameters, network_of
 from sciflow_hf.adapters.text_encoders import NetworkWithText
 from sciflow_hf.data.load import load_cache
+from sciflow_hf.demo import make_tiny
 from sciflow_hf.training.prepare import build_cache_for, online_text
 
 FAMILIES = ("sdxl", "sd3", "flux")
@@ -25,7 +25,7 @@ SIZES = {"sdxl": (4, 24, 16), "sd3": (16, 12, 8), "flux": (16, 12, 8)}
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    path = importlib.import_module(f"sciflow_hf.demo.tiny_{request.param}").make_tiny(folder, size="test")
+    path = make_tiny(folder, request.param, size="test")
     return sf.load_family(request.param)(pretrained_model_name_or_path=str(path))
 
 

@@ -58,7 +58,7 @@ class Way:
 def ways(folder: Path) -> list[Way]:
     """From a cache to gradients; from `add_adapter` to a kohya file; from a flag to the sigmas."""
     batch, adapter, option = Way("batch"), Way("adapter"), Way("option")
-    klein = str(demo.make_tiny_klein(folder / "klein", size="test"))
+    klein = str(demo.make_tiny(folder / "klein", size="test"))
     figures, cache = demo.make_figures(folder / "figures", num_figures=4, pixels_per_unit=0.3), folder / "cache"
     model_flags = ["--pretrained_model_name_or_path", klein, "--max_sequence_length", "16"]
     sciflow_hf(["cache", "build", "--family", "flux2_klein", *model_flags, "--resolution", "64",

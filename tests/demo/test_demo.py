@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from sciflow_hf import demo
-from sciflow_hf.demo import demo_figures, demo_pipeline, make_figures, make_tiny_klein
+from sciflow_hf.demo import demo_figures, demo_pipeline, make_figures, make_tiny
 from sciflow_hf.errors import SciflowError
 
 PROMPTS = ["a line plot", "a red bar chart with 5 bars"]
@@ -23,7 +23,7 @@ def pipeline(request: pytest.FixtureRequest, tiny_klein: Path, tmp_path_factory:
     """Both sizes, as diffusers loads them."""
     from diffusers import Flux2KleinPipeline
 
-    folder = tiny_klein if request.param == "test" else make_tiny_klein(tmp_path_factory.mktemp("demo") / "klein")
+    folder = tiny_klein if request.param == "test" else make_tiny(tmp_path_factory.mktemp("demo") / "klein")
     pipe = Flux2KleinPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -164,18 +164,18 @@ def _bytes(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
-def test_one_seed_gives_the_same_pipeline_bytes_and_leaves_torch_alone(tmp_path: Path, tiny_klein: Path) -> None:
+@pytest.mark.parametrize("family", ["flux2_klein", "flux", "qwen_image", "sd3", "sdxl"])
+def test_one_seed_gives_the_same_pipeline_bytes_and_leaves_torch_alone(tmp_path: Path, family: str) -> None:
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    again, other = (
-        make_tiny_klein(tmp_path / "a", size="test"),
-        make_tiny_klein(tmp_path / "b", size="test", seed=1),
+    one, again, other = (
+        _bytes(make_tiny(tmp_path / name, family, size="test", seed=seed))
+        for name, seed in (("one", 0), ("again", 0), ("other", 1))
     )
     assert torch.equal(torch.get_rng_state(), state)
-    assert _bytes(again) == _bytes(tiny_klein)
-    weights = [name for name in _bytes(again) if name.endswith(".safetensors")]
-    assert len(weights) == 3
-    assert all(_bytes(again)[name] != _bytes(other)[name] for name in weights)
+    assert one == again
+    weights = [name for name in one if name.endswith(".safetensors")]
+    assert len(weights) >= 3 and all(one[name] != other[name] for name in weights)
 
 
 def _rows(folder: Path) -> list[dict[str, str]]:
@@ -233,7 +233,7 @@ def test_demo_folders_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise AssertionError("made a second time")
 
     monkeypatch.setattr(demo, "make_figures", not_again)
-    monkeypatch.setattr(demo, "make_tiny_klein", not_again)
+    monkeypatch.setattr(demo, "make_tiny", not_again)
     assert (demo_pipeline(tmp_path), demo_figures(tmp_path)) == (pipeline, figures)
 
 
@@ -264,7 +264,7 @@ def test_a_folder_made_meanwhile_is_kept(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
-@pytest.mark.parametrize("make", [make_figures, make_tiny_klein])
+@pytest.mark.parametrize("make", [make_figures, make_tiny])
 def test_a_folder_with_content_is_refused(tmp_path: Path, make: Callable[[Path], Path]) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(SciflowError, match=rf"`folder` is '{re.escape(str(tmp_path))}'.*not an empty folder"):
@@ -274,7 +274,7 @@ def test_a_folder_with_content_is_refused(tmp_path: Path, make: Callable[[Path],
 
 def test_wrong_arguments_are_named(tmp_path: Path) -> None:
     with pytest.raises(SciflowError, match="`size` is 'huge'; allowed: 'test', 'demo'"):
-        make_tiny_klein(tmp_path / "x", size="huge")
+        make_tiny(tmp_path / "x", size="huge")
     with pytest.raises(SciflowError, match="`num_figures` is 0"):
         make_figures(tmp_path / "x", num_figures=0)
 

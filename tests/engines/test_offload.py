@@ -1,6 +1,5 @@
 """`--offload`: the same numbers with the blocks on the host, and how many of their weights are copied at a time."""
 
-import importlib
 import shutil
 import weakref
 
@@ -14,6 +13,7 @@ from trainings import make_args, make_trainer, same, trained
 
 import sciflow_hf as sf
 from sciflow_hf.adapters.files import WEIGHT_NAME
+from sciflow_hf.demo import make_tiny
 from sciflow_hf.engines import offload
 from sciflow_hf.engines.offload import held_bytes, offload_blocks
 from sciflow_hf.families.base import network_dtype
@@ -112,7 +112,7 @@ def test_weights_are_on_the_device_one_block_at_a_time(tmp_path, family, monkeyp
 @pytest.mark.parametrize("name", ["sd3", "sdxl", "flux", "qwen_image"])
 def test_other_networks(tmp_path, name):
     """A UNet checkpoints other parts than those named as its blocks; convolutions are held, too."""
-    path = importlib.import_module(f"sciflow_hf.demo.tiny_{name}").make_tiny(tmp_path / name, size="test")
+    path = make_tiny(tmp_path / name, name, size="test")
     family = sf.load_family(name)(pretrained_model_name_or_path=str(path))
     found = []
     for offloaded in (False, True):

@@ -246,9 +246,9 @@ def test_text_encoders_learn_at_their_rate_and_decay_as_before(tmp_path):
 
 
 def test_names_of_trained_text_encoders(tmp_path):
-    from sciflow_hf.demo.tiny_sdxl import make_tiny
+    from sciflow_hf.demo import make_tiny
 
-    family = sf.SDXL(pretrained_model_name_or_path=str(make_tiny(tmp_path / "sdxl", size="test")))
+    family = sf.SDXL(pretrained_model_name_or_path=str(make_tiny(tmp_path / "sdxl", "sdxl", size="test")))
     options = sf.AdapterArguments(rank=3, train_text_encoder=True)
     model = sf.add_adapter(family.load_model(dtype=torch.float32, meta=True), options, family=family)
     args = make_args(tmp_path, text_encoder_learning_rate=1e-5)

@@ -75,7 +75,7 @@ def tiny(tmp_path_factory):
     from transformers import UMT5Config, UMT5EncoderModel
 
     from sciflow_hf.demo.tiny import quiet, redraw, t5_tokenizer
-    from sciflow_hf.demo.tiny_sd3 import SIZES, TIME_CHANNELS, vae
+    from sciflow_hf.demo.tiny_sd3 import TIME_CHANNELS, vae
 
     tokenizer = t5_tokenizer()
     encoder = UMT5EncoderModel(
@@ -90,7 +90,7 @@ def tiny(tmp_path_factory):
     with torch.no_grad():
         network.time_step_proj.linear_1.weight *= quiet(TIME_CHANNELS)
         network.proj_out.weight /= 2
-    encoder_of_images = vae(SIZES["test"], 0)
+    encoder_of_images = vae(0, (4, 8, 8))
     encoder_of_images.register_to_config(shift_factor=None)  # as the published one: the pipeline would not read it
     pipeline = AuraFlowPipeline(
         tokenizer=tokenizer, text_encoder=encoder.eval(), vae=encoder_of_images, transformer=network.eval(),

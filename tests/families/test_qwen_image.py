@@ -13,7 +13,7 @@ from parity import FEW, MANY, roundings
 import sciflow_hf as sf
 from sciflow_hf.adapters.layers import adapter_parameters
 from sciflow_hf.data.batches.loader import collate
-from sciflow_hf.demo.tiny_qwen_image import make_tiny
+from sciflow_hf.demo import make_tiny
 from sciflow_hf.diffusion.losses import flow_weight
 from sciflow_hf.diffusion.randomness import noise_keys
 from sciflow_hf.errors import SciflowError
@@ -27,7 +27,7 @@ HEIGHT, WIDTH = 48, 32
 @pytest.fixture(scope="session")
 def tiny_qwen(tmp_path_factory):
     """Folder of the smallest Qwen-Image pipeline; a token is 8x8 pixels, `bucket_step` 8. Read only."""
-    return make_tiny(tmp_path_factory.mktemp("qwen") / "tiny", size="test")
+    return make_tiny(tmp_path_factory.mktemp("qwen") / "tiny", "qwen_image", size="test")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from trainings import LONGER, make_trainer, trained
 
 import sciflow_hf as sf
 from sciflow_hf.adapters.layers import adapter_layers, adapter_parameters
-from sciflow_hf.demo.tiny_qwen_image import make_tiny
+from sciflow_hf.demo import make_tiny
 from sciflow_hf.families.qwen_image import QwenImage
 from sciflow_hf.training.prepare import build_cache_for, online_text
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.fixture(scope="session")
 def tiny_qwen(tmp_path_factory):
     """Folder of the smallest Qwen-Image pipeline; a token is 8x8 pixels, `bucket_step` 8. Read only."""
-    return make_tiny(tmp_path_factory.mktemp("qwen") / "tiny", size="test")
+    return make_tiny(tmp_path_factory.mktemp("qwen") / "tiny", "qwen_image", size="test")
 
 
 @pytest.fixture(scope="module")
@@ -295,20 +295,6 @@ def test_long_prompts_are_drawn_whole(tiny_qwen):
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     assert [states.shape[1] for states in seen] == [600, 600]
-
-
-# -- the tiny pipeline ---------------------------------------------------------------------------------------
-
-
-def test_one_seed_gives_the_same_bytes(tiny_qwen, tmp_path):
-    again = make_tiny(tmp_path / "again", size="test")
-    files = sorted(path.relative_to(again) for path in again.rglob("*") if path.is_file())
-    assert all((again / file).read_bytes() == (tiny_qwen / file).read_bytes() for file in files) and len(files) > 9
-    other = make_tiny(tmp_path / "other", size="test", seed=1)
-    weights = "transformer/diffusion_pytorch_model.safetensors"
-    assert (other / weights).read_bytes() != (again / weights).read_bytes()
-    with pytest.raises(sf.SciflowError, match="`size` is 'huge'"):
-        make_tiny(tmp_path / "huge", size="huge")
 
 
 @pytest.mark.acceptance

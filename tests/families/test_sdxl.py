@@ -11,7 +11,7 @@ from diffusers.training_utils import compute_snr
 from family_steps import with_adapter
 from parity import FEW, MANY, roundings
 
-from sciflow_hf.demo.tiny_sdxl import make_tiny
+from sciflow_hf.demo import make_tiny
 from sciflow_hf.diffusion.process import GivenSchedule
 from sciflow_hf.diffusion.randomness import noise_keys
 from sciflow_hf.errors import SciflowError
@@ -32,7 +32,7 @@ VARIANTS = {
 
 @pytest.fixture(scope="session")
 def tiny_sdxl(tmp_path_factory):
-    return make_tiny(tmp_path_factory.mktemp("sdxl") / "tiny", size="test")
+    return make_tiny(tmp_path_factory.mktemp("sdxl") / "tiny", "sdxl", size="test")
 
 
 def changed(folder, target, changes):

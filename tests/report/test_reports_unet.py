@@ -7,7 +7,7 @@ import torch
 from plans import sizes
 
 import sciflow_hf as sf
-from sciflow_hf.demo.tiny_sdxl import make_tiny
+from sciflow_hf.demo import make_tiny
 from sciflow_hf.report.plan import _blocks
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -101,7 +101,7 @@ class Samples(list):
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory):
-    path = make_tiny(tmp_path_factory.mktemp("sdxl") / "tiny", size="test")
+    path = make_tiny(tmp_path_factory.mktemp("sdxl") / "tiny", "sdxl", size="test")
     return sf.SDXL(pretrained_model_name_or_path=str(path), posterior="mode")
 
 

@@ -1,6 +1,5 @@
 """For tests of adapters: each family's smallest network with a batch, and stock libraries that load what we saved."""
 
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from peft import PeftModel
 
 import sciflow_hf as sf
 from sciflow_hf.adapters.layers import adapter_parameters
-from sciflow_hf.demo import make_tiny_klein
+from sciflow_hf.demo import make_tiny
 
 FAMILIES = ("flux2_klein", "qwen_image", "sd3", "flux", "sdxl")
 
@@ -19,8 +18,7 @@ _TEXT = {"flux2_klein": (48, 0), "qwen_image": (16, 0), "sd3": (32, 20), "flux":
 
 def make_tiny_family(name: str, folder: Path) -> Any:
     """The family with its smallest pipeline."""
-    make = make_tiny_klein if name == "flux2_klein" else import_module(f"sciflow_hf.demo.tiny_{name}").make_tiny
-    return sf.load_family(name)(pretrained_model_name_or_path=str(make(folder / name, size="test")))
+    return sf.load_family(name)(pretrained_model_name_or_path=str(make_tiny(folder / name, name, size="test")))
 
 
 def batch_of(family: Any) -> dict[str, torch.Tensor]:

@@ -1,25 +1,20 @@
 """Tiny networks of every family, a fixed question to each, and adapters with values: for tests of LoRA files."""
 
 from functools import partial
-from importlib import import_module
 
 import torch
 from parity import rounded_otherwise
 
 import sciflow_hf as sf
 from sciflow_hf.adapters.layers import adapter_parameters
+from sciflow_hf.demo import make_tiny
 
 FAMILIES = ("flux2_klein", "qwen_image", "sd3", "flux", "sdxl")
 
 
 def tiny_family(name, folder):
     """The family on the smallest pipeline, which is made in `folder`."""
-    if name == "flux2_klein":
-        from sciflow_hf.demo import make_tiny_klein
-
-        path = make_tiny_klein(folder / name, size="test")
-    else:
-        path = import_module(f"sciflow_hf.demo.tiny_{name}").make_tiny(folder / name, size="test")
+    path = make_tiny(folder / name, name, size="test")
     return sf.load_family(name)(pretrained_model_name_or_path=str(path), max_sequence_length=12)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-TINY_LATENT_CHANNELS = 4  # of make_tiny_klein(size="test")
+TINY_LATENT_CHANNELS = 4  # of make_tiny(size="test")
 TINY_PIXELS_PER_LATENT = 4
 TINY_EMBED_DIM = 48  # three layers of width 16
 TINY_TEXT_LENGTH = 12

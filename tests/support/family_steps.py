@@ -2,12 +2,11 @@
 
 import json
 import shutil
-from importlib import import_module
 
 import torch
 
 import sciflow_hf as sf
-from sciflow_hf.demo import make_tiny_klein
+from sciflow_hf.demo import make_tiny
 
 FAMILIES = ("flux2_klein", "qwen_image", "sd3", "flux", "sdxl")
 PACKED = ("flux2_klein", "qwen_image", "flux")
@@ -15,12 +14,7 @@ PACKED = ("flux2_klein", "qwen_image", "flux")
 
 def make_pipelines(folder):
     """The smallest pipeline of each family, by its name."""
-    made = {
-        name: import_module(f"sciflow_hf.demo.tiny_{name}").make_tiny(folder / name, size="test")
-        for name in FAMILIES
-        if name != "flux2_klein"
-    }
-    return made | {"flux2_klein": make_tiny_klein(folder / "flux2_klein", size="test")}
+    return {name: make_tiny(folder / name, name, size="test") for name in FAMILIES}
 
 
 def with_adapter(family, **options):
