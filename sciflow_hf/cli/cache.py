@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.layouts import CODECS, EMBEDS, PAYLOADS
 from ..errors import SciflowError
-from .devices import find_device, inference_dtype
+from .devices import find_device, inference_dtype, named
 
 if TYPE_CHECKING:
     from ..data.build.build import BuildReport
@@ -104,34 +104,12 @@ def _build(args: argparse.Namespace) -> None:
         return _build_classes(args)
     if not args.pretrained_model_name_or_path:
         raise SciflowError("`pretrained_model_name_or_path` is missing: the pipeline whose encoders make the cache.")
-    family = _family(
-        args.family,
-        pretrained_model_name_or_path=args.pretrained_model_name_or_path,
-        revision=args.revision,
-        max_sequence_length=args.max_sequence_length,
-        posterior=args.posterior,
-        use_t5=args.use_t5,
-        trust_remote_code=args.trust_remote_code,
-    )
+    options = "pretrained_model_name_or_path revision max_sequence_length posterior use_t5 trust_remote_code"
+    family = _family(args.family, **named(args, options))
+    given = named(args, "resolution caption_column batch_size strict dtype payload embeds codec crops flip")
     with _processes(args.device) as (device, ranks):
-        report = build_cache_for(
-            family,
-            args.input_dir,
-            args.output_dir,
-            device=device,
-            encoder_dtype=inference_dtype(device),
-            resolution=args.resolution,
-            caption_column=args.caption_column,
-            batch_size=args.batch_size,
-            strict=args.strict,
-            dtype=args.dtype,
-            payload=args.payload,
-            embeds=args.embeds,
-            codec=args.codec,
-            crops=args.crops,
-            flip=args.flip,
-            **ranks,
-        )
+        where = {"device": device, "encoder_dtype": inference_dtype(device), **ranks}
+        report = build_cache_for(family, args.input_dir, args.output_dir, **where, **given)
     if ranks.get("rank", 0) == 0:
         _say(report)
 
@@ -145,15 +123,11 @@ def _build_classes(args: argparse.Namespace) -> None:
         raise SciflowError("`vae_name_or_path` is missing: `dit` needs a cache only for the latents of a VAE.")
     options = {"vae_name_or_path": args.vae_name_or_path, "image_size": args.resolution, "posterior": args.posterior}
     family: Any = _family("dit", **options)
-    data_args = ClassImageArguments(
-        input_dir=args.input_dir, image_column=args.image_column, label_column=args.label_column
-    )
+    data_args = ClassImageArguments(**named(args, "input_dir image_column label_column"))
+    given = named(args, "split batch_size strict dtype payload codec flip")
     with _processes(args.device) as (device, ranks):
-        report = build_class_cache(
-            data_args, family, args.output_dir, split=args.split, device=device, encoder_dtype=inference_dtype(device),
-            batch_size=args.batch_size, strict=args.strict, dtype=args.dtype, payload=args.payload, codec=args.codec,
-            flip=args.flip, **ranks,
-        )  # fmt: skip
+        where = {"device": device, "encoder_dtype": inference_dtype(device), **ranks}
+        report = build_class_cache(data_args, family, args.output_dir, **where, **given)
     if ranks.get("rank", 0) == 0:
         _say(report)
 
@@ -171,16 +145,8 @@ def _convert(args: argparse.Namespace) -> None:
     if args.shard_size_mb < 1:
         raise SciflowError(f"`shard_size_mb` {args.shard_size_mb}: at least 1.")
     with _processes("cpu") as (_, ranks):
-        report = convert_cache(
-            args.input_dir,
-            args.output_dir,
-            payload=args.payload,
-            embeds=args.embeds,
-            codec=args.codec,
-            payload_dir=args.payload_dir,
-            shard_bytes=args.shard_size_mb << 20,
-            **ranks,
-        )
+        options = named(args, "payload embeds codec payload_dir") | {"shard_bytes": args.shard_size_mb << 20}
+        report = convert_cache(args.input_dir, args.output_dir, **options, **ranks)
     if ranks.get("rank", 0) == 0:
         sys.stdout.write(_conversion(report) + "\n")
 

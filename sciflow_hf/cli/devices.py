@@ -1,5 +1,6 @@
-"""The device of a command, and the dtype that it computes in."""
+"""What commands share: their device, the dtype that they compute in, and options handed on by name."""
 
+import argparse
 from typing import Any
 
 from ..errors import SciflowError
@@ -25,3 +26,8 @@ def inference_dtype(device: Any) -> Any:
     import torch
 
     return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def named(args: argparse.Namespace, names: str) -> dict[str, Any]:
+    """These options, their names between spaces, as keyword arguments."""
+    return {name: getattr(args, name) for name in names.split()}

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..adapters.formats.names import DTYPES, FORMATS
 from ..errors import SciflowError
+from .devices import named
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -28,15 +29,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def _export(args: argparse.Namespace) -> None:
     from ..adapters.export import export_adapter
 
-    done = export_adapter(
-        args.adapter_path,
-        args.output_file,
-        file_format=args.format,
-        family=args.family,
-        dtype=args.dtype,
-        overwrite=args.overwrite,
-        network=_configuration(args),
-    )
+    options = named(args, "family dtype overwrite") | {"file_format": args.format, "network": _configuration(args)}
+    done = export_adapter(args.adapter_path, args.output_file, **options)
     size = done.file.stat().st_size / 2**20
     sys.stdout.write(
         f"{done.file}: {done.adapter_type} of {done.layers} layers"

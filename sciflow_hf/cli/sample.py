@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import SciflowError
 from ..files import atomic_file
-from .devices import find_device, inference_dtype
+from .devices import find_device, inference_dtype, named
 
 if TYPE_CHECKING:
     import torch
@@ -134,19 +134,12 @@ def _of_classes(args: argparse.Namespace) -> tuple[Draw, list[dict[str, Any]]]:
         raise SciflowError(str(error)) from error
     labels = labels or list(range(config.num_classes))
     subjects = [{"label": label, "class": names[label] if names else str(label)} for label in labels]
+    scale = 1.0 if args.guidance_scale is None else args.guidance_scale
 
     def draw(start: int, generators: "list[torch.Generator]") -> "list[Image]":
         chosen = [labels[(start + i) % len(labels)] for i in range(len(generators))] if labels else None
-        images: list[Image] = pipeline(
-            chosen,
-            num_images=len(generators),
-            height=args.height,
-            width=args.width,
-            num_inference_steps=args.num_inference_steps,
-            guidance_scale=1.0 if args.guidance_scale is None else args.guidance_scale,
-            sampler=args.sampler,
-            generator=generators,
-        ).images
+        given = named(args, "height width num_inference_steps sampler") | {"guidance_scale": scale}
+        images: list[Image] = pipeline(chosen, num_images=len(generators), generator=generators, **given).images
         return images
 
     return draw, subjects or [{}]
@@ -252,20 +245,8 @@ def _restore(args: argparse.Namespace) -> None:
     family = MicroscopyUNet(pretrained_model_name_or_path=args.model_path)
     pipeline = family.load_pipeline(family.load_model(dtype=torch.float32).eval(), device=args.device)
     pipeline.set_progress_bar_config(disable=False, desc="images")
-    written = pipeline.restore_folder(
-        args.input_dir,
-        args.output_dir,
-        num_samples=args.num_samples,
-        save_std=args.save_std,
-        num_inference_steps=args.num_inference_steps,
-        sampler=args.sampler or "ddpm",
-        seed=args.seed,
-        batch_size=args.batch_size,
-        tile_size=args.tile_size,
-        tile_overlap=args.tile_overlap,
-        cascade=args.cascade,
-        data_consistency=args.data_consistency,
-        self_ensemble=args.self_ensemble,
-        timestep_spacing=args.timestep_spacing,
-    )
+    options = "num_samples save_std num_inference_steps seed batch_size tile_size tile_overlap cascade"
+    options += " data_consistency self_ensemble timestep_spacing"
+    given = named(args, options) | {"sampler": args.sampler or "ddpm"}
+    written = pipeline.restore_folder(args.input_dir, args.output_dir, **given)
     sys.stdout.write(f"{len(written)} images in {args.output_dir}\n")
