@@ -9,9 +9,10 @@ if TYPE_CHECKING:
 
 Colour = tuple[int, int, int]
 Point = tuple[float, float]
+Place = Callable[[float, float], Point]  # from data coordinates to the page
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
-INK = (40, 40, 40)
+INK, WHITE = (40, 40, 40), (255, 255, 255)
 GRID = (222, 222, 222)
 COLOURS: dict[str, Colour] = {
     "blue": (31, 119, 180),
@@ -23,27 +24,29 @@ COLOURS: dict[str, Colour] = {
     "grey": (120, 120, 120),
     "brown": (140, 86, 75),
 }
-_OVERSAMPLING = 2
 
 
 class Canvas:
-    """A white page of `width` x `height` units; lengths and positions are in units, y grows downwards.
+    """A page of `width` x `height` units; lengths and positions are in units, y grows downwards.
 
-    Drawn twice as large as the picture that `picture()` gives, so that edges come out smooth.
+    Drawn larger than the picture that `picture()` gives, so that edges come out smooth.
 
     Args:
         width, height: size in units.
         pixels_per_unit: 1.0 gives a picture of `width` x `height` pixels.
+        oversampling: how many times larger it is drawn.
+        page: its colour.
     """
 
-    def __init__(self, width: int, height: int, *, pixels_per_unit: float = 1.0) -> None:
+    def __init__(
+        self, width: int, height: int, *, pixels_per_unit: float = 1.0, oversampling: int = 2, page: Colour = WHITE
+    ) -> None:
         from PIL import Image, ImageDraw
 
         self.width, self.height = width, height
         self._size = (round(width * pixels_per_unit), round(height * pixels_per_unit))
-        self._scale = _OVERSAMPLING * pixels_per_unit
-        large = (self._size[0] * _OVERSAMPLING, self._size[1] * _OVERSAMPLING)
-        self._image = Image.new("RGB", large, "white")
+        self._scale = oversampling * pixels_per_unit
+        self._image = Image.new("RGB", (self._size[0] * oversampling, self._size[1] * oversampling), page)
         self._draw = ImageDraw.Draw(self._image)
 
     def picture(self) -> "Image":
@@ -66,14 +69,8 @@ class Canvas:
         step = ((end[0] - start[0]) / length, (end[1] - start[1]) / length)
         for i in range(0, int(length), 7):
             stop = min(i + 4, length)
-            self.line(
-                [
-                    (start[0] + i * step[0], start[1] + i * step[1]),
-                    (start[0] + stop * step[0], start[1] + stop * step[1]),
-                ],
-                colour,
-                width=width,
-            )
+            ends = [(start[0] + at * step[0], start[1] + at * step[1]) for at in (i, stop)]
+            self.line(ends, colour, width=width)
 
     def polygon(self, points: Sequence[Point], fill: Colour) -> None:
         """A filled polygon without an outline."""
@@ -151,7 +148,7 @@ class Canvas:
         grid: bool = True,
         frame: bool = False,
         size: float = 9.0,
-    ) -> Callable[[float, float], Point]:
+    ) -> Place:
         """Axes with ticks and labels around `box`.
 
         Args:
@@ -210,6 +207,12 @@ class Canvas:
             else:
                 self.box((x + 6, middle - 3, x + 15, middle + 3), fill=colour, outline=None)
             self.text((x + 21, middle), name, size=size, anchor="lm")
+
+
+def pale(colour: Colour, share: int) -> Colour:
+    """One part of `share` of the colour on white."""
+    red, green, blue = (255 - (255 - c) // share for c in colour)
+    return red, green, blue
 
 
 def ticks(low: float, high: float, *, count: int) -> list[float]:

@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 from itertools import pairwise
 
-from .canvas import COLOURS, INK, Canvas, Colour
+from .canvas import COLOURS, INK, WHITE, Canvas, pale
 
 STEPS = (
     ("collect samples", "extract DNA", "sequence", "align reads", "call variants", "report"),
@@ -24,7 +24,6 @@ def flow_chart(canvas: Canvas, rng: random.Random, names: Sequence[str]) -> str:
     """Steps in rounded boxes from top to bottom, or from left to right on wide pages."""
     steps = list(rng.choice(STEPS))[: rng.randint(4, 5) if canvas.height < 1.2 * canvas.width else 6]
     colour = COLOURS[names[0]]
-    pale: Colour = tuple(255 - (255 - c) // 4 for c in colour)  # type: ignore[assignment]
     wide = canvas.width > 1.5 * canvas.height
     n = len(steps)
     for i, step in enumerate(steps):
@@ -38,13 +37,8 @@ def flow_chart(canvas: Canvas, rng: random.Random, names: Sequence[str]) -> str:
         else:
             x, y = canvas.width / 2, canvas.height * (i + 0.5) / n
             half_width, half_height = min(75.0, canvas.width * 0.33), canvas.height / n * 0.29
-        canvas.box(
-            (x - half_width, y - half_height, x + half_width, y + half_height),
-            fill=pale,
-            outline=colour,
-            width=1.4,
-            radius=6,
-        )
+        corners = (x - half_width, y - half_height, x + half_width, y + half_height)
+        canvas.box(corners, fill=pale(colour, 4), outline=colour, width=1.4, radius=6)
         canvas.text((x, y), step, size=10)
         if i + 1 == n:
             break
@@ -66,9 +60,8 @@ def block_diagram(canvas: Canvas, rng: random.Random, names: Sequence[str]) -> s
     centres = []
     for i in range(n):
         along, across = (i + 0.5) / n, 0.34 if i % 2 else 0.62
-        centres.append(
-            (canvas.width * across, canvas.height * along) if tall else (canvas.width * along, canvas.height * across)
-        )
+        x, y = (across, along) if tall else (along, across)
+        centres.append((canvas.width * x, canvas.height * y))
     half_width, half_height = (36.0 if tall else 0.44 * canvas.width / n), 15.0
     for (x0, y0), (x1, y1) in pairwise(centres):
         if tall:
@@ -80,7 +73,7 @@ def block_diagram(canvas: Canvas, rng: random.Random, names: Sequence[str]) -> s
     for i, ((x, y), block) in enumerate(zip(centres, blocks, strict=True)):
         fill = second if i == n // 2 else first
         canvas.box((x - half_width, y - half_height, x + half_width, y + half_height), fill=fill, width=1.0, radius=3)
-        canvas.text((x, y), block, size=10, colour=(255, 255, 255))
+        canvas.text((x, y), block, size=10, colour=WHITE)
     (x0, y0), (x1, y1) = centres[-1], centres[0]
     side = canvas.width - 12.0 if tall else canvas.height - 14.0
     corners = (

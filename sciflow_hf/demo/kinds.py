@@ -4,7 +4,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 
-from .canvas import COLOURS, INK, Box, Canvas, Colour
+from .canvas import COLOURS, GRID, INK, WHITE, Box, Canvas, Colour, Place, pale
 from .diagrams import block_diagram, flow_chart, network
 
 MEASURES = (
@@ -23,6 +23,17 @@ CATEGORIES = (
 def _frame(canvas: Canvas, *, right: float = 10.0) -> Box:
     """Where the axes go on a page with room for tick labels and axis titles."""
     return (46.0, 14.0, canvas.width - right, canvas.height - 34.0)
+
+
+def _named_axes(canvas: Canvas, names: list[str], top: float, y_label: str, *, frame: bool = False) -> Place:
+    """Axes with a group at x = 0, 1, 2, ..."""
+    across = (-0.6, len(names) - 0.4)
+    return canvas.axes(_frame(canvas), across, (0, top), y_label=y_label, x_names=names, x_label="group", frame=frame)
+
+
+def _key(groups: Sequence[str], names: Sequence[str]) -> list[tuple[str, Colour]]:
+    """Entries of a legend: as many as there are groups."""
+    return [(group, COLOURS[name]) for group, name in zip(groups, names, strict=False)]
 
 
 def line_plot(canvas: Canvas, rng: random.Random, names: Sequence[str]) -> str:
@@ -46,7 +57,7 @@ def line_plot(canvas: Canvas, rng: random.Random, names: Sequence[str]) -> str:
             points.append(place(x, top * min(0.99, max(0.01, y + rng.gauss(0, wobble)))))
         canvas.line(points, COLOURS[name], width=1.8)
     corner = (canvas.width - 82.0, canvas.height - 84.0 if form == "saturating" else 18.0)
-    canvas.legend(corner, [(g, COLOURS[n]) for g, n in zip(groups, names, strict=False)])
+    canvas.legend(corner, _key(groups, names))
     shown = ", ".join(f"{g} ({n})" for g, n in zip(groups, names, strict=False))
     return f"Line plot of {y_label} against {x_label} with {len(groups)} {form} curves: {shown}."
 
@@ -73,14 +84,7 @@ def bar_chart(canvas: Canvas, rng: random.Random, names: Sequence[str]) -> str:
     """Bars, one or two to a category, with error bars."""
     categories, (_, y_label) = rng.choice(CATEGORIES)[: rng.randint(3, 6)], rng.choice(MEASURES)
     top, groups = rng.choice((1.0, 10.0, 100.0)), rng.sample(GROUPS, rng.randint(1, 2))
-    place = canvas.axes(
-        _frame(canvas),
-        (-0.6, len(categories) - 0.4),
-        (0, top),
-        y_label=y_label,
-        x_names=categories,
-        x_label="group",
-    )
+    place = _named_axes(canvas, categories, top, y_label)
     highest = 0.85 if len(groups) == 1 else 0.66  # room for the legend
     values = [[top * rng.uniform(0.2, highest) for _ in categories] for _ in groups]
     width = 0.7 / len(groups)
@@ -93,7 +97,7 @@ def bar_chart(canvas: Canvas, rng: random.Random, names: Sequence[str]) -> str:
             middle = left + width / 2
             _error_bar(canvas, place(middle, value - spread), place(middle, value + spread))
     if len(groups) == 2:
-        canvas.legend((52, 16), [(g, COLOURS[n]) for g, n in zip(groups, names, strict=False)], kind="patch")
+        canvas.legend((52, 16), _key(groups, names), kind="patch")
     best = max(range(len(categories)), key=lambda i: values[0][i])
     shown = " and ".join(f"{g} ({n})" for g, n in zip(groups, names, strict=False))
     return (
@@ -118,7 +122,7 @@ def histogram(canvas: Canvas, rng: random.Random, names: Sequence[str]) -> str:
     for i, count in enumerate(counts):
         if count:
             (x0, y0), (x1, y1) = place(i * 0.5, count), place((i + 1) * 0.5, 0)
-            canvas.box((x0, y0, x1, y1), fill=COLOURS[names[0]], outline=(255, 255, 255), width=0.6)
+            canvas.box((x0, y0, x1, y1), fill=COLOURS[names[0]], outline=WHITE, width=0.6)
     peak = 400 * 0.5 / (spread * math.sqrt(2 * math.pi))
     curve = [place(x / 10, peak * math.exp(-((x / 10 - mean) ** 2) / (2 * spread**2))) for x in range(101)]
     canvas.line([p for p in curve if p[1] > 14], COLOURS[names[1]], width=1.8)
@@ -131,22 +135,14 @@ def histogram(canvas: Canvas, rng: random.Random, names: Sequence[str]) -> str:
 def box_plot(canvas: Canvas, rng: random.Random, names: Sequence[str]) -> str:
     """Median, quartiles, whiskers and outliers of some groups."""
     groups, (_, y_label) = rng.choice(CATEGORIES)[: rng.randint(3, 5)], rng.choice(MEASURES)
-    place = canvas.axes(
-        _frame(canvas),
-        (-0.6, len(groups) - 0.4),
-        (0, 10),
-        y_label=y_label,
-        x_names=groups,
-        x_label="group",
-        frame=True,
-    )
+    place = _named_axes(canvas, groups, 10, y_label, frame=True)
     medians = [rng.uniform(3, 7) for _ in groups]
     for i, median in enumerate(medians):
         low, high = median - rng.uniform(0.5, 1.4), median + rng.uniform(0.5, 1.4)
         _error_bar(canvas, place(i, low - rng.uniform(0.4, 1.4)), place(i, high + rng.uniform(0.4, 1.4)))
         (x0, y0), (x1, y1) = place(i - 0.27, high), place(i + 0.27, low)
         canvas.box((x0, y0, x1, y1), fill=COLOURS[names[i % 2]], width=0.9)
-        canvas.line([place(i - 0.27, median), place(i + 0.27, median)], (255, 255, 255), width=1.8)
+        canvas.line([place(i - 0.27, median), place(i + 0.27, median)], WHITE, width=1.8)
         for _ in range(rng.randint(0, 2)):
             outlier = rng.choice((rng.uniform(0.4, 1.0), rng.uniform(9.0, 9.6)))
             canvas.marker(place(i, outlier), INK, radius=1.6)
@@ -166,11 +162,10 @@ def error_bars(canvas: Canvas, rng: random.Random, names: Sequence[str]) -> str:
     means = means[::-1] if falling else means
     spreads = [rng.uniform(0.04, 0.1) for _ in means]
     colour = COLOURS[names[0]]
-    pale: Colour = tuple(255 - (255 - c) // 5 for c in colour)  # type: ignore[assignment]
     pairs = list(enumerate(zip(means, spreads, strict=True)))
     upper = [place(i + 1, min(0.99, m + 1.5 * s)) for i, (m, s) in pairs]
     lower = [place(i + 1, max(0.01, m - 1.5 * s)) for i, (m, s) in pairs]
-    canvas.polygon(upper + lower[::-1], pale)
+    canvas.polygon(upper + lower[::-1], pale(colour, 5))
     canvas.line([place(i + 1, m) for i, m in enumerate(means)], colour, width=1.5)
     for i, (mean, spread) in pairs:
         _error_bar(canvas, place(i + 1, mean - spread), place(i + 1, mean + spread), colour)
@@ -185,16 +180,9 @@ def heat_map(canvas: Canvas, rng: random.Random, names: Sequence[str]) -> str:
     """A matrix of coloured cells with a colour bar."""
     columns, rows, colour = rng.randint(6, 10), rng.randint(5, 8), COLOURS[names[0]]
     x_hot, y_hot, width = rng.uniform(1, columns - 2), rng.uniform(1, rows - 2), rng.uniform(1.2, 2.5)
-    left, top, right, bottom = _frame(canvas, right=48)
-    place = canvas.axes(
-        (left, top, right, bottom),
-        (0, columns),
-        (0, rows),
-        x_label="column",
-        y_label="row",
-        grid=False,
-        frame=True,
-    )
+    box = _frame(canvas, right=48)
+    _, top, right, bottom = box
+    place = canvas.axes(box, (0, columns), (0, rows), x_label="column", y_label="row", grid=False, frame=True)
 
     def shade(value: float) -> Colour:
         return tuple(round(252 + (c * 0.75 - 252) * value) for c in colour)  # type: ignore[return-value]
@@ -205,7 +193,7 @@ def heat_map(canvas: Canvas, rng: random.Random, names: Sequence[str]) -> str:
             (x0, y0), (x1, y1) = place(i, j + 1), place(i + 1, j)
             value = min(1.0, max(0.0, 0.9 * math.exp(-distance) + rng.uniform(0, 0.12)))
             canvas.box((x0, y0, x1, y1), fill=shade(value), outline=None)
-    canvas.box((left, top, right, bottom), width=0.9)
+    canvas.box(box, width=0.9)
     for i in range(24):
         step = (bottom - top) / 24
         low, high = bottom - i * step, bottom - (i + 1) * step
@@ -245,8 +233,8 @@ def log_plot(canvas: Canvas, rng: random.Random, names: Sequence[str]) -> str:
         return left + x / decades * (right - left), bottom - y / decades * (bottom - top)
 
     for i in range(decades + 1):
-        canvas.line([place(i, 0), place(i, decades)], (222, 222, 222), width=0.6)
-        canvas.line([place(0, i), place(decades, i)], (222, 222, 222), width=0.6)
+        canvas.line([place(i, 0), place(i, decades)], GRID, width=0.6)
+        canvas.line([place(0, i), place(decades, i)], GRID, width=0.6)
         canvas.text((place(i, 0)[0], bottom + 5), f"1e{i}", size=8, anchor="mt")
         canvas.text((left - 5, place(0, i)[1]), f"1e{i - 3}", size=8, anchor="rm")
     canvas.box(box, width=0.9)
@@ -258,7 +246,7 @@ def log_plot(canvas: Canvas, rng: random.Random, names: Sequence[str]) -> str:
             canvas.marker(place(*p), COLOURS[name], radius=2.8, shape=("circle", "square")[k])
     canvas.text(((left + right) / 2, bottom + 23), "number of samples", size=9)
     canvas.text((left - 34, (top + bottom) / 2), "test loss", size=9, upright=True)
-    canvas.legend((left + 5, bottom - 32), [(f"slope -{s}", COLOURS[n]) for s, n in zip(slopes, names, strict=False)])
+    canvas.legend((left + 5, bottom - 32), _key([f"slope -{slope}" for slope in slopes], names))
     return (
         f"Log-log plot of test loss against number of samples: power laws of slope -{slopes[0]} "
         f"({names[0]} circles) and -{slopes[1]} ({names[1]} squares)."

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..diffusion.randomness import hash64
+from .canvas import Canvas, Colour
 from .folders import CaptionedImage, write_figures
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-Colour = tuple[int, int, int]
 
 KINDS = {  # kind -> what is counted in it
     "bar chart": "bars",
@@ -131,18 +130,13 @@ def make_mini_figures(folder: str | Path, figures: Sequence[MiniFigure]) -> Path
     return write_figures(folder, drawn)
 
 
-class _Page:
-    """One figure being drawn; positions and lengths are in pixels of the result."""
+class _Page(Canvas):
+    """One figure being drawn; a unit is a pixel of the result."""
 
     def __init__(self, figure: MiniFigure) -> None:
-        from PIL import Image, ImageDraw
-
         self.figure, self.rng = figure, random.Random(figure.seed)
-        self.width, self.height = figure.width, figure.height
         self._choose_look()
-        size = (self.width * _OVERSAMPLING, self.height * _OVERSAMPLING)
-        self._image = Image.new("RGB", size, self.page)
-        self._draw = ImageDraw.Draw(self._image)
+        super().__init__(figure.width, figure.height, oversampling=_OVERSAMPLING, page=self.page)
 
     def picture(self) -> "Image":
         self._surround()
@@ -183,50 +177,35 @@ class _Page:
         """Frame and grid, below everything else."""
         if self.grid:
             for x in range(8, self.width - 4, 8):
-                self.line([(x, 3), (x, self.height - 3)], self.rule, 0.6)
+                self.line([(x, 3), (x, self.height - 3)], self.rule, width=0.6)
             for y in range(8, self.height - 4, 8):
-                self.line([(3, y), (self.width - 3, y)], self.rule, 0.6)
+                self.line([(3, y), (self.width - 3, y)], self.rule, width=0.6)
         if self.frame:
-            self.box(2, 2, self.width - 2, self.height - 2, outline=self.ink, width=1)
+            self.box((2, 2, self.width - 2, self.height - 2), outline=self.ink)
 
-    def line(self, points: Sequence[tuple[float, float]], colour: Colour, width: float) -> None:
-        scaled = [(x * _OVERSAMPLING, y * _OVERSAMPLING) for x, y in points]
-        self._draw.line(scaled, fill=colour, width=max(1, round(width * _OVERSAMPLING)), joint="curve")
-
-    def box(
-        self, left: float, top: float, right: float, bottom: float,
-        *, fill: Colour | None = None, outline: Colour | None = None, width: float = 1.0,
-    ) -> None:  # fmt: skip
-        corners = [value * _OVERSAMPLING for value in (left, top, right, bottom)]
-        self._draw.rectangle(corners, fill=fill, outline=outline, width=round(width * _OVERSAMPLING))
-
-    def disc(self, x: float, y: float, radius: float, colour: Colour) -> None:
-        corners = [value * _OVERSAMPLING for value in (x - radius, y - radius, x + radius, y + radius)]
-        self._draw.ellipse(corners, fill=colour)
-
-    def axes(self) -> tuple[float, float, float, float]:
+    def _axes(self) -> tuple[float, float, float, float]:
         """Two axes with ticks; the region between them as left, top, right, bottom."""
         rng = self.rng
         left, bottom = rng.uniform(7, 11), self.height - rng.uniform(7, 11)
         right, top = self.width - rng.uniform(5, 8), rng.uniform(5, 8)
-        self.line([(left, top), (left, bottom), (right, bottom)], self.ink, 1.25)
+        self.line([(left, top), (left, bottom), (right, bottom)], self.ink, width=1.25)
         for i in range(1, 4):
             at = bottom - (bottom - top) * i / 4
-            self.line([(left - 2, at), (left, at)], self.ink, 1)
+            self.line([(left - 2, at), (left, at)], self.ink)
         return left, top, right, bottom
 
     def bars(self) -> None:
         rng, count = self.rng, COUNTS[self.figure.count]
-        left, top, right, bottom = self.axes()
+        left, top, right, bottom = self._axes()
         step = (right - left) / count
         share = rng.uniform(0.55, 0.7)
         for i in range(count):
             start, high = left + step * (i + (1 - share) / 2 + 0.05), rng.uniform(0.3, 0.97) * (bottom - top)
-            self.box(start, bottom - high, start + share * step, bottom - 0.7, fill=self.colour)
+            self.box((start, bottom - high, start + share * step, bottom - 0.7), fill=self.colour, outline=None)
 
     def lines(self) -> None:
         rng, count = self.rng, COUNTS[self.figure.count]
-        left, top, right, bottom = self.axes()
+        left, top, right, bottom = self._axes()
         left, bottom = left + 2, bottom - 2
         gap = (bottom - top) / count
         slope, bend = rng.uniform(-0.25, 0.25) * (bottom - top), rng.uniform(-1, 1)
@@ -241,11 +220,11 @@ class _Page:
                 )
                 for t in range(25)
             ]
-            self.line(points, self.colour, 2.0)
+            self.line(points, self.colour, width=2.0)
 
     def points(self) -> None:
         rng, count = self.rng, COUNTS[self.figure.count]
-        left, top, right, bottom = self.axes()
+        left, top, right, bottom = self._axes()
         radius = rng.uniform(3.4, 4.2)
         placed: list[tuple[float, float]] = []
         while len(placed) < count:
@@ -253,17 +232,17 @@ class _Page:
             if all(math.dist((x, y), other) > 2.6 * radius for other in placed):
                 placed.append((x, y))
         for x, y in placed:
-            self.disc(x, y, radius, self.colour)
+            self.marker((x, y), self.colour, radius=radius)
 
     def slices(self) -> None:
         rng, count = self.rng, COUNTS[self.figure.count]
         radius = rng.uniform(0.36, 0.42) * min(self.width, self.height)
         x, y = self.width / 2 + rng.uniform(-3, 3), self.height / 2 + rng.uniform(-3, 3)
-        self.disc(x, y, radius, self.colour)
+        self.marker((x, y), self.colour, radius=radius)
         angle = rng.uniform(0, 2 * math.pi)
         weights = [rng.uniform(0.7, 1.3) for _ in range(count)]
         for weight in weights:
-            self.line([(x, y), (x + radius * math.cos(angle), y + radius * math.sin(angle))], self.page, 1.6)
+            self.line([(x, y), (x + radius * math.cos(angle), y + radius * math.sin(angle))], self.page, width=1.6)
             angle += 2 * math.pi * weight / sum(weights)
 
     def boxes(self) -> None:
@@ -278,7 +257,7 @@ class _Page:
             start = margin + i * (side + gap)
             ends = [(start, middle - half), (start + side, middle + half)]
             (left, top), (right, bottom) = ends if across else [(y, x) for x, y in ends]
-            self.box(left, top, right, bottom, fill=self.colour)
+            self.box((left, top, right, bottom), fill=self.colour, outline=None)
             if i:
                 self._arrow(start - gap, start, middle, across)
 
@@ -287,8 +266,8 @@ class _Page:
         shaft = [(start + 0.5, middle), (end - 2.5, middle)]
         if not across:
             head, shaft = [(y, x) for x, y in head], [(y, x) for x, y in shaft]
-        self.line(shaft, self.ink, 1.25)
-        self._draw.polygon([(x * _OVERSAMPLING, y * _OVERSAMPLING) for x, y in head], fill=self.ink)
+        self.line(shaft, self.ink, width=1.25)
+        self.polygon(head, self.ink)
 
 
 _DRAWERS: dict[str, Callable[[_Page], None]] = {
