@@ -1,58 +1,11 @@
 """Fine-tune and train image diffusion models for scientific figures, the Hugging Face way."""
 
+import ast
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-
-# Public name -> module. Imported at first use, so that `import sciflow_hf` and `--help` load no torch models.
-_PUBLIC = {
-    "AdapterArguments": "adapters.arguments",
-    "BucketBatchSampler": "data.batches.buckets",
-    "CacheError": "errors",
-    "ClassImageArguments": "images.class_source",
-    "DataArguments": "data.arguments",
-    "DiffusionTrainer": "training.trainer",
-    "DiffusionTrainingArguments": "training.arguments",
-    "DiT": "families.dit",
-    "EMACallback": "training.callbacks.ema",
-    "Flux": "families.flux",
-    "Flux2Klein": "families.flux2_klein",
-    "ForwardModel": "images.optics",
-    "MicroscopyDataArguments": "images.microscopes",
-    "MicroscopyUNet": "families.microscopy_unet",
-    "ModelFamily": "families.base",
-    "PipelineFamily": "families.base",
-    "ProgressiveResolution": "training.callbacks.progressive",
-    "QwenImage": "families.qwen_image",
-    "RestorationMetrics": "metrics.restoration",
-    "SD3": "families.sd3",
-    "SDXL": "families.sdxl",
-    "SampleMetrics": "metrics.samples",
-    "SciflowError": "errors",
-    "add_adapter": "adapters.adapter",
-    "build_cache": "data.build.build",
-    "build_cache_for": "training.prepare",
-    "convert_cache": "data.build.convert",
-    "debug_batch": "report.plan",
-    "describe_cache": "data.inspect.describe",
-    "draw_bucket_chart": "data.inspect.chart",
-    "finish": "training.finish",
-    "load_cache": "data.load",
-    "load_data": "data.load",
-    "load_family": "families",
-    "parse_args": "options",
-    "plan": "report.plan",
-    "plot_training": "report.plots",
-    "prepare_class_images": "training.prepare",
-    "prepare_data": "training.prepare",
-    "prepare_microscopy": "training.prepare",
-    "run": "cli.run",
-    "summary": "report.summary",
-    "verify_cache": "data.inspect.verify",
-}
-
-__all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
     from .adapters.adapter import add_adapter
@@ -91,6 +44,17 @@ if TYPE_CHECKING:
     from .training.finish import finish
     from .training.prepare import build_cache_for, prepare_class_images, prepare_data, prepare_microscopy
     from .training.trainer import DiffusionTrainer
+
+# Public name -> module, as the imports above say to type checkers. Here they happen at first use, so that
+# `import sciflow_hf` and `--help` load no torch models.
+_PUBLIC = {
+    alias.name: node.module
+    for node in ast.walk(ast.parse(Path(__file__).read_text(encoding="utf-8")))
+    if isinstance(node, ast.ImportFrom) and node.level
+    for alias in node.names
+}
+
+__all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:
