@@ -48,7 +48,7 @@ def add_options(cache: argparse.ArgumentParser) -> None:
     add("--caption_column", default="caption", help="metadata column with the captions (default caption)")
     add("--image_column", default="image", help="dit: column with the images (default image)")
     add("--label_column", default="label", help="dit: column with the classes (default label)")
-    add("--split", default="train", help="dit: split of the data set (default train)")
+    add("--split", help="split of the input: a name, several as in train+validation, or all (default train)")
     add("--max_sequence_length", type=int, help="text tokens per prompt (default: the family's)")
     add("--no_use_t5", dest="use_t5", action="store_const", const=False, help="sd3: without its third text encoder")
     add("--trust_remote_code", action="store_true", default=None, help="run code that the model folder brings along")
@@ -59,7 +59,11 @@ def add_options(cache: argparse.ArgumentParser) -> None:
     _add_layout(add)
     add("--crops", type=int, default=0, help="windows of each image in addition to all of it (default 0)")
     add("--flip", action="store_true", help="add mirror images (which also mirror the text in them)")
-    add("--strict", action="store_true", help="stop at an image that cannot be used instead of skipping it")
+    add(
+        "--strict",
+        action="store_true",
+        help="stop at what cannot be used (a broken image, say) instead of skipping it",
+    )
 
     add = action("convert", _convert, "write a cache in another layout; the same command continues after a kill")
     add("--input_dir", required=True, nargs="+", help="one or more caches")
@@ -82,6 +86,7 @@ def add_options(cache: argparse.ArgumentParser) -> None:
     add("--sample", type=int, default=0, help="encode N samples afresh and compare")
     add("--input_dir", help="with --sample: what the cache was built from")
     add("--caption_column", default="caption", help="with --sample: as in `cache build` (default caption)")
+    add("--split", help="with --sample: as in `cache build` (default train)")
     add("--family", help="with --sample: default is what the cache says")
     add("--pretrained_model_name_or_path", help="with --sample: default is what the cache says")
     add("--revision", help="with --sample: default is what the cache says")
@@ -106,7 +111,7 @@ def _build(args: argparse.Namespace) -> None:
         raise SciflowError("`pretrained_model_name_or_path` is missing: the pipeline whose encoders make the cache.")
     options = "pretrained_model_name_or_path revision max_sequence_length posterior use_t5 trust_remote_code"
     family = _family(args.family, **named(args, options))
-    given = named(args, "resolution caption_column batch_size strict dtype payload embeds codec crops flip")
+    given = named(args, "resolution caption_column split batch_size strict dtype payload embeds codec crops flip")
     with _processes(args.device) as (device, ranks):
         where = {"device": device, "encoder_dtype": inference_dtype(device), **ranks}
         report = build_cache_for(family, args.input_dir, args.output_dir, **where, **given)
@@ -133,9 +138,6 @@ def _build_classes(args: argparse.Namespace) -> None:
 
 
 def _say(report: "BuildReport") -> None:
-    if report.skipped:
-        sys.stdout.write(f"{len(report.skipped)} images skipped:\n")
-        sys.stdout.writelines(f"  {name}: {reason}\n" for name, reason in report.skipped)
     sys.stdout.write(f"{report.samples} samples in {report.output_dir}\n")
 
 
@@ -313,6 +315,7 @@ def _comparison(args: argparse.Namespace, cache: "LatentCache") -> Any:
         encode_images=lambda pixel_values: family.encode_images(pixel_values, encoders()),
         encode_prompts=lambda prompts: family.encode_prompts(prompts, encoders()),
         caption_column=args.caption_column,
+        split=args.split,
     )
 
 

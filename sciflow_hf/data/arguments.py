@@ -97,13 +97,18 @@ class DataArguments(Options):
         choices=PAYLOADS,
     )
     caption_column: str = option("caption", "Column of `--input_dir` with the captions.")
+    split: str | None = option(
+        None,
+        "Split of `--input_dir` to take: a name, several as in train+validation, or all; by default train, or the only "
+        "one.",
+    )
     resolution: int = option(
         1024,
         "Images are brought to about resolution x resolution pixels, in aspect-ratio buckets.",
         within="[1, inf)",
     )
     encode_batch_size: int = option(1, "Images encoded at once for the cache.", within="[1, inf)")
-    strict: bool = option(False, "Stop at a broken image of `--input_dir` instead of skipping it.")
+    strict: bool = option(False, "Stop at an image of `--input_dir` that cannot be used instead of skipping it.")
     eval_fraction: float = option(
         0.05,
         "Share of the groups (`paper_id`, else the image) held out for eval_loss; by hash, so it never moves.",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ..data.build.sources import Record
+from ..data.build.sources.record import Record
 from ..errors import SciflowError
 from ..options import Options, arguments, option
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..data.build.sources import to_rgb
+from ..data.build.sources.pixels import to_rgb
 from ..data.cache import LatentCache
 from ..data.split import is_held_out, spread, stand_in
 from ..diffusion.randomness import hash64

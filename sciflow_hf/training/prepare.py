@@ -122,6 +122,7 @@ def prepare_data(
             encoder_dtype=args.weight_dtype,
             resolution=data_args.resolution,
             caption_column=data_args.caption_column,
+            split=data_args.split,
             batch_size=data_args.encode_batch_size,
             strict=data_args.strict,
             payload=data_args.payload,

@@ -74,7 +74,7 @@ def test_ranks_make_what_one_makes(
     one, encoders = RandomEncoders(), [RandomEncoders() for _ in range(ranks)]
     alone = build(images, tmp_path / "one", one, **options)
     reports = build_on(ranks, images, tmp_path / "many", encoders, **options)
-    assert reports[0] == BuildReport(tmp_path / "many", alone.samples, 11, 0, alone.skipped, alone.bytes)
+    assert reports[0] == BuildReport(tmp_path / "many", alone.samples, 11, 0, alone.skipped, alone.bytes, alone.tally)
     assert sum(encoder.num_images for encoder in encoders) == 11 == one.num_images
     assert max(encoder.num_images for encoder in encoders) <= 11 // ranks + 3, "the work is shared"
     assert settled(tmp_path / "many") == settled(tmp_path / "one")

@@ -10,7 +10,7 @@ import torch
 from builds import PAYLOADS, STEP, StubEncoders, assert_same_samples, build, picture, write_notes
 from PIL import Image
 
-from sciflow_hf.data.build.sources import oriented_size, to_rgb
+from sciflow_hf.data.build.sources.pixels import oriented_size, to_rgb
 from sciflow_hf.data.build.views import fit_pixels, variants, view_of
 from sciflow_hf.data.load import load_cache
 from sciflow_hf.errors import SciflowError

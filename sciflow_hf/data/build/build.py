@@ -27,8 +27,11 @@ from ..writing import output_file, readable_bytes
 from .block_staging import InlineStaging, ShardStaging
 from .blocks import BUILD_FILE, locked, noted_settings, write_settings
 from .jobs import Batch, Job, by_bucket, find_jobs, in_batches
-from .sources import Record, find_records, to_rgb
+from .sources.find import find_records
+from .sources.pixels import NOT_NUMBERS, to_rgb
+from .sources.record import Record
 from .staging import FOLDER, NpzStaging, Skips, Staging
+from .tally import Tally
 from .views import average_mask, fit_mask, fit_pixels
 
 if TYPE_CHECKING:
@@ -55,6 +58,7 @@ class BuildReport:
         reused: samples that an earlier run had encoded.
         skipped: (file, reason) of the images that are not in the cache.
         bytes: size of the payloads in the index.
+        tally: what became of everything in the input; the table that a build ends with.
     """
 
     output_dir: Path
@@ -63,6 +67,7 @@ class BuildReport:
     reused: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
     bytes: int = 0
+    tally: Tally = field(default_factory=Tally)
 
 
 def build_cache(
@@ -75,6 +80,7 @@ def build_cache(
     bucket_step: int,
     resolution: int = 1024,
     caption_column: str = "caption",
+    split: str | None = None,
     batch_size: int = 1,
     strict: bool = False,
     dtype: str = "bf16",
@@ -108,8 +114,10 @@ def build_cache(
         bucket_step: height and width of the encoded images are multiples of it (pixels).
         resolution: the buckets have about resolution**2 pixels.
         caption_column: column of the metadata with the captions.
+        split: of an input with several: a name, several joined by "+", or "all"; by default train, or the only one.
         batch_size: images encoded at once.
-        strict: an image that cannot be used is an error; otherwise it is named, skipped and counted.
+        strict: what cannot be used of that which was meant (an image, a captioned file of another format, an entry of
+            the metadata) is an error; otherwise it is named, skipped and counted.
         dtype: of the floating arrays: bf16, fp16 or fp32.
         samples_per_part: rows of one index file.
         payload: "shards" (safetensors, embeddings once per distinct prompt), "inline" (parquet files that
@@ -162,24 +170,26 @@ def build_cache(
     # Steps of 1/16 of the resolution, as in SDXL (64 at 1024): few enough buckets for full batches.
     step = bucket_step * max(1, resolution // (16 * bucket_step))
     buckets = aspect_ratio_buckets(resolution, step) if buckets is None else buckets
-    skipped: list[tuple[str, str]] = []
+    tally = Tally()
     if records is None:
-        records, skipped = find_records(input_dir, caption_column=caption_column, leave_out=output)
+        records, tally = find_records(input_dir, caption_column=caption_column, split=split, leave_out=output)
     skips = Skips(strict, first_rank=rank == 0)
-    for name, reason in skipped:
+    for name, reason in (tally.skipped | tally.missing).items():
         skips.on_every_rank(name, reason)
     kind = STAGING[payload]
     found = find_jobs(
         records, buckets, resolution=resolution, crops=crops, flip=flip, with_caption=kind.with_text,
-        skip=skips.on_every_rank,
+        skip=skips.on_every_rank, remark=tally.remark,
     )  # fmt: skip
     jobs = by_bucket(found, batch_size)
     if not jobs:
         raise SciflowError(
             f"`input_dir` is {str(input_dir)!r}: none of its images can be read. First: {skips.first()}."
         )
+    if rank:
+        tally.remarks.clear()  # up to here all ranks have found the same, which the first tells
     staging = kind(output, jobs, facts | {"version": __version__}, layout, skips)
-    report = BuildReport(output)
+    report = BuildReport(output, tally=tally)
     builder = _Builder(
         staging, jobs, encode_images, encode_prompts, skips, report, fixed, batch_size, samples_per_part, time_ids,
         rank, world_size, barrier,
@@ -188,6 +198,8 @@ def build_cache(
         builder.run()
     report.skipped = list(skips.found.items())
     if rank == 0:
+        tally.close({job.name: job.record.name for job in jobs}, skips.found, builder.touched)
+        logger.info("%s: what became of it\n%s", input_dir, tally)
         if not report.samples:
             raise SciflowError(f"`input_dir` is {str(input_dir)!r}: no image could be used. First: {skips.first()}.")
         logger.info(
@@ -221,6 +233,7 @@ class _Builder:
     own: int | None = None  # images that this rank encodes; None before that is planned
     bar: "tqdm[Any] | None" = None
     opened: "tuple[str, Image.Image | None]" = ("", None)
+    touched: set[str] = field(default_factory=set)  # images that some rank encodes in this run
 
     def __post_init__(self) -> None:
         self.output, layout = self.staging.output, self.staging.layout
@@ -258,6 +271,7 @@ class _Builder:
         self.left = {"image": images + self.report.encoded, "prompt": prompts}
         self.own = sum(len(batch.jobs) for block in mine for batch in block)
         self.report.reused = len(self.jobs) - self.left["image"]
+        self.touched |= {job.record.name for todo in blocks for job in todo.jobs}
         if not self.left["image"]:
             logger.info("All %d images are encoded already.", len(self.jobs))
         for start in range(0, len(blocks), self.world_size):
@@ -338,6 +352,7 @@ class _Builder:
                 self.skip(job.name, f"unusable loss mask ({first_line(error)})")
                 continue
             good.append(job)
+            self.touched.add(job.record.name)
         images = self.encode_images(torch.from_numpy(np.stack(pixels))) if good else {}
         self._encode_texts(batch, good)
         for i, job in enumerate(good):
@@ -383,6 +398,8 @@ class _Builder:
         if image is None or name != job.record.name:
             with job.record.open() as file:
                 image = to_rgb(file)
+            if NOT_NUMBERS in image.info:
+                self.report.tally.remark("images with pixels that are NaN (white) or infinite", job.record.name)
             self.opened = job.record.name, image
         return image
 
@@ -409,16 +426,19 @@ class _Builder:
         return self.output / FOLDER / f"rank{rank}.json"
 
     def _write_note(self) -> None:
-        text = json.dumps([self.report.encoded, self.skip.found])
+        text = json.dumps([self.report.encoded, self.skip.found, self.report.tally.remarks])
         with output_file(self._note(self.rank)) as file:
             file.write(text.encode())
 
     def _read_notes(self) -> None:
         """Adds what the other ranks did."""
         for rank in range(1, self.world_size):
-            encoded, skipped = json.loads(self._note(rank).read_text())
+            encoded, skipped, remarks = json.loads(self._note(rank).read_text())
             self.report.encoded += encoded
             self.skip.found |= skipped
+            for what, names in remarks.items():
+                for name in names:
+                    self.report.tally.remark(what, name)
 
 
 def _mask(job: Job) -> "Image.Image | None":

@@ -8,7 +8,8 @@ from typing import Any
 
 from ...errors import first_line
 from ..batches.buckets import nearest_bucket
-from .sources import Record, oriented_size
+from .sources.pixels import has_more_frames, oriented_size
+from .sources.record import Record
 from .views import View, variants, view_of
 
 _Bucket = tuple[int, int]
@@ -75,6 +76,7 @@ def find_jobs(
     flip: bool,
     with_caption: bool,
     skip: Callable[[str, str], None],
+    remark: Callable[[str, str], None] = lambda what, name: None,
 ) -> Iterator[Job]:
     """The views of each image, whose header alone is read.
 
@@ -86,20 +88,25 @@ def find_jobs(
         flip: add the mirror image of each view.
         with_caption: whether a job's arrays depend on the caption.
         skip: called with name and reason for an image that cannot be read.
+        remark: called with what is to be said of an image, and its name.
     """
     masked = any(record.open_mask is not None for record in records)
+    last = None
     for record in records:
         try:
             with record.open() as image:
                 original = oriented_size(image)
                 bucket = nearest_bucket(*original, buckets)
+                if record.name != last and has_more_frames(image):
+                    remark("images with several frames or pages, of which the first is taken", record.name)
+                last = record.name
         except Exception as error:  # PIL lets through whatever its decoders raise; the image is named
             skip(record.name, f"unreadable image ({first_line(error)})")
             continue
         content: list[Any] = [record.name, record.caption if with_caption else None, resolution, record.num_bytes]
         if masked:
             content += ["mask", record.mask_bytes, record.open_mask is not None]
-        for variant in variants(crops, flip):
+        for variant in variants(crops, flip, record.part):
             text = json.dumps([*content, variant] if variant else content)
             digest = hashlib.sha256(text.encode()).hexdigest()[:16]
             yield Job(record, view_of(variant, record.name, original, bucket), digest)

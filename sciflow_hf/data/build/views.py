@@ -11,7 +11,7 @@ from ...diffusion.randomness import hash64
 if TYPE_CHECKING:
     from PIL import Image
 
-_VARIANT = re.compile(r"|flip|crop([1-9]\d*)(-flip)?")
+_VARIANT = re.compile(r"(?:caption[1-9]\d*)?(?:(?:^|(?<=\d)-)crop([1-9]\d*))?(?:(?:^|(?<=\d)-)flip)?")
 _Size = tuple[int, int]
 
 
@@ -20,7 +20,7 @@ class View:
     """A window of an image.
 
     Attributes:
-        variant: "", "crop1", "flip", "crop1-flip", ...
+        variant: "", "crop1", "flip", "crop1-flip", ..., and the same after "caption2", ... of an image with captions.
         original: (height, width) of the image.
         size: (height, width) of the bucket that the window is brought to.
         box: the window as (left, top, right, bottom) in pixels of the image.
@@ -38,9 +38,15 @@ class View:
         return self.variant.endswith("flip")
 
 
-def variants(crops: int, flip: bool) -> list[str]:
-    """Names of the views of each image: the whole one first, then `crops` windows, then all of them mirrored."""
-    plain = ["", *(f"crop{number}" for number in range(1, crops + 1))]
+def variants(crops: int, flip: bool, part: str = "") -> list[str]:
+    """Names of the views of each image: the whole one first, then `crops` windows, then all of them mirrored.
+
+    Args:
+        crops: windows.
+        flip: whether there are mirror images.
+        part: that the names begin with: which caption of the image it is.
+    """
+    plain = [part, *(f"{part}-crop{number}".removeprefix("-") for number in range(1, crops + 1))]
     return plain + [f"{name}-flip".removeprefix("-") for name in plain if flip]
 
 

@@ -11,7 +11,8 @@ import torch
 
 from ...diffusion.randomness import hash64
 from ...errors import SciflowError
-from ..build.sources import find_records, oriented_size, to_rgb
+from ..build.sources.find import find_records
+from ..build.sources.pixels import oriented_size, to_rgb
 from ..build.views import fit_pixels, view_of
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def compare_afresh(
     encode_images: Callable[[torch.Tensor], dict[str, torch.Tensor]],
     encode_prompts: Callable[[list[str]], dict[str, torch.Tensor]],
     caption_column: str = "caption",
+    split: str | None = None,
 ) -> list[Difference]:
     """Encodes `count` samples, spread over the cache by a hash of their names, from their images and captions.
 
@@ -68,6 +70,7 @@ def compare_afresh(
         encode_images: as in `build_cache`.
         encode_prompts: as in `build_cache`.
         caption_column: as in `build_cache`.
+        split: as in `build_cache`.
 
     Returns:
         One difference for each tensor that is both stored and encoded.
@@ -78,7 +81,8 @@ def compare_afresh(
     """
     if count < 1:
         raise SciflowError(f"`sample` is {count}, but must be at least 1.")
-    records = {record.name: record for record in find_records(input_dir, caption_column=caption_column)[0]}
+    found_records, _ = find_records(input_dir, caption_column=caption_column, split=split)
+    records = {record.name: record for record in found_records}
     images, kinds = cache.strings("image_path") or [], cache.strings("variant")
     there = {i: records[image] for i, image in enumerate(images) if image in records}
     if not there:

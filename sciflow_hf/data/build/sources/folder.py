@@ -1,0 +1,273 @@
+"""A folder of image files, with captions in metadata files or in texts of the images' names."""
+
+import mimetypes
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+from ....errors import SciflowError, first_line
+from ..tally import Tally
+from .captions import METADATA_FILES, WINDOWS, Note, read_notes, read_text, texts_of
+from .listing import Listing, image_suffixes, printable
+from .record import MASK_COLUMN, Record, file_opener, mask_file, not_storable, part_name
+from .splits import choose_splits, split_of_image
+
+TEXT_SUFFIXES = (".txt", ".caption")  # the first is taken where there are both
+HOW_TO_CAPTION = (
+    "Give each image a text file of the same name (fig_1.png, fig_1.txt), or put a metadata.jsonl "
+    'next to the images with one line each: {"file_name": "fig_1.png", "caption": "..."}'
+)
+NOT_LISTED = "listed in the metadata, but not an image file in the folder"
+_LOOSE = "no image has its name"
+_IN_WINDOWS = "captions in Windows-1252 (no UTF-8)"
+_PICTURES = {".heic", ".heif", ".jxl", ".exr", ".svg", ".pdf", ".eps", ".ps"}  # where `mimetypes` may not know them
+
+
+def folder_records(
+    folder: Path, listing: Listing, caption_column: str, split: str | None
+) -> tuple[list[Record], Tally]:
+    """The captioned images of a folder, and what became of all its files.
+
+    Args:
+        folder: of images.
+        listing: its files.
+        caption_column: of the metadata.
+        split: as `choose_splits` takes it.
+
+    Raises:
+        SciflowError: metadata that cannot be read; no image has a caption.
+    """
+    return _Folder(folder, listing, caption_column, split).records()
+
+
+class _Folder:
+    def __init__(self, folder: Path, listing: Listing, column: str, split: str | None) -> None:
+        self.folder, self.column, self.tally = folder, column, Tally()
+        for link, reason in sorted(listing.closed.items()):
+            self.tally.remark(reason, self.name(link))
+        for file, reason in sorted(listing.left_out.items()):
+            lost = reason == "a link to nothing" and file.suffix.lower() in image_suffixes()
+            (self.tally.skipped if lost else self.tally.ignored)[self.name(file)] = reason
+        self.finder = _Finder(listing.files)
+        files = self._of_split(listing.files, split)
+        self.notes = [file for file in files if file.name in METADATA_FILES]
+        self.images = [file for file in files if file.suffix.lower() in image_suffixes()]
+        self.texts: dict[str, list[Path]] = {}
+        for suffix in TEXT_SUFFIXES:
+            for file in files:
+                if file.suffix.lower() == suffix:
+                    self.texts.setdefault(_key(file.with_suffix("")), []).append(file)
+        self.stems = {file.with_suffix("") for file in self.images}
+        self.others = set(files).difference(self.notes, self.images)  # until something uses them
+        self.num_files = len(files)
+
+    def name(self, file: Path) -> str:
+        return printable(Path(os.path.relpath(file, self.folder)).as_posix())
+
+    def _of_split(self, files: Sequence[Path], split: str | None) -> list[Path]:
+        """The files of the chosen splits, if folders are called train and test; with what lies in neither."""
+        splits = {file: split_of_image(file.relative_to(self.folder)) for file in files}
+        there = sorted({name for file, name in splits.items() if name and file.suffix.lower() in image_suffixes()})
+        if "train" not in there or len(there) < 2:
+            there, splits = [], dict.fromkeys(files)
+        chosen = choose_splits(there, split, str(self.folder))
+        for file, name in splits.items():
+            if name is not None and name not in chosen:
+                self.tally.ignored[self.name(file)] = f"of the split {name} (`--split` chooses others)"
+        return [file for file, name in splits.items() if name is None or name in chosen]
+
+    def records(self) -> tuple[list[Record], Tally]:
+        rows = self._rows()
+        listed = [note.columns for notes in rows.values() for note in notes]
+        columns = list(dict.fromkeys(name for row in listed for name in row))
+        if rows and not (self.texts and self.column not in columns and "text" not in columns):
+            self.column = caption_column(columns, self.column, " and ".join(map(str, self.notes)))
+        masks = {
+            str(row[MASK_COLUMN]): self.finder.find(self.folder, str(row[MASK_COLUMN]))
+            or Path(os.path.normpath(self.folder / str(row[MASK_COLUMN])))
+            for row in listed
+            if row.get(MASK_COLUMN)
+        }
+        only_masks = set(masks.values()) - rows.keys()
+        self.others -= only_masks
+        images = [file for file in self.images if Path(os.path.normpath(file)) not in only_masks]
+        records = [record for file in images for record in self._of(file, rows, masks)]
+        self._count(images, rows)
+        if not records:
+            raise SciflowError(self._no_caption(images))
+        return records, self.tally
+
+    def _of(self, file: Path, rows: dict[Path, list[Note]], masks: Mapping[str, Path]) -> Iterator[Record]:
+        """The records of an image: one for each of its captions."""
+        name = self.name(file)
+        notes = rows.pop(Path(os.path.normpath(file)), None) or [Note(str(file), {})]
+        found: dict[str, Note] = {}
+        for note in notes:
+            for text in texts_of(note.columns.get(self.column), self.column, note.where):
+                if text in found:
+                    self.tally.remark("images with the same caption twice, taken once", name)
+                found.setdefault(text, note)
+        if not found:
+            try:
+                text = self._beside(file)
+            except (OSError, ValueError) as error:
+                self.tally.skipped[name] = f"its text file cannot be read ({first_line(error)}); save it in UTF-8"
+                return
+            if not text:
+                self.tally.skipped[name] = "no caption"
+                return
+            found[text] = notes[0]
+        for number, (caption, note) in enumerate(found.items()):
+            rest = {k: v for k, v in note.columns.items() if k not in ("file_name", self.column, MASK_COLUMN)}
+            mask = masks[str(note.columns[MASK_COLUMN])] if note.columns.get(MASK_COLUMN) else None
+            part = part_name(number)
+            record = Record(name, caption, file.stat().st_size, file_opener(file), rest, *mask_file(mask), part)
+            if bad := not_storable(record):
+                reason = f"{note.where}: half a character (a surrogate) in `{bad}`"
+                self.tally.skipped[f"{name}#{part}" if part else name] = reason
+            else:
+                yield record
+
+    def _beside(self, file: Path) -> str:
+        """The caption in the text file of the image's name; "" if there is none."""
+        stem = file.with_suffix("")
+        texts = self.texts.get(_key(stem), [])
+        exact = [text for text in texts if text.with_suffix("") == stem]
+        others = [text for text in texts if text.with_suffix("") not in self.stems]
+        if not exact and len({text.with_suffix("") for text in others}) != 1:
+            return ""
+        beside = (exact or others)[0]
+        self.others.discard(beside)
+        text, encoding = read_text(beside)
+        if encoding == WINDOWS:
+            self.tally.remark(_IN_WINDOWS, self.name(beside))
+        return text.strip()
+
+    def _rows(self) -> dict[Path, list[Note]]:
+        """The rows of the metadata by the image they name; of two files that name one image the last counts."""
+        rows: dict[Path, list[Note]] = {}
+        for file in self.notes:
+            mine: dict[Path, list[Note]] = {}
+            notes, encoding = read_notes(file)
+            if encoding == WINDOWS:
+                self.tally.remark(_IN_WINDOWS, self.name(file))
+            for note in notes:
+                name = note.columns["file_name"]
+                image = self.finder.find(file.parent, name) or Path(os.path.normpath(file.parent / name))
+                mine.setdefault(image, []).append(note)
+            for image in mine.keys() & rows.keys():
+                self.tally.remark("images that two metadata files list, of which the last counts", self.name(image))
+            rows |= mine
+        return rows
+
+    def _count(self, images: Sequence[Path], rows: Mapping[Path, Sequence[Note]]) -> None:
+        """Tells of what is left: rows without an image, captioned files that are none, and files nobody wanted."""
+        listed = self.others & rows.keys()
+        pictures = {_key(file.with_suffix("")) for file in images}
+        captioned = self.texts.keys() - pictures
+        for file in sorted(self.others):
+            stem, name = _key(file.with_suffix("")), self.name(file)
+            if file in listed or (stem in captioned and _is_picture(file)):
+                self.tally.skipped[name] = _not_decoded(file)
+            elif file.suffix.lower() not in TEXT_SUFFIXES:
+                self.tally.ignored[name] = _not_decoded(file)
+            else:
+                self.tally.ignored[name] = "its image has a caption" if stem in pictures else _LOOSE
+        for file in rows:
+            name = self.name(file)
+            if name not in self.tally.skipped and name not in self.tally.ignored:
+                same = self.finder.same_name(file)
+                self.tally.missing[name] = NOT_LISTED + (f" ({self.name(same)} has its name)" if same else "")
+        self.tally.used = self.num_files - len(images) - len(self.others)
+
+    def _no_caption(self, images: Sequence[Path]) -> str:
+        found = [f"{len(self.tally.missing)} entries of {self.notes[0].name} that name no image"] if self.notes else []
+        found += [f"{name}: {reason}" for name, reason in list(self.tally.missing.items())[:1]]
+        loose = [name for name, reason in self.tally.ignored.items() if reason == _LOOSE]
+        found += [f"{len(loose)} text files that have no image's name, such as {loose[0]}"] if loose else []
+        odd = [name for name in self.tally.ignored if name.endswith((".json", ".csv", ".jsonl", ".tsv", ".xlsx"))]
+        found += [f"{odd[0]}, which is not read"] if odd else []
+        skipped = {name: reason for name, reason in self.tally.skipped.items() if reason != "no caption"}
+        found += [f"{name}: {reason}" for name, reason in list(skipped.items())[:1]]
+        looked = f"Looked for {', '.join(METADATA_FILES)} and texts ({', '.join(TEXT_SUFFIXES)}) of the images' names"
+        seen = f"; found {'; '.join(found)}" if found else ", of which there are none"
+        return (
+            f"`input_dir` is {str(self.folder)!r}: none of its {len(images)} images has a caption. {looked}{seen}. "
+            f"{HOW_TO_CAPTION}."
+        )
+
+
+def _is_picture(file: Path) -> bool:
+    """Whether a file that Pillow does not decode is one that people caption."""
+    kind = mimetypes.guess_type(file.name)[0] or ""
+    return kind.startswith(("image/", "video/")) or file.suffix.lower() in _PICTURES
+
+
+def _not_decoded(file: Path) -> str:
+    return f"{file.suffix or 'a name without a suffix'} is no format of pictures that Pillow decodes"
+
+
+class _Finder:
+    """Finds the file that a row of metadata means."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self.exact = {os.path.normpath(file) for file in files}
+        self.loose: dict[str, list[str]] = {}
+        self.names: dict[str, list[str]] = {}
+        for file in sorted(self.exact):
+            self.loose.setdefault(_key(Path(file)), []).append(file)
+            self.names.setdefault(_key(Path(os.path.basename(file))), []).append(file)
+
+    def find(self, folder: Path, name: str) -> Path | None:
+        """The file called `name` in `folder`: exactly, else with other slashes, capitals or normal forms of Unicode,
+        or below folders that end in this one ("train/a.png" in the folder train); None unless there is just one.
+        """
+        plain = os.path.normpath(folder / name)
+        if plain in self.exact:
+            return Path(plain)
+        parts = PurePosixPath(name.strip().replace("\\", "/")).parts
+        here = Path(os.path.abspath(folder)).name
+        ends = [0, *(i + 1 for i, part in enumerate(parts) if _plain(part) == _plain(here))]
+        for start in ends:
+            path = folder.joinpath(*parts[start:]) if start < len(parts) else folder
+            found = self.loose.get(_key(path), [])
+            if len(found) == 1:
+                return Path(found[0])
+        return None
+
+    def same_name(self, file: Path) -> Path | None:
+        """A file of that name in another folder, if there is just one."""
+        found = self.names.get(_key(Path(file.name)), [])
+        return Path(found[0]) if len(found) == 1 else None
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _key(file: Path) -> str:
+    return _plain(os.path.normpath(file))
+
+
+def caption_column(columns: Sequence[str], wanted: str, where: str) -> str:
+    """The column with the captions: the one that is wanted, or "text" for "caption".
+
+    Raises:
+        SciflowError: there is none.
+    """
+    if wanted in columns:
+        return wanted
+    if wanted == "caption" and "text" in columns:
+        return "text"
+    raise SciflowError(
+        f"`caption_column` is {wanted!r}, but {where} has only {', '.join(map(repr, columns))}. Name the "
+        "column that holds the captions by `--caption_column`."
+    )
+
+
+def what_lies_there(files: Iterable[Path]) -> str:
+    """The files of a folder without images, by suffix."""
+    kinds = Counter(file.suffix or "without a suffix" for file in files)
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5)) or "nothing"

@@ -1,0 +1,68 @@
+"""How a stored image is meant to be seen: its size, and its pixels as 8-bit RGB."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+NOT_NUMBERS = "not_numbers"
+"""Key of `Image.info`: how many pixels were NaN or infinite."""
+_ORIENTATION = 0x0112  # EXIF tag; 5 to 8 are turned by a quarter
+_TIFF_SIZE = (0x0100, 0x0101)  # tags: width, height
+_ONE_PICTURE = ("MPO", "PSD")  # whose further frames are previews and layers of the first
+
+
+def oriented_size(image: "Image.Image") -> tuple[int, int]:
+    """(height, width) as the image is meant to be seen; reads the header only."""
+    width, height = image.size
+    if image.format == "TIFF":  # newer versions of Pillow have turned `size` already
+        width, height = (int(image.tag_v2[tag]) for tag in _TIFF_SIZE)  # type: ignore[attr-defined]
+    turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    return (width, height) if turned else (height, width)
+
+
+def has_more_frames(image: "Image.Image") -> bool:
+    """Whether the file holds further pictures, of an animation or on other pages, which nobody looks at."""
+    if image.format in _ONE_PICTURE:
+        return False
+    try:
+        return bool(getattr(image, "is_animated", False)) or (image.format == "TIFF" and image.n_frames > 1)  # type: ignore[attr-defined]
+    except Exception:  # the second one is broken; the first may be whole
+        return True
+
+
+def to_rgb(image: "Image.Image") -> "Image.Image":
+    """8-bit RGB: turned as EXIF says, transparency over white, 16-bit grey over its whole range.
+
+    Integer and float images beyond 16 bits have no agreed range: they are stretched from their least to their
+    largest finite value, floats within [0, 1] apart. NaN is white as what is transparent, infinity the end of the
+    range; `info[NOT_NUMBERS]` counts them.
+
+    Raises:
+        ValueError: no pixel is finite.
+    """
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image).astype(np.float64)
+        finite = np.isfinite(values)
+        if not finite.any():
+            raise ValueError("all its pixels are NaN or infinite")
+        low, high = float(values[finite].min()), float(values[finite].max())
+        if image.mode != "F" and low >= 0 and high <= 65535:
+            low, high = 0.0, 65535.0
+        elif image.mode == "F" and low >= 0 and high <= 1:
+            low, high = 0.0, 1.0
+        values = (np.nan_to_num(values, nan=high, posinf=high, neginf=low) - low) * (255 / max(high - low, 1e-12))
+        grey = np.where(np.isnan(np.asarray(image)), 255, values.round()).astype(np.uint8)
+        rgb = Image.fromarray(grey).convert("RGB")
+        if bad := int((~finite).sum()):
+            rgb.info[NOT_NUMBERS] = bad
+        return rgb
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")

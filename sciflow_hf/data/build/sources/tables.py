@@ -1,0 +1,177 @@
+"""Captioned images in tables: parquet files, folders written by `save_to_disk`, data sets of the Hub."""
+
+import glob
+import os
+import re
+from collections.abc import Callable, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ....errors import SciflowError
+from ..tally import Tally
+from .captions import texts_of
+from .folder import caption_column
+from .record import MASK_COLUMN, Record, mask_file, part_name
+from .splits import choose_splits, split_of_table
+
+if TYPE_CHECKING:
+    import datasets
+    from PIL import Image
+
+_BINARY = ("binary", "large_binary", "binary_view")
+_TEXT = ("string", "large_string", "string_view")
+
+
+def parquet_records(folder: Path, files: Sequence[Path], column: str, split: str | None) -> tuple[list[Record], Tally]:
+    """The captioned images of parquet files in `folder`, of the chosen splits."""
+    splits = {file: split_of_table(file.relative_to(folder)) for file in files}
+    there = sorted({name for name in splits.values() if name})
+    if there and "train" not in there and None in splits.values():  # figures.parquet, figures_test.parquet
+        splits, there = {file: name or "train" for file, name in splits.items()}, ["train", *there]
+    chosen = choose_splits(there, split, str(folder))
+    taken = [file for file, name in splits.items() if not there or name in chosen]
+    records, tally = dataset_records(load_parquet(taken), str(folder), column)
+    tally.used = len(taken)
+    for file, name in splits.items():
+        if file not in taken:
+            reason = f"of the split {name} (`--split` chooses others)" if name else "its name has no split"
+            tally.ignored[file.relative_to(folder).as_posix()] = reason
+    return records, tally
+
+
+def load_parquet(files: Sequence[Path]) -> "datasets.Dataset":
+    """Parquet files as one data set; their names are no patterns."""
+    import datasets
+
+    names = [glob.escape(str(file)) for file in files]
+    try:
+        return datasets.load_dataset("parquet", data_files=names, split="train")
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise SciflowError(f"`input_dir`: {files[0]} cannot be read as parquet with images ({error}).") from error
+
+
+def saved_records(source: str | os.PathLike[str], column: str, split: str | None) -> tuple[list[Record], Tally]:
+    """The captioned images of a folder written by `save_to_disk`, or of a data set of the Hub."""
+    import datasets
+
+    name = os.fspath(source)
+    local = Path(name).exists()
+    if not local and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        raise SciflowError(
+            f"`input_dir` is {name!r}, which does not exist. Give a folder of images with captions, a folder "
+            "written by `save_to_disk`, parquet files with an `image` column, or a Hub data set (user/name)."
+        )
+    try:
+        data = datasets.load_from_disk(name) if local else datasets.load_dataset(name)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        kind = "cannot be read as a `datasets` folder" if local else "is neither a folder nor a Hub data set in reach"
+        raise SciflowError(f"`input_dir` is {name!r}, which {kind} ({error}).") from error
+    splits = {"": data} if isinstance(data, datasets.Dataset) else dict(data)
+    there = [key for key in splits if key]
+    chosen = choose_splits(there, split, name) if there else choose_splits([], split, name) or [""]
+    records, tally = dataset_records(datasets.concatenate_datasets([splits[key] for key in chosen]), name, column)
+    for key in splits.keys() - set(chosen):
+        tally.remark("splits not looked at (`--split` chooses others)", f"{key} ({len(splits[key])} rows)")
+    return records, tally
+
+
+def dataset_records(data: "datasets.Dataset", where: str, column: str) -> tuple[list[Record], Tally]:
+    """The captioned rows of a data set, each named by the file of its image where these are known and distinct."""
+    import datasets
+
+    if "image" not in data.column_names:
+        raise SciflowError(f"`input_dir` is {where!r}: it has the columns {data.column_names}, but no `image`.")
+    column = caption_column(data.column_names, column, where)
+    folder = Path(where) if Path(where).is_dir() else Path(where).parent
+    held = data.features["image"]
+    data = with_images(data, "image", paths=True)
+    if not isinstance(data.features["image"], datasets.Image):
+        raise SciflowError(
+            f"`input_dir` is {where!r}: its column `image` holds {held}, not images. Those are the bytes of image "
+            "files, structs of bytes and path, or paths."
+        )
+    pictures = ["image"]
+    if MASK_COLUMN in data.column_names:
+        data = with_images(data, MASK_COLUMN, paths=False)
+        pictures += [MASK_COLUMN] if isinstance(data.features[MASK_COLUMN], datasets.Image) else []
+    plain = [
+        name
+        for name, feature in data.features.items()
+        if name not in ("image", column) and isinstance(feature, datasets.Value) and feature.dtype not in _BINARY
+    ]
+    tally = Tally(unit="rows")
+    for name in data.column_names:
+        if name not in (column, *pictures, *plain):
+            tally.remark("columns that are not kept", name)
+    images = data.select_columns(pictures)
+    rows = data.select_columns([column, *plain]).to_list()
+    found, sizes = [], []
+    masks: list[tuple[Callable[[], Image.Image] | None, int]] = []
+    for i, stored in enumerate(images):
+        found.append(os.path.basename((stored["image"] or {}).get("path") or ""))
+        sizes.append(_stored_size(stored["image"], folder))
+        if MASK_COLUMN in pictures:
+            size = _stored_size(stored[MASK_COLUMN], folder)
+            masks.append((_row_opener(images, i, MASK_COLUMN, folder), size) if stored[MASK_COLUMN] else (None, 0))
+        else:
+            path = rows[i].pop(MASK_COLUMN, None)
+            masks.append(mask_file(Path(os.path.normpath(folder / str(path))) if path else None))
+    unique = all(found) and len(set(found)) == len(found)
+    records = []
+    for i, row in enumerate(rows):
+        name = found[i] if unique else f"row_{i:08d}"
+        captions = texts_of(row.pop(column), column, f"Row {i} of {where}")
+        if not captions:
+            tally.skipped[name] = "no caption"
+        if len(set(captions)) < len(captions):
+            tally.remark("captions that an image has twice, taken once", name)
+        for number, caption in enumerate(dict.fromkeys(captions)):
+            opener = _row_opener(images, i, "image", folder)
+            records.append(Record(name, caption, sizes[i], opener, row, *masks[i], part_name(number)))
+    if not records:
+        raise SciflowError(f"`input_dir` is {where!r}: no row has a caption in the column {column!r}.")
+    return records, tally
+
+
+def with_images(data: "datasets.Dataset", column: str, *, paths: bool) -> "datasets.Dataset":
+    """The data set with `column` as encoded images, also where it was written without the metadata of `datasets`: as
+    bytes, as a struct of bytes and path, or (with `paths`) as paths. Left alone if it holds something else.
+    """
+    import datasets
+
+    feature = data.features[column]
+    kind = feature.dtype if isinstance(feature, datasets.Value) else None
+    if kind in _BINARY:
+        data = data.cast_column(column, datasets.Value("binary"))  # of binary_view there is no cast to an image
+    elif not (
+        isinstance(feature, datasets.Image)
+        or (isinstance(feature, dict) and feature.keys() and feature.keys() <= {"bytes", "path"})
+        or (paths and kind in _TEXT)
+    ):
+        return data
+    return data.cast_column(column, datasets.Image(decode=False))
+
+
+def _stored_file(path: str, folder: Path) -> str:
+    """Where the image of a row lies; a relative path begins at the table's folder."""
+    return str(folder / path) if (folder / path).is_file() else path
+
+
+def _stored_size(stored: dict[str, Any] | None, folder: Path) -> int:
+    if stored and stored.get("bytes"):
+        return len(stored["bytes"])
+    path = _stored_file(stored["path"], folder) if stored and stored.get("path") else None
+    return os.path.getsize(path) if path and os.path.isfile(path) else 0
+
+
+def _row_opener(images: "datasets.Dataset", row: int, column: str, folder: Path) -> Callable[[], "Image.Image"]:
+    def open_row() -> "Image.Image":
+        from PIL import Image
+
+        stored = images[row][column] or {}
+        if not stored.get("bytes") and not stored.get("path"):
+            raise OSError("no image in this row")
+        return Image.open(BytesIO(stored["bytes"]) if stored.get("bytes") else _stored_file(stored["path"], folder))
+
+    return open_row
