@@ -1,5 +1,6 @@
 """Where images with class labels come from: folders, parquet files and data sets of `datasets`, and their checks."""
 
+import glob
 import logging
 import os
 from collections.abc import Iterator
@@ -8,7 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from ..data.build.sources.listing import NO_TARGET, image_suffixes, list_files
 from ..data.build.sources.record import Record
+from ..data.build.sources.tables import with_images
 from ..errors import SciflowError
 from ..options import Options, arguments, option
 
@@ -81,7 +84,11 @@ class ClassSource:
         self.args, splits = args, open_splits(str(args.input_dir))
         if split not in splits:
             raise SciflowError(f"`{option}` {split!r}: {args.input_dir!r} has the splits {', '.join(splits)}.")
+        if option == "train_split" and (others := splits.keys() - {split, args.eval_split}):
+            logger.info("Not looked at: the splits %s. Hold one out by `--eval_split`.", ", ".join(sorted(others)))
         self.rows = splits[split]
+        if args.image_column in self.rows.column_names:
+            self.rows = with_images(self.rows, args.image_column, paths=False)
         if not isinstance(self.rows.features.get(args.image_column), datasets.Image):
             columns = ", ".join(f"{name} ({type(kind).__name__})" for name, kind in self.rows.features.items())
             raise SciflowError(
@@ -221,6 +228,23 @@ def class_records(source: ClassSource, num_classes: int | None) -> tuple[list[Re
     return records, names
 
 
+def _say_left_out(folder: Path, splits: "datasets.DatasetDict") -> None:
+    """Warns of images that `datasets` has passed over: in linked folders, or of formats it does not know."""
+    import datasets
+
+    taken: set[str] = set()
+    for rows in splits.values():
+        images = rows.select_columns(["image"]).cast_column("image", datasets.Image(decode=False)).flatten()
+        taken.update(os.path.realpath(path) for path in images["image.path"])
+    suffixes, listing = image_suffixes(), list_files(folder)
+    lost = [f for f in listing.files if f.suffix.lower() in suffixes and os.path.realpath(f) not in taken]
+    lost += [file for file, reason in listing.left_out.items() if reason == NO_TARGET]
+    if lost:
+        some = ", ".join(file.relative_to(folder).as_posix() for file in lost[:5])
+        text = "`input_dir`: %d images are not looked at, of formats that `datasets` passes over or behind links: %s"
+        logger.warning(text, len(lost), some)
+
+
 def open_splits(source: str) -> "dict[str, datasets.Dataset]":
     """Every split of the data set by name."""
     import datasets
@@ -229,10 +253,16 @@ def open_splits(source: str) -> "dict[str, datasets.Dataset]":
     try:
         if path.is_dir() and any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
             found: Any = datasets.load_from_disk(str(path))
-        elif path.is_dir() and any(path.rglob("*.parquet")):
-            found = datasets.load_dataset(str(path))
         elif path.is_dir():
-            found = datasets.load_dataset("imagefolder", data_dir=str(path))
+            # With one of "[*?" in its name a folder must be given as a pattern, and the kind of its files with it.
+            tables = any(path.rglob("*.parquet"))
+            kind = "parquet" if tables else "imagefolder"
+            plain = tables and not glob.has_magic(str(path))
+            found = datasets.load_dataset(
+                str(path) if plain else kind, data_dir=None if plain else glob.escape(str(path))
+            )
+            if not tables:
+                _say_left_out(path, found)
         elif "/" in source and not path.exists() and not source.startswith((".", "/", "~")):
             found = datasets.load_dataset(source)
         else:

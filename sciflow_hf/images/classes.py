@@ -73,6 +73,8 @@ class ClassImages(Dataset[dict[str, torch.Tensor]]):
 
     def _read(self, row: int) -> np.ndarray:
         """(S, S, C), uint8."""
+        from PIL import ImageOps
+
         image = self.source.open(row)
         try:
             image.load()
@@ -84,7 +86,7 @@ class ClassImages(Dataset[dict[str, torch.Tensor]]):
                 f"`input_dir`: {self.source.names[row]} is an image of mode {image.mode}, {self.names[0]} one of mode "
                 f"{self.mode}. Convert all of them by `--image_mode RGB` or `--image_mode L`."
             )
-        image = image if image.mode == self.mode else to_rgb(image).convert(self.mode)
+        image = ImageOps.exif_transpose(image) if image.mode == self.mode else to_rgb(image).convert(self.mode)
         return as_square(image, self.image_size)
 
     @property

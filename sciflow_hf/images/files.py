@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.build.sources.listing import NO_TARGET, image_suffixes, list_files
 from ..errors import SciflowError
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,9 @@ def to_dtype(values: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 def find_images(folder: str | Path, *, option: str = "input_dir") -> list[Path]:
-    """The image files below `folder`, sorted by name.
+    """The image files below `folder` and linked folders, sorted by name; hidden ones and other kinds are left out.
+
+    Pictures of other formats, and links to nothing, are named in a warning.
 
     Raises:
         SciflowError: no such folder, or no image in it; names `option`.
@@ -66,9 +69,18 @@ def find_images(folder: str | Path, *, option: str = "input_dir") -> list[Path]:
     root = Path(folder)
     if not root.is_dir():
         raise SciflowError(f"`{option}` {str(folder)!r}: there is no such folder.")
-    found = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    listing = list_files(root)
+    found = [path for path in listing.files if path.suffix.lower() in SUFFIXES]
+    others = image_suffixes() - set(SUFFIXES)
+    lost = [path for path in listing.files if path.suffix.lower() in others]
+    lost += [path for path, reason in listing.left_out.items() if reason == NO_TARGET]
+    some = ", ".join(path.relative_to(root).as_posix() for path in lost[:5])
     if not found:
-        raise SciflowError(f"`{option}` {str(folder)!r}: no image below it; readable are {', '.join(SUFFIXES)}.")
+        there = f"; it holds {some}" if lost else ""
+        raise SciflowError(f"`{option}` {str(folder)!r}: no image below it{there}; readable are {', '.join(SUFFIXES)}.")
+    if lost:
+        text = "`%s`: %d files are not looked at, as only %s are readable: %s"
+        logger.warning(text, option, len(lost), ", ".join(SUFFIXES), some)
     return found
 
 

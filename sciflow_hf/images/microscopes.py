@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -376,15 +377,32 @@ def _partners(root: Path, files: Sequence[Path], conditioning_dir: str | None) -
     if conditioning_dir is None:
         return {}
     other = Path(conditioning_dir)
-    by_name = {_key(file.relative_to(other)): file for file in find_images(other, option="conditioning_dir")}
-    missing = [file for file in files if _key(file.relative_to(root)) not in by_name]
-    if missing:
+    sharp = _by_key(root, files, "input_dir")
+    measured = _by_key(other, find_images(other, option="conditioning_dir"), "conditioning_dir")
+    if missing := [file for key, file in sharp.items() if key not in measured]:
         raise SciflowError(f"`conditioning_dir` {conditioning_dir!r}: no image for {missing[0].relative_to(root)}.")
-    return {file: by_name[_key(file.relative_to(root))] for file in files}
+    if spare := [file for key, file in measured.items() if key not in sharp]:
+        some = ", ".join(file.relative_to(other).as_posix() for file in spare[:5])
+        logger.warning("`conditioning_dir`: %d images have no sharp one and are not looked at: %s", len(spare), some)
+    return {file: measured[key] for key, file in sharp.items()}
 
 
-def _key(path: Path) -> str:
-    return (path.parent / path.name.split(".")[0]).as_posix()
+def _by_key(root: Path, files: Sequence[Path], option: str) -> dict[str, Path]:
+    """The files by what a pair has in common: the path but for the suffix.
+
+    Raises:
+        SciflowError: two files have the same.
+    """
+    found: dict[str, Path] = {}
+    for file in files:
+        path = file.relative_to(root)
+        key = unicodedata.normalize("NFC", (path.parent / path.name.split(".")[0]).as_posix())
+        if found.setdefault(key, file) is not file:
+            raise SciflowError(
+                f"`{option}`: {found[key].relative_to(root)} and {path} are both {key!r}: in pairs the name up to its "
+                "first dot tells images apart. Rename one."
+            )
+    return found
 
 
 def _same_kind(kinds: _Kinds, option: str, file: Path, planes: np.ndarray) -> None:

@@ -1,7 +1,11 @@
 """Images with class labels: folders, `save_to_disk`, parquet; squares, labels, splits, and what is refused."""
 
+from io import BytesIO
+
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from class_folders import pixels, write_folder
@@ -79,13 +83,52 @@ def test_eval_split_by_hash_stays_when_data_is_added(tmp_path):
     assert set(held_out.row_ids) <= set(kept.row_ids) and set(train.row_ids) <= set(later.row_ids)
 
 
-def test_splits_that_the_data_has(tmp_path):
+def test_splits_that_the_data_has(tmp_path, caplog):
     write_folder(tmp_path / "data" / "train", each=4)
     write_folder(tmp_path / "data" / "test", each=3)
+    caplog.set_level("INFO")
+    assert len(load(tmp_path / "data")[0]) == 8 and "Not looked at: the splits test" in caplog.text
+    caplog.clear()
     train, held_out = load(tmp_path / "data", eval_split="test")
+    assert "Not looked at" not in caplog.text
     assert (len(train), len(held_out)) == (8, 6) and held_out.class_names == train.class_names
     with pytest.raises(sf.SciflowError, match=r"eval_split.*'valid'.*train, test"):
         load(tmp_path / "data", eval_split="valid")
+
+
+def test_folders_that_look_like_patterns_and_what_is_passed_over(tmp_path, caplog):
+    root = write_folder(tmp_path / "data [v2] *")
+    Image.fromarray(pixels(1)).save(root / "cell" / "9.avif")
+    (root / "cell" / "lost.png").symlink_to(tmp_path / "nowhere")
+    assert len(load(root)[0]) == 12
+    assert "2 images are not looked at" in caplog.text and "cell/9.avif, cell/lost.png" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.binary(), pa.large_binary(), pa.struct([("bytes", pa.binary()), ("path", pa.string())])]
+)
+def test_tables_without_the_metadata_of_datasets(tmp_path, kind):
+    (tmp_path / "data [v2]").mkdir()
+    stored = []
+    for i in range(4):
+        file = BytesIO()
+        Image.fromarray(pixels(i)).save(file, "PNG")
+        stored.append({"bytes": file.getvalue(), "path": f"{i}.png"} if pa.types.is_struct(kind) else file.getvalue())
+    table = pa.table({"image": pa.array(stored, kind), "label": [0, 1, 0, 1]})
+    pq.write_table(table, tmp_path / "data [v2]" / "train.parquet")
+    train, _ = load(tmp_path / "data [v2]")
+    expected = torch.from_numpy(pixels(3)).permute(2, 0, 1) / 127.5 - 1
+    torch.testing.assert_close(train[3]["pixel_values"], expected, rtol=0, atol=1e-6)
+
+
+def test_turned_images_are_seen_upright(tmp_path):
+    root = write_folder(tmp_path / "data")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # clockwise by a quarter
+    Image.fromarray(pixels(7)).save(root / "axon" / "0.png", exif=exif)
+    train, _ = load(root)
+    expected = torch.from_numpy(np.rot90(pixels(7), -1).copy()).permute(2, 0, 1) / 127.5 - 1
+    torch.testing.assert_close(train[train.row_ids.index("axon/0.png")]["pixel_values"], expected, rtol=0, atol=1e-6)
 
 
 def test_mirror_images_are_rows_of_their_own(tmp_path):

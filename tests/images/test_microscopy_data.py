@@ -1,5 +1,7 @@
 """Microscope images as tiles: pairs, forward model, splits by specimen, fold and region, keyed draws, bad folders."""
 
+import unicodedata
+
 import numpy as np
 import pytest
 import torch
@@ -123,6 +125,27 @@ def test_pairs_are_read_and_cut_alike(folder, tmp_path):
     torch.testing.assert_close(train.conditioning_transform.inverse(sample["conditioning_pixel_values"]), measured * 0
                                + train.intensities(0, 3)[1], atol=0.1, rtol=0)  # fmt: skip
     assert train.transform != train.conditioning_transform
+
+
+def test_pairs_by_name(folder, tmp_path, caplog):
+    """Links, hidden files, other formats, normal forms of Unicode; what has no partner is said."""
+    sharp, measured, elsewhere = tmp_path / "sharp", tmp_path / "measured", tmp_path / "elsewhere"
+    write(sharp / "link" / unicodedata.normalize("NFC", "fibré.tif"), smooth(40, 40, 1))
+    write(elsewhere / unicodedata.normalize("NFD", "fibré.tif"), smooth(40, 40, 1))
+    write(elsewhere / "spare.tif", smooth(40, 40, 2))
+    measured.mkdir()
+    (sharp / "round").symlink_to(sharp)
+    (measured / "link").symlink_to(elsewhere)
+    (sharp / "._fibre.tif").write_bytes(b"a shadow of another system")
+    (sharp / "photo.jpg").write_bytes(b"x")
+    train, _ = load(sharp, conditioning_dir=str(measured), eval_fraction=0.0)
+    assert len(train) > 0 and len({plane.path for plane, *_ in train.tiles}) == 1
+    assert "1 files are not looked at" in caplog.text and "photo.jpg" in caplog.text
+    assert "1 images have no sharp one" in caplog.text and "link/spare.tif" in caplog.text
+    write(sharp / "link" / "a.1.tif", smooth(40, 40, 1))
+    write(sharp / "link" / "a.2.tif", smooth(40, 40, 2))
+    with pytest.raises(sf.SciflowError, match=r"link/a\.1\.tif and link/a\.2\.tif are both 'link/a'"):
+        load(sharp, conditioning_dir=str(measured))
 
 
 # -- splits ----------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from ....errors import SciflowError, first_line
 from ..tally import Tally
 from .captions import METADATA_FILES, WINDOWS, Note, read_notes, read_text, texts_of
-from .listing import Listing, image_suffixes, printable
+from .listing import NO_TARGET, Listing, image_suffixes, printable
 from .record import MASK_COLUMN, Record, file_opener, mask_file, not_storable, part_name
 from .splits import choose_splits, split_of_image
 
@@ -48,7 +48,7 @@ class _Folder:
         for link, reason in sorted(listing.closed.items()):
             self.tally.remark(reason, self.name(link))
         for file, reason in sorted(listing.left_out.items()):
-            lost = reason == "a link to nothing" and file.suffix.lower() in image_suffixes()
+            lost = reason == NO_TARGET and file.suffix.lower() in image_suffixes()
             (self.tally.skipped if lost else self.tally.ignored)[self.name(file)] = reason
         self.finder = _Finder(listing.files)
         files = self._of_split(listing.files, split)

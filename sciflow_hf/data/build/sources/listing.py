@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+NO_TARGET = "a link to nothing"
 _NOT_DECODED = {"EPS", "MPEG"}  # a document that another program draws; a film, of which Pillow knows the header
 
 
@@ -80,7 +81,7 @@ def list_files(folder: Path, leave_out: Path | None = None) -> Listing:
                 elif file.is_file():
                     found.files.append(file)
                 else:
-                    found.left_out[file] = "a link to nothing" if file.is_symlink() else "no regular file"
+                    found.left_out[file] = NO_TARGET if file.is_symlink() else "no regular file"
     found.files.sort()
     return found
 
