@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from ..errors import SciflowError
 from . import cache, env, export, push, sample
+from .run import outlast_readers
 
 COMMANDS = {
     "cache": (cache, "caches of latents and text embeddings"),
@@ -25,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Exit status: 0; 1 where `cache verify` found problems; 2 for a user's mistake (one line on stderr); 130 for Ctrl-C.
     """
+    if argv is None:  # a process of its own
+        outlast_readers()
     args = _parser().parse_args(argv)
     first_rank = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if first_rank else logging.WARNING, format="%(message)s", stream=sys.stderr)

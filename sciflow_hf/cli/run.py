@@ -48,7 +48,10 @@ def outlast_readers() -> None:
 
 
 class _Lasting:
-    """A stream whose reader may leave (a closed terminal, `| head`): what is written after that goes nowhere."""
+    """A stream whose reader may leave (a closed terminal, `| head`), or whose disk fills: what cannot be written is lost.
+
+    Where the reader has left nothing more is tried; on a disk there may be room again.
+    """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -73,6 +76,8 @@ class _Lasting:
         try:
             yield
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                return
             if error.errno not in (errno.EPIPE, errno.EIO):
                 raise
             nowhere = os.open(os.devnull, os.O_WRONLY)

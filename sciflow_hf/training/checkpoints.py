@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import SciflowError
 from ..files import move_folder, write_json
-from .run_lock import RunLock
+from .run_lock import holding
 
 logger = logging.getLogger(__name__)
 
@@ -163,14 +163,10 @@ def check_output_dir(output_dir: str | os.PathLike, *, resume: Any, overwrite: b
             f"`output_dir` {output_dir} holds {found[0].name}. Go on with `--resume_from_checkpoint latest`, begin "
             "anew with `--overwrite_output_dir` (removes its checkpoints), or choose another folder."
         )
-    lock = RunLock(output_dir)
-    lock.acquire()
-    try:
+    with holding(output_dir):
         for folder in found:
             logger.info("Removing %s (`--overwrite_output_dir`).", folder)
             shutil.rmtree(folder)
-    finally:
-        lock.release()
 
 
 def rotate(

@@ -28,6 +28,7 @@ from ..images.microscopes import MicroscopyDataArguments, MicroscopyTiles, load_
 from ..images.optics import ForwardModel
 from .arguments import DiffusionTrainingArguments
 from .checkpoints import check_output_dir
+from .run_lock import hold
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ def _processes(args: DiffusionTrainingArguments, make_demo: Callable[[], object]
     if state.is_main_process:
         if not (args.dry_run or args.debug_batch):  # say so before hours of encoding and loading
             check_output_dir(args.output_dir, resume=args.resume_from_checkpoint, overwrite=args.overwrite_output_dir)
+            hold(args.output_dir)  # for this process, until `finish` has written the result
         make_demo()
     state.wait_for_everyone()
     return state

@@ -1,5 +1,6 @@
 """One run a folder: a lock that names who trains there, and that a dead process does not leave behind."""
 
+import atexit
 import json
 import logging
 import os
@@ -8,6 +9,8 @@ import tempfile
 import threading
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,56 @@ LOCK, FACTS = ".run.lock", ".run.json"
 BEAT = 15.0
 """Seconds after which a running process touches its facts; after four without, it counts as dead on another host."""
 
+_HELD: dict[Path, "RunLock"] = {}
+"""The folders that this process holds."""
+
+
+def hold(folder: str | os.PathLike) -> bool:
+    """Holds a folder for this process until `let_go`, or until it ends; False where it holds it already.
+
+    Raises:
+        SciflowError: another process trains there.
+    """
+    place = Path(folder).resolve()
+    if place in _HELD:
+        return False
+    lock = RunLock(folder)
+    lock.acquire()
+    _HELD[place] = lock
+    return True
+
+
+def let_go(folder: str | os.PathLike) -> None:
+    """Gives a folder free that this process holds."""
+    lock = _HELD.pop(Path(folder).resolve(), None)
+    if lock is not None:
+        lock.release()
+
+
+@contextmanager
+def holding(folder: str | os.PathLike) -> Iterator[None]:
+    """Holds a folder while the block runs; longer where this process has held it before."""
+    is_new = hold(folder)
+    try:
+        yield
+    finally:
+        if is_new:
+            let_go(folder)
+
+
+def check_held(folder: str | os.PathLike) -> None:
+    """Raises SciflowError where another run has taken over a folder that this process holds."""
+    lock = _HELD.get(Path(folder).resolve())
+    if lock is not None:
+        lock.check()
+
+
+@atexit.register
+def _let_go_of_all() -> None:
+    for folder, lock in list(_HELD.items()):
+        if lock.pid == os.getpid():  # not of the process that this one was forked from
+            let_go(folder)
+
 
 class RunLock:
     """Holds a folder for the run of this process.
@@ -31,12 +84,12 @@ class RunLock:
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:
-        self.folder = Path(folder)
+        self.folder, self.pid = Path(folder), os.getpid()
         self._lock = FileLock(self.folder / LOCK, timeout=0)
         self._facts: dict[str, Any] = {
             "host": socket.gethostname(),
             "machine": uuid.getnode(),
-            "pid": os.getpid(),
+            "pid": self.pid,
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
         self._ended = threading.Event()

@@ -94,7 +94,7 @@ from .resume import (
     rates,
     same_total_batch,
 )
-from .run_lock import RunLock
+from .run_lock import check_held, holding
 from .trackers import prepare_wandb
 
 logger = logging.getLogger(__name__)
@@ -136,7 +136,6 @@ class DiffusionTrainer(Trainer):
     _saving = False
     _disk_full: DiskFullError | None = None
     _measure_first = False
-    _run_lock: RunLock | None = None
     _resumed: Path | None = None
     _place: Place | None = None  # of the checkpoint that was resumed
     _total_loss_scalar, _tr_loss = 0.0, torch.zeros(())  # the parent's, from the first step on
@@ -482,19 +481,10 @@ class DiffusionTrainer(Trainer):
         """
         value = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         output_dir = self.args.output_dir
-        if trial is None:
-            if self.args.should_save:
-                check_output_dir(output_dir, resume=value, overwrite=self.args.overwrite_output_dir)
-            if self.is_world_process_zero():
-                self._run_lock = RunLock(output_dir)
-                self._run_lock.acquire()
-            try:
-                return self._train(value, trial, ignore_keys_for_eval)
-            finally:
-                if self._run_lock is not None:
-                    self._run_lock.release()
-                    self._run_lock = None
-        return self._train(value, trial, ignore_keys_for_eval)
+        if trial is None and self.args.should_save:
+            check_output_dir(output_dir, resume=value, overwrite=self.args.overwrite_output_dir)
+        with holding(output_dir) if trial is None and self.is_world_process_zero() else nullcontext():
+            return self._train(value, trial, ignore_keys_for_eval)
 
     def _train(self, value: str | bool | None, trial: Any, ignore_keys_for_eval: list[str] | None) -> TrainOutput:
         """`train`, in a folder that is this run's alone."""
@@ -834,8 +824,7 @@ class DiffusionTrainer(Trainer):
         A disk that is full, on any rank, costs this checkpoint, not the run.
         """
         self._check_finite()
-        if self._run_lock is not None:
-            self._run_lock.check()
+        check_held(self._get_output_dir(trial=trial))
         self._to_average()  # on every rank, so that all go on from the same bits
         run_dir, best = self._get_output_dir(trial=trial), self.state.best_model_checkpoint
         folder = Path(run_dir) / f"checkpoint-{self.state.global_step}"
@@ -891,6 +880,7 @@ class DiffusionTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The parent's; under FSDP, too, all ranks come to `_save`, and nothing else is gathered."""
         folder = output_dir or str(self.args.output_dir)
+        check_held(folder)
         alone = sharding.as_one_process(self) if self.is_fsdp_enabled else nullcontext()
         with alone, self._full_disk_noted(folder) if self._saving else disk_full_named(folder):
             super().save_model(output_dir, _internal_call)

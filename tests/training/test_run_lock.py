@@ -10,7 +10,7 @@ import socket
 import forked
 import pytest
 from recipe_runs import environment
-from trainings import make_trainer
+from trainings import make_args, make_trainer
 
 import sciflow_hf as sf
 from sciflow_hf.training import run_lock
@@ -52,6 +52,39 @@ def test_a_second_run_is_refused_and_names_the_first(tmp_path, holder, family, e
     trainer.train()  # the lock of a dead process
     assert not (tmp_path / FACTS).exists() and not (tmp_path / LOCK).exists()
     trainer.train()
+
+
+def held(folder):
+    try:
+        RunLock(folder).acquire()
+    except sf.SciflowError:
+        return True
+    return False
+
+
+def test_a_folder_is_held_from_the_data_to_the_result(tmp_path, family, even_cache, monkeypatch):
+    """A second run that began between training and the result would lose one of them."""
+    data = sf.DataArguments(dataset_dir=[str(even_cache)], eval_fraction=0.3)
+    parts, seen = sf.prepare_data(data, family, make_args(tmp_path)), []
+    assert held(tmp_path)
+    trainer = make_trainer(tmp_path, family, *parts, max_steps=1)
+    trainer.train()
+    assert held(tmp_path)
+    for name in ("evaluate", "save_model", "create_model_card"):
+        step = getattr(trainer, name)
+        monkeypatch.setattr(trainer, name, lambda step=step: (step(), seen.append(held(tmp_path))))
+    sf.finish(trainer)
+    assert seen == [True] * 3 and not (tmp_path / FACTS).exists()
+    trainer.create_model_card = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        sf.finish(trainer)
+    assert not (tmp_path / FACTS).exists() and not held(tmp_path)
+
+
+def test_a_process_that_ends_gives_its_folder_free(tmp_path):
+    code = "import sys; from sciflow_hf.training.run_lock import hold; hold(sys.argv[1]); sys.exit(2)"
+    assert forked.run((["-c", code, tmp_path], environment())).returncode == 2
+    assert not (tmp_path / FACTS).exists() and not (tmp_path / LOCK).exists()
 
 
 def test_checkpoints_of_a_run_are_not_removed_by_another(tmp_path, holder):
@@ -177,6 +210,33 @@ def test_a_reader_that_leaves_does_not_end_a_run(tmp_path):
         assert any(line == "a line of output 0\n" for line in iter(output.readline, ""))
     process.join(60)
     assert process.exitcode == 0 and (tmp_path / "end").read_text() == "done"
+
+
+def ended(words, output):
+    """The exit status of a process that writes to the file descriptor `output`, which is closed here."""
+    process = forked.start((words, environment()), stdout=output, stderr=output)
+    os.close(output)
+    process.join(60)
+    return process.exitcode
+
+
+def closed_pipe():
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+@pytest.mark.parametrize("output", [closed_pipe, lambda: os.open("/dev/full", os.O_WRONLY)], ids=["closed", "full"])
+def test_output_that_nobody_takes_ends_no_command(tmp_path, tiny_cache, output):
+    """`sciflow-hf ... | true`, and a log on a disk that is full: the work is done, the status is that of the work."""
+    assert ended(["-c", TALK, tmp_path / "end"], output()) == 0 and (tmp_path / "end").read_text() == "done"
+    command = ["-c", "import sys; from sciflow_hf.cli import main; sys.exit(main())", "cache", "convert"]
+    cache = tmp_path / "cache"
+    assert ended([*command, "--input_dir", tiny_cache, "--output_dir", cache], output()) == 0
+    assert len(sf.load_cache(cache)) == 24
+    for words, status in ((["info"], 0), (["verify"], 0), (["verify", "--payload_dir", tmp_path], 2)):
+        assert ended([*command[:3], *words, "--dataset_dir", cache], output()) == status, words
+    assert ended([*command[:2], "--help"], output()) == 0
 
 
 def test_an_ascii_terminal_shows_what_it_can(tmp_path):
