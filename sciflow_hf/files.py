@@ -83,7 +83,7 @@ def disk_full_named(folder: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _is_disk_full(error):
+        if not is_disk_full(error):
             raise
         free = shutil.disk_usage(next(p for p in (Path(folder), *Path(folder).resolve().parents) if p.exists())).free
         raise DiskFullError(
@@ -93,7 +93,8 @@ def disk_full_named(folder: str | os.PathLike) -> Iterator[None]:
         ) from error
 
 
-def _is_disk_full(error: Exception) -> bool:
+def is_disk_full(error: Exception) -> bool:
+    """Whether a write failed because no room was left, whoever wrote."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     # safetensors' own error, and torch.save's, which looks for its place in the file after a short write

@@ -281,7 +281,7 @@ def parse_args(
 
     level = logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.ERROR
     logging.basicConfig(format="%(message)s", level=level, stream=sys.stderr)
-    for noisy in ("httpx", "httpcore", "filelock", "fsspec", "datasets", "accelerate", "urllib3", "absl"):
+    for noisy in ("httpx", "httpx2", "httpcore", "filelock", "fsspec", "datasets", "accelerate", "urllib3", "absl"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     transformers_logging.get_logger("transformers").propagate = False
     parser = RecipeParser(dataclass_types, description=description)

@@ -7,9 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from ..errors import SciflowError
 from . import cache, env, export, push, sample
-from .run import outlast_readers
+from .run import explained, outlast_readers
 
 COMMANDS = {
     "cache": (cache, "caches of latents and text embeddings"),
@@ -31,16 +30,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     first_rank = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if first_rank else logging.WARNING, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "datasets", "fsspec"):
+    for noisy in ("httpx", "httpx2", "datasets", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         return args.run(args) or 0
-    except SciflowError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
         return 130
+    except Exception as error:
+        message = explained(error)
+        if message is None:
+            raise
+        sys.stderr.write(f"error: {message}\n")
+        return 2
 
 
 class _Parser(argparse.ArgumentParser):

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from ..errors import Preempted, SciflowError
+from ..errors import Preempted, SciflowError, first_line
+from ..files import is_disk_full
 
 
 def run(main: Callable[[], Any]) -> NoReturn:
     """Runs a recipe's `main`.
 
-    Exit status: 0; 2 after a user's mistake or too little memory, with a message; 75 saved and stopped by a signal
+    Exit status: 0; 2 after what `explained` has words for, with a message; 75 saved and stopped by a signal
     (`Preempted`); 130 Ctrl-C. torchrun and `accelerate launch` of several processes report 1 for any but 0.
     """
     status: Any = 0
@@ -27,7 +28,7 @@ def run(main: Callable[[], Any]) -> NoReturn:
         sys.stderr.write("\nstopped; resume with --resume_from_checkpoint latest\n")
         sys.exit(130)
     except Exception as error:
-        message = str(error) if isinstance(error, SciflowError) else _shortage(error)
+        message = explained(error)
         if message is None:
             raise
         sys.stderr.write(f"\nerror: {message}\n")
@@ -85,13 +86,28 @@ class _Lasting:
             os.close(nowhere)
 
 
-def _shortage(error: Exception) -> str | None:
-    """The message for a full disk or used-up memory; None for other errors."""
+def explained(error: Exception) -> str | None:
+    """What to tell a user about a mistake, a full disk, used-up memory or a lost process; None for other errors."""
     from ..training.out_of_memory import memory_message  # torch, which is not needed before
 
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"{error}: make room, then resume with the same command and --resume_from_checkpoint latest."
+    if isinstance(error, SciflowError):
+        return str(error)
+    again = "run the same command again; a training resumes with --resume_from_checkpoint latest"
+    if is_disk_full(error):
+        return f"{first_line(error)}: make room, then {again}."
+    if _is_lost(error):
+        return (
+            f"another process of this run ended, or cannot be reached ({first_line(error)}). The last lines of that "
+            f"process say why. Mend it, then {again}."
+        )
     return memory_message(error)
+
+
+def _is_lost(error: Exception) -> bool:
+    """What gloo, NCCL and their store raise where a rank is gone."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def leave_process_group(*, together: bool = True) -> None:

@@ -1,19 +1,25 @@
-"""A run killed again and again, and started again by the same command, ends with the bits of one never killed.
+"""Runs that are killed again and again, or that one of all the faults comes to.
 
-`pytest -m acceptance` kills it 30 times, on one rank and on two; the fast suite 3 times.
+`pytest -m acceptance` kills a run 30 times, on one rank and on two, and has 120 cases of random flags and a fault; the
+fast suite 3 kills and a few of the cases. With `SOAK_DIR` cases that are done are not done again.
 """
 
+import hashlib
 import os
 import random
 import threading
 import time
+from pathlib import Path
 
 import forked
 import pytest
+import soak as soak_module
 from caches import encoder_settings, write_cache
 from recipe_runs import ROOT, flags, jobs, logged_losses, run, weights
+from soak import Soak, draw
 from trainings import same
 
+from sciflow_hf.demo import make_tiny_klein
 from sciflow_hf.training.checkpoints import checkpoint_fault, list_checkpoints
 
 DEMO = ROOT / "tests" / "flux2klein_tiny.yaml"
@@ -75,7 +81,7 @@ class Moments:
         return any("/commit/" in path for _, path, _ in self.server.requests[self.pushes :])
 
 
-def soak(words, folder, server, kinds, *, ranks, eval_steps, seed):
+def kill_again(words, folder, server, kinds, *, ranks, eval_steps, seed):
     """Starts `words` and kills it at a moment of each kind, then lets it end; how often it could be killed."""
     draw, killed = random.Random(seed), 0
     env = server.env(folder.parent)
@@ -97,7 +103,7 @@ def compare(tmp_path, words, kinds, server, *, ranks=1, eval_steps, seed=0):
     whole = [*words, "--output_dir", tmp_path / "whole", "--hub_model_id", "user/whole"]
     run(*whole, ranks=ranks, **server.env(tmp_path))
     again = [*words, "--output_dir", tmp_path / "killed", "--hub_model_id", "user/killed"]
-    killed = soak(again, tmp_path / "killed", server, kinds, ranks=ranks, eval_steps=eval_steps, seed=seed)
+    killed = kill_again(again, tmp_path / "killed", server, kinds, ranks=ranks, eval_steps=eval_steps, seed=seed)
     assert killed == len(kinds)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
     assert logged_losses(tmp_path / "whole") == logged_losses(tmp_path / "killed")
@@ -130,3 +136,32 @@ def test_thirty_kills_on_the_demo_data(tmp_path, hub, ranks):
     words = ["--config", DEMO, *options(max_steps=300, save_steps=5, eval_steps=10, validation_steps=20)]
     words += ["--per_device_train_batch_size", 4 // ranks, "--input_dir", "demo"]
     compare(tmp_path, words, kinds, hub, ranks=ranks, eval_steps=10, seed=ranks)
+
+
+# ---- a fault of any kind ----
+
+
+@pytest.fixture(scope="module")
+def soak(tmp_path_factory):
+    folder = Path(os.environ.get("SOAK_DIR") or tmp_path_factory.mktemp("soak"))
+    pipeline = folder / "klein"
+    if not pipeline.exists():
+        make_tiny_klein(pipeline, size="test")
+    return Soak(folder, pipeline)
+
+
+@pytest.mark.parametrize("seed", [])
+def test_a_fault_costs_nothing(soak, seed):
+    """The result is that of a run without it, or a message says what, where and the way out."""
+    soak.check(draw(seed))
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize("seed", range(120))
+def test_120_faults(soak, seed):
+    generator = hashlib.sha256(Path(soak_module.__file__).read_bytes()).hexdigest()[:8]
+    done = soak.folder / f"done-{generator}" / f"{seed}.txt"
+    if not done.exists():
+        seen = soak.check(draw(seed))
+        done.parent.mkdir(exist_ok=True)
+        done.write_text(f"{seen}\n")
