@@ -49,7 +49,7 @@ def outlast_readers() -> None:
 
 
 class _Lasting:
-    """A stream whose reader may leave (a closed terminal, `| head`), or whose disk fills: what cannot be written is lost.
+    """A stream whose reader may leave (a closed terminal, `| head`), or whose disk fills: what is not taken is lost.
 
     Where the reader has left nothing more is tried; on a disk there may be room again.
     """

@@ -9,6 +9,8 @@ import uuid
 import zlib
 from pathlib import Path
 
+from ..errors import SciflowError
+
 logger = logging.getLogger(__name__)
 
 _CHECKSUM = 4  # bytes, before the data
@@ -28,7 +30,12 @@ class DiskCache:
 
     def __init__(self, folder: str | os.PathLike[str], max_bytes: int) -> None:
         self.folder, self.max_bytes = Path(folder), max_bytes
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SciflowError(
+                f"`remote_cache_dir` {folder} cannot be made ({error.strerror}): name another folder."
+            ) from error
         self._lock = threading.Lock()
         self._unseen = max_bytes  # bytes written since the last look: the first look is at the first write
 

@@ -58,7 +58,7 @@ def save_model_card(trainer: Trainer) -> None:
         },
         non_default_args=args.changed_options(),
         metrics=metrics,
-        interval_note=NO_INTERVAL if "eval_gain" in metrics else "",
+        interval_note=_no_interval(metrics) if "eval_gain" in metrics else "",
         global_step=trainer.state.global_step,
         train_loss=losses[-1] if losses else None,
         versions={name: importlib.metadata.version(name) for name in PACKAGES},
@@ -98,17 +98,22 @@ def last_metrics(trainer: Trainer) -> dict[str, float]:
     return found
 
 
+def _no_interval(metrics: dict[str, float]) -> str:
+    """Why there is no interval of the gain, where there is none."""
+    return NO_INTERVAL if math.isfinite(metrics["eval_gain"]) else "losses of held-out rows are not finite"
+
+
 def summary(trainer: Trainer) -> str:
     """A few plain lines for the end of a run: what was learnt, and where it lies."""
     metrics, folder = last_metrics(trainer), Path(trainer.args.output_dir)
     lines = [f"Trained {trainer.state.global_step} steps."]
     if "eval_gain" in metrics:
         base, loss, gain = metrics["eval_base_loss"], metrics["eval_loss"], metrics["eval_gain"]
-        verdict = f"{NO_INTERVAL}: no interval"
-        if "eval_gain_low" in metrics:
+        verdict = f"{_no_interval(metrics)}: no interval"
+        if "eval_gain_low" in metrics and math.isfinite(gain):
             low, high = metrics["eval_gain_low"], metrics["eval_gain_high"]
             words = "better" if low > 0 else "worse" if high < 0 else "no clear difference"
-            verdict = f"95 % interval {low:.4f} to {high:.4f}: {words if math.isfinite(gain) else 'not finite'}"
+            verdict = f"95 % interval {low:.4f} to {high:.4f}: {words}"
         lines.append(f"Held-out loss: {base:.4f} base model, {loss:.4f} now; gain {gain:.4f} ({verdict}).")
     elif "eval_loss" in metrics:
         lines.append(f"Held-out loss: {metrics['eval_loss']:.4f}.")

@@ -133,9 +133,16 @@ def check_writable(output_dir: str | os.PathLike) -> None:
         raise SciflowError(
             f"`output_dir` {folder} cannot be written ({error.strerror}): choose another one."
         ) from error
-    odd = [p.name for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and not p.is_dir()]
-    if odd:
-        raise SciflowError(f"`output_dir` {folder}: {odd[0]} is a file where a checkpoint would go. Move it away.")
+    named = [path for path in folder.iterdir() if re.fullmatch(r"checkpoint-\d+|\.saving|validation", path.name)]
+    if odd := [path.name for path in named if not path.is_dir()]:
+        raise SciflowError(
+            f"`output_dir` {folder}: {odd[0]} is a file where a folder of the run would go. Move it away."
+        )
+    kinds = r"README\.md|training\.png|\.run\.(json|lock)|\w+\.(json|safetensors)"
+    if odd := [path.name for path in folder.iterdir() if re.fullmatch(kinds, path.name) and path.is_dir()]:
+        raise SciflowError(
+            f"`output_dir` {folder}: {odd[0]} is a folder where a file of the run would go. Move it away."
+        )
 
 
 def check_room(output_dir: str | os.PathLike, checkpoint_bytes: float) -> None:

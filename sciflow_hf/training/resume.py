@@ -79,14 +79,21 @@ def changed_options(folder: Path, now: dict[str, Any]) -> dict[str, tuple[Any, A
     return {name: (value, now[name]) for name, value in before.items() if name in now and now[name] != value}
 
 
-def check_scheduler(changed: Mapping[str, tuple[Any, Any]]) -> None:
-    """Refuses another kind of schedule whose state is not a step number."""
-    kinds = changed.get("lr_scheduler_type")
-    if kinds and {"reduce_lr_on_plateau", "greedy"} & set(kinds):
-        raise SciflowError(
-            f"`lr_scheduler_type` {kinds[0]} then, {kinds[1]} now: their states differ. Keep {kinds[0]}, or start a "
-            "new run from these weights with `--adapter_path`."
-        )
+def check_states(changed: Mapping[str, tuple[Any, Any]], schedule: str) -> None:
+    """Refuses options that are part of a state in the checkpoint: of the optimizer, and of a schedule that has one.
+
+    Args:
+        schedule: the `lr_scheduler_type` now.
+    """
+    kinds = {schedule, *changed.get("lr_scheduler_type", ())}
+    of_schedule = ("lr_scheduler_type", "lr_scheduler_kwargs") if {"reduce_lr_on_plateau", "greedy"} & kinds else ()
+    for name in ("optim_args", *of_schedule):
+        if name in changed:
+            before, now = changed[name]
+            raise SciflowError(
+                f"`{name}` {before} then, {now} now: their states differ. Keep {before}, or start a new run from these "
+                "weights with `--adapter_path`."
+            )
 
 
 def rates(optimizer: Any) -> list[dict[str, Any]]:

@@ -88,7 +88,7 @@ from .resume import (
     changed_options,
     check_identity,
     check_ranks,
-    check_scheduler,
+    check_states,
     data_fingerprint,
     options_of,
     rates,
@@ -511,7 +511,7 @@ class DiffusionTrainer(Trainer):
         self._measure_first = self._measure_first and not adapter_layers(self.model)
         if self.args.world_size > 1:
             held_out = [data_fingerprint(dataset) for dataset in _as_datasets(self.eval_dataset)]
-            check_ranks({**self._identity(), "eval_data": held_out, **options_of(self.args, self.family)})
+            check_ranks({**self._identity(), "eval_data": held_out, **self._options()})
         before = self._weight_sums()
         try:
             with self._preemption.listening(), explain_unpickling(folder):
@@ -531,8 +531,9 @@ class DiffusionTrainer(Trainer):
         """Says which options differ from those of the checkpoint; the base is measured anew where it has to be."""
         saved = json.loads((folder / IDENTITY_NAME).read_text(encoding="utf-8"))
         self._loss_before = saved.get("loss_sum")
-        changed = self._options_changed = changed_options(folder, options_of(self.args, self.family))
-        check_scheduler(changed)
+        options = self._options()
+        changed = self._options_changed = changed_options(folder, options)
+        check_states(changed, options["lr_scheduler_type"])
         self._eval_base = {}
         if (folder / EVAL_BASE).is_file():
             self._eval_base = json.loads((folder / EVAL_BASE).read_text(encoding="utf-8"))
@@ -567,6 +568,13 @@ class DiffusionTrainer(Trainer):
             "text_encoder_learning_rate": args.text_encoder_learning_rate,
             "quantize_base": args.quantize_base,
         }
+
+    def _options(self) -> dict[str, Any]:
+        """What a checkpoint remembers of the options, those of the data that change a step included."""
+        prior = getattr(self.train_dataset, "prior", None)
+        weight = None if prior is None else prior.loss_weight
+        mine = {"caption_dropout": self.caption_dropout, "prior_loss_weight": weight}
+        return options_of(self.args, self.family) | mine
 
     def _weight_sums(self) -> list[float]:
         """A sum per trained parameter, enough to see that none moved; empty where weights are sharded or not made."""
@@ -850,7 +858,8 @@ class DiffusionTrainer(Trainer):
                     (staged / STREAM).write_text(json.dumps(self._stream.state_dict()), encoding="utf-8")
                 write_manifest(staged)
         failed = torch.tensor(float(self._disk_full is not None), device=self.args.device)
-        if self.accelerator.reduce(failed, "sum").item():
+        self._preemption.saved = not self.accelerator.reduce(failed, "sum").item()
+        if not self._preemption.saved:
             self.state.best_model_checkpoint = best
             if self.args.should_save:
                 remove_unfinished(run_dir)
@@ -932,7 +941,7 @@ class DiffusionTrainer(Trainer):
         loader = self.callback_handler.train_dataloader
         is_map_style = isinstance(loader, BucketLoader)  # a stream keeps its own place
         place = Place.of(self.state, loader, self.args.gradient_accumulation_steps) if is_map_style else None
-        facts: dict[str, Any] = {"place": place, "options": options_of(self.args, self.family)}
+        facts: dict[str, Any] = {"place": place, "options": self._options()}
         if is_checkpoint and self._loss_before is not None:
             facts["loss_sum"] = self._loss_before + self._total_loss_scalar + self._tr_loss.item()
         write_json(folder / IDENTITY_NAME, self._identity() | facts)

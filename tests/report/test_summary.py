@@ -1,5 +1,6 @@
 """What the console says at the end of a run."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -31,3 +32,6 @@ def test_better_or_worse_is_said_only_where_the_interval_excludes_zero(tmp_path,
     assert line.startswith("Held-out loss: 0.4000 base model, 0.3500 now; gain 0.0500 (95 % interval") and words in line
     history[0] = metrics
     assert "(fewer than 10 held-out groups of like size: no interval)" in summary(trainer)
+    for gain in (math.nan, math.inf):
+        history[0] = metrics | {"eval_gain": gain, "eval_gain_low": math.nan, "eval_gain_high": math.nan}
+        assert f"gain {gain} (losses of held-out rows are not finite: no interval)" in summary(trainer)

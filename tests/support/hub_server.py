@@ -85,6 +85,7 @@ class HubServer:
         self._failures: dict[str, list[int]] = defaultdict(list)
         self.open = threading.Event()  # while it is not set, pushes wait
         self.open.set()
+        self.dead = ""
         address = ("127.0.0.1", int(_ENVIRONMENT["HF_ENDPOINT"].rpartition(":")[2]))
         self._http = ThreadingHTTPServer(address, type("Handler", (_Handler,), {"hub": self}))
         self._http.daemon_threads = True
@@ -99,6 +100,10 @@ class HubServer:
         self._http.shutdown()
         self._http.server_close()
         self._thread.join()
+
+    def die(self, *, silent: bool) -> None:
+        """From now on every request is dropped, or is taken and never answered."""
+        self.dead = "silent" if silent else "gone"
 
     def add_dataset(self, repo: str, folder: Path, *, private: bool = False, gated: bool = False) -> None:
         """Puts the files of `folder` into a data set repository ("user/name") as one commit."""
@@ -184,6 +189,11 @@ class _Handler(BaseHTTPRequestHandler):
         self._route("POST")
 
     def _route(self, method: str) -> None:
+        if self.hub.dead:
+            self.close_connection = True
+            if self.hub.dead == "silent":
+                threading.Event().wait()
+            return None
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)

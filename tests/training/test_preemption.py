@@ -6,7 +6,7 @@ import threading
 import pytest
 import ranks
 from caches import encoder_settings, write_cache
-from faults import Signal, launch
+from faults import FullDisk, Signal, launch
 from recipe_runs import weights
 from trainings import same
 from transformers import TrainerCallback
@@ -86,6 +86,48 @@ def test_an_evaluation_that_is_due_is_not_lost(tmp_path, job):
     with pytest.raises(Preempted):
         trainer.train()
     assert [e["step"] for e in trainer.state.log_history if "eval_loss" in e] == [2]
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_an_evaluation_at_the_end_of_an_epoch_is_not_lost(tmp_path, job, step):
+    """An epoch has 4 steps here; the last step that is trained ends one, too. Without it another one is the best."""
+    epochs = dict(
+        held_out=4, eval_strategy="epoch", eval_levels=1, save_strategy="epoch", load_best_model_at_end=True,
+        max_steps=7, metric_for_best_model="eval_loss", greater_is_better=False, learning_rate=1e-2,
+    )  # fmt: skip
+    whole = ranks.make(output_dir=tmp_path / "whole", **job | epochs)
+    whole.train()
+    whole.save_model()
+    for number in (step, step + 3):
+        trainer = ranks.make(output_dir=tmp_path / "again", **job | epochs)
+        trainer.add_callback(Signal(number, "SIGTERM"))
+        with pytest.raises(Preempted):
+            trainer.train()
+        assert trainer.state.global_step == number
+    again = ranks.make(output_dir=tmp_path / "again", **job | epochs)
+    again.train()
+    again.save_model()
+    evaluated = [[(e["step"], e["eval_loss"]) for e in t.state.log_history if "eval_loss" in e] for t in (whole, again)]
+    assert evaluated[0] == evaluated[1] and [step for step, _ in evaluated[0]] == [4, 7]
+    assert same(weights(tmp_path / "again"), weights(tmp_path / "whole"))
+
+
+def test_a_signal_while_the_last_checkpoint_is_written(tmp_path, job, caplog):
+    trainer = ranks.make(output_dir=tmp_path, **job)
+    save = trainer._save_rng_state
+    trainer._save_rng_state = lambda folder: (signal.raise_signal(signal.SIGTERM), save(folder))
+    with pytest.raises(Preempted):
+        trainer.train()
+    assert trainer.state.global_step == 8 and "SIGTERM: saved and stopped after step 8" in caplog.text
+
+
+def test_a_signal_when_the_disk_is_full_says_that_nothing_is_saved(tmp_path, job, caplog, monkeypatch):
+    trainer = ranks.make(output_dir=tmp_path, **job)
+    trainer.add_callback(Signal(3, "SIGTERM"))
+    FullDisk(trainer, "rng", step=3, patch=monkeypatch.setattr)
+    with pytest.raises(Preempted):
+        trainer.train()
+    assert "SIGTERM: stopped without the checkpoint that could not be written after step 3" in caplog.text
 
 
 def test_it_comes_first_and_transformers_own_way_is_off(tmp_path, job):

@@ -126,11 +126,26 @@ def test_a_rate_with_a_schedule_that_keeps_its_own(half, tmp_path, family, even_
     )
     again.train()
     assert rows(again, "learning_rate")[-1] == 2e-3
-    other = make_trainer(
-        tmp_path, family, even_cache, resume_from_checkpoint="latest", **options | dict(lr_scheduler_type="cosine")
-    )
-    with pytest.raises(sf.SciflowError, match="`lr_scheduler_type` reduce_lr_on_plateau then, cosine now"):
-        other.train()
+    for name, value in (("lr_scheduler_type", "cosine"), ("lr_scheduler_kwargs", {"patience": 1})):
+        other = make_trainer(tmp_path, family, even_cache, resume_from_checkpoint="latest", **options | {name: value})
+        with pytest.raises(sf.SciflowError, match=f"`{name}` .* then, .* now: their states differ"):
+            other.train()
+
+
+def test_arguments_of_the_optimizer_are_part_of_its_state(tmp_path, family, even_cache):
+    """They were said to apply, and those of the checkpoint did."""
+    options = STEPS | dict(optim="sgd", max_steps=2)
+    make_trainer(tmp_path, family, even_cache, **options).train()
+    again = make_trainer(tmp_path, family, even_cache, **options | dict(optim_args="momentum=0.9", max_steps=4))
+    with pytest.raises(sf.SciflowError, match=r"`optim_args` None then, momentum=0\.9 now.*`--adapter_path`"):
+        again.train()
+
+
+def test_options_of_the_data_that_change_a_step_are_said(half, tmp_path, family, even_cache, caplog):
+    trainer = resumed(half, tmp_path, family, even_cache, max_steps=4, caption_dropout=0.5)
+    with caplog.at_level(logging.WARNING), pytest.raises(sf.SciflowError, match="does not hold the empty prompt"):
+        trainer.train()
+    assert "caption_dropout 0.0 -> 0.5" in caplog.text
 
 
 @pytest.mark.parametrize("options", [{"loss_type": "l1"}, {"eval_levels": 8}, {"min_snr_gamma": 5.0}, {"bf16": True}])
@@ -251,6 +266,8 @@ def test_ranks_that_differ_are_refused(tmp_path, tiny_klein, tiny_cache, even_ca
     others = {
         "seed": {"seed": 4}, "learning_rate": {"learning_rate": 2e-3}, "data": {"cache": str(tiny_cache)},
         "weight_decay": {"weight_decay": 0.1}, "adapter": {"adapter": {"rank": 2}}, "eval_data": {"held_out": 3},
+        "ema_decay": {"ema_decay": 0.9}, "total_train_batch_size": {"per_device_train_batch_size": 1},
+        "optim": {"optim": "sgd"},
     }  # fmt: skip
     jobs = [job | dict(output_dir=tmp_path / name, on_rank_1=other) for name, other in others.items()]
     results = ranks.launch(tmp_path, *jobs, job | dict(output_dir=tmp_path / "alike"))

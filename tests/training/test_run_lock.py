@@ -139,22 +139,34 @@ def test_a_run_that_was_taken_over_saves_nothing_more(tmp_path, family, even_cac
     assert json.loads((tmp_path / FACTS).read_text())["host"] == "node7"
 
 
-@pytest.mark.parametrize("fault", ["a file", "too long", "a checkpoint's name", "not writable"])
+NAMES = {
+    **dict.fromkeys(("checkpoint-3", ".saving", "validation"), "is a file where a folder of the run would go"),
+    **dict.fromkeys(
+        ("README.md", "adapter_config.json", "run.json", ".run.lock"), "is a folder where a file of the run"
+    ),
+    "pytorch_lora_weights.safetensors": "is a folder where a file of the run would go",
+}
+
+
+@pytest.mark.parametrize("fault", ["a file", "too long", "not writable", *NAMES])
 def test_a_folder_that_cannot_hold_a_run_is_said_at_the_start(tmp_path, monkeypatch, fault):
     folder = tmp_path / ("x" * 300 if fault == "too long" else "out")
     words = "cannot be written"
     if fault == "a file":
         folder.write_text("")
-    elif fault == "a checkpoint's name":
-        folder.mkdir()
-        (folder / "checkpoint-3").write_text("")
-        words = "checkpoint-3 is a file where a checkpoint would go"
     elif fault == "not writable":  # root may write anywhere
 
         def refuse(**options):
             raise OSError(errno.EACCES, "Permission denied")
 
         monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    elif fault in NAMES:
+        words = f"{fault} {NAMES[fault]}"
+        if "is a file" in words:
+            folder.mkdir()
+            (folder / fault).write_text("")
+        else:
+            (folder / fault).mkdir(parents=True)
     with pytest.raises(sf.SciflowError, match=words) as caught:
         check_output_dir(folder, resume="latest", overwrite=False)
     assert "`output_dir`" in str(caught.value)

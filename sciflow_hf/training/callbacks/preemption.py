@@ -24,10 +24,11 @@ from a terminal that was closed."""
 class PreemptionCallback(TrainerCallback):
     """Saves and ends the run once a signal has come to any rank.
 
-    The step under way is finished, and what is due after it (an evaluation) done; then all ranks save at the same
-    step and leave by `Preempted`, exit status 75. With several ranks this is one step later: they ask each other
-    after a step, and read the answer after the next, so that no device waits. A second signal changes nothing, as
-    torchrun passes on what the scheduler has sent to every process already.
+    The step under way is finished, and what is due after it (an evaluation) done, that of an epoch which it ends
+    included; then all ranks save at the same step and leave by `Preempted`, exit status 75. With several ranks this is
+    one step later: they ask each other after a step, and read the answer after the next, so that no device waits;
+    after a save, and at the end of an epoch, they wait for it. A second signal changes nothing, as torchrun passes on
+    what the scheduler has sent to every process already.
 
     It replaces transformers' just-in-time checkpoint (`--enable_jit_checkpoint`), which listens to SIGTERM alone and
     stops each rank for itself.
@@ -35,13 +36,15 @@ class PreemptionCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self.received: str | None = None
-        self._stopping = False
+        self.saved = True
+        """Whether the last save succeeded: the trainer says where a full disk has cost it."""
+        self._stopping = self._epoch_ends = False
         self._question: _Question | None = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Takes the signals; afterwards they do again what they did before. Under `nohup` SIGHUP stays ignored."""
-        self.received, self._stopping, self._question = None, False, None
+        self.received, self._stopping, self._epoch_ends, self._question = None, False, False, None
         heard = [n for n in SIGNALS if not (n.name == "SIGHUP" and signal.getsignal(n) == signal.SIG_IGN)]
         try:
             before = {number: signal.signal(number, self._note) for number in heard}
@@ -49,6 +52,8 @@ class PreemptionCallback(TrainerCallback):
             before = {}
         try:
             yield
+            if self.received:
+                logger.warning("%s came when the training was over: the result is still written.", self.received)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -57,24 +62,40 @@ class PreemptionCallback(TrainerCallback):
         self.received = signal.Signals(number).name
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._epoch_ends = state.global_step >= state.max_steps or not (state.epoch or 0.0) % 1
         if self._any_rank(args):
+            self._stopping = control.should_training_stop = True
+            if not self._epoch_ends:
+                control.should_save = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._epoch_ends = False
+        if self._stopping or self._any_rank_now(args):
             self._stopping = control.should_save = control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Before other callbacks, which would draw the last images."""
-        if self._stopping:
-            sender = self.received or "A signal to another rank"
-            logger.warning(
-                "%s: saved and stopped after step %d. The same command goes on with --resume_from_checkpoint latest.",
-                sender, state.global_step,
-            )  # fmt: skip
-            raise Preempted
+        if self._epoch_ends or not (self._stopping or self._any_rank_now(args)):
+            return
+        logger.warning(
+            "%s: %s after step %d. The same command resumes with --resume_from_checkpoint latest.",
+            self.received or "A signal to another rank",
+            "saved and stopped" if self.saved else "stopped without the checkpoint that could not be written",
+            state.global_step,
+        )
+        raise Preempted
 
     def _any_rank(self, args: TrainingArguments) -> bool:
         if args.world_size == 1:
             return self.received is not None
         before, self._question = self._question, _Question(self.received is not None, args.device)
         return before is not None and before.answer()
+
+    def _any_rank_now(self, args: TrainingArguments) -> bool:
+        received = self.received is not None
+        return received if args.world_size == 1 else _Question(received, args.device).answer()
 
 
 class _Question:
