@@ -98,10 +98,10 @@ def test_splits_that_the_data_has(tmp_path, caplog):
 
 def test_folders_that_look_like_patterns_and_what_is_passed_over(tmp_path, caplog):
     root = write_folder(tmp_path / "data [v2] *")
-    Image.fromarray(pixels(1)).save(root / "cell" / "9.avif")
+    (root / "cell" / "linked").symlink_to(write_folder(tmp_path / "elsewhere", classes=["x"], each=1) / "x")
     (root / "cell" / "lost.png").symlink_to(tmp_path / "nowhere")
     assert len(load(root)[0]) == 12
-    assert "2 images are not looked at" in caplog.text and "cell/9.avif, cell/lost.png" in caplog.text
+    assert "2 images are not looked at" in caplog.text and "cell/linked/0.png, cell/lost.png" in caplog.text
 
 
 @pytest.mark.parametrize(

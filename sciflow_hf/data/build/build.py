@@ -28,7 +28,7 @@ from .block_staging import InlineStaging, ShardStaging
 from .blocks import BUILD_FILE, locked, noted_settings, write_settings
 from .jobs import Batch, Job, by_bucket, find_jobs, in_batches
 from .sources.find import find_records
-from .sources.pixels import NOT_NUMBERS, to_rgb
+from .sources.pixels import NOT_NUMBERS, to_rgb, unreadable
 from .sources.record import Record
 from .staging import FOLDER, NpzStaging, Skips, Staging
 from .tally import Tally
@@ -343,7 +343,7 @@ class _Builder:
                 image = self._open(job)
                 pixels.append(fit_pixels(image, job.view))
             except Exception as error:  # PIL lets through whatever its decoders raise; the image is named
-                self.skip(job.name, f"unreadable image ({first_line(error)})")
+                self.skip(job.name, unreadable(error))
                 continue
             try:
                 masks.append(fit_mask(_mask(job), job.view))

@@ -6,9 +6,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...errors import first_line
 from ..batches.buckets import nearest_bucket
-from .sources.pixels import has_more_frames, oriented_size
+from .sources.pixels import has_more_frames, oriented_size, unreadable
 from .sources.record import Record
 from .views import View, variants, view_of
 
@@ -101,7 +100,7 @@ def find_jobs(
                     remark("images with several frames or pages, of which the first is taken", record.name)
                 last = record.name
         except Exception as error:  # PIL lets through whatever its decoders raise; the image is named
-            skip(record.name, f"unreadable image ({first_line(error)})")
+            skip(record.name, unreadable(error))
             continue
         content: list[Any] = [record.name, record.caption if with_caption else None, resolution, record.num_bytes]
         if masked:

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
+_REASONS = 12
 _NAMED = 3  # examples of each reason; the messages of the build name all
 
 
@@ -87,6 +88,8 @@ def _by_reason(title: str, found: Mapping[str, str]) -> Iterable[tuple[str, str]
     reasons: dict[str, list[str]] = {}
     for name, reason in found.items():
         reasons.setdefault(reason, []).append(name)
+    for reason in list(reasons)[_REASONS:]:
+        reasons.setdefault("other reasons, which the messages above say", []).extend(reasons.pop(reason))
     for reason, names in reasons.items():
         yield f"  {reason}", _with_examples(names)
 

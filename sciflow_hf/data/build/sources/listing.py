@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 NO_TARGET = "a link to nothing"
+READ_ALREADY = "links to folders that are read already, or hold this one"
 _NOT_DECODED = {"EPS", "MPEG"}  # a document that another program draws; a film, of which Pillow knows the header
 
 
@@ -50,9 +51,9 @@ def list_files(folder: Path, leave_out: Path | None = None) -> Listing:
         leave_out: folder below it that is no part of it, and not counted either.
     """
     found = Listing()
-    seen: set[str] = set() if leave_out is None else {os.path.realpath(leave_out)}
+    seen: set[str] = set()
     links = [folder]
-    root = os.path.realpath(folder)
+    root, skip = os.path.realpath(folder), leave_out and os.path.realpath(leave_out)
 
     def closed(error: OSError) -> None:
         found.closed[Path(error.filename)] = f"folders that cannot be opened ({error.strerror})"
@@ -61,19 +62,23 @@ def list_files(folder: Path, leave_out: Path | None = None) -> Listing:
         start, *links = links
         target = os.path.realpath(start)
         if start != folder and (target in seen or Path(root).is_relative_to(target)):
-            if leave_out is None or target != os.path.realpath(leave_out):
-                found.closed[start] = "links to folders that are read already, or hold this one"
+            found.closed[start] = READ_ALREADY
             continue
         for parent, subfolders, names in os.walk(start, onerror=closed):
             seen.add(os.path.realpath(parent))
             below = sorted(Path(parent, name) for name in subfolders)
             subfolders.clear()
             for path in below:
+                target = os.path.realpath(path)
+                if target == skip:
+                    continue
                 if path.name.startswith("."):
                     found.left_out |= dict.fromkeys(_all_files(path), "hidden")
                 elif path.is_symlink():
                     links.append(path)
-                elif os.path.realpath(path) not in seen:
+                elif target in seen:
+                    found.closed[path] = READ_ALREADY
+                else:
                     subfolders.append(path.name)
             for file in (Path(parent, name) for name in names):
                 if file.name.startswith("."):

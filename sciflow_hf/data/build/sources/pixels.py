@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ....errors import first_line
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -12,6 +14,15 @@ NOT_NUMBERS = "not_numbers"
 _ORIENTATION = 0x0112  # EXIF tag; 5 to 8 are turned by a quarter
 _TIFF_SIZE = (0x0100, 0x0101)  # tags: width, height
 _ONE_PICTURE = ("MPO", "PSD")  # whose further frames are previews and layers of the first
+
+
+def unreadable(error: Exception) -> str:
+    """Why an image cannot be read, without its name."""
+    from PIL import UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):
+        return "unreadable image (no format that Pillow knows)"
+    return f"unreadable image ({getattr(error, 'strerror', None) or first_line(error)})"
 
 
 def oriented_size(image: "Image.Image") -> tuple[int, int]:
