@@ -22,6 +22,7 @@ _EMA = 0.998
 _SAVE_EVERY = 250
 _RATE = 1.5e-3
 _CROPS = 0.8  # share of the steps with windows of 32 x 32 pixels
+_MEASURED = 180  # figures of each style and size for the statistics of the latents
 
 
 def mini_vae() -> Any:
@@ -152,7 +153,7 @@ def set_statistics(vae: Any, *, seed: int) -> None:
     with torch.no_grad():
         for style in ("plain", "any"):
             for size in SIZES:
-                figures = list(mini_figures(180, seed=hash64(seed, "statistics"), style=style, sizes=[size]))
+                figures = list(mini_figures(_MEASURED, seed=hash64(seed, "statistics"), style=style, sizes=[size]))
                 latents = vae.encode(pixels(figures)).latent_dist.mode()
                 patches = torch.nn.functional.pixel_unshuffle(latents, 2)  # channels in the order (c, ph, pw)
                 tokens.append(patches.flatten(2).transpose(1, 2).flatten(0, 1).double())

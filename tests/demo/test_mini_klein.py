@@ -124,6 +124,7 @@ def test_words_of_captions_are_tokens(pipeline: Any) -> None:
 
 
 def test_vae_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mini_vae, "_MEASURED", 4)
     whole = mini_vae.train_mini_vae(tmp_path / "whole", steps=5, batch_size=2)
     monkeypatch.setattr(mini_vae, "_SAVE_EVERY", 3)
     draw, seen = mini_vae._batch, []
@@ -179,19 +180,11 @@ def test_recipe_in_miniature(recipe: Any, tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Flux2Transformer2DModel, "forward", note)
     monkeypatch.setattr(recipe, "PADDING", (0, 8))
+    monkeypatch.setattr(mini_vae, "_MEASURED", 4)
     argv = ["pretrain", "--config", str(ROOT / "recipes" / "configs" / "mini_klein_pretrain.yaml")]
     argv += f"--output_dir {tmp_path / 'out'} --vae_steps 2 --num_figures 24 --eval_fraction 0.2".split()
-    argv += [
-        "--per_device_train_batch_size",
-        "2",
-        "--save_steps",
-        "2",
-        "--validation_steps",
-        "100",
-        "--num_inference_steps",
-        "1",
-    ]
-    argv += ["--warmup_steps", "1", "--disable_tqdm", "true"]
+    argv += "--per_device_train_batch_size 2 --save_steps 2 --validation_steps 100 --num_inference_steps 1".split()
+    argv += "--eval_levels 1 --warmup_steps 1 --disable_tqdm true".split()
     for steps in (2, 12):
         monkeypatch.setattr(sys, "argv", [*argv, "--max_steps", str(steps)])
         recipe.main()
