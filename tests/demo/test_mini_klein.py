@@ -183,8 +183,11 @@ def test_recipe_in_miniature(recipe: Any, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(mini_vae, "_MEASURED", 4)
     argv = ["pretrain", "--config", str(ROOT / "recipes" / "configs" / "mini_klein_pretrain.yaml")]
     argv += f"--output_dir {tmp_path / 'out'} --vae_steps 2 --num_figures 24 --eval_fraction 0.2".split()
-    argv += "--per_device_train_batch_size 2 --save_steps 2 --validation_steps 100 --num_inference_steps 1".split()
-    argv += "--eval_levels 1 --warmup_steps 1 --disable_tqdm true".split()
+    options = dict(
+        per_device_train_batch_size=2, save_steps=2, validation_steps=100, num_inference_steps=1, eval_levels=1,
+        warmup_steps=1, disable_tqdm=True,
+    )  # fmt: skip
+    argv += [word for name, value in options.items() for word in (f"--{name}", str(value))]
     for steps in (2, 12):
         monkeypatch.setattr(sys, "argv", [*argv, "--max_steps", str(steps)])
         recipe.main()
