@@ -1,5 +1,6 @@
 """Adapters for other programs: written as LoRA files of diffusers, of kohya's tools, or of ComfyUI."""
 
+import contextlib
 import json
 import logging
 import os
@@ -140,6 +141,16 @@ def check_run(model: Any, formats: Sequence[str], family: "ModelFamily") -> None
             raise SciflowError(f"`export_formats` {file_format!r}: {error}") from error
 
 
+def other_formats(model: Any, family: "ModelFamily") -> list[str]:
+    """The formats of other programs that can hold the adapter of `model`."""
+    found = []
+    for file_format in FORMATS:
+        with contextlib.suppress(SciflowError):
+            check_run(model, [file_format], family)
+            found.append(file_format)
+    return [file_format for file_format in found if file_format != DIFFUSERS]
+
+
 def export_run(folder: Path, formats: Sequence[str], family: "ModelFamily", network: Any) -> list[Exported]:
     """Writes the adapter in a run's folder next to it in these formats, and removes those of an earlier run.
 
@@ -243,7 +254,7 @@ def _refuse_for_diffusers(kinds: set[str]) -> None:
     if refused := kinds & {LOHA, OFT}:
         raise SciflowError(
             f"`format` 'diffusers' cannot hold {' or '.join(sorted(refused))}: diffusers loads lora, dora and lokr. "
-            "The folder that training wrote is PEFT's own format; `PeftModel.from_pretrained` reads it as it is."
+            f"For this adapter, {kohya.elsewhere(refused)}"
         )
 
 

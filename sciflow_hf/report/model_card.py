@@ -13,6 +13,7 @@ from urllib.parse import quote
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..adapters.arguments import PIPELINE_TYPES
+from ..adapters.formats.names import PROGRAMS
 from ..adapters.layers import option_text
 from ..errors import SciflowError
 from ..files import atomic_file
@@ -60,6 +61,7 @@ class CardFacts:
         sample_images: paths inside the folder, with "/".
         sample_prompts: prompt of each sample image, in the same order; may be shorter.
         exports: file name -> the programs it is for, of LoRA files beside diffusers' own.
+        other_formats: formats of `sciflow-hf export` that can hold the adapter.
         plot: path inside the folder of the plot of losses and learning rate.
     """
 
@@ -84,6 +86,7 @@ class CardFacts:
     sample_images: list[str] = field(default_factory=list)
     sample_prompts: list[str] = field(default_factory=list)
     exports: dict[str, str] = field(default_factory=dict)
+    other_formats: list[str] = field(default_factory=list)
     plot: str | None = None
 
 
@@ -284,13 +287,34 @@ def _usage(facts: CardFacts) -> str:
     if "max_sequence_length" in facts.non_default_args:
         call += f", max_sequence_length={facts.non_default_args['max_sequence_length']}"
     call += "".join(f", {argument}" for argument in facts.call_arguments)
-    exports = "".join(f"\n- `{name}`: for {programs}" for name, programs in facts.exports.items())
     return (
         f"## Use\n\n```python\nimport torch\nfrom diffusers import {classes}\n\n{before}"
         f'pipeline = {pipeline}.from_pretrained("{base}"{revision}{argument}, {dtype}).to("cuda")\n'
         f'{after}prompt = "..."  # a caption in the style of the training data\n'
-        f"image = pipeline({call}).images[0]\n```" + (f"\n\nFor other programs:\n{exports}" if exports else "")
+        f"image = pipeline({call}).images[0]\n```" + _files(facts, here)
     )
+
+
+def own_reader(adapter_type: str) -> str:
+    """What reads the file that a run writes for an adapter of this type."""
+    if adapter_type in PIPELINE_TYPES:
+        return "diffusers (`load_lora_weights`)"
+    return "PEFT (`PeftModel.from_pretrained`)"
+
+
+def _files(facts: CardFacts, here: str) -> str:
+    """Which file of an adapter is for which program, and how to make one for the others."""
+    if facts.adapter is None:
+        return ""
+    lines = [(facts.weight_name, own_reader(facts.adapter.get("type", "lora"))), *facts.exports.items()]
+    text = "\n\nWhich file is for which program:\n" + "".join(f"\n- `{name}`: for {reader}" for name, reader in lines)
+    others = [name for name in facts.other_formats if f"lora_{name}.safetensors" not in facts.exports]
+    if others:
+        text += (
+            f"\n\nFor {' and '.join(PROGRAMS[name] for name in others)}, convert it: `sciflow-hf export --adapter_path "
+            f"{here} --format {'|'.join(others)} --output_file lora.safetensors`."
+        )
+    return text
 
 
 def _usage_of_pipeline(facts: CardFacts) -> str:

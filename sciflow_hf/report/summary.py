@@ -8,14 +8,16 @@ from typing import Any
 
 from transformers import Trainer, TrainerState, TrainingArguments
 
+from ..adapters.export import other_formats
 from ..adapters.files import weight_name
+from ..adapters.formats.names import PROGRAMS
 from ..adapters.layers import adapter_facts
 from ..data.batches.loader import row_ids_of
 from ..data.prior import without_prior
 from ..data.stream.stream import StreamingCache
 from ..engines.optimizers import effective_learning_rate
 from .contact_sheet import sample_images
-from .model_card import CardFacts, save_card
+from .model_card import CardFacts, own_reader, save_card
 from .plots import PLOT_NAME, loss_names, plot_training
 
 NO_INTERVAL = "fewer than 10 held-out groups of like size"
@@ -65,6 +67,7 @@ def save_model_card(trainer: Trainer) -> None:
         sample_images=[path for path, _ in samples],
         sample_prompts=[prompt for _, prompt in samples],
         exports={done.file.name: done.readers for done in trainer.exported},
+        other_formats=other_formats(trainer.model, family) if adapter else [],
         plot=_save_plot(trainer),
     )
     save_card(facts, folder)
@@ -129,5 +132,20 @@ def summary(trainer: Trainer) -> str:
         ("Images", "validation/contact_sheet.png"),
     ):
         if (folder / path).exists():
-            lines.append(f"{what}: {folder / path}")
+            reader = f", for {own_reader(adapter['type'])}" if adapter and path == weights else ""
+            lines.append(f"{what}: {folder / path}{reader}")
+            lines += _for_others(trainer, folder) if reader else []
     return "\n".join(lines)
+
+
+def _for_others(trainer: Trainer, folder: Path) -> list[str]:
+    """The adapter's files for other programs, and how to write those that are not there."""
+    lines = [f"For {done.readers}: {done.file}" for done in trainer.exported]
+    there = {done.format for done in trainer.exported}
+    others = [name for name in other_formats(trainer.model, trainer.family) if name not in there]
+    if others:
+        lines.append(
+            f"For {' and '.join(PROGRAMS[name] for name in others)}, write a file of theirs: `sciflow-hf export "
+            f"--adapter_path {folder} --format {'|'.join(others)} --output_file FILE.safetensors`"
+        )
+    return lines

@@ -105,7 +105,7 @@ NAME = "lora_unet_double_blocks_0_img_attn_proj"
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({f"{NAME}.lora_mid.weight": torch.ones(4, 4)}, "1 of its tensors are of no known kind, such as .*lora_mid"),
+        ({f"{NAME}.lora_mid.weight": torch.ones(4, 4)}, "1 are the middle matrices of a LoCon, such as .*mid"),
         ({"lora_unet_time_in_in_layer.alpha": torch.tensor(1.0)}, "1 of its layers are none of `flux2_klein`"),
         ({"lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha": torch.tensor(1.0)}, "none of `flux2_klein`"),
         ({"lora_unet_single_blocks_0_linear2.alpha": torch.tensor(1.0)}, "has an alpha and no weights"),

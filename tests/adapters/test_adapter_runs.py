@@ -95,7 +95,17 @@ def test_what_goes_to_the_hub_and_what_the_end_says(run):
     if adapter.get("adapter_type") in ("lokr", "loha", "oft"):
         files = ["adapter_config.json", "adapter_model.safetensors"]
     assert publishable_files(folder) == sorted(["README.md", "run_facts.json", "training.png", *files])
-    assert f"Weights: {folder / files[-1]}" in summary(trainer)
+    said, card = summary(trainer), (folder / "README.md").read_text()
+    in_pefts = "adapter_model.safetensors" in files
+    reader = "PEFT (`PeftModel.from_pretrained`)" if in_pefts else "diffusers (`load_lora_weights`)"
+    assert f"Weights: {folder / files[-1]}, for {reader}\n" in said
+    assert f"\n- `{files[-1]}`: for {reader}\n" in card
+    # klein's query, key and value are one matrix in kohya's names; OFT and DoRA: see docs/formats.md.
+    formats = {"lokr": "comfy", "dora": "kohya", "oft": None}.get(adapter.get("adapter_type"), "kohya|comfy")
+    for text, path in ((said, str(folder)), (card, f"path/to/{folder.name}")):
+        assert re.findall(r"sciflow-hf export --adapter_path (\S+) --format (\S+) ", text) == (
+            [(path, formats)] if formats else []
+        )
     assert {file.name for file in (folder / "checkpoint-4").iterdir()} >= set(files)
 
 

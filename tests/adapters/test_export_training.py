@@ -16,6 +16,7 @@ from sciflow_hf.adapters.layers import adapter_layers, adapter_parameters
 from sciflow_hf.adapters.text_encoders import NetworkWithText
 from sciflow_hf.data.load import load_cache
 from sciflow_hf.hub.upload import publishable_files
+from sciflow_hf.report.summary import summary
 
 TEXT_FAMILIES = ("sdxl", "sd3", "flux")
 
@@ -53,6 +54,9 @@ def test_a_run_writes_its_exports_beside_the_adapter(tmp_path, family, tiny_cach
     trainer.create_model_card()
     card = (tmp_path / "README.md").read_text()
     assert "\n- `lora_kohya.safetensors`: for musubi-tuner and ComfyUI\n- `lora_comfy.safetensors`: for ComfyUI" in card
+    said = summary(trainer)
+    assert f"For musubi-tuner and ComfyUI: {tmp_path / 'lora_kohya.safetensors'}\n" in said
+    assert "sciflow-hf export" not in said + card  # all of them are there
     published = publishable_files(tmp_path)
     assert {"lora_kohya.safetensors", "lora_comfy.safetensors", WEIGHT_NAME} <= set(published)
     assert "by_hand.safetensors" not in published

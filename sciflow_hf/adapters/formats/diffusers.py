@@ -47,6 +47,27 @@ class Layer:
         """What makes alpha / rank the scale; 1 where there is no rank."""
         return float(f"{self.scale * (self.rank or 1):.9g}")
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of the update of a linear layer."""
+        if self.kind == LOKR:
+            (rows, more_rows), (columns, more_columns) = _kronecker(self.weights)
+            return rows * more_rows, columns * more_columns
+        up, down = ("hada_w1_a", "hada_w1_b") if self.kind == LOHA else ("lora_B", "lora_A")
+        return len(self.weights[up]), self.weights[down].shape[1]
+
+    def turned(self) -> "Layer":
+        """The same with the lower half of the rows above the upper one."""
+        weights = dict(self.weights)
+        for name in ("lora_B", MAGNITUDE, "hada_w1_a", "hada_w2_a", "lokr_w1", "lokr_w1_a"):
+            if name in weights:
+                if len(weights[name]) % 2:
+                    raise SciflowError(
+                        f"a {self.kind} whose rows, {len(weights[name])} x {self.shape[0]}, have no half."
+                    )
+                weights[name] = torch.cat(weights[name].chunk(2)[::-1])
+        return replace(self, weights=weights)
+
     def scaled(self, factor: float) -> "Layer":
         """The same update with `factor` less in its scale and more in its weights."""
         if factor == 1:

@@ -22,6 +22,7 @@ from .names import (
     SDXL_UNET,
     TABLES,
     TEXT_ENCODERS,
+    TWO_PARTS,
     Row,
     unet_rows,
 )
@@ -29,7 +30,28 @@ from .names import (
 _KOHYA_NAMES = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight", MAGNITUDE: "dora_scale"}
 _COMFY_NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
 _OUR_NAMES = {name: ours for names in (_KOHYA_NAMES, _COMFY_NAMES) for ours, name in names.items()}
-_KEY = re.compile(r"(.+?)\.(lora_(?:down|up|A|B)\.weight|dora_scale|alpha|(?:hada|lokr)_\w+)")
+_KEY = re.compile(r"(.+?)\.(lora_(?:down|up|A|B)(?:\.default)?\.weight|dora_scale|alpha|(?:hada|lokr)_\w+)")
+
+# How a tensor's name ends -> what it is, of what adapters here are not: ComfyUI, comfy/lora.py, comfy/weight_adapter.
+_OTHER_KINDS: Mapping[str, str] = {
+    ".diff": "changes of complete weights",
+    ".diff_b": "changes of biases",
+    ".set_weight": "complete weights",
+    ".w_norm": "changes of the weights of norms",
+    ".b_norm": "changes of the biases of norms",
+    ".reshape_weight": "new shapes of layers",
+    ".lora_mid.weight": "the middle matrices of a LoCon",
+    ".oft_blocks": "an OFT that turns the output of a layer",
+    ".oft_diag": "an OFT that turns the output of a layer",
+    ".rescale": "scales of an OFT",
+    ".a1.weight": "a GLoRA",
+    ".a2.weight": "a GLoRA",
+    ".b1.weight": "a GLoRA",
+    ".b2.weight": "a GLoRA",
+    ".on_input": "an (IA)^3",
+    ".lora_up.bias": "biases of a LoRA",
+    ".lora_B.bias": "biases of a LoRA",
+}
 
 # How a name begins -> the component it belongs to (None: the network) and whether its dots are underscores.
 _PREFIXES: Mapping[str, tuple[str | None, bool]] = {
@@ -41,6 +63,8 @@ _PREFIXES: Mapping[str, tuple[str | None, bool]] = {
     "lora_te_": ("text_encoder", True),
     "diffusion_model.": (None, False),
     "base_model.model.": (None, False),
+    "pipe.dit.": (None, False),
+    "pipe.unet.": (None, False),
     "transformer.": (None, False),
     "unet.": (None, False),
     "text_encoder.": ("text_encoder", False),
@@ -90,7 +114,7 @@ def rows_of(family: str, config: Mapping[str, Any] | None = None) -> tuple[Row, 
     if family not in TABLES:
         raise SciflowError(
             f"`family` {family!r}: kohya's tools and ComfyUI have no names for its layers, only for those of "
-            f"{', '.join(FAMILIES)}. Export it with `--format diffusers`."
+            f"{', '.join(FAMILIES)}. What the run wrote is for diffusers and PEFT."
         )
     return TABLES[family]
 
@@ -156,10 +180,12 @@ class Target:
     Args:
         name: what its tensors' names begin with.
         parts: full paths of our layers that are its rows.
+        original: whether the file is for the original network, whose modulations may be turned round.
     """
 
     name: str
     parts: tuple[str, ...]
+    original: bool = False
 
 
 def plan(
@@ -188,12 +214,13 @@ def plan(
         else:
             prefix = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}.get(component, "lora_unet_")
             name = prefix + place.layer.replace(".", "_")
-            targets[name] = Target(name, tuple(f"{component}.{part}" for part in place.parts))
+            original = place.parts != (place.layer,)
+            targets[name] = Target(name, tuple(f"{component}.{part}" for part in place.parts), original)
     if unknown:
         raise SciflowError(
             f"`format` {file_format!r} has no name for {len(unknown)} of these layers in `{family}`, such as "
-            f"{', '.join(unknown[:3])}. Is it an adapter of this family? If so, export it with `--format diffusers`, "
-            "or train without these layers (`--lora_layers`)."
+            f"{', '.join(unknown[:3])}. Is it an adapter of this family? If so, {elsewhere(set(kinds.values()))} Or "
+            "train without these layers (`--lora_layers`)."
         )
     for target in targets.values():
         _refuse_fusing(target, kinds, idle_layers(family, config))
@@ -206,17 +233,24 @@ def _table(component: str, family: str, rows: tuple[Row, ...]) -> tuple[Row, ...
     return CLIP if component in TEXT_ENCODERS.get(family, ()) else ()
 
 
+def elsewhere(kinds: set[str]) -> str:
+    """What a user does with adapters that a format cannot hold; no advice to take a format that refuses them, too."""
+    if kinds & {LOHA, OFT}:
+        return "take the folder that training wrote, PEFT's own format: `PeftModel.from_pretrained` reads it as it is."
+    return "use `--format diffusers`."
+
+
 def _refuse_kinds(kinds: set[str], file_format: str) -> None:
     if OFT in kinds:
         raise SciflowError(
             f"`format` {file_format!r} cannot hold OFT: PEFT turns the input of a layer, `oft_blocks` of kohya's tools "
-            "and ComfyUI its output. Use `--format diffusers`, or train lora, loha or lokr."
+            f"and ComfyUI its output. For this adapter, {elsewhere(kinds)} Or train lora or loha."
         )
     if DORA in kinds and file_format == COMFY:
         raise SciflowError(
             "`format` 'comfy' cannot hold DoRA: ComfyUI divides by the norm of the base weight, DoRA by that of the "
             "sum (`weight_decompose` in its comfy/weight_adapter/base.py), so the images would differ. Use `--format "
-            "diffusers`, `--format kohya` (read by LyCORIS), or train lora."
+            "diffusers`, or train lora."
         )
 
 
@@ -254,12 +288,14 @@ def write(
         layer = layers[0] if len(layers) == 1 else fuse(layers, _ratios(target.parts))
         if layer is None:
             continue
+        if target.original and _in_two_parts(target.parts[0], layer):
+            layer = layer.turned()
         if not target.name.startswith("lora_"):  # of ComfyUI, which diffusers reads too: there alpha is metadata
             names, layer = _COMFY_NAMES, layer.scaled(layer.scale)
         else:
             names = _KOHYA_NAMES
             if layer.kind in (LOHA, LOKR):  # LyCORIS 4.1 multiplies by the scale twice where it merges these
-                layer = layer.scaled(layer.scale)
+                layer = _with_whole_w1(layer.scaled(layer.scale))
             state[f"{target.name}.alpha"] = torch.tensor(layer.alpha)
         for name, value in layer.weights.items():
             value = value.reshape(-1, *[1] * (layer.weights["lora_A"].ndim - 1)) if name == MAGNITUDE else value
@@ -305,6 +341,19 @@ def readers(kind: str, file_format: str, family: str) -> str:
     return f"{trainer if kind == LORA or trainer == MUSUBI else 'LyCORIS'} and ComfyUI"
 
 
+def _in_two_parts(path: str, layer: Layer) -> bool:
+    """Whether this is a modulation of a scale and a shift, which the original network has the other way round."""
+    return path.endswith(TWO_PARTS) and layer.shape[0] == 2 * layer.shape[1]
+
+
+def _with_whole_w1(layer: Layer) -> Layer:
+    """The same LoKr, its first factor multiplied out: musubi-tuner and sd-scripts pass over one of two matrices."""
+    if "lokr_w1_a" not in layer.weights:
+        return layer
+    others = {name: value for name, value in layer.weights.items() if not name.startswith("lokr_w1")}
+    return replace(layer, weights={"lokr_w1": layer.weights["lokr_w1_a"] @ layer.weights["lokr_w1_b"], **others})
+
+
 def _with_one_alpha(adapter: Adapter) -> Adapter:
     """The same updates, all with the commonest alpha: diffusers 0.42 loses those of SDXL's attention that differ."""
     alpha = Counter(layer.alpha for layer in adapter.values()).most_common(1)[0][0]
@@ -326,7 +375,7 @@ def is_kohya_file(names: Iterable[str], *, configured: bool) -> bool:
     """
     return any(
         name.startswith(_FOREIGN_PREFIXES)
-        or name.endswith((".dora_scale", ".lora_down.weight"))
+        or name.endswith((".dora_scale", ".lora_down.weight", ".default.weight", *_OTHER_KINDS))
         or (not name.startswith(_DIFFUSERS_PREFIXES) and _KEY.fullmatch(name))
         or (not configured and (".hada_" in name or ".lokr_" in name))
         for name in names
@@ -346,9 +395,10 @@ def read(state: Mapping[str, torch.Tensor], family: str, *, config: Mapping[str,
         if found is None:
             strange.append(key)
         else:
-            groups.setdefault(found[1], {})[_OUR_NAMES.get(found[2], found[2])] = value
+            kind = found[2].replace(".default", "")  # PEFT's name of an adapter, which DiffSynth leaves in
+            groups.setdefault(found[1], {})[_OUR_NAMES.get(kind, kind)] = value
     if strange:
-        raise SciflowError(f"{len(strange)} of its tensors are of no known kind, such as {', '.join(strange[:3])}.")
+        raise SciflowError(_strange(strange))
     places = {name: _resolve(name, family, config) for name in groups}
     if unknown := [name for name, place in places.items() if place is None]:
         others = [other for other in FAMILIES if other != family and not _unknown(groups, other)]
@@ -360,6 +410,8 @@ def read(state: Mapping[str, torch.Tensor], family: str, *, config: Mapping[str,
     for name, tensors in groups.items():
         place: Any = places[name]
         layer = _layer(name, tensors)
+        if place.layer != place.parts[0].partition(".")[2] and _in_two_parts(place.parts[0], layer):
+            layer = layer.turned()
         layers = [layer] if len(place.parts) == 1 else split(layer, _ratios(place.parts), name)
         for part, own in zip(place.parts, layers, strict=True):
             if part in adapter:
@@ -367,6 +419,19 @@ def read(state: Mapping[str, torch.Tensor], family: str, *, config: Mapping[str,
             if own is not None and part not in idle_layers(family, config):
                 adapter[part] = own
     return adapter
+
+
+def _strange(names: Sequence[str]) -> str:
+    """Says what tensors are that no adapter here has."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        words = next((words for end, words in _OTHER_KINDS.items() if name.endswith(end)), "of no known kind")
+        found.setdefault(words, []).append(name)
+    listed = "; ".join(f"{len(them)} are {words}, such as {', '.join(them[:3])}" for words, them in found.items())
+    return (
+        f"of its tensors {listed}. The adapters here (lora, dora, lokr, loha) have none of these, and without them the "
+        "file would draw other images: use it in the program that made it."
+    )
 
 
 def families_of_names(names: Iterable[str]) -> list[str]:

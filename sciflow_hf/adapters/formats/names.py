@@ -11,10 +11,15 @@ from typing import Any
 
 Row = tuple[str, tuple[str, ...]]
 
+TWO_PARTS = ("norm_out.linear", "norm1_context.linear")
+"""Modulations of which diffusers has the scale above the shift where they have these two parts alone (the last of all,
+and SD3's last one of the text): the original network has the shift above the scale."""
+
 DIFFUSERS = "diffusers"
 KOHYA = "kohya"
 COMFY = "comfy"
 FORMATS = (DIFFUSERS, KOHYA, COMFY)
+PROGRAMS = {KOHYA: "kohya's tools", COMFY: "ComfyUI"}
 DTYPES = ("float32", "bfloat16", "float16")
 
 MLP_RATIO = 4
@@ -94,7 +99,24 @@ _FLUX: tuple[Row, ...] = (
     ("guidance_in.in_layer", ("time_text_embed.guidance_embedder.linear_1",)),
     ("guidance_in.out_layer", ("time_text_embed.guidance_embedder.linear_2",)),
     ("final_layer.linear", ("proj_out",)),
+    ("final_layer.adaLN_modulation.1", ("norm_out.linear",)),
 )
+# DiffSynth's own FLUX.1 network, for reading: the original's matrices (diffsynth/utils/lora/flux.py).
+_OF_DIFFSYNTH = {
+    "double_blocks.*.img_attn.qkv": "blocks.*.attn.a_to_qkv",
+    "double_blocks.*.txt_attn.qkv": "blocks.*.attn.b_to_qkv",
+    "double_blocks.*.img_attn.proj": "blocks.*.attn.a_to_out",
+    "double_blocks.*.txt_attn.proj": "blocks.*.attn.b_to_out",
+    "double_blocks.*.img_mlp.0": "blocks.*.ff_a.0",
+    "double_blocks.*.img_mlp.2": "blocks.*.ff_a.2",
+    "double_blocks.*.txt_mlp.0": "blocks.*.ff_b.0",
+    "double_blocks.*.txt_mlp.2": "blocks.*.ff_b.2",
+    "double_blocks.*.img_mod.lin": "blocks.*.norm1_a.linear",
+    "double_blocks.*.txt_mod.lin": "blocks.*.norm1_b.linear",
+    "single_blocks.*.linear1": "single_blocks.*.to_qkv_mlp",
+    "single_blocks.*.linear2": "single_blocks.*.proj_out",
+    "single_blocks.*.modulation.lin": "single_blocks.*.norm.linear",
+}
 
 # kohya: musubi-tuner, flux_2/flux2_models.py; diffusers, `_convert_kohya_flux2_lora_to_diffusers`. ComfyUI: as FLUX.1.
 _FLUX2: tuple[Row, ...] = (
@@ -109,6 +131,7 @@ _FLUX2: tuple[Row, ...] = (
     ("img_in", ("x_embedder",)),
     ("txt_in", ("context_embedder",)),
     ("final_layer.linear", ("proj_out",)),
+    ("final_layer.adaLN_modulation.1", ("norm_out.linear",)),
 )
 
 # kohya: sd-scripts, library/sd3_models.py and networks/lora_sd3.py. ComfyUI: comfy/utils.py, `mmdit_to_diffusers`.
@@ -121,12 +144,15 @@ _SD3: tuple[Row, ...] = (
     ("joint_blocks.*.context_block.mlp.fc1", (f"{_DOUBLE}.ff_context.net.0.proj",)),
     ("joint_blocks.*.context_block.mlp.fc2", (f"{_DOUBLE}.ff_context.net.2",)),
     ("joint_blocks.*.x_block.adaLN_modulation.1", (f"{_DOUBLE}.norm1.linear",)),
+    ("joint_blocks.*.context_block.adaLN_modulation.1", (f"{_DOUBLE}.norm1_context.linear",)),
+    ("x_embedder.proj", ("pos_embed.proj",)),
     ("context_embedder", ("context_embedder",)),
     ("t_embedder.mlp.0", ("time_text_embed.timestep_embedder.linear_1",)),
     ("t_embedder.mlp.2", ("time_text_embed.timestep_embedder.linear_2",)),
     ("y_embedder.mlp.0", ("time_text_embed.text_embedder.linear_1",)),
     ("y_embedder.mlp.2", ("time_text_embed.text_embedder.linear_2",)),
     ("final_layer.linear", ("proj_out",)),
+    ("final_layer.adaLN_modulation.1", ("norm_out.linear",)),
 )
 
 # The published network has diffusers' names. musubi-tuner, convert_lora.py `QWEN_IMAGE_KEYS`; ComfyUI, comfy/lora.py.
@@ -141,7 +167,12 @@ _QWEN_IMAGE: tuple[Row, ...] = tuple(
     )
 )
 
-TABLES = {"flux": _FLUX, "flux2_klein": _FLUX2, "qwen_image": _QWEN_IMAGE, "sd3": _SD3}
+TABLES = {
+    "flux": (*_FLUX, *((_OF_DIFFSYNTH[layer], parts) for layer, parts in _FLUX if layer in _OF_DIFFSYNTH)),
+    "flux2_klein": _FLUX2,
+    "qwen_image": _QWEN_IMAGE,
+    "sd3": _SD3,
+}
 """The families whose layers have the same names in every network; for SDXL see `unet_rows`."""
 
 SDXL_UNET: Mapping[str, Any] = {
