@@ -70,6 +70,15 @@ class Checkpoint(dict):
 STREAM = {"attn.qkv": 3, "adaLN_modulation.1": 6, "attn.proj": 1, "mlp.fc1": 4, "mlp.fc2": 1 / 4}
 
 
+SD3_EMBEDDERS = {
+    "x_embedder.proj": "pos_embed.proj",
+    "context_embedder": "context_embedder",
+    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+}
+
+
 def sd3_layers(width):
     """All layers that sd-scripts adapts by default in a network of two blocks, the first with two attentions."""
     for block in range(2):
@@ -107,6 +116,14 @@ def test_sd_scripts_default_layers_of_sd3(families, tmp_path, kind):
     for name, rows, columns in layers:
         tensors, updates[f"{name}.weight"] = draw(rows, columns, kind, rng)
         state |= {f"lora_unet_{name.replace('.', '_')}.{end}": value for end, value in tensors.items()}
+    if kind == "lora":  # a convolution, and other layers of sd-scripts' `emb_dims`
+        for name, path in SD3_EMBEDDERS.items():
+            weight = base.get_submodule(path).weight
+            tensors, update = draw(len(weight), weight[0].numel(), kind, rng)
+            tensors["lora_down.weight"] = tensors["lora_down.weight"].reshape(4, *weight.shape[1:])
+            tensors["lora_up.weight"] = tensors["lora_up.weight"].reshape(-1, 4, *[1] * (weight.ndim - 2))
+            updates[f"{name}.weight"] = update.reshape(weight.shape)
+            state |= {f"lora_unet_{name.replace('.', '_')}.{end}": value for end, value in tensors.items()}
     save_file(state, tmp_path / "theirs.safetensors")
     expected = add(base, convert_sd3_transformer_checkpoint_to_diffusers(updates))
     found = read_back(family, tmp_path / "theirs.safetensors")
@@ -285,3 +302,12 @@ def test_no_refusal_advises_a_format_that_refuses_it_too(families, name, layers)
                 for other in advised:
                     check_run(model, [other], family)
     assert said >= 5  # oft three times, loha, dora
+
+
+def test_an_adapter_of_t5_is_named(families, tmp_path):
+    state = {
+        f"lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_{x}.weight": torch.ones(4, 4) for x in ("up", "down")
+    }
+    save_file(state, tmp_path / "t5.safetensors")
+    with pytest.raises(sf.SciflowError, match=r"1 of its layers are none of `sd3`.* No pipeline loads those of T5"):
+        read_back(families("sd3"), tmp_path / "t5.safetensors")

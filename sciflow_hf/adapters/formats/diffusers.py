@@ -57,7 +57,9 @@ class Layer:
         return len(self.weights[up]), self.weights[down].shape[1]
 
     def turned(self) -> "Layer":
-        """The same with the lower half of the rows above the upper one."""
+        """Of a modulation of two parts, scale and shift, the same with the lower one above; others as they are."""
+        if self.shape[0] != 2 * self.shape[1]:
+            return self
         weights = dict(self.weights)
         for name in ("lora_B", MAGNITUDE, "hada_w1_a", "hada_w2_a", "lokr_w1", "lokr_w1_a"):
             if name in weights:

@@ -288,7 +288,7 @@ def write(
         layer = layers[0] if len(layers) == 1 else fuse(layers, _ratios(target.parts))
         if layer is None:
             continue
-        if target.original and _in_two_parts(target.parts[0], layer):
+        if target.original and target.parts[0].endswith(TWO_PARTS):
             layer = layer.turned()
         if not target.name.startswith("lora_"):  # of ComfyUI, which diffusers reads too: there alpha is metadata
             names, layer = _COMFY_NAMES, layer.scaled(layer.scale)
@@ -339,11 +339,6 @@ def readers(kind: str, file_format: str, family: str) -> str:
         return "LyCORIS; not for ComfyUI, which would draw other images"
     trainer = ARCHITECTURES[family].trainer
     return f"{trainer if kind == LORA or trainer == MUSUBI else 'LyCORIS'} and ComfyUI"
-
-
-def _in_two_parts(path: str, layer: Layer) -> bool:
-    """Whether this is a modulation of a scale and a shift, which the original network has the other way round."""
-    return path.endswith(TWO_PARTS) and layer.shape[0] == 2 * layer.shape[1]
 
 
 def _with_whole_w1(layer: Layer) -> Layer:
@@ -405,12 +400,17 @@ def read(state: Mapping[str, torch.Tensor], family: str, *, config: Mapping[str,
         raise SciflowError(
             f"{len(unknown)} of its layers are none of `{family}`, such as {', '.join(unknown[:3])}."
             + (f" It is a file for {' or '.join(others)}." if others else "")
+            + (
+                " No pipeline loads those of T5 (`lora_te3_`)."
+                if any(n.startswith("lora_te3_") for n in unknown)
+                else ""
+            )
         )
     adapter: Adapter = {}
     for name, tensors in groups.items():
         place: Any = places[name]
         layer = _layer(name, tensors)
-        if place.layer != place.parts[0].partition(".")[2] and _in_two_parts(place.parts[0], layer):
+        if place.parts[0].endswith(TWO_PARTS) and not place.parts[0].endswith(place.layer):  # not diffusers' own name
             layer = layer.turned()
         layers = [layer] if len(place.parts) == 1 else split(layer, _ratios(place.parts), name)
         for part, own in zip(place.parts, layers, strict=True):
