@@ -31,7 +31,7 @@ def cannot_write(file: Path, error: OSError) -> SciflowError:
             f"{file} cannot be written: the disk is full ({error}). Make room for `output_dir` and repeat the same "
             "command: it goes on from here."
         )
-    return SciflowError(f"{file} cannot be written ({error}). Is `output_dir` writable?")
+    return SciflowError(f"{file} cannot be written ({error}). Is its folder writable?")
 
 
 def readable_bytes(size: float) -> str:

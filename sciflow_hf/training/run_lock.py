@@ -137,7 +137,7 @@ class RunLock:
     def _read(self) -> dict[str, Any] | None:
         try:
             return dict(json.loads((self.folder / FACTS).read_text(encoding="utf-8")))
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError):
             return None
 
     def _beats(self, other: dict[str, Any]) -> bool:

@@ -716,6 +716,9 @@ class DiffusionTrainer(Trainer):
         if here and here.is_dir() and self.state.best_model_checkpoint != str(here):
             logger.info("The best checkpoint is %s.", here)
             self.state.best_model_checkpoint = str(here)
+        elif saved and self.state.best_model_checkpoint is None:
+            logger.warning("The best checkpoint, %s, is gone: the best is that of the evaluations from here on.", saved)
+            self.state.best_metric = self.state.best_global_step = None
 
     def _run_epoch(self, model: Any, epoch: int, train_dataloader: Any, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:  # resumed at its end: the parent would train a step more
@@ -726,9 +729,14 @@ class DiffusionTrainer(Trainer):
             super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """The parent's, but the newest checkpoint stays: without it the same command would train its steps again."""
         self._check_finite()
         self._to_average()
-        return super()._finalize_training(*args, **kwargs)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """The parent's, of the averaged weights where there are any; no reader thread outlives it."""

@@ -4,13 +4,14 @@ import errno
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 
 import forked
 import pytest
 from recipe_runs import environment
-from trainings import make_args, make_trainer
+from trainings import make_args, make_trainer, same, trained
 
 import sciflow_hf as sf
 from sciflow_hf.training import run_lock
@@ -113,6 +114,16 @@ def test_on_another_host_the_heartbeat_decides(tmp_path, caplog, age, elsewhere)
         assert json.loads((tmp_path / FACTS).read_text()) == facts
 
 
+@pytest.mark.parametrize("facts", ["", "[]", "null", "{", '{"host": 3}'])
+def test_facts_that_are_none_stop_nobody(tmp_path, facts):
+    (tmp_path / FACTS).write_text(facts)
+    os.utime(tmp_path / FACTS, (0, 0))
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    assert json.loads((tmp_path / FACTS).read_text())["pid"] == os.getpid()
+    lock.release()
+
+
 def test_the_heart_beats(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock, "BEAT", 0.001)
     lock = RunLock(tmp_path)
@@ -181,22 +192,48 @@ def test_a_disk_smaller_than_a_checkpoint(tmp_path, family, even_cache, monkeypa
     make_trainer(tmp_path, family, even_cache, max_steps=1).train()  # saves none
 
 
+BEST = dict(
+    eval_fraction=0.3, eval_strategy="steps", save_strategy="steps", eval_steps=1, save_steps=1, save_total_limit=1,
+    load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=True, max_steps=3,
+    resume_from_checkpoint="latest",
+)  # fmt: skip
+
+
 def test_a_moved_run_keeps_its_best_checkpoint(tmp_path, family, even_cache):
-    options = dict(
-        eval_fraction=0.3, eval_strategy="steps", save_strategy="steps", eval_steps=1, save_steps=1, save_total_limit=1,
-        load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=True,
-    )  # fmt: skip
-    first = make_trainer(tmp_path / "first", family, even_cache, max_steps=3, **options)
+    first = make_trainer(tmp_path / "first", family, even_cache, **BEST)
     first.train()
     best = first.state.best_model_checkpoint
     assert best.endswith("checkpoint-1"), "the largest loss is the first"
     (tmp_path / "first").rename(tmp_path / "second")
-    again = make_trainer(
-        tmp_path / "second", family, even_cache, max_steps=5, resume_from_checkpoint="latest", **options
-    )
+    again = make_trainer(tmp_path / "second", family, even_cache, **BEST | {"max_steps": 5})
     again.train()
     assert again.state.best_model_checkpoint == str(tmp_path / "second" / "checkpoint-1")
     assert (tmp_path / "second" / "checkpoint-1").is_dir()
+
+
+def test_the_newest_checkpoint_stays_where_another_is_the_best(tmp_path, family, even_cache):
+    """Started again, a finished run has nothing to train, and its result is that of the best."""
+    first = make_trainer(tmp_path, family, even_cache, **BEST)
+    first.train()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-1"]
+    again, steps = make_trainer(tmp_path, family, even_cache, **BEST), []
+    again.training_step = steps.append
+    again.train()
+    assert steps == [] and same(trained(again), trained(first))
+
+
+def test_a_run_goes_on_from_the_checkpoint_of_another_folder(tmp_path, family, even_cache):
+    """Its own are kept, though the best is there; where the best is gone, the best of what follows is taken."""
+    make_trainer(tmp_path / "first", family, even_cache, **BEST).train()
+    options = BEST | dict(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-3"), max_steps=5)
+    second = make_trainer(tmp_path / "second", family, even_cache, **options)
+    second.train()
+    assert second.state.best_model_checkpoint == str(tmp_path / "first" / "checkpoint-1")
+    assert [path.name for path in list_checkpoints(tmp_path / "second")] == ["checkpoint-5"]
+    shutil.rmtree(tmp_path / "first" / "checkpoint-1")
+    third = make_trainer(tmp_path / "third", family, even_cache, **options)
+    third.train()
+    assert third.state.best_model_checkpoint == str(tmp_path / "third" / "checkpoint-4")
 
 
 TALK = """

@@ -19,7 +19,7 @@ from recipe_runs import ROOT, flags, jobs, logged_losses, run, weights
 from soak import Soak, draw
 from trainings import same
 
-from sciflow_hf.demo import make_tiny_klein
+from sciflow_hf.demo import make_tiny
 from sciflow_hf.training.checkpoints import checkpoint_fault, list_checkpoints
 
 DEMO = ROOT / "tests" / "flux2klein_tiny.yaml"
@@ -146,7 +146,7 @@ def soak(tmp_path_factory):
     folder = Path(os.environ.get("SOAK_DIR") or tmp_path_factory.mktemp("soak"))
     pipeline = folder / "klein"
     if not pipeline.exists():
-        make_tiny_klein(pipeline, size="test")
+        make_tiny(pipeline, size="test")
     return Soak(folder, pipeline)
 
 
