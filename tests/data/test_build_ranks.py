@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from builds import (
@@ -19,6 +20,7 @@ from builds import (
     samples_of,
     settled,
 )
+from PIL import Image
 
 from sciflow_hf.data.build.build import BuildReport
 from sciflow_hf.data.load import load_cache
@@ -196,3 +198,18 @@ def test_an_error_of_one_rank_reaches_the_caller(images: Path, tmp_path: Path) -
     with pytest.raises(SciflowError, match="fell off"):
         build_on(2, images, tmp_path / "cache", [StubEncoders(), Failing()])
     assert build(images, tmp_path / "cache").samples == 12
+
+
+def test_what_ranks_have_to_remark_is_told_once(tmp_path: Path) -> None:
+    """Texts and frames, which all ranks see, and pixels, which one of them sees."""
+    (tmp_path / "images").mkdir()
+    for i in range(4):
+        values = np.full((32, 32), 7, np.float32)
+        values[i, i] = np.nan
+        Image.fromarray(values).save(tmp_path / f"images/{i}.tif", save_all=True, append_images=[picture(8, 8)])
+        (tmp_path / f"images/{i}.txt").write_bytes(f"naïve {i}".encode("cp1252"))
+    alone = build(tmp_path / "images", tmp_path / "one").tally
+    tally = build_on(2, tmp_path / "images", tmp_path / "two", [StubEncoders(), StubEncoders()])[0].tally
+    assert len(alone.remarks) == 3 and all(len(names) == 4 for names in alone.remarks.values())
+    assert {what: sorted(names) for what, names in tally.remarks.items()} == alone.remarks
+    assert (tally.encoded, tally.files) == (4, 8)

@@ -317,15 +317,16 @@ def test_names_that_are_no_utf8(folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_table_of_a_build_that_was_partly_there(folder: Path, tmp_path: Path, caplog: Any) -> None:
-    for name in "abcd":
-        figure(folder / f"{name}.png", name)
-    (folder / "d.png").write_bytes(b"no image")
+    for name in ("a.png", "b.png", "c.png", "d.bmp"):
+        figure(folder / name, name)
+    whole = (folder / "d.bmp").read_bytes()
+    (folder / "d.bmp").write_bytes(whole[: len(whole) // 2])  # its header is fine
     build(folder, tmp_path / "cache")
     figure(folder / "e.png", "e")
     write_notes(folder, [{"file_name": "gone.png", "caption": "x"}])
     caplog.set_level("INFO")
     tally = build(folder, tmp_path / "cache", flip=True).tally
-    assert (tally.encoded, tally.kept, list(tally.skipped), tally.used) == (4, 0, ["d.png"], 6)
+    assert (tally.encoded, tally.kept, list(tally.skipped), tally.used) == (4, 0, ["d.bmp"], 6)
     assert list(tally.missing) == ["gone.png"] and tally.files == 11
     assert caplog.text.count("files together") == 1 and str(tally) in caplog.text
     tally = build(folder, tmp_path / "cache", flip=True).tally
@@ -440,8 +441,8 @@ def test_nan_is_white_and_said(folder: Path, tmp_path: Path) -> None:
     assert seen[3, 4, 0] == seen[5, 6, 0] == 255 and seen[7, 8, 0] == 0
     rest = np.isfinite(holes)
     assert np.array_equal(seen[rest], clean[rest]), "the other pixels are as without"
-    unit = np.float32([[0, np.nan, 0.5, 1]])
-    assert np.asarray(to_rgb(Image.fromarray(unit)))[0, :, 0].tolist() == [0, 255, 128, 255]
+    for row, greys in {(0, np.nan, 0.5, 1): [0, 255, 128, 255], (7, np.nan): [0, 255]}.items():
+        assert np.asarray(to_rgb(Image.fromarray(np.float32([row]))))[0, :, 0].tolist() == greys
     for name, pixels in {"a": holes, "b": np.full((32, 32), np.nan, np.float32), "c": values}.items():
         Image.fromarray(pixels).save(folder / f"{name}.tif")
         (folder / f"{name}.txt").write_text(name)
