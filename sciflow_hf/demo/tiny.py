@@ -41,10 +41,15 @@ def make_tiny(folder: str | Path, family: str = "flux2_klein", *, seed: int = 0,
         The folder.
 
     Raises:
-        SciflowError: `size` is unknown, or the folder holds something.
+        SciflowError: `family` or `size` is unknown, or the folder holds something.
     """
     import torch
 
+    families = sorted(file.stem.removeprefix("tiny_") for file in Path(__file__).parent.glob("tiny_*.py"))
+    if family not in families:
+        raise SciflowError(
+            f"the demo has no pipeline for `{family}`, only for {', '.join(families)}: name one of yours."
+        )
     module = import_module(f".tiny_{family}", __package__)
     if size not in module.SIZES:
         raise SciflowError(f"`size` is {size!r}; allowed: {', '.join(map(repr, module.SIZES))}.")
