@@ -1,5 +1,15 @@
 """Errors that a user can mend: each names the value, what is allowed, and what to do."""
 
+import re
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""What would rule a terminal, or the direction of the text after it."""
+
+
+def printable(text: str) -> str:
+    """Text of data, such as captions and names of files, without control characters."""
+    return _CONTROL.sub("", text)
+
 
 def first_line(error: BaseException) -> str:
     """What an error says, in one line without a full stop; its class where it says nothing."""
@@ -8,6 +18,9 @@ def first_line(error: BaseException) -> str:
 
 class SciflowError(ValueError):
     """A mistake in options, files or data. Recipes print it without a traceback and exit with status 2."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
 
 
 class CacheError(SciflowError):

@@ -248,8 +248,10 @@ def _verify(args: argparse.Namespace) -> int:
 
     from ..data.inspect.repair import write_repaired
     from ..data.inspect.verify import verify_cache
-    from ..data.writing import output_file
+    from ..data.writing import check_file, output_file
 
+    if args.json:
+        check_file(Path(args.json))
     if args.repair and len(args.dataset_dir) > 1:
         raise SciflowError(f"`repair` takes one cache at a time, but `dataset_dir` names {len(args.dataset_dir)}.")
     cache = _load(args, dtype=torch.float32)

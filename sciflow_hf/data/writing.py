@@ -1,6 +1,7 @@
 """Write the files of a cache: each is complete or not there, and errors say what to do."""
 
 import errno
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,18 @@ def output_file(file: Path) -> Iterator[BinaryIO]:
     try:
         with atomic_file(file) as temporary, open(temporary, "wb") as handle:
             yield handle
+    except OSError as error:
+        raise cannot_write(file, error) from error
+
+
+def check_file(file: Path) -> None:
+    """Raises SciflowError where `file` could not be written; before the work whose result it is to hold."""
+    try:
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a folder")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
     except OSError as error:
         raise cannot_write(file, error) from error
 

@@ -15,19 +15,19 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..adapters.arguments import PIPELINE_TYPES
 from ..adapters.formats.names import PROGRAMS
 from ..adapters.layers import option_text
-from ..errors import SciflowError
+from ..errors import SciflowError, printable
 from ..files import atomic_file
 
 RUN_FACTS_NAME = "run_facts.json"
 MASK = "***"
 SECRET_VALUE = re.compile(
     r"\b(hf_[A-Za-z0-9]{20,}|sk-[\w-]{20,}|(AKIA|ASIA)[A-Z0-9]{16}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}"
-    r"|glpat-[\w-]{20,}|AIza[\w-]{35}|xox[abprs]-[\w-]{20,})"
+    r"|(glpat|glrt|pypi|nvapi|pplx)-[\w-]{20,}|(npm|gsk|r8|sk_live|dckr_pat)_\w{20,}|xox[abprs]-[\w-]{20,}"
+    r"|AIza[\w-]{35}|ya29\.[\w-]{20,}|eyJ[\w-]+\.eyJ[\w-]+\.[\w-]+"
+    r"|(?<=sig=)[\w%+/-]{20,}|(?<=AccountKey=)[\w+/]{20,}|(?<=://)[^\s/:@]+:[^\s/@]+(?=@))"
 )
-"""Access tokens of the Hub, OpenAI and its like, AWS, GitHub, GitLab, Google and Slack."""
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-"""What would rule a terminal, or the direction of the text after it."""
-
+"""Access tokens of the Hub, OpenAI and its like, AWS, GitHub, GitLab, Google, Slack, PyPI, npm and others; web tokens,
+signatures and keys of Azure storage; names and passwords in a URL."""
 _SECRET_KEY = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -103,7 +103,7 @@ def public_value(value: Any, *, key: str = "") -> Any:
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None  # JSON has no NaN
-    text = _CONTROL.sub("", SECRET_VALUE.sub(MASK, str(value)))
+    text = printable(SECRET_VALUE.sub(MASK, str(value)))
     if os.path.isabs(text) or text.startswith("~") or PureWindowsPath(text).drive:
         return PureWindowsPath(text).name  # splits at both kinds of slashes
     return text.replace(str(Path.home()), "~")

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from caches import edit as edit_index
 from caches import encoder_settings, write_cache
 from hub_server import HubServer
 from PIL import Image
@@ -391,7 +392,9 @@ def test_a_family_that_a_cache_names_is_not_imported(tmp_path, planted, tiny_kle
 
 KEYS = [
     "hf_" + "a" * 24, "sk-proj-" + "a1" * 20, "sk-ant-api03-" + "b" * 30, "AKIA" + "ABCD" * 4, "ghp_" + "c" * 36,
-    "github_pat_" + "d" * 40, "glpat-" + "e" * 20, "AIza" + "f" * 35, "xoxb-" + "1" * 24,
+    "github_pat_" + "d" * 40, "glpat-" + "e" * 20, "AIza" + "f" * 35, "xoxb-" + "1" * 24, "npm_" + "g" * 36,
+    "pypi-" + "H" * 60, "gsk_" + "i" * 52, "nvapi-" + "j" * 60, "eyJhbGciOi.eyJzdWIiOi.dozjgNryP4J3",
+    "ya29." + "k" * 60,
 ]  # fmt: skip
 
 
@@ -401,6 +404,40 @@ def test_keys_of_other_services_are_masked(key):
 
     assert public_value({"a": [f"prompt with {key} inside"]}) == {"a": [f"prompt with {MASK} inside"]}
     assert public_value("a risk-free task, AKIAN, ask-me") == "a risk-free task, AKIAN, ask-me"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://me:word@host/x", "https://***@host/x"),
+        (
+            "https://x.blob.core.windows.net/c?sv=2024&sig=" + "aB%2" * 10,
+            "https://x.blob.core.windows.net/c?sv=2024&sig=***",
+        ),
+        ("AccountName=x;AccountKey=" + "aB+/" * 20, "AccountName=x;AccountKey=***"),
+    ],
+)
+def test_what_opens_a_storage_is_masked_in_its_address(text, shown):
+    from sciflow_hf.report.model_card import MASK, public_value
+
+    assert public_value(text).replace(MASK, "***") == shown
+    assert public_value("https://host/user/data?page=2") == "https://host/user/data?page=2"
+
+
+def test_control_characters_of_data_stay_out_of_messages(tmp_path, tiny_klein):
+    """The name of an image would clear the terminal, or turn the rest of the line around."""
+    from sciflow_hf.data.batches.loader import describe_row
+
+    cache = write_cache(tmp_path / "cache", settings=encoder_settings(tiny_klein), buckets={(32, 48): 2})
+    (file,) = cache.rglob("*.parquet")
+    edit_index(file, image_path=lambda paths: ["a\x1b[2J\u202e.png", *paths[1:]])
+    assert "(a[2J.png, payload" in describe_row(sf.load_cache(cache), 0)
+    edit_index(
+        file, bucket_h=lambda values: [2**32 + 32, *values[1:]], cache_path=lambda values: ["\x1b[2J", *values[1:]]
+    )
+    with pytest.raises(SciflowError) as caught:
+        sf.load_cache(cache)
+    assert "\x1b" not in str(caught.value)
 
 
 def test_control_characters_of_captions_stay_out_of_cards():

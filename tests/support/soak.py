@@ -77,7 +77,7 @@ def draw(seed: int, kind: str | None = None) -> Case:
         "eval_steps": often,
         "eval_levels": of.choice([1, 4]),
         "logging_steps": of.choice([1, 2, 10]),
-        "optim": of.choice(["adamw_torch_fused", "adamw_torch", "sgd", "adafactor", "prodigy", "schedule_free_adamw"]),
+        "optim": of.choice(["adamw_torch_fused", "adamw_torch", "sgd", "adafactor", "prodigy", "adagrad"]),
         "lr_scheduler_type": of.choice(["constant", "cosine", "linear"]),
         "warmup_steps": of.choice([0, 0, 2]),
         "ema_decay": of.choice([None, None, 0.9]),
@@ -89,8 +89,6 @@ def draw(seed: int, kind: str | None = None) -> Case:
         "max_train_samples": of.choice([None, None, 2]) if layout != "stream" else None,
         "seed": of.randint(0, 9),
     }
-    if flags["optim"] == "schedule_free_adamw":
-        flags["ema_decay"] = None
     adapter = of.choice(["lora", "lora", "dora", "loha", "none"])
     flags |= {"no_adapter": True} if adapter == "none" else {"adapter_type": adapter, "rank": 4, "lora_alpha": 8}
     flags["learning_rate"] = {"prodigy": 1.0, "sgd": 0.1}.get(flags["optim"], 1e-3)

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from ...diffusion.randomness import generator, hash64, noise_keys, randn, signed64, step_keys, uniform
-from ...errors import CacheError, SciflowError
+from ...errors import CacheError, SciflowError, printable
 from ..cache import TEXT_KEYS
 from ..layouts.base import Member, target_dtype
 from .buckets import BucketBatchSampler
@@ -83,7 +83,7 @@ def _text_mask(lengths: Sequence[int], stored: Sequence[torch.Tensor | None]) ->
 def describe_row(dataset: Any, row: int) -> str:
     """A row in words, for messages."""
     describe = getattr(dataset, "describe", None)
-    return describe(row) if callable(describe) else f"row {row}"
+    return printable(describe(row)) if callable(describe) else f"row {row}"
 
 
 @dataclass(frozen=True, slots=True)
