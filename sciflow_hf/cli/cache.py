@@ -44,7 +44,10 @@ def add_options(cache: argparse.ArgumentParser) -> None:
     add("--revision", help="branch, tag or commit of the Hub repository")
     add("--input_dir", required=True, help="folder of captioned images, parquet files, or a data set")
     add("--output_dir", required=True, help="the cache")
-    add("--resolution", type=int, default=1024, help="images become about N x N pixels (default 1024)")
+    add(
+        "--resolution", type=int, default=1024, help="images become about N x N pixels, small ones fewer (default 1024)"
+    )
+    add("--enlarge", action="store_true", help="bring small images to about N x N pixels, too")
     add("--caption_column", default="caption", help="metadata column with the captions (default caption)")
     add("--image_column", default="image", help="dit: column with the images (default image)")
     add("--label_column", default="label", help="dit: column with the classes (default label)")
@@ -111,7 +114,8 @@ def _build(args: argparse.Namespace) -> None:
         raise SciflowError("`pretrained_model_name_or_path` is missing: the pipeline whose encoders make the cache.")
     options = "pretrained_model_name_or_path revision max_sequence_length posterior use_t5 trust_remote_code"
     family = _family(args.family, **named(args, options))
-    given = named(args, "resolution caption_column split batch_size strict dtype payload embeds codec crops flip")
+    given = named(args, "resolution enlarge caption_column split batch_size strict dtype payload embeds codec crops")
+    given["flip"] = args.flip
     with _processes(args.device) as (device, ranks):
         where = {"device": device, "encoder_dtype": inference_dtype(device), **ranks}
         report = build_cache_for(family, args.input_dir, args.output_dir, **where, **given)

@@ -104,9 +104,11 @@ class DataArguments(Options):
     )
     resolution: int = option(
         1024,
-        "Images are brought to about resolution x resolution pixels, in aspect-ratio buckets.",
+        "Images are brought to about resolution x resolution pixels, in aspect-ratio buckets; small ones to a half, a "
+        "quarter, ... of that.",
         within="[1, inf)",
     )
+    enlarge: bool = option(False, "Bring small images of `--input_dir` to about resolution x resolution pixels, too.")
     encode_batch_size: int = option(1, "Images encoded at once for the cache.", within="[1, inf)")
     strict: bool = option(False, "Stop at an image of `--input_dir` that cannot be used instead of skipping it.")
     eval_fraction: float = option(

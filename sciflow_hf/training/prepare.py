@@ -123,6 +123,7 @@ def prepare_data(
             device=args.device,
             encoder_dtype=args.weight_dtype,
             resolution=data_args.resolution,
+            enlarge=data_args.enlarge,
             caption_column=data_args.caption_column,
             split=data_args.split,
             batch_size=data_args.encode_batch_size,

@@ -1,12 +1,21 @@
 """The bucket sampler: nothing lost, one bucket a batch, the same steps for every split of the total batch."""
 
 import itertools
+import math
 import random
 from collections import Counter
 
 import pytest
 
-from sciflow_hf.data.batches.buckets import BucketBatchSampler, aspect_ratio_buckets, nearest_bucket
+from sciflow_hf.data.batches.buckets import (
+    BucketBatchSampler,
+    aspect_ratio_buckets,
+    fitting_bucket,
+    ladder,
+    nearest_bucket,
+)
+from sciflow_hf.demo.figures import PAGE_SIZES
+from sciflow_hf.demo.mini_figures import SIZES
 from sciflow_hf.errors import SciflowError
 
 
@@ -225,3 +234,37 @@ def test_nearest_bucket_goes_by_aspect_ratio() -> None:
     assert nearest_bucket(5, 5, [(64, 64), (128, 128)]) == (128, 128), "of equal ratios the largest"
     with pytest.raises(SciflowError, match="resolution"):
         aspect_ratio_buckets(32, 64)
+
+
+@pytest.mark.parametrize(("resolution", "step"), [(1024, 16), (512, 16), (80, 8), (100, 32)])
+def test_small_images_come_to_a_ladder_of_areas(resolution: int, step: int) -> None:
+    rungs = ladder(resolution, step)
+    assert len(rungs) == 1 + math.floor(2 * math.log2(resolution / step)), "each of half the area, to a single step"
+    assert rungs[0] == aspect_ratio_buckets(resolution, step * max(1, resolution // 16 // step))
+    assert all(height * width <= resolution**2 / 2**k for k, rung in enumerate(rungs) for height, width in rung)
+    assert rungs[-1] == [(step, step)]
+
+
+@pytest.mark.parametrize(
+    ("image", "bucket"),
+    [
+        ((3000, 2000), (1216, 832)),
+        ((1024, 1024), (1024, 1024)),
+        ((1000, 1000), (1024, 1024)),  # 2 % are not worth half of the area
+        ((930, 930), (704, 704)),
+        ((500, 500), (512, 512)),
+        ((64, 64), (64, 64)),
+        ((180, 1080), (176, 352)),  # a strip of 6:1 fills the widest bucket and is not enlarged
+        ((5, 900), (16, 16)),  # nothing is smaller
+    ],
+)
+def test_the_bucket_of_an_image_does_not_enlarge_it(image: tuple[int, int], bucket: tuple[int, int]) -> None:
+    assert fitting_bucket(*image, ladder(1024, 16)) == bucket
+
+
+def test_figures_of_the_examples_keep_their_buckets() -> None:
+    """Their published results were measured in buckets that enlarge nothing."""
+    for sizes, resolution in ((SIZES[1:], 80), (SIZES, 64), (PAGE_SIZES, 128)):
+        for step in (8, 16, 32):
+            rungs = ladder(resolution, step)
+            assert [fitting_bucket(*s, rungs) for s in sizes] == [nearest_bucket(*s, rungs[0]) for s in sizes]

@@ -116,6 +116,59 @@ def test_extra_columns_have_one_type_in_all_parts(tmp_path: Path, payload: str) 
     assert rows["c1"]["late"] == "only here" and rows["c1"]["bucket_h"] == 32
 
 
+# --- sizes of images ---
+
+
+def _sizes(output: Path) -> dict[str, tuple[int, int]]:
+    return {row["image_path"]: (row["bucket_h"], row["bucket_w"]) for row in index_of(output)}
+
+
+def _of_many_sizes(folder: Path) -> Path:
+    folder.mkdir()
+    sizes = {"large": (90, 80), "small": (18, 17), "strip": (20, 120), "tiny": (5, 4), "near": (30, 30)}
+    for name, size in sizes.items():
+        picture(*size).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(name)
+    return folder
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_small_images_are_not_enlarged_and_what_is_lost_is_told(tmp_path: Path, payload: str) -> None:
+    source = _of_many_sizes(tmp_path / "images")
+    tally = build(source, tmp_path / "cache", payload=payload, crops=1, flip=True).tally
+    sizes = {"large": (32, 32), "small": (16, 16), "strip": (16, 24), "tiny": (8, 8), "near": (32, 32)}
+    assert _sizes(tmp_path / "cache") == {f"{name}.png": size for name, size in sizes.items()}
+    assert tally.measures == {
+        "images that are enlarged": "2, at most 2.00 times: near.png, ...",  # 4 -> 8 pixels, and 30 -> 32
+        "images that lose more than 10% of their area at the edges": "3, at most 75%: large.png, ...",
+    }
+    assert all(what in str(tally) for what in tally.measures)
+
+
+def test_enlarge_brings_all_images_to_the_resolution(tmp_path: Path) -> None:
+    source = _of_many_sizes(tmp_path / "images")
+    tally = build(source, tmp_path / "cache", enlarge=True).tally
+    assert {h * w for h, w in _sizes(tmp_path / "cache").values()} == {32 * 32, 40 * 24, 24 * 40}
+    assert tally.measures["images that are enlarged"] == "4, at most 8.00 times: near.png, ..."
+    given = build(source, tmp_path / "given", buckets=[(64, 64)]).tally
+    assert set(_sizes(tmp_path / "given").values()) == {(64, 64)}, "buckets that are given stay"
+    assert given.measures["images that are enlarged"].startswith("4, at most 16.00 times")
+
+
+def test_a_cache_of_an_earlier_version_keeps_its_buckets(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source, output = _of_many_sizes(tmp_path / "images"), tmp_path / "cache"
+    build(source, output, enlarge=True)
+    noted = json.loads((output / "build.json").read_text())
+    assert noted.pop("rules") == 2
+    (output / "build.json").write_text(json.dumps(noted))
+    assert "earlier version" not in caplog.text
+    for _ in range(2):
+        caplog.clear()
+        build(source, output)
+        assert caplog.text.count("begun by an earlier version") == 1 and "another folder" in caplog.text
+        assert {h * w for h, w in _sizes(output).values()} == {32 * 32, 40 * 24, 24 * 40}
+
+
 # --- forms of input ---
 
 

@@ -277,6 +277,10 @@ def _unique(rows: np.ndarray) -> np.ndarray:
     return rows[np.sort(np.unique(rows, return_index=True)[1])]
 
 
+TOLERANCE = 0.1
+"""By how much of itself a side of an image may grow before a smaller bucket is taken."""
+
+
 def aspect_ratio_buckets(resolution: int, step: int, *, max_aspect_ratio: float = 2.0) -> list[tuple[int, int]]:
     """Image sizes of about `resolution`**2 pixels, in the manner of SDXL (Podell et al. 2023, appendix I).
 
@@ -308,6 +312,37 @@ def aspect_ratio_buckets(resolution: int, step: int, *, max_aspect_ratio: float 
         if height and longest(height) == width:
             found.add((height, width))
     return sorted(found, key=lambda size: (size[1] / size[0], size[0]))
+
+
+def ladder(resolution: int, bucket_step: int) -> list[list[tuple[int, int]]]:
+    """Aspect-ratio buckets of areas `resolution`**2 times 1, 1/2, 1/4, ..., down to a single step: for small figures.
+
+    Args:
+        resolution: side of the largest square in pixels.
+        bucket_step: sides are multiples of it (pixels). On each rung they are multiples of about 1/16 of its square's
+            side, as in SDXL (64 at 1024): few enough buckets for full batches.
+    """
+    _check_ints(1, bucket_step=bucket_step, resolution=resolution)
+    rungs: list[list[tuple[int, int]]] = []
+    area = resolution**2
+    while not rungs or area >= bucket_step**2:
+        side = math.isqrt(area)
+        rungs.append(aspect_ratio_buckets(side, bucket_step * max(1, side // (16 * bucket_step))))
+        area //= 2
+    return rungs
+
+
+def fitting_bucket(height: int, width: int, rungs: Sequence[Sequence[tuple[int, int]]]) -> tuple[int, int]:
+    """The nearest (height, width) on the first of `rungs` that does not enlarge an image; else that on the last.
+
+    A side may grow by `TOLERANCE`, since buckets have few sizes: at resolution 1024 an image of 1000 x 1000 pixels is
+    brought to 1024 x 1024, not to 704 x 704.
+    """
+    for buckets in rungs:
+        found = nearest_bucket(height, width, buckets)
+        if found[0] <= height * (1 + TOLERANCE) and found[1] <= width * (1 + TOLERANCE):
+            break
+    return found
 
 
 def nearest_bucket(height: int, width: int, buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:

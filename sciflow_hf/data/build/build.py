@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ... import __version__
 from ...errors import SciflowError, first_line
-from ..batches.buckets import aspect_ratio_buckets
+from ..batches.buckets import ladder
 from ..batches.loader import text_rows
 from ..cache import EMPTY_PROMPT_FILE
 from ..layouts.base import Layout
@@ -26,7 +26,7 @@ from ..layouts.npz import write_npz
 from ..writing import output_file, readable_bytes
 from .block_staging import InlineStaging, ShardStaging
 from .blocks import BUILD_FILE, locked, noted_settings, write_settings
-from .jobs import Batch, Job, by_bucket, find_jobs, in_batches
+from .jobs import Batch, Job, by_bucket, find_jobs, in_batches, shape_measures
 from .sources.find import find_records
 from .sources.pixels import NOT_NUMBERS, to_rgb, unreadable
 from .sources.record import Record
@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 BLOCK_BYTES = 1 << 30
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 STAGING: dict[str, type[Staging]] = {"shards": ShardStaging, "inline": InlineStaging, "npz": NpzStaging}
+RULES = 2
+"""Noted in `BUILD_FILE`: small images are not enlarged. Caches of earlier versions note nothing."""
 _OLDER = {"payload": "npz", "embeds": "bf16", "codec": "none"}  # before there were other layouts
 _Tensors = dict[str, torch.Tensor]
 _Encode = Callable[[Any], _Tensors]
@@ -93,6 +95,7 @@ def build_cache(
     time_ids: bool = False,
     records: Sequence[Record] | None = None,
     buckets: Sequence[tuple[int, int]] | None = None,
+    enlarge: bool = False,
     rank: int = 0,
     world_size: int = 1,
     barrier: Callable[[], None] = lambda: None,
@@ -112,7 +115,7 @@ def build_cache(
         encode_prompts: list of B prompts -> `prompt_embeds` (B, L, D) and extras, as `text_ids` (B, L, n).
         settings: what the encoders' results depend on; kept with the cache, JSON-able.
         bucket_step: height and width of the encoded images are multiples of it (pixels).
-        resolution: the buckets have about resolution**2 pixels.
+        resolution: the buckets have about resolution**2 pixels; those of smaller images a half, a quarter, ... of that.
         caption_column: column of the metadata with the captions.
         split: of an input with several: a name, several joined by "+", or "all"; by default train, or the only one.
         batch_size: images encoded at once.
@@ -129,7 +132,8 @@ def build_cache(
         time_ids: store `time_ids` (6,) with each row: original height and width, top and left of the crop in the
             resized image, height and width, in pixels, as SDXL is told them.
         records: the images themselves, instead of those found in `input_dir`.
-        buckets: (height, width) in pixels; by default aspect ratios of about resolution**2 pixels.
+        buckets: (height, width) in pixels, of which each image gets the nearest by aspect ratio; by default `ladder`.
+        enlarge: bring small images to about resolution**2 pixels, too.
         rank: which of `world_size` processes this is; each encodes its share.
         world_size: processes that call this with the same arguments.
         barrier: waits for all of them.
@@ -164,12 +168,19 @@ def build_cache(
             f"`output_dir` is {str(output)!r}, which was built with other settings: {noted['differ']}. Use those, or "
             "name another folder."
         )
+    rules = RULES if noted is None else noted.get("rules", 1)
+    if rules < RULES:
+        enlarge = True
+        if rank == 0:
+            logger.warning(
+                "%s was begun by an earlier version and is continued by its rules: small images are enlarged. Build "
+                "into another folder to do without.",
+                output,
+            )  # fmt: skip
     if flip and rank == 0:
         logger.warning("`flip`: mirrored text cannot be read, and captions that say left or right become wrong.")
 
-    # Steps of 1/16 of the resolution, as in SDXL (64 at 1024): few enough buckets for full batches.
-    step = bucket_step * max(1, resolution // (16 * bucket_step))
-    buckets = aspect_ratio_buckets(resolution, step) if buckets is None else buckets
+    rungs = [buckets] if buckets is not None else ladder(resolution, bucket_step)[: 1 if enlarge else None]
     tally = Tally()
     if records is None:
         records, tally = find_records(input_dir, caption_column=caption_column, split=split, leave_out=output)
@@ -178,7 +189,7 @@ def build_cache(
         skips.on_every_rank(name, reason)
     kind = STAGING[payload]
     found = find_jobs(
-        records, buckets, resolution=resolution, crops=crops, flip=flip, with_caption=kind.with_text,
+        records, rungs, resolution=resolution, crops=crops, flip=flip, with_caption=kind.with_text,
         skip=skips.on_every_rank, remark=tally.remark,
     )  # fmt: skip
     jobs = by_bucket(found, batch_size)
@@ -191,14 +202,15 @@ def build_cache(
     staging = kind(output, jobs, facts | {"version": __version__}, layout, skips)
     report = BuildReport(output, tally=tally)
     builder = _Builder(
-        staging, jobs, encode_images, encode_prompts, skips, report, fixed, batch_size, samples_per_part, time_ids,
-        rank, world_size, barrier,
+        staging, jobs, encode_images, encode_prompts, skips, report, fixed, rules, batch_size, samples_per_part,
+        time_ids, rank, world_size, barrier,
     )  # fmt: skip
     with locked(output) if rank == 0 else contextlib.nullcontext():
         builder.run()
     report.skipped = list(skips.found.items())
     if rank == 0:
         tally.close({job.name: job.record.name for job in jobs}, skips.found, builder.touched)
+        tally.measures |= shape_measures([job for job in jobs if job.name not in skips.found])
         logger.info("%s: what became of it\n%s", input_dir, tally)
         if not report.samples:
             raise SciflowError(f"`input_dir` is {str(input_dir)!r}: no image could be used. First: {skips.first()}.")
@@ -221,6 +233,7 @@ class _Builder:
     skip: Skips
     report: BuildReport
     settings: Mapping[str, Any]
+    rules: int
     batch_size: int
     samples_per_part: int
     time_ids: bool
@@ -328,7 +341,8 @@ class _Builder:
 
     def _write_settings(self, sample_bytes: int | None) -> None:
         # Kept, so that the blocks of a build are as large before as after a kill.
-        more = {} if sample_bytes is None else {"sample_bytes": sample_bytes}
+        more = {} if self.rules == 1 else {"rules": self.rules}
+        more |= {} if sample_bytes is None else {"sample_bytes": sample_bytes}
         write_settings(self.output / BUILD_FILE, self.settings, version=__version__, **more)
 
     def _block_size(self) -> int:

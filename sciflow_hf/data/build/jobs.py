@@ -2,16 +2,19 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..batches.buckets import nearest_bucket
+from ..batches.buckets import fitting_bucket
 from .sources.pixels import has_more_frames, oriented_size, unreadable
 from .sources.record import Record
+from .tally import Measure
 from .views import View, variants, view_of
 
 _Bucket = tuple[int, int]
+_ROUNDING = 1e-6  # of the box of a view
+_CUT_OFF = 0.1  # share of an image's area from which on it is told
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Batch:
 
 def find_jobs(
     records: Sequence[Record],
-    buckets: Sequence[_Bucket],
+    rungs: Sequence[Sequence[_Bucket]],
     *,
     resolution: int,
     crops: int,
@@ -81,7 +84,7 @@ def find_jobs(
 
     Args:
         records: the images.
-        buckets: (height, width) in pixels, to choose from.
+        rungs: buckets, (height, width) in pixels, to choose from as `fitting_bucket` does.
         resolution: that the buckets were made for.
         crops: windows of each image beside the whole one.
         flip: add the mirror image of each view.
@@ -95,7 +98,7 @@ def find_jobs(
         try:
             with record.open() as image:
                 original = oriented_size(image)
-                bucket = nearest_bucket(*original, buckets)
+                bucket = fitting_bucket(*original, rungs)
                 if record.name != last and has_more_frames(image):
                     remark("images with several frames or pages, of which the first is taken", record.name)
                 last = record.name
@@ -109,6 +112,20 @@ def find_jobs(
             text = json.dumps([*content, variant] if variant else content)
             digest = hashlib.sha256(text.encode()).hexdigest()[:16]
             yield Job(record, view_of(variant, record.name, original, bucket), digest)
+
+
+def shape_measures(jobs: Iterable[Job]) -> dict[str, str]:
+    """Lines for the table of a build: complete images that are enlarged, and those that lose much at their edges."""
+    enlarged, cut = Measure(), Measure()
+    for job in jobs:
+        if job.view.variant == job.record.part:
+            enlarged.add(job.record.name, job.view.enlarged, 1 + _ROUNDING)
+            cut.add(job.record.name, job.view.cut_off, _CUT_OFF)
+    found = {
+        "images that are enlarged": enlarged.text("at most {:.2f} times"),
+        f"images that lose more than {_CUT_OFF:.0%} of their area at the edges": cut.text("at most {:.0%}"),
+    }
+    return {what: text for what, text in found.items() if text}
 
 
 def by_bucket(jobs: Iterator[Job], batch_size: int) -> list[Job]:

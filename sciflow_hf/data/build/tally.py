@@ -8,6 +8,27 @@ _NAMED = 3  # examples of each reason; the messages of the build name all
 
 
 @dataclass
+class Measure:
+    """How many images exceed a bound, by how much at most, and the first of them."""
+
+    count: int = 0
+    largest: float = 0.0
+    first: str = ""
+    last: str = ""
+
+    def add(self, name: str, value: float, bound: float) -> None:
+        """Counts `name` where `value` is more than `bound`; once, where it comes several times in a row."""
+        if value > bound:
+            self.count += name != self.last
+            self.largest, self.first, self.last = max(self.largest, value), self.first or name, name
+
+    def text(self, largest: str) -> str:
+        """For a table, with a format of `largest`; "" where there is none."""
+        more = ", ..." * (self.count > 1)
+        return f"{self.count}, {largest.format(self.largest)}: {self.first}{more}" if self.count else ""
+
+
+@dataclass
 class Tally:
     """Counts of what was found, by what became of it.
 
@@ -23,6 +44,7 @@ class Tally:
         used: number of files that hold captions, metadata, masks or tables.
         ignored: {file: reason} of what was not looked at.
         remarks: {what: names} of what is in the cache otherwise than one might think.
+        measures: {what: text} of that which has a size, too.
     """
 
     unit: str = "images"
@@ -33,6 +55,7 @@ class Tally:
     used: int = 0
     ignored: dict[str, str] = field(default_factory=dict)
     remarks: dict[str, list[str]] = field(default_factory=dict)
+    measures: dict[str, str] = field(default_factory=dict)
 
     @property
     def images(self) -> int:
@@ -77,6 +100,7 @@ class Tally:
             rows += [(what, f"{self.used}"), *_by_reason("not looked at", self.ignored)]
             rows.append(("files together", f"{self.files}"))
         rows += [(what, _with_examples(names)) for what, names in self.remarks.items()]
+        rows += self.measures.items()
         width = max(len(name) for name, _ in rows) + 2
         return "\n".join(f"  {name:<{width}}{text}" for name, text in rows)
 

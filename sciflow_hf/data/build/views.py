@@ -37,6 +37,18 @@ class View:
     def flipped(self) -> bool:
         return self.variant.endswith("flip")
 
+    @property
+    def enlarged(self) -> float:
+        """How many times larger a side becomes."""
+        left, top, right, bottom = self.box
+        return max(self.size[0] / (bottom - top), self.size[1] / (right - left))
+
+    @property
+    def cut_off(self) -> float:
+        """Share of the image's area that is not shown."""
+        left, top, right, bottom = self.box
+        return 1 - (bottom - top) * (right - left) / (self.original[0] * self.original[1])
+
 
 def variants(crops: int, flip: bool, part: str = "") -> list[str]:
     """Names of the views of each image: the whole one first, then `crops` windows, then all of them mirrored.
