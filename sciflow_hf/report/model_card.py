@@ -4,7 +4,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -302,19 +302,23 @@ def own_reader(adapter_type: str) -> str:
     return "PEFT (`PeftModel.from_pretrained`)"
 
 
+def conversion(adapter_path: str, formats: Sequence[str]) -> str:
+    """How to write an adapter's file in these formats of other programs; "" for none."""
+    if not formats:
+        return ""
+    programs, either = " and ".join(PROGRAMS[name] for name in formats), "|".join(formats)
+    command = f"sciflow-hf export --adapter_path {adapter_path} --format {either} --output_file lora.safetensors"
+    return f"For {programs}, convert it: `{command}`"
+
+
 def _files(facts: CardFacts, here: str) -> str:
     """Which file of an adapter is for which program, and how to make one for the others."""
     if facts.adapter is None:
         return ""
-    lines = [(facts.weight_name, own_reader(facts.adapter.get("type", "lora"))), *facts.exports.items()]
-    text = "\n\nWhich file is for which program:\n" + "".join(f"\n- `{name}`: for {reader}" for name, reader in lines)
-    others = [name for name in facts.other_formats if f"lora_{name}.safetensors" not in facts.exports]
-    if others:
-        text += (
-            f"\n\nFor {' and '.join(PROGRAMS[name] for name in others)}, convert it: `sciflow-hf export --adapter_path "
-            f"{here} --format {'|'.join(others)} --output_file lora.safetensors`."
-        )
-    return text
+    files = [(facts.weight_name, own_reader(facts.adapter.get("type", "lora"))), *facts.exports.items()]
+    listed = "".join(f"\n- `{name}`: for {reader}" for name, reader in files)
+    how = conversion(here, [name for name in facts.other_formats if f"lora_{name}.safetensors" not in facts.exports])
+    return f"\n\nWhich file is for which program:\n{listed}" + (f"\n\n{how}" if how else "")
 
 
 def _usage_of_pipeline(facts: CardFacts) -> str:

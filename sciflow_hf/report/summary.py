@@ -10,14 +10,13 @@ from transformers import Trainer, TrainerState, TrainingArguments
 
 from ..adapters.export import other_formats
 from ..adapters.files import weight_name
-from ..adapters.formats.names import PROGRAMS
 from ..adapters.layers import adapter_facts
 from ..data.batches.loader import row_ids_of
 from ..data.prior import without_prior
 from ..data.stream.stream import StreamingCache
 from ..engines.optimizers import effective_learning_rate
 from .contact_sheet import sample_images
-from .model_card import CardFacts, own_reader, save_card
+from .model_card import CardFacts, conversion, own_reader, save_card
 from .plots import PLOT_NAME, loss_names, plot_training
 
 NO_INTERVAL = "fewer than 10 held-out groups of like size"
@@ -125,6 +124,7 @@ def summary(trainer: Trainer) -> str:
         lines.append(f"Prodigy's step size at the end: {rate:.2e}; it starts at 1e-06 and grows for some 100 steps.")
     adapter = adapter_facts(trainer.model)
     weights = weight_name(adapter["type"]) if adapter else trainer.family.component
+    reader = f", for {own_reader(adapter['type'])}" if adapter else ""
     for what, path in (
         ("Weights", weights),
         ("Model card", "README.md"),
@@ -132,20 +132,10 @@ def summary(trainer: Trainer) -> str:
         ("Images", "validation/contact_sheet.png"),
     ):
         if (folder / path).exists():
-            reader = f", for {own_reader(adapter['type'])}" if adapter and path == weights else ""
-            lines.append(f"{what}: {folder / path}{reader}")
-            lines += _for_others(trainer, folder) if reader else []
+            lines.append(f"{what}: {folder / path}{reader if path == weights else ''}")
+    if adapter and (folder / weights).exists():
+        lines += [f"For {done.readers}: {done.file}" for done in trainer.exported]
+        there = {done.format for done in trainer.exported}
+        others = [name for name in other_formats(trainer.model, trainer.family) if name not in there]
+        lines += filter(None, [conversion(str(folder), others)])
     return "\n".join(lines)
-
-
-def _for_others(trainer: Trainer, folder: Path) -> list[str]:
-    """The adapter's files for other programs, and how to write those that are not there."""
-    lines = [f"For {done.readers}: {done.file}" for done in trainer.exported]
-    there = {done.format for done in trainer.exported}
-    others = [name for name in other_formats(trainer.model, trainer.family) if name not in there]
-    if others:
-        lines.append(
-            f"For {' and '.join(PROGRAMS[name] for name in others)}, write a file of theirs: `sciflow-hf export "
-            f"--adapter_path {folder} --format {'|'.join(others)} --output_file FILE.safetensors`"
-        )
-    return lines
