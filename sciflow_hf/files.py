@@ -64,13 +64,6 @@ def move_folder(source: Path, target: Path) -> None:
     sync(target.parent)
 
 
-def move_file(source: Path, target: Path) -> None:
-    """Renames a file on the same disk, and brings both folders to the disk."""
-    os.replace(source, target)
-    sync(target.parent)
-    sync(source.parent)
-
-
 def write_json(file: str | os.PathLike, value: Any) -> None:
     """Writes JSON with sorted keys, see `atomic_file`."""
     with atomic_file(file) as temporary:

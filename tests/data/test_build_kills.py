@@ -15,7 +15,6 @@ import pytest
 import torch
 from builds import PAYLOADS, StubEncoders, build, index_of, make_images, picture, samples_of, settled, write_notes
 
-from sciflow_hf import files
 from sciflow_hf.data.inspect.verify import verify_cache
 from sciflow_hf.data.load import load_cache
 from sciflow_hf.errors import SciflowError
@@ -171,17 +170,6 @@ def test_a_full_disk_is_said_and_nothing_half_is_taken_for_whole(
         else:
             break
     assert syncs > 3 and settled(output) == expected
-
-
-def test_a_renamed_file_is_on_the_disk_in_both_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What hides an inline block: its name must not come back after a power failure, when newer blocks are there."""
-    synced: list[Path] = []
-    monkeypatch.setattr(files, "sync", synced.append)
-    (tmp_path / "old").mkdir()
-    (tmp_path / "block").write_bytes(b"rows")
-    files.move_file(tmp_path / "block", tmp_path / "old" / "block")
-    assert (tmp_path / "old" / "block").read_bytes() == b"rows" and not (tmp_path / "block").exists()
-    assert set(synced) == {tmp_path, tmp_path / "old"}
 
 
 def test_two_builders_on_one_folder(images: Path, tmp_path: Path) -> None:

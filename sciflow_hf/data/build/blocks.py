@@ -62,6 +62,12 @@ def write_settings(file: Path, settings: Mapping[str, Any], **more: Any) -> None
         handle.write(json.dumps({"settings": settings, **more}, indent=2).encode() + b"\n")
 
 
+def remove_temporaries(output: Path) -> None:
+    """Removes the half files that a kill left."""
+    for file in output.rglob(".*.tmp"):
+        file.unlink(missing_ok=True)
+
+
 def prompt_hash(caption: str, settings: Mapping[str, Any]) -> str:
     """16 hex digits: equal where caption and encoders are, so that the embeddings are."""
     encoder = portable({key: settings[key] for key in ENCODER_KEYS if key in settings})

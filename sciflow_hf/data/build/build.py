@@ -25,7 +25,7 @@ from ..layouts.base import Layout
 from ..layouts.npz import write_npz
 from ..writing import output_file, readable_bytes
 from .block_staging import InlineStaging, ShardStaging
-from .blocks import BUILD_FILE, locked, noted_settings, write_settings
+from .blocks import BUILD_FILE, locked, noted_settings, remove_temporaries, write_settings
 from .jobs import Batch, Job, by_bucket, find_jobs, in_batches, shape_measures
 from .sources.find import find_records
 from .sources.pixels import NOT_NUMBERS, to_rgb, unreadable
@@ -317,23 +317,15 @@ class _Builder:
         """What one rank does before the others start."""
         size = self._sample_bytes()
         self._write_settings(size)
-        self.staging.clean()
+        remove_temporaries(self.output)
         file = self.output / EMPTY_PROMPT_FILE
         if self.with_embeds and not file.is_file():  # for caption dropout
             write_npz(file, text_rows(self.encode_prompts([""]))[0], self.dtype)
-        if size is None and not self.staging.with_text:
-            self._write_settings(self._measure())
-
-    def _measure(self) -> int | None:
-        """Bytes of the first sample that can be encoded: they tell how many make a block."""
-        for batch in in_batches(self.jobs, self.batch_size, prompts=self.uses if self.with_embeds else ()):
-            size = self.staging.measure(batch.jobs)
-            if size is None:
+        if size is None and not self.staging.with_text:  # the first sample that can be encoded tells how many fit
+            batches = in_batches(self.jobs, self.batch_size, prompts=self.uses if self.with_embeds else ())
+            while "image" not in self.sizes and (batch := next(batches, None)) is not None:
                 self._encode(batch)
-                size = self.staging.measure(batch.jobs)
-            if size is not None:
-                return size
-        return None
+            self._write_settings(sum(self.sizes.values()) or None)
 
     def _sample_bytes(self) -> int | None:
         file = self.output / BUILD_FILE

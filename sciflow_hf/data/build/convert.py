@@ -34,6 +34,7 @@ from .blocks import (
     locked,
     noted_settings,
     prompt_hash,
+    remove_temporaries,
     write_settings,
     writer_of,
 )  # fmt: skip
@@ -123,7 +124,7 @@ def convert_cache(
     with locked(output) if rank == 0 else nullcontext():
         if rank == 0:
             _claim(output, plan, folders or source.index_files)
-            _remove_temporaries(output)
+            remove_temporaries(output)
         barrier()
         _claim(output, plan, folders or source.index_files)
         return converter.run(rank, world_size, barrier)
@@ -256,11 +257,6 @@ def _claim(output: Path, plan: _Plan, source: Sequence[str]) -> None:
             f"`output_dir` is {str(output)!r}, which holds the conversion of {before}; the source is now "
             f"{', '.join(source)}, and {noted['differ']}. Use the same source and settings, or name another folder."
         )
-
-
-def _remove_temporaries(output: Path) -> None:
-    for file in output.rglob(".*.tmp"):
-        file.unlink(missing_ok=True)
 
 
 @dataclass

@@ -2,14 +2,11 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ..layouts.base import METADATA_KEY
-from ..writing import output_file
 
 # Columns of every index that `build` writes; free columns of the input stand before them.
 OWN_COLUMNS = {
@@ -61,17 +58,6 @@ def index_table(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Tabl
     texts = {name for name in schema.names if pa.types.is_string(schema.field(name).type)}
     plain = [{k: _text(v) if k in texts else v for k, v in row.items() if k in schema.names} for row in rows]
     return pa.Table.from_pylist(plain, schema=schema)
-
-
-def write_index(file: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
-    """One index file; left alone if it says just that already."""
-    if not rows:
-        file.unlink(missing_ok=True)
-        return
-    table = index_table(rows, schema)
-    if not (file.is_file() and pq.read_table(file).equals(table)):
-        with output_file(file) as handle:
-            pq.write_table(table, handle)
 
 
 def _text(value: Any) -> str | None:

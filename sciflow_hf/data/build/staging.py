@@ -1,7 +1,6 @@
 """What a build keeps until a block is complete: the interface, and that of npz, whose files are the cache itself."""
 
 import logging
-import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,9 +12,9 @@ import pyarrow.parquet as pq
 import torch
 
 from ...errors import CacheError, SciflowError
-from ..layouts.base import Layout
+from ..layouts.base import Layout, write_table
 from ..layouts.npz import npz_members, write_npz
-from .index import index_schema, write_index
+from .index import index_schema, index_table
 from .jobs import Job
 
 logger = logging.getLogger(__name__)
@@ -23,7 +22,6 @@ logger = logging.getLogger(__name__)
 FOLDER = ".staging"  # in a cache: hidden, so that no reader looks into it
 _PART = re.compile(r"data_rank0_part(\d{5,})\.parquet")
 _SHAPES = {"latent_shape": "latents", "prompt_embeds_shape": "prompt_embeds"}
-_TEMPORARY = re.compile(r"\..*\.tmp")
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -71,9 +69,9 @@ class Todo:
 class Staging(ABC):
     """The samples of a cache that is being built by several ranks.
 
-    In this order, with a barrier after each of the first three: all `look`; rank 0 calls `clean`; all `plan`; rank 0
-    calls `clear`. Then ranks `save` what they encoded, and, after a barrier, one of them each `finish`es a block. When
-    all are done, rank 0 calls `close`.
+    In this order, with a barrier after each of the first two: all `look`; all `plan`; rank 0 calls `clear`. Then ranks
+    `save` what they encoded, and, after a barrier, one of them each `finish`es a block. When all are done, rank 0 calls
+    `close`.
 
     Args:
         output: the cache.
@@ -97,16 +95,6 @@ class Staging(ABC):
         Raises:
             SciflowError: if it is a cache of other images.
         """
-
-    def clean(self) -> None:
-        """Removes what a kill left."""
-        for parent, _, files in os.walk(self.output):
-            for name in filter(_TEMPORARY.fullmatch, files):
-                Path(parent, name).unlink(missing_ok=True)
-
-    def measure(self, jobs: Iterable[Job]) -> int | None:
-        """Bytes of the first of these samples that is saved; None if there is none, or they do not matter."""
-        return None
 
     @abstractmethod
     def plan(self, samples_per_block: int) -> list[Todo]:
@@ -206,7 +194,8 @@ class NpzStaging(Staging):
             shapes = self.shapes[job.id] or self._shapes(job)  # another rank may have encoded it
             if shapes is not None:
                 rows.append(job.row() | shapes | {"cache_path": self.files[job.id]})
-        write_index(self.output / _index_name(number), rows, self.schema)
+        file = self.output / _index_name(number)
+        write_table(file, index_table(rows, self.schema)) if rows else file.unlink(missing_ok=True)
 
     salvage = finish
 

@@ -624,13 +624,16 @@ class Writer(ABC):
             return int(pq.read_metadata(file).num_rows) == block.rows.num_rows
 
     def write_index(self, block: Block) -> None:
-        """Writes the index of a block. CacheError if its payload, or that of its owners, is missing or broken."""
+        """Writes the index of a block, if it has none that says the same.
+
+        Raises:
+            CacheError: its payload, or that of its owners, is missing or broken.
+        """
         columns, tensors = self._columns(block)
         table = light(block.rows) if tensors else block.rows
         for column, array in columns.items():
             table = table.append_column(column, array)
-        with output_file(self.output / block.index_file) as handle:
-            pq.write_table(table.replace_schema_metadata(self._facts(block, tensors)), handle)
+        write_table(self.output / block.index_file, table.replace_schema_metadata(self._facts(block, tensors)))
 
     def _columns(self, block: Block) -> tuple[dict[str, pa.Array], dict[str, dict[str, str]]]:
         """Columns of a block's index that say where its members lie, and what each tensor is."""
@@ -647,6 +650,15 @@ class Writer(ABC):
             }
             facts["payload"] = {"layout": self.payload, "tensors": scaled}
         return {METADATA_KEY: json.dumps(facts).encode()}
+
+
+def write_table(file: Path, table: pa.Table) -> None:
+    """An index file; left alone if it says just that already."""
+    with contextlib.suppress(*BROKEN):  # missing, or broken
+        if pq.ParquetFile(file).read().equals(table):
+            return
+    with output_file(file) as handle:
+        pq.write_table(table, handle)
 
 
 def light(rows: pa.Table) -> pa.Table:

@@ -3,7 +3,7 @@
 import functools
 import json
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -179,18 +179,19 @@ class ShardWriter(Writer):
         return all((self.output / shard_file(name)).is_file() for name in {block.name, *(block.owners or ())})
 
     def write_payload(self, block: Block, samples: Iterable[Sample]) -> None:
-        prompts, owners = _prompts(block)
-        with output_file(self.output / shard_file(block.name)) as handle:
-            shard: _Safetensors | None = None
-            for row, (sample, prompt, owner) in enumerate(zip(samples, prompts, owners, strict=True)):
-                stored = self.layout.encode(sample)
-                shard = shard or _Safetensors(handle, [*stored, *TEXT_TENSORS], len(prompts), self.layout.codec)
-                home = owner == block.name and f"prompt_embeds.{prompt}" not in shard.facts
-                for name, encoded in stored.items():
-                    own = f"{name}.{prompt}" if home else f"{name}.{prompt}.{row}"
-                    shard.add(own if name in TEXT_TENSORS else f"{name}.{row}", encoded)
-            if shard is not None:
-                shard.finish()
+        write_shard(
+            self.output / shard_file(block.name), self._named(block, samples), block.rows.num_rows, self.layout.codec
+        )
+
+    def _named(self, block: Block, samples: Iterable[Sample]) -> Iterator[tuple[str, Encoded]]:
+        stored: set[str] = set()
+        for row, (sample, prompt, owner) in enumerate(zip(samples, *_prompts(block), strict=True)):
+            home = owner == block.name and prompt not in stored
+            for name, encoded in self.layout.encode(sample).items():
+                own = f"{name}.{prompt}" if home else f"{name}.{prompt}.{row}"
+                yield own if name in TEXT_TENSORS else f"{name}.{row}", encoded
+                if name in TEXT_TENSORS:
+                    stored.add(prompt)
 
     def _columns(self, block: Block) -> tuple[dict[str, pa.Array], dict[str, dict[str, str]]]:
         prompts, owners = _prompts(block)
@@ -241,18 +242,24 @@ def _prompts(block: Block) -> tuple[Sequence[str], Sequence[str]]:
     return prompts, [block.name] * rows if block.owners is None else block.owners
 
 
+def write_shard(file: Path, tensors: Iterable[tuple[str, Encoded]], rows: int, codec: str) -> None:
+    """A shard of tensors under their names in it, of at most `rows` samples."""
+    with output_file(file) as handle:
+        shard = _Safetensors(handle, rows, codec)
+        for name, stored in tensors:
+            shard.add(name, stored)
+        shard.finish()
+
+
 class _Safetensors:
     """A safetensors file, whose header has to stand before the data but is known last.
 
     A small file is kept in memory until then; of a larger one room is left at the beginning.
     """
 
-    def __init__(self, handle: BinaryIO, names: Sequence[str], rows: int, codec: str) -> None:
-        self.handle, self.codec = handle, codec
-        # Per tensor its entry, its facts and a filler's entry; its name stands in two of them.
-        self.room = 1024 + rows * sum(2 * len(name) + 330 for name in dict.fromkeys(names))
-        self.room += -self.room % _ALIGN
-        self.position = 0
+    def __init__(self, handle: BinaryIO, rows: int, codec: str) -> None:
+        self.handle, self.rows, self.codec = handle, rows, codec
+        self.position = self.room = 0
         self.entries: dict[str, Any] = {}
         self.facts: dict[str, Any] = {}
         self.waiting: list[Any] | None = []
@@ -274,6 +281,10 @@ class _Safetensors:
             return
         self.waiting.append(data)
         if end > _KEPT_IN_MEMORY:
+            # Per tensor its entry, its facts and a filler's entry; its name stands in two of them.
+            names = {*TEXT_TENSORS, *(key.partition(".")[0] for key in (*self.facts, name))}
+            self.room = 1024 + self.rows * sum(2 * len(name) + 330 for name in names)
+            self.room += -self.room % _ALIGN
             self.handle.seek(self.room)
             self._write_waiting()
 
