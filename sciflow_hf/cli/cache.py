@@ -158,8 +158,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _conversion(report: "ConvertReport") -> str:
-    from ..data.inspect.describe import text_table
-    from ..data.writing import readable_bytes
+    from ..data.writing import readable_bytes, text_table
 
     ratio = report.bytes_before / max(report.bytes_after, 1)
     rows = [
@@ -326,8 +325,7 @@ def _comparison(args: argparse.Namespace, cache: "LatentCache") -> Any:
 
 
 def _findings(report: "VerifyReport", differences: "list[Difference]", args: argparse.Namespace) -> str:
-    from ..data.inspect.describe import text_table
-    from ..data.writing import readable_bytes
+    from ..data.writing import readable_bytes, text_table
 
     lines = [f"{report.rows} samples, {report.arrays} arrays, {readable_bytes(report.bytes)} read."]
     lines += [f"warning: {warning}" for warning in report.warnings]

@@ -39,7 +39,7 @@ from .layouts.inline import InlineReader
 from .layouts.npz import NpzReader, npz_members
 from .layouts.shards import ShardReader
 from .prior import Prior
-from .split import check_eval_fraction, is_held_out, stand_in
+from .split import check_eval_fraction, held_out_groups
 
 if TYPE_CHECKING:
     import datasets
@@ -83,6 +83,41 @@ class IndexFile:
     payload: dict[str, Any]
     columns: list[str]  # that say of which shapes the members of a row are, and where they lie
 
+    @property
+    def holds_payload(self) -> bool:
+        """Whether the samples of its rows lie in this file."""
+        return self.payload.get("layout") == "inline" and "inline_row" not in self.columns
+
+    def reader(self, columns: Columns, root: str, *shapes: np.ndarray) -> Reader:
+        """Of the rows of `columns`, of which these are the shapes of latents and embeddings."""
+        return READERS[self.payload.get("layout", "npz")](columns, root, self.payload, *shapes)
+
+    def root(self, columns: Columns, payload_dir: _PathLike | None) -> str:
+        """Where the paths of its rows are rooted; CacheError if a path leads outside or no payload is found."""
+        file, folder = self.name, self.folder
+        beside = file.rpartition("/")[0] if storage.is_url(file) else str(Path(file).parent)
+        tried = [os.fspath(payload_dir)] if payload_dir is not None else [beside if folder == file else folder, beside]
+        roots = list(dict.fromkeys(root if storage.is_url(root) else os.path.abspath(root) for root in tried))
+        root: str | None = roots[0]
+        if "cache_path" in columns.names:
+            check_inside(columns, roots, ["cache_path"])
+            paths = columns.column("cache_path")
+            few = np.unique(
+                np.linspace(0, len(paths) - 1, min(8, len(paths))).astype(int)
+            ).tolist()  # spread over the file
+            some = [paths[row].as_py() for row in few]
+            found = (
+                r for r in roots if any(inside(p, r) is not None and storage.exists(storage.join(r, p)) for p in some)
+            )
+            root = next(found, None) if some else root
+            if root is None:
+                raise CacheError(
+                    f"The payloads of {file} are missing: no {some[0]!r} (column `cache_path` of its first row) under "
+                    f"{' or '.join(roots)}. Name their folder by `--payload_dir`, or run `sciflow-hf cache build`."
+                )
+        check_inside(columns, [str(root)])
+        return str(root)
+
 
 @dataclass(frozen=True)
 class CacheIndex:
@@ -101,7 +136,7 @@ class CacheIndex:
     sizes: np.ndarray  # (N, 2) int32: height, width in pixels
     metadata: dict[str, Any]
     empty_prompt_file: str | None
-    _read: dict[str, pa.ChunkedArray] = field(default_factory=dict, repr=False, compare=False)
+    _read: dict[str, pa.ChunkedArray | None] = field(default_factory=dict, repr=False, compare=False)
 
     def find(self, row: int) -> tuple[Reader, int]:
         """The reader of a row, and the row's number in its index file."""
@@ -125,27 +160,21 @@ class CacheIndex:
         """A column of all rows, read from the files where it is not in memory; None if no file has it."""
         if name in self.table.column_names:
             return self.table.column(name)
-        if name in _KEPT:
-            return None
         if name not in self._read:
-            table = self.read_columns([name])
-            if name not in table.column_names:
-                return None
-            self._read[name] = table.column(name)
+            table = self.table if name in _KEPT else self.read_columns([name])
+            self._read[name] = table.column(name) if name in table.column_names else None
         return self._read[name]
 
     def read_columns(self, names: Sequence[str] | None = None) -> pa.Table:
         """Columns of all files, joined; all but the payloads' bytes where `names` is None."""
         tables = []
         for reader in self.readers:
-            schema = read_schema(reader.file)
-            wanted = [f.name for f in schema if not is_binary(f.type) and (names is None or f.name in names)]
-            table = read_table(reader.file, wanted)
-            if not wanted:  # a table without columns forgets its number of rows
-                table = pa.table({"": pa.nulls(table.num_rows)})
-            tables.append(table.replace_schema_metadata(None))
+            light = [field.name for field in read_schema(reader.file) if not is_binary(field.type)]
+            # At least one column: a table without forgets its number of rows.
+            wanted = [name for name in light if names is None or name in (*names, "bucket_h")]
+            tables.append(read_table(reader.file, wanted).replace_schema_metadata(None))
         joined = pa.concat_tables(tables, promote_options="permissive")
-        return joined.drop_columns([""]) if "" in joined.column_names else joined
+        return joined if names is None else joined.select([name for name in joined.column_names if name in names])
 
     @cached_property
     def row_ids(self) -> list[str]:
@@ -155,40 +184,30 @@ class CacheIndex:
             CacheError: two rows with the same image and the same payload.
         """
         ids: list[str] = []
-        images, variants, paths = (self._strings(n) for n in ("image_path", "variant", "cache_path"))
+        images, variants, paths = (_strings(self.column(n)) for n in ("image_path", "variant", "cache_path"))
         for row in range(len(self.sizes)):
             name = (images and images[row]) or (paths and paths[row]) or f"row {self.number(row)}"
             if os.path.isabs(name) and not (images and images[row]):  # so that such a cache may be moved
                 name = inside(name, self.find(row)[0].root) or name
             ids.append(f"{name}#{variants[row]}" if variants and variants[row] else name)
-        if len(set(ids)) < len(ids):
-            self._tell_apart(ids)
-        return ids
+        return self._told_apart(ids) if len(set(ids)) < len(ids) else ids
 
-    def _tell_apart(self, ids: list[str]) -> None:
+    def _told_apart(self, ids: list[str]) -> list[str]:
         """Numbers the rows of one image (several captions, say); the same payload twice is an error."""
-        first: dict[str, list[int]] = {}
-        for row, name in enumerate(ids):
-            first.setdefault(name, []).append(row)
-        places = [column for column in map(self.column, MEMBER_COLUMNS) if column is not None]
-        for name, rows in first.items():
-            seen: dict[Any, int] = {}
-            for count, row in enumerate(rows if len(rows) > 1 else []):
-                found = [column[row].as_py() for column in places]
-                place = (self.find(row)[0].root, *found)  # several caches may have equal names
-                if any(value is not None for value in found) and place in seen:
-                    raise CacheError(
-                        f"Rows {seen[place]} and {row} ({self.find(row)[0].file}) are the same sample twice: {name!r}, "
-                        f"payload {self.payload_file(row)}. Remove one of them, or run "
-                        "`sciflow-hf cache verify --repair`."
-                    )
-                seen[place] = row
-                ids[row] = f"{name}#{count}" if count else name
-
-    def _strings(self, name: str) -> list[str | None] | None:
-        if name not in self.table.column_names:
-            return None
-        return [None if value is None else str(value) for value in self.table.column(name).to_pylist()]
+        roots = np.repeat([reader.root for reader in self.readers], np.diff(self.starts))  # caches may have equal names
+        places = {name: column for name in MEMBER_COLUMNS if (column := self.column(name)) is not None}
+        frame = pa.table({"id": ids, "root": roots, **places}).to_pandas()
+        samples = frame.groupby(list(frame), dropna=False).ngroup()
+        again = samples.duplicated() & frame[list(places)].notna().any(axis=1)
+        if again.any():
+            row = int(again.argmax())
+            first = int((samples == samples[row]).argmax())
+            raise CacheError(
+                f"Rows {first} and {row} ({self.find(row)[0].file}) are the same sample twice: {ids[row]!r}, payload "
+                f"{self.payload_file(row)}. Remove one of them, or run `sciflow-hf cache verify --repair`."
+            )
+        counts = frame.groupby("id").cumcount()
+        return [f"{name}#{count}" if count else name for name, count in zip(ids, counts, strict=True)]
 
 
 class LatentCache(Dataset[dict[str, torch.Tensor]]):
@@ -253,9 +272,7 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
 
     def read(self, i: int, members: Mapping[str, Member]) -> dict[str, torch.Tensor]:
         """New tensors of some members of row `i`."""
-        sample = {n: torch.empty(m.shape, dtype=target_dtype(m, self.dtype)) for n, m in members.items()}
-        self.read_into(i, sample, members)
-        return sample
+        return read_members(members.values(), self.dtype, _Where(self, i))
 
     def read_into(self, i: int, out: Mapping[str, torch.Tensor], members: Mapping[str, Member] | None = None) -> None:
         """Reads row `i` (its `members`, if they are known already) into contiguous CPU tensors of their shapes."""
@@ -264,11 +281,7 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         for name, tensor in out.items():
             if name not in members:
                 raise CacheError(f"{where}: the payload {self.payload_path(i)} lacks `{name}`. {REBUILD}.")
-            member = members[name]
-            if name == "txt_ids":
-                _read_text_ids(member, tensor, where)
-            else:
-                read_member(member, tensor, where)
+            read_member(members[name], tensor, where)
 
     def _check(self, row: int, members: Mapping[str, Member], where: object) -> None:
         index = self._index
@@ -333,18 +346,15 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
             SciflowError: if `eval_fraction` is not in [0, 1), or nothing is left to train on.
         """
         check_eval_fraction(eval_fraction)
-        sides = {group: is_held_out(group, eval_fraction) for group in set(self.groups)}
-        mask = np.fromiter((sides[group] for group in self.groups), dtype=bool, count=len(self))
+        held_out = held_out_groups(self.groups, eval_fraction)
+        mask = np.fromiter((group in held_out for group in self.groups), dtype=bool, count=len(self))
         if len(self) and mask.all():
             raise SciflowError(
-                f"`eval_fraction` {eval_fraction} puts all {len(sides)} groups into the evaluation part and "
+                f"`eval_fraction` {eval_fraction} puts all {len(held_out)} groups into the evaluation part and "
                 "leaves nothing to train on. Make it smaller or add data."
             )
-        if eval_fraction and not mask.any():
-            group = stand_in(sides)
-            if group is None:
-                logger.warning("`eval_fraction` %s: there is one group only, so none is held out.", eval_fraction)
-            mask = np.fromiter((name == group for name in self.groups), dtype=bool, count=len(self))
+        if eval_fraction and not held_out:
+            logger.warning("`eval_fraction` %s: there is one group only, so none is held out.", eval_fraction)
         return self.select(np.flatnonzero(~mask)), self.select(np.flatnonzero(mask))
 
     @property
@@ -533,8 +543,11 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
 
     def strings(self, name: str) -> list[str | None] | None:
         """A column of the index as strings, missing values as None; None if there is none of that name."""
-        column = self.column(name)
-        return None if column is None else [None if v is None else str(v) for v in column.to_pylist()]
+        return _strings(self.column(name))
+
+
+def _strings(column: pa.ChunkedArray | None) -> list[str | None] | None:
+    return None if column is None else [None if value is None else str(value) for value in column.to_pylist()]
 
 
 class _Where(NamedTuple):
@@ -547,15 +560,6 @@ class _Where(NamedTuple):
         return f"{self.cache.describe(self.row)} of {self.cache.reader(self.row).file}"
 
 
-def _read_text_ids(member: Member, out: torch.Tensor, where: object) -> None:
-    """Position ids of the text: (L, n), int64."""
-    ids = torch.empty(member.shape, dtype=torch.float64)
-    read_member(member, ids, where)
-    if not torch.isfinite(ids).all() or (ids != ids.round()).any():
-        raise CacheError(f"{where}: `text_ids` in {member.file} holds values that are not whole numbers. {REBUILD}.")
-    out.copy_(ids)
-
-
 # -- the index -------------------------------------------------------------------------------------------------
 
 
@@ -564,27 +568,25 @@ def open_index(dataset_dir: _PathLike | Sequence[_PathLike], *, payload_dir: _Pa
     files, metadata = find_index(dataset_dir)
     readers: list[Reader] = []
     kept: list[pa.Table] = []
-    latent_shapes, text_shapes, sizes, starts = [], [], [], [0]
+    shapes, starts = [], [0]
     for file in files:
         table = read_table(file.name, file.columns)
         columns = Columns(table, file.name, starts[-1])
-        latents, texts, size = row_shapes(columns)
-        root = find_root(columns, file.folder, payload_dir)
-        readers.append(READERS[file.payload.get("layout", "npz")](file.name, root, table, file.payload, latents, texts))
+        shapes.append(row_shapes(columns))
+        root = file.root(columns, payload_dir)
+        readers.append(file.reader(columns, root, *shapes[-1][:2]))
         kept.append(table.select([n for n in _KEPT if n in columns.names]).replace_schema_metadata(None))
-        latent_shapes.append(latents)
-        text_shapes.append(texts)
-        sizes.append(size)
         starts.append(starts[-1] + table.num_rows)
+    latent_shapes, text_shapes, sizes = (np.concatenate(parts) for parts in zip(*shapes, strict=True))
     pa.default_memory_pool().release_unused()  # of the columns that became arrays
     return CacheIndex(
         table=pa.concat_tables(kept, promote_options="permissive"),
         readers=readers,
         starts=np.array(starts),
         sources=np.array([file.source for file in files], dtype=np.int32),
-        latent_shapes=np.concatenate(latent_shapes),
-        text_shapes=np.concatenate(text_shapes),
-        sizes=np.concatenate(sizes),
+        latent_shapes=latent_shapes,
+        text_shapes=text_shapes,
+        sizes=sizes,
         metadata=metadata,
         empty_prompt_file=find_empty_prompt([*(file.folder for file in files), *(reader.root for reader in readers)]),
     )
@@ -683,43 +685,19 @@ def wanted_columns(file: str, schema: pa.Schema, facts: Mapping[str, Any]) -> li
     ]
 
 
-def find_root(columns: Columns, folder: str, payload_dir: _PathLike | None) -> str:
-    """Where the paths of one index file are rooted; CacheError if a path leads outside or no payload is found."""
-    file = columns.file
-    beside = file.rpartition("/")[0] if storage.is_url(file) else str(Path(file).parent)
-    tried = [os.fspath(payload_dir)] if payload_dir is not None else [beside if folder == file else folder, beside]
-    roots = list(dict.fromkeys(root if storage.is_url(root) else os.path.abspath(root) for root in tried))
-    root: str | None = roots[0]
-    if "cache_path" in columns.names:
-        check_inside(columns, roots, "cache_path")
-        paths = columns.column("cache_path")
-        few = np.unique(np.linspace(0, len(paths) - 1, min(8, len(paths))).astype(int)).tolist()  # spread over the file
-        some = [paths[row].as_py() for row in few]
-        found = (r for r in roots if any(inside(p, r) is not None and storage.exists(storage.join(r, p)) for p in some))
-        root = next(found, None) if some else root
-        if root is None:
-            raise CacheError(
-                f"The payloads of {file} are missing: no {some[0]!r} (column `cache_path` of its first row) under "
-                f"{' or '.join(roots)}. Say where they are by `--payload_dir`, or run `sciflow-hf cache build` again."
-            )
-    for name in columns.table.column_names:
-        if name.endswith("_path") and name != "image_path":
-            check_inside(columns, [str(root)], name)
-    return str(root)
-
-
-def check_inside(columns: Columns, roots: Sequence[str], name: str) -> None:
-    """Refuses a path that leads out of all roots. Only suspicious paths are looked at one by one."""
-    paths = columns.column(name).cast(pa.large_string())
-    suspicious = pc.match_substring_regex(paths, r"\.\.|^[/\\]|^[A-Za-z]:|://|^\.?/*$").to_numpy()
-    for i in np.flatnonzero(suspicious).tolist():
-        path = paths[i].as_py()
-        if all(inside(path, root) is None for root in roots):
-            raise CacheError(
-                f"Row {columns.start + i} (in {columns.file}): column `{name}` is {path!r}, which lies outside of "
-                f"{' and '.join(roots)}. If the payloads are there by intention, name their folder by "
-                "`--payload_dir`."
-            )
+def check_inside(columns: Columns, roots: Sequence[str], names: Sequence[str] = ()) -> None:
+    """Refuses a path of a payload that leads out of all roots. Only suspicious paths are looked at one by one."""
+    for name in names or [n for n in columns.names if n.endswith("_path") and n != "image_path"]:
+        paths = columns.column(name).cast(pa.large_string())
+        suspicious = pc.match_substring_regex(paths, r"\.\.|^[/\\]|^[A-Za-z]:|://|^\.?/*$").to_numpy()
+        for i in np.flatnonzero(suspicious).tolist():
+            path = paths[i].as_py()
+            if all(inside(path, root) is None for root in roots):
+                raise CacheError(
+                    f"Row {columns.start + i} (in {columns.file}): column `{name}` is {path!r}, which lies outside of "
+                    f"{' and '.join(roots)}. If the payloads are there by intention, name their folder by "
+                    "`--payload_dir`."
+                )
 
 
 # -- settings --------------------------------------------------------------------------------------------------
@@ -772,11 +750,10 @@ def check_schemas(files: Sequence[tuple[int, str]], schemas: Sequence[pa.Schema]
                 f"The index files {files[0][1]} and {file} have columns of other types ({first_line(error)}). {BUILD}."
             ) from error
         try:
-            metadata = json.loads((schema.metadata or {}).get(METADATA_KEY, b"{}"))
-        except ValueError as error:
+            metadata = dict(json.loads((schema.metadata or {}).get(METADATA_KEY, b"{}")))
+            dict(metadata.get("payload", {}))
+        except (ValueError, TypeError) as error:
             raise CacheError(f"The schema metadata `sciflow_hf` of {file} is not JSON ({error}). {BUILD}.") from error
-        if not isinstance(metadata, dict) or not isinstance(metadata.get("payload", {}), dict):
-            raise CacheError(f"The schema metadata `sciflow_hf` of {file} is {metadata!r}, not a JSON object. {BUILD}.")
         described.append(metadata)
     return described
 

@@ -14,7 +14,7 @@ from .cache import LatentCache, open_index
 from .prior import Prior
 from .split import spread
 from .storage import use_disk_cache
-from .stream.stream import StreamingCache, open_stream
+from .stream.stream import StreamingCache
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def load_cache(
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise SciflowError(f"`dtype` is {dtype}, but must be torch.bfloat16, torch.float16 or torch.float32.")
     if streaming:
-        return open_stream(dataset_dir, payload_dir=payload_dir, dtype=dtype)
+        return StreamingCache(dataset_dir, payload_dir=payload_dir, dtype=dtype)
     return LatentCache(open_index(dataset_dir, payload_dir=payload_dir), dtype=dtype)
 
 
@@ -73,7 +73,7 @@ def load_data(
     cache: LatentCache | StreamingCache
     if args.streaming:
         weights = args.dataset_weights or None
-        cache = open_stream(args.dataset_dir, shuffle_buffer=args.shuffle_buffer, weights=weights, **where)
+        cache = StreamingCache(args.dataset_dir, shuffle_buffer=args.shuffle_buffer, weights=weights, **where)
     else:
         cache = load_cache(folders, **where)
     cache.online_text = online_text

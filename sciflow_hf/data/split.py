@@ -17,13 +17,14 @@ def is_held_out(group: str, eval_fraction: float) -> bool:
     return _hash(group) < int(eval_fraction * 2.0**64)
 
 
-def stand_in(groups: Iterable[str]) -> str | None:
-    """The group that is held out where the hash selects none: that of the smallest hash; None for a single group.
+def held_out_groups(groups: Iterable[str], eval_fraction: float) -> set[str]:
+    """Those of the groups that are held out: by hash, else the group of the smallest hash; of a single group none.
 
-    It returns to training once the hash selects another, of data that were added; no other group ever moves.
+    The latter returns to training once the hash selects another, of data that were added; no other group ever moves.
     """
     distinct = set(groups)
-    return min(distinct, key=_hash) if len(distinct) > 1 else None
+    found = {group for group in distinct if is_held_out(group, eval_fraction)}
+    return found or ({min(distinct, key=_hash)} if eval_fraction and len(distinct) > 1 else set())
 
 
 def _hash(group: str) -> int:

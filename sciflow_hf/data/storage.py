@@ -1,7 +1,6 @@
 """Files of a cache, on a local disk or behind any fsspec URL: ranges of bytes straight into a buffer."""
 
 import functools
-import io
 import logging
 import os
 import re
@@ -9,6 +8,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
+
+import fsspec
+from fsspec.spec import AbstractBufferedFile
 
 from ..errors import CacheError, first_line
 from .disk_cache import DiskCache
@@ -52,11 +54,6 @@ def size(path: str) -> int:
     return int(_try(path, lambda: fs.size(name)))
 
 
-def read_into(path: str, offset: int, buffer: _Buffer) -> None:
-    """Fills `buffer` (bytes) from `offset` of a file on; see `reader`."""
-    reader(path)(offset, buffer)
-
-
 def reader(path: str) -> Callable[[int, _Buffer], None]:
     """A function (offset, buffer) that fills `buffer` with the bytes of the file from `offset` on.
 
@@ -66,23 +63,21 @@ def reader(path: str) -> Callable[[int, _Buffer], None]:
         CacheError: a remote that does not answer, or does not let us in.
     """
     if is_url(path):
-        return _UrlFile(path).read_into
+        return functools.partial(_read_url, path)
     found = os.stat(path)
     return _open_file(path, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)).read_into
 
 
 def read(path: str, offset: int, nbytes: int) -> bytes:
-    """`nbytes` bytes of a file; see `read_into`."""
+    """`nbytes` bytes of a file; see `reader`."""
     buffer = bytearray(nbytes)
-    read_into(path, offset, memoryview(buffer))
+    reader(path)(offset, memoryview(buffer))
     return bytes(buffer)
 
 
 def open_file(path: str) -> Any:
     """A seekable binary file, for libraries that want one."""
-    if not is_url(path):
-        return open(path, "rb")
-    return io.BufferedReader(_Raw(path), _READ_AHEAD)
+    return _RemoteFile(None, path, block_size=_READ_AHEAD, size=size(path)) if is_url(path) else open(path, "rb")
 
 
 def find_files(folder: str, suffix: str) -> list[str]:
@@ -114,8 +109,6 @@ _disk: DiskCache | None = None
 
 def _filesystem(url: str) -> tuple[Any, str]:
     """The fsspec file system of a URL, and the file's name there."""
-    import fsspec
-
     try:
         return fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
@@ -168,45 +161,34 @@ def _denied(error: BaseException) -> str:
     return ""
 
 
-class _UrlFile:
-    """A file behind a URL."""
+def _read_url(url: str, offset: int, buffer: _Buffer) -> None:
+    view = memoryview(buffer)
+    view[:] = _kept(url, offset, view.nbytes)
 
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self.filesystem, self.name = _filesystem(url)
 
-    def read_into(self, offset: int, buffer: _Buffer) -> None:
-        view = memoryview(buffer)
-        view[:] = self.fetch(offset, view.nbytes)
+def _kept(url: str, offset: int, nbytes: int) -> bytes:
+    """Exactly these bytes, from the disk cache where they are known."""
+    if _disk is None or not nbytes:
+        return _fetch(url, offset, nbytes)
+    key = f"{url} {_version(url)} {offset} {nbytes}"
+    data = _disk.get(key, nbytes)
+    if data is None:
+        _disk.put(key, data := _fetch(url, offset, nbytes))
+    return data
 
-    def fetch(self, offset: int, nbytes: int) -> bytes:
-        """Exactly these bytes, from the disk cache where they are known."""
-        if not nbytes:
-            return b""
-        if _disk is None:
-            return self._fetch(offset, nbytes)
-        version = _version(self.url)
-        key = f"{self.url} {version} {offset} {nbytes}"
-        data = _disk.get(key, nbytes)
-        if data is None:
-            data = self._fetch(offset, nbytes)
-            _disk.put(key, data)
-        return data
 
-    def _fetch(self, offset: int, nbytes: int) -> bytes:
-        import fsspec
+def _fetch(url: str, offset: int, nbytes: int) -> bytes:
+    fs, name = _filesystem(url)
+    # The generic `cat_file` opens a file, which would read 5 MB ahead.
+    options = {"cache_type": "none"} if type(fs).cat_file is fsspec.AbstractFileSystem.cat_file else {}
 
-        # The generic `cat_file` opens a file, which would read 5 MB ahead.
-        generic = type(self.filesystem).cat_file is fsspec.AbstractFileSystem.cat_file
-        options = {"cache_type": "none"} if generic else {}
+    def fetch() -> bytes:
+        data = fs.cat_file(name, start=offset, end=offset + nbytes, **options)
+        if len(data) != nbytes:
+            raise EOFError(f"it ends {nbytes - len(data)} bytes early")
+        return bytes(data)
 
-        def fetch() -> bytes:
-            data = self.filesystem.cat_file(self.name, start=offset, end=offset + nbytes, **options)
-            if len(data) != nbytes:
-                raise EOFError(f"it ends {nbytes - len(data)} bytes early")
-            return bytes(data)
-
-        return _try(self.url, fetch)
+    return _try(url, fetch) if nbytes else b""
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -216,27 +198,11 @@ def _version(url: str) -> str:
     return str(_try(url, lambda: fs.ukey(name)))
 
 
-class _Raw(io.RawIOBase):
+class _RemoteFile(AbstractBufferedFile):
     """A file behind a URL as Python's own kind of file, whose reads are retried and kept like all others."""
 
-    def __init__(self, url: str) -> None:
-        self._file, self._size, self._position = _UrlFile(url), size(url), 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = offset + (0, self._position, self._size)[whence]
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer)[: max(0, self._size - self._position)]
-        self._file.read_into(self._position, view)
-        self._position += len(view)
-        return len(view)
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        return _kept(self.path, start, end - start)
 
 
 # -- local files -----------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""Write the files of a cache: each is complete or not there, and errors say what to do."""
+"""Write the files of a cache, complete or not at all, with errors that say what to do; tables and sizes for people."""
 
 import errno
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -45,6 +45,16 @@ def cannot_write(file: Path, error: OSError) -> SciflowError:
             "command: it goes on from here."
         )
     return SciflowError(f"{file} cannot be written ({error}). Is its folder writable?")
+
+
+def text_table(rows: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> str:
+    """Lines of aligned columns; those numbered in `right` are flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [f"{c:>{w}}" if k in right else f"{c:<{w}}" for k, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def readable_bytes(size: float) -> str:

@@ -2,22 +2,19 @@
 
 import logging
 from collections.abc import Sequence
-from functools import cached_property
-from typing import TYPE_CHECKING
+from functools import cached_property, partial
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
 from ..data.build.sources.pixels import to_rgb
 from ..data.cache import LatentCache
-from ..data.split import is_held_out, spread, stand_in
+from ..data.split import held_out_groups, spread
 from ..diffusion.randomness import hash64
 from ..errors import CacheError, SciflowError
 from .class_source import CHANNELS, LABEL, SAME_AS, ClassImageArguments, ClassSource
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +55,15 @@ class ClassImages(Dataset[dict[str, torch.Tensor]]):
         self.image_size, self.mode, self.flip = image_size, mode, flip
         self.labels = None if labels is None else labels[self.rows]
         self.names = [source.names[row] for row in self.rows]
+        self.num_classes, self.channels = len(self.class_names), CHANNELS[mode]
+        self.row_ids = self.names + [f"{name} mirrored" for name in self.names] * flip
+        self.groups = self.names * (1 + flip)  # an image and its mirror image belong together
+        self.buckets = [(image_size, image_size)] * len(self.row_ids)
         kept = len(self.rows) * CHANNELS[mode] * image_size**2 <= MEMORY
         self._kept = np.stack([self._read(row) for row in self.rows]) if kept else None
 
     def __len__(self) -> int:
-        return len(self.rows) * (1 + self.flip)
+        return len(self.row_ids)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         number, mirrored = index % len(self.rows), index >= len(self.rows)
@@ -88,27 +89,6 @@ class ClassImages(Dataset[dict[str, torch.Tensor]]):
             )
         image = ImageOps.exif_transpose(image) if image.mode == self.mode else to_rgb(image).convert(self.mode)
         return as_square(image, self.image_size)
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
-
-    @property
-    def channels(self) -> int:
-        return CHANNELS[self.mode]
-
-    @property
-    def row_ids(self) -> list[str]:
-        return self.names + [f"{name} mirrored" for name in self.names] * self.flip
-
-    @property
-    def groups(self) -> list[str]:
-        """An image and its mirror image belong together."""
-        return self.names * (1 + self.flip)
-
-    @property
-    def buckets(self) -> list[tuple[int, int]]:
-        return [(self.image_size, self.image_size)] * len(self)
 
     @property
     def fingerprint(self) -> str:
@@ -151,10 +131,8 @@ class ClassLatents(LatentCache):
         return super().shapes(i) | {"class_labels": self.class_labels[i]}
 
 
-def as_square(image: "Image.Image", side: int) -> np.ndarray:
+def as_square(image: Image.Image, side: int) -> np.ndarray:
     """The square in the middle of an L or RGB image, resized: (side, side, C), uint8."""
-    from PIL import Image
-
     least = min(image.size)
     left, top = (image.width - least) // 2, (image.height - least) // 2
     if image.size != (side, side):
@@ -178,18 +156,16 @@ def load_class_images(
     """
     source = ClassSource(args, args.train_split)
     labels, classes = source.labels(num_classes)
-    mode, rows = source.mode(), range(len(source))
+    make = partial(ClassImages, class_names=classes, image_size=image_size, mode=source.mode())
+    rows = range(len(source))
     held: ClassImages | None = None
     if args.eval_split:
         others = ClassSource(args, args.eval_split, "eval_split")
         kept, _ = others.labels(len(classes), classes)
-        held = ClassImages(
-            others, range(len(others)), labels=kept, class_names=classes, image_size=image_size, mode=mode
-        )
+        held = make(others, range(len(others)), labels=kept)
     fraction = 0.0 if args.eval_split else args.eval_fraction
-    outside = {row for row in rows if is_held_out(source.names[row], fraction)}
-    if fraction and not outside and (name := stand_in(source.names)):
-        outside = {row for row in rows if source.names[row] == name}
+    held_out = held_out_groups(source.names, fraction)
+    outside = {row for row in rows if source.names[row] in held_out}
     chosen = [row for row in rows if row not in outside]
     if not chosen:
         raise SciflowError(
@@ -198,11 +174,7 @@ def load_class_images(
     if args.max_train_samples and args.max_train_samples < len(chosen):
         chosen = [chosen[i] for i in spread(len(chosen), args.max_train_samples)]
     if outside:
-        held = ClassImages(
-            source, sorted(outside), labels=labels, class_names=classes, image_size=image_size, mode=mode
-        )
-    train = ClassImages(
-        source, chosen, labels=labels, class_names=classes, image_size=image_size, mode=mode, flip=args.flip
-    )
+        held = make(source, sorted(outside), labels=labels)
+    train = make(source, chosen, labels=labels, flip=args.flip)
     logger.info("%d images of %d classes to train on, %d held out.", len(train), len(classes), len(held or []))
     return train, held

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 
 from ..data.build.sources.listing import NO_TARGET, image_suffixes, list_files
 from ..errors import SciflowError
@@ -121,8 +122,6 @@ def _to_planes(path: Path, values: np.ndarray, axes: str) -> np.ndarray:
 
 
 def _read_png(path: Path) -> tuple[np.ndarray, str]:
-    from PIL import Image, UnidentifiedImageError
-
     try:
         with path.open("rb") as file:
             header = file.read(26)
@@ -142,22 +141,15 @@ def _read_png(path: Path) -> tuple[np.ndarray, str]:
 def _read_numpy(path: Path) -> tuple[np.ndarray, str]:
     try:
         loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.lib.npyio.NpzFile):
-            with loaded:
-                names = loaded.files
-                name = "image" if "image" in names else names[0] if len(names) == 1 else None
-                if name is None:
-                    raise SciflowError(f"{path}: it holds {names}; call the image's array `image`.")
-                values = loaded[name]
-        else:
-            values = loaded
+        arrays = dict(loaded) if isinstance(loaded, np.lib.npyio.NpzFile) else {"image": loaded}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, SciflowError):
-            raise
         raise SciflowError(f"{path}: unreadable array ({error}). Save it again by numpy.save.") from error
+    if "image" not in arrays and len(arrays) != 1:
+        raise SciflowError(f"{path}: it holds {list(arrays)}; call the image's array `image`.")
+    values = arrays["image"] if "image" in arrays else next(iter(arrays.values()))
     if not 2 <= values.ndim <= 4:
         raise SciflowError(f"{path}: shape {values.shape}; arrays are (H, W), (C, H, W) or (P, C, H, W).")
-    return values, "QCYX"[-values.ndim :] if values.ndim != 2 else "YX"
+    return values, "QCYX"[-values.ndim :]
 
 
 def _read_tiff(path: Path) -> tuple[np.ndarray, str]:
@@ -210,8 +202,6 @@ def write_image(image: ImageFile, path: str | Path) -> Path:
                 f"{path}: PNG holds one plane of grey (uint8, uint16) or of three 8-bit channels, not "
                 f"{planes.shape[0]} of {planes.shape[1]} channels in {planes.dtype}. Write TIFF."
             )
-        from PIL import Image
-
         Image.fromarray(planes[0, 0] if grey else planes[0].transpose(1, 2, 0)).save(path)
     else:
         raise SciflowError(f"{path}: no format that is written here; use one of {', '.join(SUFFIXES)}.")

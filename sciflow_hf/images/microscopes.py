@@ -339,9 +339,9 @@ def _regions(
             f"on and {size[axis] - start} held out, and a tile has {args.tile_size}. Lower `tile_size`, change "
             "`eval_fraction`, or take `--split specimen`."
         )
-    train, kept = [0, 0, *size], [0, 0, *size]
-    train[axis + 2], kept[axis] = start - margin, start
-    return (train[0], train[1], train[2], train[3]), (kept[0], kept[1], kept[2], kept[3])
+    if axis:
+        return (0, 0, size[0], start - margin), (0, start, *size)
+    return (0, 0, start - margin, size[1]), (start, 0, *size)
 
 
 def _held_out(specimens: Sequence[str], args: MicroscopyDataArguments) -> set[str]:

@@ -22,7 +22,7 @@ from sciflow_hf.data.build.build import build_cache
 from sciflow_hf.data.build.convert import convert_cache
 from sciflow_hf.data.load import load_cache
 from sciflow_hf.data.stream.order import EpochRows
-from sciflow_hf.data.stream.stream import open_stream
+from sciflow_hf.data.stream.stream import StreamingCache
 
 from .klein import quiet
 from .loader_data import Data, disk_bytes, in_new_process, index_row, write_index
@@ -84,7 +84,7 @@ def open_index_process(folder: str) -> dict[str, float]:
 
 def stream_index_process(folder: str) -> dict[str, float]:
     """Growth of a fresh process as it streams an index, rows a second, and seconds to get to the last row of a file."""
-    stream = open_stream(folder)
+    stream = StreamingCache(folder)
     before, largest, start = resident(), 0, time.perf_counter()
     for number, _ in enumerate(EpochRows(stream, 0, 0)):
         if number % 10_000 == 0:

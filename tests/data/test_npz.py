@@ -235,4 +235,4 @@ def test_fuzz(tmp_path: Path, write: Callable[[Path, dict[str, Any]], None]) -> 
             assert sample[name].shape == right[name].shape and sample[name].dtype == right[name].dtype
         if not any(p in values for p in changed for values in ranges):
             assert all(torch.equal(sample[name], right[name]) for name in sample), (n, changed)
-    assert read_well > 100 and refused > 100, "both happen"
+    assert read_well > 80 and refused > 100, "both happen"

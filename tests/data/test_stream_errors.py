@@ -13,7 +13,7 @@ from caches import write_cache
 
 from sciflow_hf.data.load import load_cache
 from sciflow_hf.data.stream.loader import StreamLoader
-from sciflow_hf.data.stream.stream import open_stream
+from sciflow_hf.data.stream.stream import StreamingCache
 from sciflow_hf.errors import CacheError, SciflowError
 
 
@@ -40,7 +40,7 @@ def set_value(name: str, row: int, value: Any) -> Callable[[pa.Table], pa.Table]
 
 
 def run(folder: Path, **options: Any) -> None:
-    loader = StreamLoader(open_stream(folder, **options), batch_size=1)
+    loader = StreamLoader(StreamingCache(folder, **options), batch_size=1)
     batches = iter(loader)
     try:
         for _ in range(24):
@@ -51,56 +51,56 @@ def run(folder: Path, **options: Any) -> None:
 
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match=r"`dataset_dir` is '.*/none', which does not exist"):
-        open_stream(tmp_path / "none")
+        StreamingCache(tmp_path / "none")
     with pytest.raises(CacheError, match=r"holds no index \(\*\.parquet\)"):
-        open_stream(tmp_path)
+        StreamingCache(tmp_path)
     with pytest.raises(CacheError, match="is an empty list"):
-        open_stream([])
+        StreamingCache([])
 
 
 def test_options_out_of_range(folder: Path) -> None:
     with pytest.raises(SciflowError, match="`shuffle_buffer` is -1"):
-        open_stream(folder, shuffle_buffer=-1)
+        StreamingCache(folder, shuffle_buffer=-1)
     for weights in ([0], [-1], [1, 2]):
         with pytest.raises(SciflowError, match="one number above 0 for each of 1 caches"):
-            open_stream(folder, weights=weights)
+            StreamingCache(folder, weights=weights)
 
 
 def test_a_file_named_twice(folder: Path) -> None:
     with pytest.raises(CacheError, match=r"names .*part0.parquet twice"):
-        open_stream([folder, folder])
+        StreamingCache([folder, folder])
 
 
 def test_parts_with_other_columns(folder: Path) -> None:
     change(folder, 1, lambda table: table.append_column("note", pa.array(["x"] * len(table))))
     with pytest.raises(CacheError, match=r"part0.parquet and .*part1.parquet do not have the same columns.*'note'"):
-        open_stream(folder)
+        StreamingCache(folder)
 
 
 def test_parts_with_other_settings(folder: Path) -> None:
     other = {b"sciflow_hf": json.dumps({"family": "sd3"}).encode()}
     change(folder, 1, lambda table: table.replace_schema_metadata(other))
     with pytest.raises(CacheError, match=r"not made with the same settings: `family` is 'flux2_klein' and 'sd3'"):
-        open_stream(folder)
+        StreamingCache(folder)
 
 
 def test_a_column_that_is_missing(folder: Path) -> None:
     for part in (0, 1):
         change(folder, part, lambda table: table.drop_columns(["bucket_h"]))
     with pytest.raises(CacheError, match="lacks the column 'bucket_h'"):
-        open_stream(folder)
+        StreamingCache(folder)
 
 
 def test_no_rows(folder: Path) -> None:
     for part in (0, 1):
         change(folder, part, lambda table: table.slice(0, 0))
     with pytest.raises(CacheError, match="holds no samples"):
-        open_stream(folder)
+        StreamingCache(folder)
 
 
 def test_one_index_file_without_rows(folder: Path) -> None:
     change(folder, 0, lambda table: table.slice(0, 0))
-    stream = open_stream(folder)
+    stream = StreamingCache(folder)
     assert len(stream) == len(list(stream)) == 12
     assert stream.describe(0) == load_cache(folder).describe(0)
 
@@ -162,7 +162,7 @@ def test_a_broken_index(folder: Path) -> None:
     whole = file.read_bytes()
     file.write_bytes(whole[:-20])
     with pytest.raises(CacheError, match=r"The index .*part1.parquet cannot be read as parquet"):
-        open_stream(folder)
+        StreamingCache(folder)
     file.write_bytes(b"PAR1" + bytes(len(whole) - 1000) + whole[len(whole) - 996 :])
     with pytest.raises(CacheError, match=r"The index .*part1.parquet cannot be read as parquet"):
         run(folder)
@@ -184,7 +184,7 @@ def test_an_index_that_breaks_in_the_middle(folder: Path, monkeypatch: pytest.Mo
 def test_captions_that_are_not_there(folder: Path) -> None:
     for part in (0, 1):
         change(folder, part, lambda table: table.drop_columns(["caption"]))
-    stream = open_stream(folder)
+    stream = StreamingCache(folder)
     stream.online_text = lambda captions: {}
     with pytest.raises(CacheError, match=r"has no captions \(column `caption` or `text`\)"):
         next(iter(stream))

@@ -9,7 +9,7 @@ from trainings import losses, make_trainer, trained
 
 import sciflow_hf as sf
 from sciflow_hf.data.build.convert import convert_cache
-from sciflow_hf.data.stream.stream import open_stream
+from sciflow_hf.data.stream.stream import StreamingCache
 from sciflow_hf.errors import SciflowError
 from sciflow_hf.training.checkpoints import write_manifest
 
@@ -42,7 +42,7 @@ def test_every_layout_and_a_stream_log_identical_losses(tmp_path, family, cache,
         "npz": cache,
         "shards": sf.load_cache(layouts["shards"], dtype=torch.float32),
         "inline": sf.load_cache(convert_cache(cache, tmp_path / "c", payload="inline").output_dir, dtype=torch.float32),
-        "stream": open_stream(layouts["inline"], dtype=torch.float32, shuffle_buffer=0),
+        "stream": StreamingCache(layouts["inline"], dtype=torch.float32, shuffle_buffer=0),
     }
     found = {}
     for name, data in runs.items():
@@ -60,7 +60,7 @@ def test_a_stream_goes_on_from_a_checkpoint(tmp_path, family, layouts):
     options = {"gradient_accumulation_steps": 2, "max_steps": 9, "save_steps": 4, "save_strategy": "steps"}
 
     def stream():
-        return open_stream(layouts["inline"], dtype=torch.float32, shuffle_buffer=5)
+        return StreamingCache(layouts["inline"], dtype=torch.float32, shuffle_buffer=5)
 
     whole = make_trainer(tmp_path / "whole", family, stream(), **options)
     whole.train()
@@ -78,11 +78,11 @@ def test_a_stream_goes_on_from_a_checkpoint(tmp_path, family, layouts):
 
 def test_a_stream_has_no_end(tmp_path, family, layouts):
     with pytest.raises(SciflowError, match="`max_steps` is missing"):
-        make_trainer(tmp_path, family, open_stream(layouts["inline"], dtype=torch.float32), max_steps=-1)
+        make_trainer(tmp_path, family, StreamingCache(layouts["inline"], dtype=torch.float32), max_steps=-1)
 
 
 def test_evaluation_and_card_of_a_stream(tmp_path, family, cache, layouts):
-    stream, held_out = open_stream(layouts["shards"], dtype=torch.float32).split(0.3)
+    stream, held_out = StreamingCache(layouts["shards"], dtype=torch.float32).split(0.3)
     one = make_trainer(tmp_path / "a", family, stream, held_out=held_out, max_steps=2)
     other = make_trainer(tmp_path / "b", family, cache, held_out=cache.split(0.3)[1], max_steps=2)
     assert one.evaluate()["eval_loss"] == other.evaluate()["eval_loss"]

@@ -24,7 +24,7 @@ from sciflow_hf.data.build.convert import convert_cache
 from sciflow_hf.data.load import load_cache
 from sciflow_hf.data.stream.loader import StreamLoader
 from sciflow_hf.data.stream.order import EpochRows
-from sciflow_hf.data.stream.stream import StreamingCache, open_stream
+from sciflow_hf.data.stream.stream import StreamingCache
 from sciflow_hf.diffusion.randomness import hash64, noise_keys
 from sciflow_hf.errors import CacheError, SciflowError
 
@@ -82,7 +82,7 @@ def test_an_epoch_shows_every_sample(npz: Path, ranks, batch_size, accumulation,
     counts = Counter(map(tuple, keys.tolist()))
     tail = sum(-(-(count % total) // batch_size) for count in counts.values())
     steps = sum(count // total for count in counts.values()) + -(-tail // (ranks * accumulation))
-    stream = open_stream(npz, shuffle_buffer=shuffle_buffer)
+    stream = StreamingCache(npz, shuffle_buffer=shuffle_buffer)
     loaders = [
         StreamLoader(
             stream, batch_size=batch_size, num_replicas=ranks, rank=rank, accumulation_steps=accumulation, seed=5
@@ -113,7 +113,7 @@ def test_an_epoch_shows_every_sample(npz: Path, ranks, batch_size, accumulation,
 
 
 def test_groups_do_not_depend_on_how_the_total_batch_splits(npz: Path) -> None:
-    stream = open_stream(npz, shuffle_buffer=10)
+    stream = StreamingCache(npz, shuffle_buffer=10)
 
     def positions(ranks: int, batch_size: int, accumulation: int) -> dict[int, tuple[int, int]]:
         found = {}
@@ -134,9 +134,9 @@ def test_groups_do_not_depend_on_how_the_total_batch_splits(npz: Path) -> None:
 @pytest.mark.parametrize("layout", ["shards", "inline"])
 def test_layouts_stream_the_same_samples(npz: Path, tmp_path: Path, layout: str) -> None:
     converted = convert_cache(npz, tmp_path / "out", payload=layout).output_dir
-    wanted = take(StreamLoader(open_stream(npz, shuffle_buffer=0), batch_size=2), 12)
-    same(take(StreamLoader(open_stream(converted, shuffle_buffer=0), batch_size=2), 12), wanted)
-    for one, other in zip(load_cache(npz), open_stream(converted, shuffle_buffer=0), strict=True):
+    wanted = take(StreamLoader(StreamingCache(npz, shuffle_buffer=0), batch_size=2), 12)
+    same(take(StreamLoader(StreamingCache(converted, shuffle_buffer=0), batch_size=2), 12), wanted)
+    for one, other in zip(load_cache(npz), StreamingCache(converted, shuffle_buffer=0), strict=True):
         assert all(torch.equal(one[name], other[name]) for name in ("latents", "prompt_embeds", "txt_ids"))
 
 
@@ -153,7 +153,7 @@ def test_a_stream_in_the_order_of_a_map_style_epoch_is_that_epoch(
             places |= dict(zip(sampler.positions(number), rows, strict=True))
     order = list(dict.fromkeys(places[position] for position in sorted(places)))
     inline = convert_cache(cache.select(order), tmp_path / "inline", payload="inline").output_dir
-    stream, fillers = open_stream(inline, shuffle_buffer=0), 0
+    stream, fillers = StreamingCache(inline, shuffle_buffer=0), 0
     for rank, sampler in enumerate(samplers):
         wanted = take(BucketLoader(cache, sampler), len(sampler))
         found = take(StreamLoader(stream, rank=rank, seed=9, **sizes), len(sampler))
@@ -168,7 +168,7 @@ def test_a_stream_in_the_order_of_a_map_style_epoch_is_that_epoch(
 
 
 def test_drop_last(npz: Path) -> None:
-    stream = open_stream(npz)
+    stream = StreamingCache(npz)
     counts = Counter(load_cache(npz).batch_keys)
     full = sum(count // 4 for count in counts.values())
     batches = take(StreamLoader(stream, batch_size=4, drop_last=True), full + 1)
@@ -185,7 +185,7 @@ def test_drop_last(npz: Path) -> None:
 def test_resuming_is_exact(npz: Path, monkeypatch: pytest.MonkeyPatch, shuffle_buffer: int, position: int) -> None:
     monkeypatch.setattr("sciflow_hf.data.stream.loader._SNAPSHOT", 4)
     monkeypatch.setattr("sciflow_hf.data.stream.index._PIECE", 3)
-    stream = open_stream(npz, shuffle_buffer=shuffle_buffer)
+    stream = StreamingCache(npz, shuffle_buffer=shuffle_buffer)
     sizes = {"batch_size": 1, "accumulation_steps": 2, "seed": 3}
     wanted = take(StreamLoader(stream, **sizes), 70)[position:]
     loader = StreamLoader(stream, **sizes)
@@ -195,7 +195,7 @@ def test_resuming_is_exact(npz: Path, monkeypatch: pytest.MonkeyPatch, shuffle_b
     state = json.loads(json.dumps(loader.state_dict()))
     loader.close()
 
-    fresh = open_stream(npz, shuffle_buffer=shuffle_buffer)
+    fresh = StreamingCache(npz, shuffle_buffer=shuffle_buffer)
     loaded = StreamLoader(fresh, **sizes)
     loaded.load_state_dict(state)
     same(take(loaded, 70 - position), wanted)
@@ -211,7 +211,7 @@ def test_resuming_is_exact(npz: Path, monkeypatch: pytest.MonkeyPatch, shuffle_b
 
 def test_a_state_saves_the_work_of_reading_again(npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sciflow_hf.data.stream.loader._SNAPSHOT", 1)
-    stream = open_stream(npz, shuffle_buffer=3)
+    stream = StreamingCache(npz, shuffle_buffer=3)
     loader = StreamLoader(stream, batch_size=1, threads=0)
     running = iter(loader)
     rows = [int(next(running)["row"]) for _ in range(35)]
@@ -230,7 +230,7 @@ def test_a_state_saves_the_work_of_reading_again(npz: Path, monkeypatch: pytest.
 def test_a_place_of_an_older_checkpoint_is_read_up_to(npz: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """It was the number of a file, the first row of a piece of it, and how many rows of the piece were given."""
     monkeypatch.setattr("sciflow_hf.data.stream.index._PIECE", 3)
-    stream = open_stream(npz, shuffle_buffer=4)
+    stream = StreamingCache(npz, shuffle_buffer=4)
     rows = EpochRows(stream, 0, 0)
     taken = [next(rows) for _ in range(count)]
     state = json.loads(json.dumps(rows.state_dict()))
@@ -240,7 +240,7 @@ def test_a_place_of_an_older_checkpoint_is_read_up_to(npz: Path, monkeypatch: py
 
 
 def test_a_state_fits_another_split_of_the_same_total_batch_and_no_other(npz: Path) -> None:
-    stream = open_stream(npz, shuffle_buffer=10)
+    stream = StreamingCache(npz, shuffle_buffer=10)
     loader = StreamLoader(stream, batch_size=1, accumulation_steps=4)
     running = iter(loader)
     for _ in range(12):
@@ -257,14 +257,14 @@ def test_a_state_fits_another_split_of_the_same_total_batch_and_no_other(npz: Pa
 
 def test_a_notebook_cell_goes_on_where_it_was(npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sciflow_hf.data.stream.index._PIECE", 3)
-    stream = open_stream(npz, shuffle_buffer=8)
+    stream = StreamingCache(npz, shuffle_buffer=8)
     stream.set_epoch(2)
     wanted = [sample["latents"] for sample in stream]
     assert len(wanted) == len(stream) == ROWS
     running = iter(stream)
     for _ in range(17):
         next(running)
-    fresh = open_stream(npz, shuffle_buffer=8)
+    fresh = StreamingCache(npz, shuffle_buffer=8)
     fresh.load_state_dict(json.loads(json.dumps(stream.state_dict())))
     rest = [sample["latents"] for sample in fresh]
     assert len(rest) == ROWS - 17 and all(torch.equal(a, b) for a, b in zip(rest, wanted[17:], strict=True))
@@ -277,7 +277,7 @@ def test_a_notebook_cell_goes_on_where_it_was(npz: Path, monkeypatch: pytest.Mon
 def test_weights_mix_caches_in_proportion(tmp_path: Path) -> None:
     small = write_cache(tmp_path / "a", buckets={(32, 48): 40}, parts=2)
     large = write_cache(tmp_path / "b", buckets={(32, 48): 60}, seed=1)
-    stream = open_stream([small, large], shuffle_buffer=5, weights=[3, 1])
+    stream = StreamingCache([small, large], shuffle_buffer=5, weights=[3, 1])
     rows = Counter(stream.number(row) for row in EpochRows(stream, 0, 0))
     assert set(rows) == set(range(100)) and {rows[row] for row in range(40, 100)} == {1}
     first = sum(rows[row] for row in range(40))
@@ -285,11 +285,11 @@ def test_weights_mix_caches_in_proportion(tmp_path: Path) -> None:
     early = [stream.number(row) < 40 for row in itertools.islice(EpochRows(stream, 0, 0), 120)]
     assert 0.6 < np.mean(early) < 0.9
     with pytest.raises(SciflowError, match=r"`weights` is \[1\].*each of 2 caches"):
-        open_stream([small, large], weights=[1])
+        StreamingCache([small, large], weights=[1])
 
 
 def test_files_come_in_another_order_each_epoch(npz: Path) -> None:
-    stream = open_stream(npz, shuffle_buffer=1)
+    stream = StreamingCache(npz, shuffle_buffer=1)
     orders = {tuple(dict.fromkeys(row.part for row in EpochRows(stream, 0, epoch))) for epoch in range(8)}
     assert len(orders) > 3
     stream.shuffle_buffer = 0
@@ -313,12 +313,12 @@ def test_the_order_is_that_of_a_shuffle_buffer_over_shuffled_files(npz: Path, ep
         place = int(generator.random() * len(buffer))
         buffer[place], buffer[-1] = buffer[-1], buffer[place]
         expected.append(buffer.pop())
-    stream = open_stream(npz, shuffle_buffer=shuffle_buffer)
+    stream = StreamingCache(npz, shuffle_buffer=shuffle_buffer)
     assert [stream.number(row) for row in EpochRows(stream, 5, epoch)] == expected
 
 
 def test_rows_of_one_file_come_in_another_order_each_epoch_and_seed(tmp_path: Path) -> None:
-    stream = open_stream(write_cache(tmp_path), shuffle_buffer=50)
+    stream = StreamingCache(write_cache(tmp_path), shuffle_buffer=50)
     orders = [[row.row for row in EpochRows(stream, *keys)] for keys in ((0, 0), (0, 1), (1, 0), (0, 0))]
     assert orders[0] == orders[3] and len({tuple(order) for order in orders}) == 3
     assert all(sorted(order) == list(range(24)) for order in orders)
@@ -349,12 +349,12 @@ def test_the_same_rows_are_held_out_as_map_style(npz: Path, tmp_path: Path, layo
 
 
 def test_split_of_nothing_and_of_everything(npz: Path) -> None:
-    stream, held_out = open_stream(npz).split(0)
+    stream, held_out = StreamingCache(npz).split(0)
     assert held_out is None and len(stream) == ROWS
     with pytest.raises(SciflowError, match="leaves nothing to train on"):
-        open_stream(npz).split(0.999999)
+        StreamingCache(npz).split(0.999999)
     with pytest.raises(SciflowError, match=r"\[0, 1\)"):
-        open_stream(npz).split(1)
+        StreamingCache(npz).split(1)
 
 
 # -- what else a cache does ----------------------------------------------------------------------------------------
@@ -376,7 +376,7 @@ def test_memory_does_not_grow_with_the_index(tmp_path: Path) -> None:
     (tmp_path / "0.npz").touch()
     del table
     tracemalloc.start()
-    stream = open_stream(tmp_path, shuffle_buffer=100)
+    stream = StreamingCache(tmp_path, shuffle_buffer=100)
     assert sum(1 for _ in EpochRows(stream, 0, 0)) == count
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -387,7 +387,7 @@ def test_online_text_is_encoded_from_the_captions(npz: Path) -> None:
     def encode(captions: list[str]) -> dict[str, torch.Tensor]:
         return {"prompt_embeds": torch.tensor([[[float(len(c)), float("figure 7 " in c.lower())]] for c in captions])}
 
-    cache, stream = load_cache(npz), open_stream(npz, shuffle_buffer=6)
+    cache, stream = load_cache(npz), StreamingCache(npz, shuffle_buffer=6)
     stream.online_text = encode
     for batch in take(StreamLoader(stream, batch_size=2), 25):
         expected = encode([cache.captions[row] for row in batch["row"]])["prompt_embeds"]
@@ -399,9 +399,9 @@ def test_caption_dropout_is_as_map_style(npz: Path, tmp_path: Path) -> None:
     rows = load_cache(npz).select([i for i, n in enumerate(load_cache(npz).text_lengths) if n == 12])
     folder = convert_cache(rows, tmp_path / "out", payload="inline").output_dir
     with pytest.raises(SciflowError, match="does not hold the empty prompt"):
-        StreamLoader(open_stream(folder), batch_size=1, caption_dropout=0.5)
+        StreamLoader(StreamingCache(folder), batch_size=1, caption_dropout=0.5)
     np.savez(folder / "empty_prompt.npz", prompt_embeds=np.full((12, TINY_EMBED_DIM), 7, np.float32))
-    batches = take(StreamLoader(open_stream(folder), batch_size=2, caption_dropout=0.5, seed=4), 12)
+    batches = take(StreamLoader(StreamingCache(folder), batch_size=2, caption_dropout=0.5, seed=4), 12)
     dropped = [bool((text == 7).all()) for batch in batches for text in batch["prompt_embeds"]]
     assert 4 < sum(dropped) < 20
     from sciflow_hf.diffusion.randomness import uniform
@@ -429,9 +429,9 @@ def test_no_character_of_a_file_name_is_part_of_a_pattern(tmp_path: Path, name: 
     folder = write_cache(tmp_path / name, parts=2)
     write_cache(tmp_path / "a1b", parts=2, seed=1)  # what some of the patterns match
     wanted = [sample["latents"] for sample in load_cache(folder)]
-    found = [sample["latents"] for sample in open_stream(folder, shuffle_buffer=0)]
+    found = [sample["latents"] for sample in StreamingCache(folder, shuffle_buffer=0)]
     assert len(found) == len(wanted) and all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-    assert len(list(open_stream(folder).index)) == len(wanted)
+    assert len(list(StreamingCache(folder).index)) == len(wanted)
 
 
 def test_a_stream_leaves_nothing_behind_and_tells_nobody(npz: Path, tmp_path: Path, monkeypatch) -> None:
@@ -441,13 +441,13 @@ def test_a_stream_leaves_nothing_behind_and_tells_nobody(npz: Path, tmp_path: Pa
     monkeypatch.setattr("datasets.config.HF_UPDATE_DOWNLOAD_COUNTS", True)
     monkeypatch.setattr("datasets.load.get_session", lambda: asked.append(1))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert len(list(EpochRows(open_stream(npz), 0, 0))) == ROWS
+    assert len(list(EpochRows(StreamingCache(npz), 0, 0))) == ROWS
     assert not list(tmp_path.iterdir()) and not asked
 
 
 def test_datasets_streams_the_index_and_inline_payloads(npz: Path, tmp_path: Path) -> None:
     cache = load_cache(npz)
-    assert [row["image_path"] for row in open_stream(npz).index] == cache.index["image_path"]
+    assert [row["image_path"] for row in StreamingCache(npz).index] == cache.index["image_path"]
     inline = convert_cache(npz, tmp_path / "inline", payload="inline").output_dir
     plain = datasets.load_dataset("parquet", data_files=f"{inline}/*.parquet", split="train", streaming=True)
     for row, sample in zip(plain, cache, strict=True):

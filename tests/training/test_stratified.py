@@ -16,7 +16,7 @@ from trainings import LONGER, make_trainer
 import sciflow_hf as sf
 from sciflow_hf.data.batches.loader import BucketLoader
 from sciflow_hf.data.stream.loader import StreamLoader
-from sciflow_hf.data.stream.stream import open_stream
+from sciflow_hf.data.stream.stream import StreamingCache
 from sciflow_hf.diffusion.process import GivenSchedule, density, shift_sigmas, stratify
 from sciflow_hf.diffusion.randomness import noise_keys, step_keys, uniform
 from sciflow_hf.errors import SciflowError
@@ -211,7 +211,7 @@ def stream_cache(tmp_path_factory, tiny_klein):
 
 @pytest.mark.parametrize("shuffle_buffer", [0, 8])
 def test_streams_are_stratified_alike(stream_cache, shuffle_buffer):
-    stream = open_stream(stream_cache, dtype=torch.float32, shuffle_buffer=shuffle_buffer)
+    stream = StreamingCache(stream_cache, dtype=torch.float32, shuffle_buffer=shuffle_buffer)
     expected, levels_of_row = None, defaultdict(list)
     for size, ranks, accumulation in ((4, 1, 1), (2, 2, 1), (1, 1, 4)):
         found = []

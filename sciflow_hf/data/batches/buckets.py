@@ -9,6 +9,7 @@ from torch.utils.data import Sampler
 
 from ...diffusion.randomness import hash64
 from ...errors import SciflowError
+from ..writing import text_table
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         return self._length
 
     def __iter__(self) -> Iterator[list[int]]:
-        for rows in self.epoch_batches():
-            yield rows.tolist()
+        return iter(self.batches())
 
     def batches(self) -> list[list[int]]:
         """All micro-batches of this rank in the current epoch, as `__iter__` gives them."""
@@ -159,12 +159,7 @@ class BucketBatchSampler(Sampler[list[int]]):
             rest = [str(sum(column)) for column in zip(*numbers[max_rows:], strict=True)]
             lines.append((f"{len(report) - max_rows} more", *rest))
         lines.append(("total", *(str(sum(column)) for column in zip(*numbers, strict=True))))
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            line[0].ljust(widths[0])
-            + "".join("  " + cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))
-            for line in lines
-        )
+        return text_table(lines, right=range(1, 5))
 
     def epoch_batches(self) -> np.ndarray:
         """This rank's batches of the current epoch: (len(self), batch_size), int64."""

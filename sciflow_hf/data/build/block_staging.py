@@ -16,22 +16,18 @@ import pyarrow as pa
 from ...errors import CacheError
 from .. import storage
 from ..cache import LatentCache, open_index, read_schema, read_table
-from ..layouts.base import METADATA_KEY, TEXT_TENSORS, Block, Encoded, Sample, index_file, payload_columns
+from ..layouts.base import MADE_COLUMNS, METADATA_KEY, TEXT_TENSORS, Block, Encoded, Sample, index_file, payload_columns
 from ..layouts.shards import Shard, read_header, shard_file, write_shard
 from ..writing import output_file
 from .blocks import prompt_hash, writer_of
 from .index import OWN_COLUMNS, index_schema, index_table
 from .jobs import Job
-from .staging import FOLDER, Staging, Tensors, Todo
+from .staging import FOLDER, Staging, Tensors
 
 logger = logging.getLogger(__name__)
 
 _OWN = re.compile(r"(?:data_)?(part\d{5,}-[0-9a-f]{12})\.(?:parquet|safetensors)")
-_LIGHT = {"sample_id": "text"} | {
-    name: kind
-    for name, kind in OWN_COLUMNS.items()
-    if name not in ("cache_path", "latent_shape", "prompt_embeds_shape")
-}
+_LIGHT = {"sample_id": "text"} | {name: kind for name, kind in OWN_COLUMNS.items() if name not in MADE_COLUMNS}
 
 
 class InlineFile:
@@ -120,7 +116,7 @@ class BlockStaging(Staging):
     def _open(self, name: str, rows: pa.Table) -> Shard | InlineFile:
         """The members of a block."""
 
-    def plan(self, samples_per_block: int) -> list[Todo]:
+    def plan(self, samples_per_block: int) -> list[list[Job]]:
         old = self.old.values()
         images = self._staged("images") | {i for block in old for i in block.ids}
         texts = self._staged("prompts") | {prompt for block in old for prompt in block.stored.prompts}
@@ -134,17 +130,17 @@ class BlockStaging(Staging):
         self.ready: dict[int, tuple[str, list[Job]]] = {}  # name and samples of each block of the round
         self.owner = self._owners(self.kept)
         self.last_use: dict[str, int] = {}
-        plan = []
         for number, jobs in enumerate(self.new):
-            prompts = []
-            for caption in dict.fromkeys(job.caption for job in jobs if job.caption in self.hashes):
-                prompt = self.hashes[caption]
-                self.last_use[prompt] = number
-                if prompt not in texts:
-                    texts.add(prompt)
-                    prompts.append(caption)
-            plan.append(Todo([job for job in jobs if job.id not in images], prompts))
-        return plan
+            captions = {self.hashes[job.caption]: job.caption for job in jobs if job.caption in self.hashes}
+            self.new_prompts.append([caption for prompt, caption in captions.items() if prompt not in texts])
+            texts.update(captions)
+            self.last_use |= dict.fromkeys(captions, number)
+        return [[job for job in jobs if job.id not in images] for jobs in self.new]
+
+    def prompts(self, number: int) -> list[str]:
+        used = self._prompts(job.id for job in self.new[number] if self._file("images", job.id).is_file())
+        used |= {prompt for prompt, last in self.last_use.items() if last > number}
+        return [caption for caption in self.new_prompts[number] if self.hashes[caption] in used]
 
     def _kept(self, images: set[str], texts: set[str]) -> dict[str, OldBlock]:
         """The blocks that can stay, of which there are `images` and `texts`, staged ones included."""
@@ -199,7 +195,7 @@ class BlockStaging(Staging):
     def _stage(self, kind: str, name: str, stored: Mapping[str, Encoded]) -> int:
         file = self._file(kind, name)
         number = 0 if kind == "images" else name
-        write_shard(file, ((f"{tensor}.{number}", value) for tensor, value in stored.items()), 1, self.layout.codec)
+        write_shard(file, ((f"{tensor}.{number}", value) for tensor, value in stored.items()), self.layout.codec)
         return file.stat().st_size
 
     def _file(self, kind: str, name: str) -> Path:

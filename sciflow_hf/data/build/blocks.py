@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,6 +76,12 @@ def prompt_hash(caption: str, settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def npz_name(paper: str, digest: str) -> str:
+    """The npz of a sample, relative to the cache: in a folder of its paper, where it has one."""
+    folder = re.sub(r"[^\w.-]+", "_", paper).strip("._")[:80]
+    return f"{folder or digest[:2]}/{digest}_latents.npz"
+
+
 def first_rows(prompts: Sequence[str]) -> list[int]:
     """For each row the first one with the same prompt: the row whose block stores its embeddings."""
     first: dict[str, int] = {}
@@ -105,15 +112,11 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    except Timeout as error:
-        raise SciflowError(
-            f"`output_dir` is {str(folder)!r}, into which another `cache build` or `cache convert` is writing. Wait "
-            "for it, or name another folder."
-        ) from error
     except OSError as error:
-        raise SciflowError(
-            f"`output_dir` is {str(folder)!r}, which cannot be written ({error}). Name another folder."
-        ) from error
+        why = f"which cannot be written ({error}). Name"
+        if isinstance(error, Timeout):
+            why = "into which another `cache build` or `cache convert` is writing. Wait for it, or name"
+        raise SciflowError(f"`output_dir` is {str(folder)!r}, {why} another folder.") from error
     try:
         yield
     finally:

@@ -6,14 +6,14 @@ import json
 import logging
 import os
 import shutil
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from ... import __version__
@@ -26,16 +26,13 @@ from ..layouts.npz import write_npz
 from ..writing import output_file, readable_bytes
 from .block_staging import InlineStaging, ShardStaging
 from .blocks import BUILD_FILE, locked, noted_settings, remove_temporaries, write_settings
-from .jobs import Batch, Job, by_bucket, find_jobs, in_batches, shape_measures
+from .jobs import Job, by_bucket, find_jobs, in_batches, shape_measures
 from .sources.find import find_records
 from .sources.pixels import NOT_NUMBERS, to_rgb, unreadable
 from .sources.record import Record
 from .staging import FOLDER, NpzStaging, Skips, Staging
 from .tally import Tally
 from .views import average_mask, fit_mask, fit_pixels
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +42,7 @@ STAGING: dict[str, type[Staging]] = {"shards": ShardStaging, "inline": InlineSta
 RULES = 2
 """Noted in `BUILD_FILE`: small images are not enlarged. Caches of earlier versions note nothing."""
 _OLDER = {"payload": "npz", "embeds": "bf16", "codec": "none"}  # before there were other layouts
+T = TypeVar("T")
 _Tensors = dict[str, torch.Tensor]
 _Encode = Callable[[Any], _Tensors]
 
@@ -202,8 +200,8 @@ def build_cache(
     staging = kind(output, jobs, facts | {"version": __version__}, layout, skips)
     report = BuildReport(output, tally=tally)
     builder = _Builder(
-        staging, jobs, encode_images, encode_prompts, skips, report, fixed, rules, batch_size, samples_per_part,
-        time_ids, rank, world_size, barrier,
+        staging, report, encode_images, encode_prompts, fixed, rules, batch_size, samples_per_part, time_ids, rank,
+        world_size, barrier,
     )  # fmt: skip
     with locked(output) if rank == 0 else contextlib.nullcontext():
         builder.run()
@@ -227,11 +225,9 @@ class _Builder:
     """The work of one rank: its share of the batches is encoded, its blocks are completed; see `build_cache`."""
 
     staging: Staging
-    jobs: Sequence[Job]
+    report: BuildReport
     encode_images: _Encode
     encode_prompts: _Encode
-    skip: Skips
-    report: BuildReport
     settings: Mapping[str, Any]
     rules: int
     batch_size: int
@@ -241,17 +237,17 @@ class _Builder:
     world_size: int
     barrier: Callable[[], None]
     texts: dict[str, _Tensors] = field(default_factory=dict)  # of the last batch
-    sizes: dict[str, int] = field(default_factory=dict)  # bytes of an image, of a prompt
-    left: dict[str, int] = field(default_factory=dict)  # images and prompts to encode, on all ranks
+    image_bytes: int = 0  # of the last one
+    left: int = 0  # images to encode, on all ranks
     own: int | None = None  # images that this rank encodes; None before that is planned
     bar: "tqdm[Any] | None" = None
-    opened: "tuple[str, Image.Image | None]" = ("", None)
+    opened: tuple[str, Image.Image | None] = ("", None)
     touched: set[str] = field(default_factory=set)  # images that some rank encodes in this run
 
     def __post_init__(self) -> None:
         self.output, layout = self.staging.output, self.staging.layout
+        self.jobs, self.skip = self.staging.jobs, self.staging.skip
         self.dtype, self.with_embeds = layout.dtype, layout.embeds != "none"
-        self.uses = Counter(job.caption for job in self.jobs)
         self.masked = any(job.record.open_mask is not None for job in self.jobs)
 
     def run(self) -> None:
@@ -277,15 +273,17 @@ class _Builder:
         if self.rank == 0:
             self.staging.clear()
 
-        batches = [list(in_batches(todo.jobs, self.batch_size, prompts=todo.prompts)) for todo in blocks]
         turn = itertools.count()  # batches are dealt in turn, over all blocks: no rank has one more than another
-        mine = [[batch for batch in block if next(turn) % self.world_size == self.rank] for block in batches]
-        images, prompts = sum(len(todo.jobs) for todo in blocks), sum(len(todo.prompts or ()) for todo in blocks)
-        self.left = {"image": images + self.report.encoded, "prompt": prompts}
-        self.own = sum(len(batch.jobs) for block in mine for batch in block)
-        self.report.reused = len(self.jobs) - self.left["image"]
-        self.touched |= {job.record.name for todo in blocks for job in todo.jobs}
-        if not self.left["image"]:
+
+        def share(batches: Iterable[list[T]]) -> list[list[T]]:
+            return [batch for batch in batches if next(turn) % self.world_size == self.rank]
+
+        mine = [share(in_batches(jobs, self.batch_size)) for jobs in blocks]
+        self.left = sum(map(len, blocks)) + self.report.encoded
+        self.own = sum(len(batch) for block in mine for batch in block)
+        self.report.reused = len(self.jobs) - self.left
+        self.touched |= {job.record.name for jobs in blocks for job in jobs}
+        if not self.left:
             logger.info("All %d images are encoded already.", len(self.jobs))
         for start in range(0, len(blocks), self.world_size):
             numbers = range(start, min(start + self.world_size, len(blocks)))
@@ -294,6 +292,11 @@ class _Builder:
                 for number in numbers:
                     for batch in mine[number]:
                         self._encode(batch)
+                self.barrier()
+                for prompts in map(self.staging.prompts, numbers):
+                    size = self.batch_size
+                    for some in share(prompts[i : i + size] for i in range(0, len(prompts), size)):
+                        self._encode_prompts(some)
                 self.barrier()
                 self.staging.gather(numbers.start, numbers.stop)
                 self.barrier()  # before any rank tidies up
@@ -315,36 +318,39 @@ class _Builder:
 
     def _begin(self) -> None:
         """What one rank does before the others start."""
-        size = self._sample_bytes()
-        self._write_settings(size)
+        known = self._sizes()
+        self._write_settings(known)
         remove_temporaries(self.output)
         file = self.output / EMPTY_PROMPT_FILE
         if self.with_embeds and not file.is_file():  # for caption dropout
             write_npz(file, text_rows(self.encode_prompts([""]))[0], self.dtype)
-        if size is None and not self.staging.with_text:  # the first sample that can be encoded tells how many fit
-            batches = in_batches(self.jobs, self.batch_size, prompts=self.uses if self.with_embeds else ())
-            while "image" not in self.sizes and (batch := next(batches, None)) is not None:
-                self._encode(batch)
-            self._write_settings(sum(self.sizes.values()) or None)
+        if known or self.staging.with_text:
+            return
+        for batch in in_batches(self.jobs, self.batch_size):  # the first sample tells how many make a block
+            if saved := self._encode(batch):
+                prompt = self._encode_prompts([saved[-1].caption]) if self.with_embeds else 0
+                self._write_settings({"sample_bytes": self.image_bytes + prompt, "prompt_bytes": prompt})
+                return
 
-    def _sample_bytes(self) -> int | None:
+    def _sizes(self) -> dict[str, int]:
+        """Bytes of a sample and of its prompt, once they are known."""
         file = self.output / BUILD_FILE
-        return json.loads(file.read_text()).get("sample_bytes") if file.is_file() else None
+        noted = json.loads(file.read_text()) if file.is_file() else {}
+        return {name: noted[name] for name in ("sample_bytes", "prompt_bytes") if name in noted}
 
-    def _write_settings(self, sample_bytes: int | None) -> None:
+    def _write_settings(self, sizes: Mapping[str, int]) -> None:
         # Kept, so that the blocks of a build are as large before as after a kill.
         more = {} if self.rules == 1 else {"rules": self.rules}
-        more |= {} if sample_bytes is None else {"sample_bytes": sample_bytes}
-        write_settings(self.output / BUILD_FILE, self.settings, version=__version__, **more)
+        write_settings(self.output / BUILD_FILE, self.settings, version=__version__, **more, **sizes)
 
     def _block_size(self) -> int:
-        size = self._sample_bytes()
+        size = self._sizes().get("sample_bytes")
         return max(1, min(self.samples_per_part, BLOCK_BYTES // size)) if size else self.samples_per_part
 
-    def _encode(self, batch: Batch) -> None:
-        """Encodes and saves the images of a batch that can be used, and its prompts."""
-        pixels, masks, good = [], [], []
-        for job in batch.jobs:
+    def _encode(self, batch: Sequence[Job]) -> list[Job]:
+        """Encodes the images of a batch, and saves those that can be used; returns these."""
+        pixels, masks, good, saved = [], [], [], []
+        for job in batch:
             try:
                 image = self._open(job)
                 pixels.append(fit_pixels(image, job.view))
@@ -360,7 +366,11 @@ class _Builder:
             good.append(job)
             self.touched.add(job.record.name)
         images = self.encode_images(torch.from_numpy(np.stack(pixels))) if good else {}
-        self._encode_texts(batch, good)
+        if self.staging.with_text:
+            prompts = dict.fromkeys(job.caption for job in good)
+            new = [prompt for prompt in prompts if prompt not in self.texts]
+            texts = dict(zip(new, text_rows(self.encode_prompts(new)) if new else [], strict=True))
+            self.texts = {prompt: self.texts[prompt] for prompt in prompts if prompt in self.texts} | texts
         for i, job in enumerate(good):
             sample = {name: value[i] for name, value in images.items()}
             if self.masked:
@@ -373,32 +383,23 @@ class _Builder:
             if bad := self._not_finite(sample):
                 self.skip(job.name, f"its encoded {bad} holds NaN or Inf in {self.settings['dtype']}")
                 continue
-            self.sizes["image"] = self.staging.save(job, sample)
+            self.image_bytes = self.staging.save(job, sample)
             self.report.encoded += 1
             self._advance()
+            saved.append(job)
+        return saved
 
-    def _encode_texts(self, batch: Batch, good: Sequence[Job]) -> None:
-        """Encodes the prompts of a batch: those of the images that are used, or that other batches have, too."""
-        if not self.with_embeds:
-            return
-        mine, here = {job.caption for job in good}, Counter(job.caption for job in batch.jobs)
-        prompts = [p for p in batch.prompts if p in mine or (not self.staging.with_text and self.uses[p] > here[p])]
-        new = [prompt for prompt in prompts if prompt not in self.texts]
-        texts = self.encode_prompts(new) if new else {}
-        known = {prompt: self.texts[prompt] for prompt in prompts if prompt in self.texts}
-        self.texts = known | dict(zip(new, text_rows(texts) if new else [], strict=True))
-        if self.staging.with_text:
-            return
-        for prompt, text in self.texts.items():
-            if bad := self._not_finite(text):
-                if self.skip.strict:
-                    self.skip(f"The prompt {prompt!r}", f"its encoded {bad} holds NaN or Inf")
-                self.staging.save_prompt(prompt, None)
-            else:
-                self.sizes["prompt"] = self.staging.save_prompt(prompt, text)
-        self.texts = {}
+    def _encode_prompts(self, prompts: list[str]) -> int:
+        """Encodes and saves prompts; returns the bytes of the last one."""
+        size = 0
+        for prompt, text in zip(prompts, text_rows(self.encode_prompts(prompts)), strict=True):
+            bad = self._not_finite(text)
+            if bad and self.skip.strict:
+                self.skip(f"The prompt {prompt!r}", f"its encoded {bad} holds NaN or Inf")
+            size = self.staging.save_prompt(prompt, None if bad else text)
+        return size
 
-    def _open(self, job: Job) -> "Image.Image":
+    def _open(self, job: Job) -> Image.Image:
         """The image in RGB; the views of one image mostly follow each other, so the last one is kept."""
         name, image = self.opened
         if image is None or name != job.record.name:
@@ -416,13 +417,14 @@ class _Builder:
         if self.own is None:  # nothing is planned yet
             return
         if self.bar is None:  # the first sample tells the size of all
-            size = sum(self.sizes.get(name, 0) * count for name, count in self.left.items())
+            prompts = sum(map(len, self.staging.new_prompts))
+            size = self.image_bytes * self.left + self._sizes().get("prompt_bytes", 0) * prompts
             free = shutil.disk_usage(self.output).free
             need, room = readable_bytes(size), readable_bytes(free)
             buckets = len({job.bucket for job in self.jobs})
             text = "%d images in %d buckets, %d to encode: about %s (%s free)."
-            logger.info(text, len(self.jobs), buckets, self.left["image"], need, room)
-            if size - self.sizes["image"] > free:
+            logger.info(text, len(self.jobs), buckets, self.left, need, room)
+            if size - self.image_bytes > free:
                 text = "The cache needs %s, but %s has %s free. Make room; finished samples are kept."
                 logger.warning(text, need, self.output, room)
             self.bar = tqdm(total=self.own, unit="image", desc="Encoding", disable=self.rank > 0)
@@ -447,7 +449,7 @@ class _Builder:
                     self.report.tally.remark(what, name)
 
 
-def _mask(job: Job) -> "Image.Image | None":
+def _mask(job: Job) -> Image.Image | None:
     if job.record.open_mask is None:
         return None
     with job.record.open_mask() as file:

@@ -4,11 +4,10 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,10 @@ from tqdm import tqdm
 from ... import __version__
 from ...errors import CacheError, SciflowError
 from .. import storage
-from ..cache import CAPTION_COLUMNS, EMPTY_PROMPT_FILE, LatentCache
+from ..cache import CAPTION_COLUMNS, EMPTY_PROMPT_FILE, LatentCache, open_index
 from ..layouts.base import METADATA_KEY, TEXT_TENSORS, Block, Layout, Member, payload_columns, target_dtype
 from ..layouts.codecs import quantise
 from ..layouts.shards import read_header
-from ..load import load_cache
 from ..writing import output_file, readable_bytes
 from .blocks import (
     CONVERT_FILE,
@@ -33,6 +31,7 @@ from .blocks import (
     first_rows,
     locked,
     noted_settings,
+    npz_name,
     prompt_hash,
     remove_temporaries,
     write_settings,
@@ -119,22 +118,25 @@ def convert_cache(
     output = Path(output_dir)
     source, folders = _open(input_dir, payload_dir)
     _check_apart(output, source, folders)
-    plan = _Plan(source, layout, shard_bytes)
-    converter = _Converter(plan, output, ConvertReport(output, len(source), len(plan.blocks), prompts=plan.prompts))
+    conversion = _Conversion(source, folders or source.index_files, output, layout, shard_bytes)
     with locked(output) if rank == 0 else nullcontext():
         if rank == 0:
-            _claim(output, plan, folders or source.index_files)
+            conversion.claim()
             remove_temporaries(output)
         barrier()
-        _claim(output, plan, folders or source.index_files)
-        return converter.run(rank, world_size, barrier)
+        conversion.claim()
+        return conversion.run(rank, world_size, barrier)
 
 
-class _Plan:
+class _Conversion:
     """Which rows go into which block, and which block stores which prompt: from index and settings alone."""
 
-    def __init__(self, source: LatentCache, layout: Layout, shard_bytes: int) -> None:
-        self.source, self.layout = source, layout
+    def __init__(
+        self, source: LatentCache, folders: Sequence[str], output: Path, layout: Layout, shard_bytes: int
+    ) -> None:
+        self.source, self.folders, self.output, self.layout = source, folders, output, layout
+        self.writer = writer_of(output, layout)
+        self.owner_text = lru_cache(maxsize=8)(self._read_text)
         self.latent_shapes, self.text_shapes = source.latent_shapes, source.text_shapes
         names = source.members(0)
         if layout.embeds != "none" and "prompt_embeds" not in names:
@@ -150,28 +152,43 @@ class _Plan:
         captions = source.captions if known or layout.embeds == "none" else source.row_ids
         if layout.embeds == "none" and not any(captions):
             raise CacheError("`embeds` is 'none', but the captions of the source are empty: nothing could be encoded.")
-        self.hashes = [prompt_hash(caption, source.metadata) for caption in captions]
-        self.prompts = len(set(self.hashes))
+        hashes = [prompt_hash(caption, source.metadata) for caption in captions]
         once = layout.payload == "shards" and layout.embeds != "none"
-        self.first = first_rows(self.hashes) if once else list(range(len(source)))
+        self.first = first_rows(hashes) if once else list(range(len(source)))
         self.sizes = self._sizes(names)
         self.ranges = cut_blocks(self.sizes, shard_bytes)
         owners = np.searchsorted([rows.start for rows in self.ranges], self.first, side="right") - 1
         table = self._light_rows()
         self.blocks = [
             Block(
-                f"part{number:05d}", table.slice(rows.start, len(rows)), self.hashes[rows.start : rows.stop],
+                f"part{number:05d}", table.slice(rows.start, len(rows)), hashes[rows.start : rows.stop],
                 [f"part{owner:05d}" for owner in owners[rows.start : rows.stop]],
             )
             for number, rows in enumerate(self.ranges)
         ]  # fmt: skip
         cut = [[rows.start, rows.stop] for rows in self.ranges]
         facts = json.loads(table.schema.metadata[METADATA_KEY])
-        text = json.dumps([cut, self.hashes, facts, table.column_names], sort_keys=True)
+        text = json.dumps([cut, hashes, facts, table.column_names], sort_keys=True)
         self.settings = {
             "payload": layout.payload, "embeds": layout.embeds, "codec": layout.codec, "shard_bytes": shard_bytes,
             "source": source.fingerprint, "plan": hashlib.sha256(text.encode()).hexdigest()[:16],
         }  # fmt: skip
+        self.report = ConvertReport(output, len(source), len(self.blocks), prompts=len(set(hashes)))
+        self.fp8_tokens, self.fp8_total = 0, 0.0  # tokens seen so far, and the sum of their relative errors
+
+    def claim(self) -> None:
+        """Writes the settings of the conversion, or compares them with what is there."""
+        file = self.output / CONVERT_FILE
+        noted = noted_settings(file, self.settings, {})
+        if noted is None:
+            write_settings(file, self.settings, source=list(self.folders), version=__version__)
+        elif noted["differ"]:
+            before = ", ".join(noted.get("source", []))
+            raise SciflowError(
+                f"`output_dir` is {str(self.output)!r}, which holds the conversion of {before}; the source is now "
+                f"{', '.join(self.folders)}, and {noted['differ']}. Use the same source and settings, or name another "
+                "folder."
+            )
 
     def _sizes(self, members: Mapping[str, Member]) -> list[int]:
         """Stored bytes of each row before compression; of what has no shape in the index, as in the first row."""
@@ -204,12 +221,118 @@ class _Plan:
         return table.replace_schema_metadata({METADATA_KEY: json.dumps(metadata).encode()})
 
     def _npz_files(self) -> list[str]:
-        files = []
-        for row_id, group in zip(self.source.row_ids, self.source.groups, strict=True):
-            digest = hashlib.sha256(row_id.encode()).hexdigest()[:16]
-            paper = "" if group == row_id else re.sub(r"[^\w.-]+", "_", group).strip("._")[:80]
-            files.append(f"{paper or digest[:2]}/{digest}_latents.npz")
-        return files
+        rows = zip(self.source.row_ids, self.source.groups, strict=True)
+        return [npz_name("" if g == i else g, hashlib.sha256(i.encode()).hexdigest()[:16]) for i, g in rows]
+
+    def run(self, rank: int, world_size: int, barrier: Callable[[], None]) -> ConvertReport:
+        mine = range(rank, len(self.blocks), world_size)
+        self._write_payloads([number for number in mine if not self._is_there(self.blocks[number])])
+        if rank == 0:
+            self._copy_empty_prompt()
+        barrier()
+        # Those of its own first; then what other ranks left, which is nothing where they run at the same time.
+        for block in [*self.blocks[rank::world_size], *self.blocks]:
+            if self.writer.is_ready(block):
+                self.writer.write_index(block)
+        return self._finish()
+
+    def _is_there(self, block: Block) -> bool:
+        """Whether the payload of a block is there; a broken one is named."""
+        try:
+            return self.writer.has_payload(block)
+        except CacheError as error:
+            logger.warning("Written again: %s", error)
+            return False
+
+    def _write_payloads(self, numbers: Sequence[int]) -> None:
+        need = sum(self.sizes[row] for number in numbers for row in self.ranges[number])
+        free = shutil.disk_usage(self.output).free
+        if need > free:
+            text = "About %s are to be written, but %s has %s free. Make room; finished files are kept."
+            logger.warning(text, readable_bytes(need), self.output, readable_bytes(free))
+        samples = sum(len(self.ranges[number]) for number in numbers)
+        with tqdm(total=samples, unit="sample", desc="Converting", disable=not samples) as bar:
+            for number in numbers:
+                block, rows = self.blocks[number], self.ranges[number]
+                for other in self.blocks:  # whose index refers to a shard that is about to be made anew
+                    if block.name in (other.name, *(other.owners or ())):
+                        (self.output / other.index_file).unlink(missing_ok=True)
+                missing = self.writer.missing(block)
+                block = replace(block, rows=block.rows.take(missing))
+                self.writer.write_payload(block, self._samples([rows[i] for i in missing], bar))
+                self.report.written += 1
+
+    def _samples(self, rows: Sequence[int], bar: "tqdm[Any]") -> Iterator[dict[str, torch.Tensor]]:
+        for row in rows:
+            try:
+                sample = self._sample(row)
+            except CacheError as error:
+                raise CacheError(
+                    f"{error} What is converted so far is kept: mend that payload, or leave its row out by `sciflow-hf "
+                    "cache verify --repair`, and repeat."
+                ) from error
+            if self.layout.embeds == "fp8" and "prompt_embeds" in sample:
+                self._add_error(sample["prompt_embeds"])
+            yield sample
+            bar.update()
+
+    def _sample(self, row: int) -> dict[str, torch.Tensor]:
+        """The tensors of a row; without its text where that is stored for another row already."""
+        source = self.source
+        members = source.members(row)
+        kept = {name: m for name, m in members.items() if self.layout.embeds != "none" or name not in TEXT_TENSORS}
+        if sorted(kept) != sorted(self.names):
+            raise CacheError(
+                f"{source.describe(row)} holds {sorted(kept)}, but row 0 {sorted(self.names)}: all rows of a "
+                "cache must hold the same tensors."
+            )
+        first = self.first[row]
+        text = [name for name in kept if name in TEXT_TENSORS]
+        if first != row:
+            others = source.members(first)
+            if all(_place(members[name]) == _place(others[name]) for name in text):
+                kept = {name: member for name, member in kept.items() if name not in text}
+        sample = source.read(row, kept)
+        if first != row and text[0] in sample:
+            other = self.owner_text(first)
+            if all(_same(sample[name], other[name]) for name in text):
+                sample = {name: value for name, value in sample.items() if name not in text}
+        return sample
+
+    def _read_text(self, row: int) -> dict[str, torch.Tensor]:
+        members = self.source.members(row)
+        return self.source.read(row, {name: member for name, member in members.items() if name in TEXT_TENSORS})
+
+    def _copy_empty_prompt(self) -> None:
+        source, target = self.source.empty_prompt_file, self.output / EMPTY_PROMPT_FILE
+        if source is not None and self.layout.embeds != "none" and not target.is_file():
+            data = storage.read(source, 0, storage.size(source))
+            with output_file(target) as handle:
+                handle.write(data)
+
+    def _add_error(self, embeds: torch.Tensor) -> None:
+        codes, scale = quantise(embeds)
+        exact = embeds.float()
+        norms = exact.norm(dim=-1)
+        errors = (codes.float() * scale[:, None] - exact).norm(dim=-1)[norms > 0] / norms[norms > 0]
+        self.fp8_tokens += len(norms)
+        self.fp8_total += float(errors.sum())
+        self.report.fp8_error_mean = self.fp8_total / self.fp8_tokens
+        self.report.fp8_error_max = max(self.report.fp8_error_max or 0.0, *errors.tolist(), 0.0)
+
+    def _finish(self) -> ConvertReport:
+        report = self.report
+        report.waiting = sum(not (self.output / block.index_file).is_file() for block in self.blocks)
+        report.bytes_before = self.source.payload_bytes()[0]
+        files = [file for file in self.output.rglob("*") if file.is_file() and not file.name.startswith(".")]
+        report.bytes_after = sum(file.stat().st_size for file in files if file.name != CONVERT_FILE)
+        if self.layout.payload == "shards":
+            shards = [file for file in files if file.suffix == ".safetensors"]
+            keys = [key for file in shards for key in read_header(str(file)) if key.startswith("prompt_embeds.")]
+            report.own_copies = sum(key.count(".") == 2 for key in keys)
+        if report.waiting:
+            logger.info("%s: %d of %d blocks wait for other ranks.", self.output, report.waiting, report.blocks)
+        return report
 
 
 def _open(
@@ -221,10 +344,7 @@ def _open(
         cache = input_dir
     else:
         folders = [os.fspath(f) for f in ([input_dir] if isinstance(input_dir, str | os.PathLike) else input_dir)]
-        opened = load_cache(folders, payload_dir=payload_dir)
-        if not isinstance(opened, LatentCache):
-            raise SciflowError("`input_dir` is a stream, which has no order to keep. Name its folder or URL.")
-        cache = opened
+        cache = LatentCache(open_index(folders, payload_dir=payload_dir))
     if not len(cache):
         raise SciflowError("`input_dir` is a view without rows.")
     source = cache.select(range(len(cache)))
@@ -244,168 +364,6 @@ def _check_apart(output: Path, source: LatentCache, folders: Sequence[str]) -> N
                 f"`output_dir` is {str(output)!r}, but the source lies in {folder}: one must not be in the other. "
                 "Name a folder of its own."
             )
-
-
-def _claim(output: Path, plan: _Plan, source: Sequence[str]) -> None:
-    """Writes the settings of the conversion, or compares them with what is there."""
-    noted = noted_settings(output / CONVERT_FILE, plan.settings, {})
-    if noted is None:
-        write_settings(output / CONVERT_FILE, plan.settings, source=list(source), version=__version__)
-    elif noted["differ"]:
-        before = ", ".join(noted.get("source", []))
-        raise SciflowError(
-            f"`output_dir` is {str(output)!r}, which holds the conversion of {before}; the source is now "
-            f"{', '.join(source)}, and {noted['differ']}. Use the same source and settings, or name another folder."
-        )
-
-
-@dataclass
-class _Fp8Error:
-    """Relative error of the tokens seen so far."""
-
-    tokens: int = 0
-    total: float = 0.0
-    largest: float = 0.0
-
-    def add(self, embeds: torch.Tensor) -> None:
-        codes, scale = quantise(embeds)
-        exact = embeds.float()
-        norms = exact.norm(dim=-1)
-        errors = (codes.float() * scale[:, None] - exact).norm(dim=-1)[norms > 0] / norms[norms > 0]
-        self.tokens += len(norms)
-        self.total += float(errors.sum())
-        self.largest = max(self.largest, float(errors.max())) if len(errors) else self.largest
-
-
-@dataclass
-class _Converter:
-    """One process's share of a conversion."""
-
-    plan: _Plan
-    output: Path
-    report: ConvertReport
-    fp8: _Fp8Error = field(default_factory=_Fp8Error)
-
-    def __post_init__(self) -> None:
-        self.writer = writer_of(self.output, self.plan.layout)
-        self.owner_text = lru_cache(maxsize=8)(self._read_text)
-
-    def run(self, rank: int, world_size: int, barrier: Callable[[], None]) -> ConvertReport:
-        blocks = self.plan.blocks
-        mine = blocks[rank::world_size]
-        self._write_payloads([number for number in range(rank, len(blocks), world_size) if not self._is_there(number)])
-        if rank == 0:
-            self._copy_empty_prompt()
-        barrier()
-        self._write_indexes(mine)
-        barrier()
-        self._write_indexes(blocks)  # what other ranks left: nothing where they run at the same time
-        return self._finish()
-
-    def _is_there(self, number: int) -> bool:
-        return _readable(self.writer.has_payload, self.plan.blocks[number])
-
-    def _write_payloads(self, numbers: Sequence[int]) -> None:
-        plan = self.plan
-        need = sum(plan.sizes[row] for number in numbers for row in plan.ranges[number])
-        free = shutil.disk_usage(self.output).free
-        if need > free:
-            text = "About %s are to be written, but %s has %s free. Make room; finished files are kept."
-            logger.warning(text, readable_bytes(need), self.output, readable_bytes(free))
-        samples = sum(len(plan.ranges[number]) for number in numbers)
-        with tqdm(total=samples, unit="sample", desc="Converting", disable=not samples) as bar:
-            for number in numbers:
-                block, rows = plan.blocks[number], plan.ranges[number]
-                self._drop_indexes(block.name)
-                missing = self.writer.missing(block)
-                block = replace(block, rows=block.rows.take(missing))
-                self.writer.write_payload(block, self._samples([rows[i] for i in missing], bar))
-                self.report.written += 1
-
-    def _drop_indexes(self, name: str) -> None:
-        """Removes index files that refer to a shard which is about to be made anew."""
-        for other in self.plan.blocks:
-            if other.name == name or name in (other.owners or ()):
-                (self.output / other.index_file).unlink(missing_ok=True)
-
-    def _samples(self, rows: Sequence[int], bar: "tqdm[Any]") -> Iterator[dict[str, torch.Tensor]]:
-        for row in rows:
-            try:
-                sample = self._sample(row)
-            except CacheError as error:
-                raise CacheError(
-                    f"{error} What is converted so far is kept: mend that payload, or leave its row out by `sciflow-hf "
-                    "cache verify --repair`, and repeat."
-                ) from error
-            if self.plan.layout.embeds == "fp8" and "prompt_embeds" in sample:
-                self.fp8.add(sample["prompt_embeds"])
-            yield sample
-            bar.update()
-
-    def _sample(self, row: int) -> dict[str, torch.Tensor]:
-        """The tensors of a row; without its text where that is stored for another row already."""
-        source, layout = self.plan.source, self.plan.layout
-        members = source.members(row)
-        kept = {name: m for name, m in members.items() if layout.embeds != "none" or name not in TEXT_TENSORS}
-        if sorted(kept) != sorted(self.plan.names):
-            raise CacheError(
-                f"{source.describe(row)} holds {sorted(kept)}, but row 0 {sorted(self.plan.names)}: all rows of a "
-                "cache must hold the same tensors."
-            )
-        first = self.plan.first[row]
-        text = [name for name in kept if name in TEXT_TENSORS]
-        if first != row:
-            others = source.members(first)
-            if all(_place(members[name]) == _place(others[name]) for name in text):
-                kept = {name: member for name, member in kept.items() if name not in text}
-        sample = source.read(row, kept)
-        if first != row and text[0] in sample:
-            other = self.owner_text(first)
-            if all(_same(sample[name], other[name]) for name in text):
-                sample = {name: value for name, value in sample.items() if name not in text}
-        return sample
-
-    def _read_text(self, row: int) -> dict[str, torch.Tensor]:
-        members = self.plan.source.members(row)
-        return self.plan.source.read(row, {name: member for name, member in members.items() if name in TEXT_TENSORS})
-
-    def _copy_empty_prompt(self) -> None:
-        source, target = self.plan.source.empty_prompt_file, self.output / EMPTY_PROMPT_FILE
-        if source is not None and self.plan.layout.embeds != "none" and not target.is_file():
-            data = storage.read(source, 0, storage.size(source))
-            with output_file(target) as handle:
-                handle.write(data)
-
-    def _write_indexes(self, blocks: Sequence[Block]) -> None:
-        """Index files of blocks whose payloads, and those of the blocks that own their prompts, are there."""
-        for block in blocks:
-            if not _readable(self.writer.has_index, block) and _readable(self.writer.is_ready, block):
-                self.writer.write_index(block)
-
-    def _finish(self) -> ConvertReport:
-        report, plan = self.report, self.plan
-        report.waiting = sum(not (self.output / block.index_file).is_file() for block in plan.blocks)
-        report.bytes_before = plan.source.payload_bytes()[0]
-        files = [file for file in self.output.rglob("*") if file.is_file() and not file.name.startswith(".")]
-        report.bytes_after = sum(file.stat().st_size for file in files if file.name != CONVERT_FILE)
-        if plan.layout.payload == "shards":
-            shards = [file for file in files if file.suffix == ".safetensors"]
-            keys = [key for file in shards for key in read_header(str(file)) if key.startswith("prompt_embeds.")]
-            report.own_copies = sum(key.count(".") == 2 for key in keys)
-        if self.fp8.tokens:
-            report.fp8_error_mean, report.fp8_error_max = self.fp8.total / self.fp8.tokens, self.fp8.largest
-        if report.waiting:
-            logger.info("%s: %d of %d blocks wait for other ranks.", self.output, report.waiting, report.blocks)
-        return report
-
-
-def _readable(check: Callable[[Block], bool], block: Block) -> bool:
-    """What `check` finds of a block; False, with a warning, where its file is broken."""
-    try:
-        return check(block)
-    except CacheError as error:
-        logger.warning("Written again: %s", error)
-        return False
 
 
 def _place(member: Member) -> tuple[str, int, int]:

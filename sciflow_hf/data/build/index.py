@@ -35,20 +35,14 @@ def index_schema(
     """
     kinds: dict[str, set[type]] = {}
     for row in columns:
-        for name, value in row.items():
-            if name not in own:
-                kinds.setdefault(name, set()).update(() if value is None else {type(value)})
-    fields = []
-    for name, kind in sorted(kinds.items()):
-        if kind == {bool}:
-            fields.append(pa.field(name, pa.bool_()))
-        elif kind == {int}:
-            fields.append(pa.field(name, pa.int64()))
-        elif kind and kind <= {int, float}:
-            fields.append(pa.field(name, pa.float64()))
-        else:
-            fields.append(pa.field(name, pa.string()))
+        for name in row.keys() - own.keys():
+            kinds.setdefault(name, set()).add(type(row[name]))
+    numbers = {(bool,): pa.bool_(), (int,): pa.int64(), (float,): pa.float64(), (float, int): pa.float64()}
     types = {"text": pa.string(), "integer": pa.int64(), "shape": pa.list_(pa.int64())}
+    fields = []
+    for name in sorted(kinds):
+        kind = tuple(sorted(kinds[name] - {type(None)}, key=lambda cls: cls.__name__))
+        fields.append(pa.field(name, numbers.get(kind, pa.string())))
     fields += [pa.field(name, types[kind]) for name, kind in own.items()]
     return pa.schema(fields, metadata={METADATA_KEY: json.dumps(metadata).encode()})
 

@@ -1,9 +1,10 @@
 """What a build has to do: the views of each image with their buckets, in batches that are dealt to the ranks."""
 
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..batches.buckets import fitting_bucket
@@ -59,14 +60,6 @@ class Job:
             "crop_top": self.view.crop[0],
             "crop_left": self.view.crop[1],
         }
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one call of the encoders gets: images of one bucket (or none), and prompts."""
-
-    jobs: list[Job]
-    prompts: list[str] = field(default_factory=list)
 
 
 def find_jobs(
@@ -141,34 +134,8 @@ def by_bucket(jobs: Iterator[Job], batch_size: int) -> list[Job]:
     return ordered + [job for queue in waiting.values() for job in queue]
 
 
-def in_batches(jobs: Sequence[Job], batch_size: int, *, prompts: Collection[str] | None = None) -> Iterator[Batch]:
-    """Neighbours of one bucket, at most `batch_size` together.
-
-    Args:
-        jobs: what is to be encoded.
-        batch_size: the most images, and prompts without an image, of a batch.
-        prompts: the prompts to encode, each once: with the first image that has it, or on their own. None:
-            those of its images with every batch.
-    """
-    left = None if prompts is None else dict.fromkeys(prompts)
-    batch: list[Job] = []
-
-    def whole() -> Batch:
-        mine = dict.fromkeys(job.caption for job in batch)
-        if left is None:
-            return Batch(batch, list(mine))
-        chosen = [prompt for prompt in mine if prompt in left]
-        for prompt in chosen:
-            del left[prompt]
-        return Batch(batch, chosen)
-
-    for job in jobs:
-        if batch and (job.bucket != batch[0].bucket or len(batch) == batch_size):
-            yield whole()
-            batch = []
-        batch.append(job)
-    if batch:
-        yield whole()
-    rest = list(left or ())
-    for start in range(0, len(rest), batch_size):
-        yield Batch([], rest[start : start + batch_size])
+def in_batches(jobs: Sequence[Job], batch_size: int) -> Iterator[list[Job]]:
+    """Neighbours of one bucket, at most `batch_size` together."""
+    for _, group in itertools.groupby(jobs, key=lambda job: job.bucket):
+        same = list(group)
+        yield from (same[i : i + batch_size] for i in range(0, len(same), batch_size))

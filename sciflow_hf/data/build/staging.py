@@ -4,7 +4,6 @@ import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +13,7 @@ import torch
 from ...errors import CacheError, SciflowError
 from ..layouts.base import Layout, write_table
 from ..layouts.npz import npz_members, write_npz
+from .blocks import npz_name
 from .index import index_schema, index_table
 from .jobs import Job
 
@@ -53,25 +53,12 @@ class Skips:
         return next((f"{name} ({reason})" for name, reason in self.found.items()), "see the first rank's messages")
 
 
-@dataclass(frozen=True)
-class Todo:
-    """A block of the cache that is to be made.
-
-    Attributes:
-        jobs: images to encode; others of the block are there already.
-        prompts: prompts to encode; None: those of the images, with each of them.
-    """
-
-    jobs: list[Job]
-    prompts: list[str] | None
-
-
 class Staging(ABC):
     """The samples of a cache that is being built by several ranks.
 
     In this order, with a barrier after each of the first two: all `look`; all `plan`; rank 0 calls `clear`. Then ranks
-    `save` what they encoded, and, after a barrier, one of them each `finish`es a block. When all are done, rank 0 calls
-    `close`.
+    `save` what they encoded, and, after a barrier, the `prompts` of these blocks; after another one, one of them each
+    `finish`es a block. When all are done, rank 0 calls `close`.
 
     Args:
         output: the cache.
@@ -79,6 +66,9 @@ class Staging(ABC):
         facts: metadata of the index.
         layout: of the payloads.
         skip: told of a sample that cannot be stored.
+
+    Attributes:
+        new_prompts: after `plan`: of each block, those that are first needed there.
     """
 
     with_text: ClassVar[bool]  # whether a sample is saved together with its text
@@ -87,6 +77,7 @@ class Staging(ABC):
         self, output: Path, jobs: Sequence[Job], facts: Mapping[str, Any], layout: Layout, skip: Skips
     ) -> None:
         self.output, self.jobs, self.facts, self.layout, self.skip = output, jobs, facts, layout, skip
+        self.new_prompts: list[list[str]] = []
 
     @abstractmethod
     def look(self) -> None:
@@ -97,8 +88,8 @@ class Staging(ABC):
         """
 
     @abstractmethod
-    def plan(self, samples_per_block: int) -> list[Todo]:
-        """What is left to do; changes nothing, and is the same on all ranks."""
+    def plan(self, samples_per_block: int) -> list[list[Job]]:
+        """The images of each block that are left to encode; changes nothing, and is the same on all ranks."""
 
     @abstractmethod
     def clear(self) -> None:
@@ -107,6 +98,10 @@ class Staging(ABC):
     @abstractmethod
     def save(self, job: Job, sample: Tensors) -> int:
         """Keeps a sample, complete or not at all; returns its bytes."""
+
+    def prompts(self, number: int) -> list[str]:
+        """The prompts of block `number` to encode, once its images are saved."""
+        return []
 
     def save_prompt(self, prompt: str, text: Tensors | None) -> int:
         """Keeps the embedding of a prompt (None: that it has none); returns its bytes."""
@@ -151,16 +146,16 @@ class NpzStaging(Staging):
             if match := _PART.fullmatch(file.name):
                 self.tables[int(match[1])] = pq.read_table(file)
         self.known = {row["cache_path"]: row for table in self.tables.values() for row in table.to_pylist()}
-        self.files = {job.id: _payload_name(job) for job in self.jobs}
+        self.files = {job.id: npz_name(str(job.record.columns.get("paper_id") or ""), job.id) for job in self.jobs}
         images = {path: row.get("image_path") for path, row in self.known.items()}
         self.check_input(images, self.files.values())
 
-    def plan(self, samples_per_block: int) -> list[Todo]:
+    def plan(self, samples_per_block: int) -> list[list[Job]]:
         size = samples_per_block
         self.blocks = [self.jobs[i : i + size] for i in range(0, len(self.jobs), size)]
         self.schema = index_schema([job.record.columns for job in self.jobs], self.facts)
         self.shapes = {job.id: self._shapes(job) for job in self.jobs}
-        return [Todo([job for job in block if self.shapes[job.id] is None], None) for block in self.blocks]
+        return [[job for job in block if self.shapes[job.id] is None] for block in self.blocks]
 
     def _shapes(self, job: Job) -> dict[str, list[int]] | None:
         """Columns with the shapes of a finished sample; None if it has to be encoded."""
@@ -203,11 +198,6 @@ class NpzStaging(Staging):
         found = [self.output / file for file in self.files.values()]
         sizes = [file.stat().st_size for file in found if file.is_file()]
         return len(sizes), sum(sizes)
-
-
-def _payload_name(job: Job) -> str:
-    paper = re.sub(r"[^\w.-]+", "_", str(job.record.columns.get("paper_id") or "")).strip("._")[:80]
-    return f"{paper or job.id[:2]}/{job.id}_latents.npz"
 
 
 def _index_name(number: int) -> str:

@@ -2,14 +2,11 @@
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image, ImageOps
 
 from ...diffusion.randomness import hash64
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 _VARIANT = re.compile(r"(?:caption[1-9]\d*)?(?:(?:^|(?<=\d)-)crop([1-9]\d*))?(?:(?:^|(?<=\d)-)flip)?")
 _Size = tuple[int, int]
@@ -92,16 +89,14 @@ def view_of(variant: str, image_id: str, original: _Size, size: _Size) -> View:
     return View(variant, original, size, box, (top, max(left, 0)))
 
 
-def fit_pixels(image: "Image.Image", view: View) -> np.ndarray:
+def fit_pixels(image: Image.Image, view: View) -> np.ndarray:
     """The view of an RGB image: (3, H, W), float32 in [-1, 1]."""
-    from PIL import Image
-
     fitted = image.resize(view.size[::-1], Image.Resampling.LANCZOS, box=view.box)
     pixels = np.asarray(fitted, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
     return np.ascontiguousarray(pixels[:, :, ::-1]) if view.flipped else pixels
 
 
-def fit_mask(mask: "Image.Image | None", view: View) -> "Image.Image":
+def fit_mask(mask: Image.Image | None, view: View) -> Image.Image:
     """The view of a loss mask: grey, as large as the bucket.
 
     Args:
@@ -110,8 +105,6 @@ def fit_mask(mask: "Image.Image | None", view: View) -> "Image.Image":
     Raises:
         ValueError: the mask has another shape.
     """
-    from PIL import Image, ImageOps
-
     if mask is None:
         return Image.new("L", view.size[::-1], 255)
     (height, width), scale = view.original, mask.height / view.original[0]
@@ -124,8 +117,6 @@ def fit_mask(mask: "Image.Image | None", view: View) -> "Image.Image":
     return ImageOps.mirror(fitted) if view.flipped else fitted
 
 
-def average_mask(fitted: "Image.Image", size: _Size) -> np.ndarray:
+def average_mask(fitted: Image.Image, size: _Size) -> np.ndarray:
     """The mean of a fitted mask over the pixels of each latent: `size` (h, w), uint8."""
-    from PIL import Image
-
     return np.array(fitted.resize(size[::-1], Image.Resampling.BOX))

@@ -1,20 +1,16 @@
 """What a cache holds, as text tables: `sciflow-hf cache info`."""
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ...errors import CacheError
-from ..cache import CAPTION_COLUMNS
+from ..cache import CAPTION_COLUMNS, LatentCache
 from ..layouts.base import Member
-from ..writing import readable_bytes
-
-if TYPE_CHECKING:
-    from ..cache import LatentCache
+from ..writing import readable_bytes, text_table
 
 _LOOKED_INTO = 8  # npz files: the index does not say what is in them
 
@@ -30,20 +26,12 @@ class StoredArrays:
     estimated: bool = False
 
 
-def text_table(rows: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> str:
-    """Lines of aligned columns; those numbered in `right` are flush right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [f"{c:>{w}}" if k in right else f"{c:<{w}}" for k, (c, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-def describe_cache(cache: "LatentCache", names: Sequence[str]) -> str:
+def describe_cache(cache: LatentCache, names: Sequence[str]) -> str:
     """All that `cache info` says of a complete cache; `names` are the entries of `dataset_dir`."""
     arrays, lengths = stored_arrays(cache), cache.text_lengths
     captions = any(cache.column(name) is not None for name in CAPTION_COLUMNS)
+    low, high = min(lengths), max(lengths)
+    tokens = f"{low} tokens" if low == high else f"{low} to {high} tokens ({len(set(lengths))} different)"
     size, missing = cache.payload_bytes()
     masks = arrays.get("loss_mask", StoredArrays()).count
     facts = [
@@ -52,7 +40,7 @@ def describe_cache(cache: "LatentCache", names: Sequence[str]) -> str:
         ("layout", " and ".join(sorted({reader.payload.get("layout", "npz") for reader in cache.readers}))),
         ("payload", readable_bytes(size) + (f", {missing} files missing" if missing else "")),
         ("distinct prompts", f"{len(set(cache.captions))}" if captions else "unknown (no captions)"),
-        ("text lengths", _ranges(lengths) if max(lengths) else "no embeddings: prompts are encoded in training"),
+        ("text lengths", tokens if high else "no embeddings: prompts are encoded in training"),
         ("empty prompt", cache.empty_prompt_file or "not stored (no caption dropout)"),
         ("posterior", "sample (latents_std is stored)" if "latents_std" in arrays else "mode"),
         ("loss masks", f"{masks}" if masks else "none"),
@@ -80,7 +68,7 @@ def describe_cache(cache: "LatentCache", names: Sequence[str]) -> str:
     return "\n\n".join(tables)
 
 
-def stored_arrays(cache: "LatentCache") -> dict[str, StoredArrays]:
+def stored_arrays(cache: LatentCache) -> dict[str, StoredArrays]:
     """The arrays of a complete cache by name, as its index lists them; those of npz files from a look into a few."""
     found: dict[str, StoredArrays] = {}
     for name in dict.fromkeys(name for reader in cache.readers for name in reader.tensors):
@@ -107,8 +95,3 @@ def stored_arrays(cache: "LatentCache") -> dict[str, StoredArrays]:
     for name in {member.name for member in seen}:
         found[name].count += len(npz)
     return found
-
-
-def _ranges(lengths: Sequence[int]) -> str:
-    low, high = min(lengths), max(lengths)
-    return f"{low} tokens" if low == high else f"{low} to {high} tokens ({len(set(lengths))} different)"

@@ -4,7 +4,6 @@ import heapq
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,9 +13,7 @@ from ...errors import SciflowError
 from ..build.sources.find import find_records
 from ..build.sources.pixels import oriented_size, to_rgb
 from ..build.views import fit_pixels, view_of
-
-if TYPE_CHECKING:
-    from ..cache import LatentCache
+from ..cache import LatentCache
 
 TOLERANCE, FP8_TOLERANCE = 2e-2, 5e-2  # relative L2; storing alone costs about 2e-3 (bf16) and 2.7e-2 (fp8)
 
@@ -53,7 +50,7 @@ class Difference:
 
 
 def compare_afresh(
-    cache: "LatentCache",
+    cache: LatentCache,
     count: int,
     *,
     input_dir: str | os.PathLike[str],

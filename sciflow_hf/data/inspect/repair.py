@@ -4,7 +4,6 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -13,16 +12,13 @@ import pyarrow.parquet as pq
 from ...errors import SciflowError
 from ...files import atomic_folder
 from .. import storage
-from ..cache import EMPTY_PROMPT_FILE, is_binary, read_schema, read_table
+from ..cache import EMPTY_PROMPT_FILE, LatentCache, is_binary, read_schema, read_table
 from ..layouts.base import Reader
 from ..writing import cannot_write
 
-if TYPE_CHECKING:
-    from ..cache import LatentCache
-
 
 def write_repaired(
-    cache: "LatentCache", dataset_dir: str, bad_rows: Collection[int], *, with_empty_prompt: bool = True
+    cache: LatentCache, dataset_dir: str, bad_rows: Collection[int], *, with_empty_prompt: bool = True
 ) -> tuple[Path, str]:
     """Writes `<dataset_dir>-repaired`, the index without `bad_rows`, complete or not at all.
 

@@ -5,20 +5,18 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from tqdm import tqdm
 
 from ...errors import CacheError, SciflowError
 from .. import storage
-from ..cache import MEMBER_COLUMNS
-from ..layouts.base import BROKEN, DTYPES, Member, Reader, read_member
+from ..cache import MEMBER_COLUMNS, LatentCache
+from ..layouts.base import BROKEN, DTYPES, Member, Reader, read_members
 from ..layouts.npz import npz_problems
-
-if TYPE_CHECKING:
-    from ..cache import LatentCache
 
 _STORED = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 _ROWS_AT_ONCE = 1024
@@ -84,7 +82,7 @@ class VerifyReport:
         return facts | {"problems": [asdict(problem) for problem in self.problems]}
 
 
-def verify_cache(cache: "LatentCache", *, threads: int = 2, progress: bool = True) -> VerifyReport:
+def verify_cache(cache: LatentCache, *, threads: int = 2, progress: bool = True) -> VerifyReport:
     """Read and check all that a cache stores; a bad row never stops the scan.
 
     Of npz files every byte of every array is held against the zip's checksums, and local headers against the
@@ -129,14 +127,13 @@ def verify_cache(cache: "LatentCache", *, threads: int = 2, progress: bool = Tru
 class _Scan:
     """Checks rows, in any thread."""
 
-    def __init__(self, cache: "LatentCache") -> None:
+    def __init__(self, cache: LatentCache) -> None:
         self.cache = cache
         self.arrays = self.bytes = 0
         self.odd_dtypes: Counter[tuple[str, str]] = Counter()
         self.counting = threading.Lock()
         self.seen: dict[int, str] = {}  # stored tensor -> its problem, or ""
         self.reading = [threading.Lock() for _ in range(_LOCKS)]  # none is read by two threads
-        self.checkers = {reader.file: reader.checker() for reader in cache.readers}
         columns = {name: cache.column(name) for name in _checksum_columns(cache)}
         self.checksums = {n: c.fill_null(-1).to_numpy() for n, c in columns.items() if c is not None}
 
@@ -177,32 +174,26 @@ class _Scan:
 
     def _look(self, member: Member, crc: int, reader: Reader) -> str:
         try:
-            return self.checkers[reader.file](member, crc) or _value_problem(member)
+            return reader.check(member, crc) or _value_problem(member)
         except FileNotFoundError:
             return f"`{member.name}`: its file is missing"
         except (CacheError, *BROKEN) as error:
             return f"`{member.name}` cannot be read ({error.__cause__ or error})"
 
 
-def _checksum_columns(cache: "LatentCache") -> list[str]:
+def _checksum_columns(cache: LatentCache) -> list[str]:
     return sorted({f"{name}_crc32" for reader in cache.readers for name in reader.tensors})
 
 
 def _value_problem(member: Member) -> str:
     """Decodes an array as a reader would, and looks at its values."""
-    dtype = DTYPES[member.dtype]
-    if dtype.is_floating_point and dtype not in (torch.float16, torch.bfloat16):
-        dtype = torch.float32
-    elif not dtype.is_floating_point and dtype not in (torch.bool, torch.uint8):
-        dtype = torch.int64
-    values = torch.empty(member.shape, dtype=dtype)
-    read_member(member, values, member.name)
+    stored = DTYPES[member.dtype]
+    dtype = stored if stored in (torch.float16, torch.bfloat16) else torch.float32
+    values = read_members([member], dtype, f"`{member.name}`")[member.name]
     # The extremes tell (NaN is both), much faster than a look at every value.
-    if dtype.is_floating_point and values.numel() and not torch.stack(torch.aminmax(values)).isfinite().all():
+    if values.is_floating_point() and values.numel() and not torch.stack(torch.aminmax(values)).isfinite().all():
         odd = values.numel() - int(torch.isfinite(values).sum())
         return f"`{member.name}` holds NaN or Inf: {odd} of {values.numel()} values"
-    if member.name == "txt_ids" and dtype.is_floating_point and (values != values.round()).any():
-        return "`txt_ids` holds values that are not whole numbers"
     if member.name == "latents_std" and (values < 0).any():
         return "`latents_std` holds negative values"
     return ""
@@ -224,7 +215,7 @@ def _shape_problems(members: Mapping[str, Member]) -> Iterator[str]:
 # -- files -----------------------------------------------------------------------------------------------------
 
 
-def _unused_shards(cache: "LatentCache") -> list[str]:
+def _unused_shards(cache: LatentCache) -> list[str]:
     """Shards beside those in use that no row refers to; nothing where `cache` is a view of some rows."""
     if not cache.is_complete:
         return []
@@ -234,11 +225,11 @@ def _unused_shards(cache: "LatentCache") -> list[str]:
     return [f"No row refers to {file}." for file in there if file not in used]
 
 
-def _empty_prompt_problems(cache: "LatentCache") -> list[Problem]:
+def _empty_prompt_problems(cache: LatentCache) -> list[Problem]:
     file = cache.empty_prompt_file
     if file is None:
         return []
-    texts = npz_problems(file, {})
+    texts = npz_problems(file)
     try:
         for name, values in (cache.empty_prompt or {}).items():
             if not torch.isfinite(values).all():
@@ -251,41 +242,29 @@ def _empty_prompt_problems(cache: "LatentCache") -> list[Problem]:
 # -- the index -------------------------------------------------------------------------------------------------
 
 
-def _bucket_problems(cache: "LatentCache") -> dict[int, list[str]]:
+def _bucket_problems(cache: LatentCache) -> dict[int, list[str]]:
     """Rows whose bucket, channels or width of text are not those of the others."""
     sizes, latents, texts = np.array(cache.buckets), cache.latent_shapes, cache.text_shapes
     found: dict[int, list[str]] = {}
-    if not len(sizes):
-        return found
-    factors = sizes / latents[:, 1:]
-    common = _most_frequent(factors)
-    for i in np.flatnonzero((factors != common).any(axis=1)).tolist():
-        found.setdefault(i, []).append(
-            f"bucket {sizes[i, 0]} x {sizes[i, 1]} does not fit `latent_shape` {tuple(latents[i].tolist())}: a latent "
-            f"of the other rows is {common[0]:g} x {common[1]:g} pixels"
-        )
-    with_text = np.flatnonzero(texts[:, 0])
+    everywhere, with_text = np.arange(len(latents)), np.flatnonzero(texts[:, 0])
+    of_bucket = "the bucket does not fit `latent_shape`: a latent is {} pixels, those of the other rows {}"
     columns = (
-        ("the latents have {} channels, those of the other rows {}", latents[:, :1], np.arange(len(latents))),
-        ("the text embeddings are {} wide, those of the other rows {}", texts[with_text, 1:], with_text),
+        (of_bucket, everywhere, sizes.reshape(-1, 2) / latents[:, 1:]),
+        ("the latents have {} channels, those of the other rows {}", everywhere, latents[:, :1]),
+        ("the text embeddings are {} wide, those of the other rows {}", with_text, texts[with_text, 1:]),
     )
-    for text, values, rows in columns:
-        if len(rows):
-            usual = _most_frequent(values)
-            for k in np.flatnonzero(values != usual).tolist():
-                found.setdefault(int(rows[k]), []).append(text.format(values[k, 0], usual[0]))
+    for text, rows, values in columns:
+        kinds, kind, counts = np.unique(values, axis=0, return_inverse=True, return_counts=True)
+        said = [" x ".join(f"{number:g}" for number in row) for row in kinds.tolist()]
+        usual = int(counts.argmax()) if len(rows) else 0
+        for row, k in zip(rows.tolist(), kind.reshape(-1).tolist(), strict=True):
+            if k != usual:
+                found.setdefault(row, []).append(text.format(said[k], said[usual]))
     return found
 
 
-def _most_frequent(rows: np.ndarray) -> np.ndarray:
-    values, counts = np.unique(rows, axis=0, return_counts=True)
-    return values[counts.argmax()]
-
-
-def repeated_rows(cache: "LatentCache") -> Iterator[tuple[int, str]]:
+def repeated_rows(cache: LatentCache) -> Iterator[tuple[int, str]]:
     """Rows that are an earlier one once more: the same image and variant with the same payload."""
-    import pyarrow as pa
-
     names = ["image_path", "variant"]
     for columns, needed in ((MEMBER_COLUMNS, "cache_path"), (_checksum_columns(cache), "latents_crc32")):
         found = {name: cache.column(name) for name in dict.fromkeys((*names, *columns))}

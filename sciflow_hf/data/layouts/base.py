@@ -9,7 +9,7 @@ import threading
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,25 +29,17 @@ from .codecs import PIECE, dequantise, pack, quantise, unpack
 
 METADATA_KEY = b"sciflow_hf"
 """Of the schema metadata of an index file: encoder settings and `payload`, what the columns do not say of it."""
+MADE_COLUMNS = ("cache_path", "inline_row", "latent_shape", "prompt_embeds_shape")
+"""What writers add to the rows of a block, but for single tensors."""
 TEXT_TENSORS = ("prompt_embeds", "prompt_embeds_scale", "pooled_prompt_embeds", "prompt_embeds_mask", "txt_ids")
 """What follows from the prompt alone."""
 
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn, "BOOL": torch.bool,
+}  # fmt: skip
 """Names of dtypes as in safetensors files."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 BROKEN = (
@@ -75,6 +67,7 @@ class Member:
         dtype: of the values, as in safetensors files ("BF16").
         shape: of the array.
         codec: "none"; "zstd" (see `codecs.pack`); "numpy" for an array that numpy has to decode.
+        crc32: of the stored bytes, where the header of a file says so; else -1.
         scale: of an "F8_E4M3" array: float32, (shape[0],), one per token.
     """
 
@@ -86,6 +79,7 @@ class Member:
     shape: tuple[int, ...]
     codec: str = "none"
     scale: "Member | None" = None
+    crc32: int = -1
 
     @property
     def numel(self) -> int:
@@ -109,6 +103,15 @@ def read_member(member: Member, out: torch.Tensor, where: object) -> None:
         CacheError: naming `where` and the file, if the bytes are not there or do not decode.
     """
     stored = DTYPES[member.dtype]
+    if member.name == "txt_ids" and stored.is_floating_point and not out.is_floating_point():
+        ids = torch.empty(member.shape, dtype=torch.float64)
+        read_member(member, ids, where)
+        if not torch.isfinite(ids).all() or (ids != ids.round()).any():
+            raise CacheError(
+                f"{where}: `text_ids` in {member.file} holds values that are not whole numbers. {REBUILD}."
+            )
+        out.copy_(ids)
+        return
     with explain(member.file, where, member.name):
         if tuple(out.shape) != member.shape:
             raise ValueError(f"shape {member.shape} does not fit into {tuple(out.shape)}")
@@ -123,7 +126,7 @@ def read_member(member: Member, out: torch.Tensor, where: object) -> None:
             return
         values = out if stored == out.dtype else torch.empty(member.shape, dtype=stored)
         data = as_bytes(values) if plain else np.empty(member.nbytes, dtype=np.uint8)
-        storage.read_into(member.file, member.offset, data)
+        storage.reader(member.file)(member.offset, data)
         if not plain:
             unpack(data, as_bytes(values), stored.itemsize)
         if member.scale is not None:
@@ -242,13 +245,18 @@ class Columns:
             f"{needed}. Mend the index, or run `sciflow-hf cache build` again."
         )
 
+    def refuse(self, odd: np.ndarray, name: str, needed: str) -> None:
+        """Raises an error that names the first of the odd rows, (N,) bool."""
+        if odd.any():
+            raise self.error(int(np.argmax(odd)), name, needed)
+
     def column(self, name: str) -> pa.ChunkedArray:
         """One that has a value in every row."""
         if name not in self.names:
             raise CacheError(f"The index {self.file} lacks the column {name!r}. {CONVERT}.")
         column = self.table.column(name)
         if column.null_count:
-            raise self.error(int(np.argmax(column.is_null().to_numpy())), name, "given")
+            self.refuse(column.is_null().to_numpy(), name, "given")
         is_text = types.is_string(column.type) or types.is_large_string(column.type)
         if name.endswith("_path") and len(column) and not is_text:
             raise self.error(0, name, "a path")
@@ -265,11 +273,9 @@ class Columns:
             values = self.column(name).cast(pa.int64()).to_numpy()
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise self.error(0, name, f"a whole number{unit} in every row ({first_line(error)})") from error
-        if (values < least).any():
-            raise self.error(int(np.argmax(values < least)), name, f"a positive number{unit}" if least else "0 or more")
-        if (values > most).any():
-            raise self.error(int(np.argmax(values > most)), name, f"at most {most}{unit}")
-        return values
+        self.refuse(values < least, name, f"a positive number{unit}" if least else "0 or more")
+        self.refuse(values > most, name, f"at most {most}{unit}")
+        return _compact(values)
 
     def shapes(self, name: str, form: str = "") -> np.ndarray:
         """Lists or strings ("(32, 64, 48)", "[32, 64, 48]", "32,64,48") -> (N, numbers in `form`), int32.
@@ -277,54 +283,35 @@ class Columns:
         Without `form` lists alone, of as many numbers as the first.
         """
         column = self.column(name)
-        if not form:
-            first = column[0].as_py() if len(column) else []
-            if not isinstance(first, list):
-                raise self.error(0, name, "a list")
-            if not first:
-                return np.zeros((len(column), 0), dtype=np.int32)
-            form = ",".join("n" * len(first))
-        size = form.count(",") + 1
-        if not len(column):
-            return np.zeros((0, size), dtype=np.int32)
-        needed = f"{size} positive whole numbers {form}"
-        if types.is_string(column.type) or types.is_large_string(column.type):
-            encoded = column.cast(pa.large_string()).combine_chunks().dictionary_encode()  # few distinct shapes
-            parsed = np.array([_parse_shape(text, size) for text in encoded.dictionary.to_pylist()], dtype=np.int64)
-            shapes = parsed.reshape(-1, size)[encoded.indices.to_numpy()]
-        elif types.is_list(column.type) or types.is_large_list(column.type) or types.is_fixed_size_list(column.type):
-            odd = pc.not_equal(pc.list_value_length(column), size).to_numpy()
-            if odd.any():
-                raise self.error(int(np.argmax(odd)), name, needed)
-            try:
-                flat = pc.list_flatten(column).cast(pa.int64()).fill_null(0)
-            except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-                raise self.error(0, name, f"{needed}, in every row ({first_line(error)})") from error
-            shapes = flat.to_numpy().reshape(-1, size)
-        else:
-            raise self.error(0, name, f"{needed}, as a list or a string")
-        odd = ((shapes <= 0) | (shapes > INT32)).any(axis=1)
-        if odd.any():
-            raise self.error(int(np.argmax(odd)), name, f"{needed}, at most {INT32}")
-        return shapes.astype(np.int32)
-
-
-def _parse_shape(text: str, size: int) -> list[int]:
-    """The numbers of a shape in brackets or without; zeros, which no shape has, if it is none."""
-    numbers = re.findall(r"\d+", text) if re.fullmatch(r"[\[(\s]*\d+(?:[,\s]+\d+)*[\])\s,]*", text) else []
-    return [min(int(number), INT32 + 1) for number in numbers] if len(numbers) == size else [0] * size
+        is_text = types.is_string(column.type) or types.is_large_string(column.type)
+        if form and is_text:
+            encoded = column.combine_chunks().dictionary_encode()  # few distinct shapes
+            shapes = pc.split_pattern_regex(pc.utf8_trim(encoded.dictionary, "[]() ,\t\n"), r"[,\s]+")
+            column = pa.chunked_array([shapes.take(encoded.indices)])
+        elif not types.is_nested(column.type):
+            raise self.error(0, name, f"whole numbers {form}, as a list" + " or a string" * bool(form))
+        size = form.count(",") + 1 if form or not len(column) else len(column[0])
+        needed = f"{size} positive whole numbers {form}, at most {INT32}"
+        try:
+            self.refuse(pc.not_equal(pc.list_value_length(column), size).to_numpy(), name, needed)
+            shapes = pc.list_flatten(column).cast(pa.int64()).fill_null(0).to_numpy().reshape(len(column), size)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            odd = [
+                i for i, row in enumerate(column.to_pylist()) if not all(re.fullmatch(r"\d{1,18}", str(n)) for n in row)
+            ]
+            raise self.error(odd[0] if odd else 0, name, f"{needed} ({first_line(error)})") from error
+        self.refuse(((shapes <= 0) | (shapes > INT32)).any(axis=1), name, needed)
+        return _compact(shapes.astype(np.int32))
 
 
 class Reader(ABC):
     """Finds the members of the rows of one index file; N rows.
 
     Args:
-        file: the index file.
+        columns: of the index file; at least `columns(payload)`, those of them that it has.
         root: where paths are rooted; a folder or URL.
-        table: at least its columns `columns(payload)`, those of them that it has.
         payload: of its metadata; {} for npz.
-        latent_shapes: (N, 3).
-        text_shapes: (N, 2).
+        shapes: those of latents, (N, 3), and of embeddings, (N, 2).
 
     Attributes:
         tensors: dtype and codec of each stored tensor, where the index says so.
@@ -333,16 +320,8 @@ class Reader(ABC):
         CacheError: if columns or metadata are not what the library writes.
     """
 
-    def __init__(
-        self,
-        file: str,
-        root: str,
-        table: pa.Table,
-        payload: Mapping[str, Any],
-        latent_shapes: np.ndarray,
-        text_shapes: np.ndarray,
-    ) -> None:
-        self.file, self.root, self.payload = file, root, payload
+    def __init__(self, columns: Columns, root: str, payload: Mapping[str, Any], *shapes: np.ndarray) -> None:
+        self.file, self.root, self.payload = columns.file, root, payload
         self.tensors: dict[str, dict[str, Any]] = payload.get("tensors", {})
 
     @classmethod
@@ -370,9 +349,9 @@ class Reader(ABC):
         """What is wrong with the payload file of one row alone."""
         return []
 
-    def checker(self) -> Callable[[Member, int], str]:
-        """A function of a member and its checksum (-1: none) that says what is wrong with the stored bytes, or ""."""
-        return lambda member, crc32: ""
+    def check(self, member: Member, crc32: int) -> str:
+        """What is wrong with the stored bytes of a member whose checksum this should be (-1: none), or ""."""
+        return ""
 
 
 class ColumnReader(Reader):
@@ -381,15 +360,14 @@ class ColumnReader(Reader):
     For each tensor the columns `<name>_nbytes`, `<name>_crc32` and, but for scales, its shape.
     """
 
-    def __init__(self, file: str, root: str, table: pa.Table, payload: Mapping[str, Any], *shapes: np.ndarray) -> None:
-        super().__init__(file, root, table, payload, *shapes)
-        _check_tensors(payload, file)
-        columns = Columns(table, file)
-        self._nbytes = {name: compact(columns.numbers(f"{name}_nbytes")) for name in self.tensors}
+    def __init__(self, columns: Columns, root: str, payload: Mapping[str, Any], *shapes: np.ndarray) -> None:
+        super().__init__(columns, root, payload, *shapes)
+        _check_tensors(payload, columns.file)
+        self._nbytes = {name: columns.numbers(f"{name}_nbytes") for name in self.tensors}
         scales = {spec["scale"] for spec in self.tensors.values() if "scale" in spec}
         known = {"latents": shapes[0], "latents_std": shapes[0], "prompt_embeds": shapes[1]}
         self._shapes = {
-            name: known[name] if name in known else compact(columns.shapes(shape_column(name)))
+            name: known[name] if name in known else columns.shapes(shape_column(name))
             for name in self.tensors
             if name not in scales
         }
@@ -417,15 +395,11 @@ class ColumnReader(Reader):
     def _find(self, name: str, i: int, nbytes: int, where: object) -> tuple[str, int]:
         """File and offset of a member's bytes."""
 
-    def checker(self) -> Callable[[Member, int], str]:
-        def check(member: Member, crc32: int) -> str:
-            if crc32 < 0:
-                return f"`{member.name}` has no checksum in the index (column `{member.name}_crc32`)"
-            if zlib.crc32(storage.read(member.file, member.offset, member.nbytes)) != crc32:
-                return f"`{member.name}`: its bytes have changed (the checksum differs)"
-            return ""
-
-        return check
+    def check(self, member: Member, crc32: int) -> str:
+        if crc32 < 0:
+            return f"`{member.name}` has no checksum in the index (column `{member.name}_crc32`)"
+        same = zlib.crc32(storage.read(member.file, member.offset, member.nbytes)) == crc32
+        return "" if same else f"`{member.name}`: its bytes have changed (the checksum differs)"
 
 
 def _check_tensors(payload: Mapping[str, Any], file: str) -> None:
@@ -444,7 +418,7 @@ def _check_tensors(payload: Mapping[str, Any], file: str) -> None:
             )
 
 
-def compact(values: np.ndarray) -> np.ndarray:
+def _compact(values: np.ndarray) -> np.ndarray:
     """The same array without memory for its rows where they are all alike, as in most caches."""
     return np.broadcast_to(values[:1].copy(), values.shape) if len(values) and (values == values[0]).all() else values
 
@@ -599,7 +573,7 @@ class Writer(ABC):
         return list(range(block.rows.num_rows))
 
     def is_ready(self, block: Block) -> bool:
-        """Whether all is there that the index of a block refers to."""
+        """Whether all is there that the index of a block, which is to be written, refers to."""
         return self.has_payload(block)
 
     @abstractmethod
@@ -614,14 +588,6 @@ class Writer(ABC):
         Raises:
             SciflowError: the files cannot be written.
         """
-
-    def has_index(self, block: Block) -> bool:
-        """Whether the index of a block is there. CacheError if it is broken."""
-        file = self.output / block.index_file
-        if not file.is_file():
-            return False
-        with explain(str(file), "an index file"):
-            return int(pq.read_metadata(file).num_rows) == block.rows.num_rows
 
     def write_index(self, block: Block) -> None:
         """Writes the index of a block, if it has none that says the same.
@@ -638,6 +604,16 @@ class Writer(ABC):
     def _columns(self, block: Block) -> tuple[dict[str, pa.Array], dict[str, dict[str, str]]]:
         """Columns of a block's index that say where its members lie, and what each tensor is."""
         return {}, {}
+
+    def stored_columns(self, tensor: str, found: Sequence[tuple[Sequence[int], int, int]]) -> dict[str, pa.Array]:
+        """Index columns of one tensor from (shape, nbytes, crc32) of each row."""
+        columns = {
+            f"{tensor}_nbytes": pa.array([nbytes for _, nbytes, _ in found], pa.int64()),
+            f"{tensor}_crc32": pa.array([crc32 for _, _, crc32 in found], pa.int64()),
+        }
+        if not tensor.endswith("_scale") and tensor != "latents_std":  # which has the shape of the latents
+            columns = {shape_column(tensor): pa.array([list(s) for s, _, _ in found], pa.list_(pa.int64()))} | columns
+        return columns
 
     def _facts(self, block: Block, tensors: Mapping[str, Mapping[str, str]]) -> dict[bytes, bytes]:
         """Schema metadata of the index: the encoder settings, and how the payload is stored."""
@@ -663,16 +639,4 @@ def write_table(file: Path, table: pa.Table) -> None:
 
 def light(rows: pa.Table) -> pa.Table:
     """Rows without the columns that a writer makes."""
-    made = ("cache_path", "inline_row", "latent_shape", "prompt_embeds_shape")
-    return rows.drop_columns([name for name in made if name in rows.column_names])
-
-
-def stored_columns(tensor: str, found: Sequence[tuple[Sequence[int], int, int]]) -> dict[str, pa.Array]:
-    """Index columns of one tensor from (shape, nbytes, crc32) of each row."""
-    columns = {
-        f"{tensor}_nbytes": pa.array([nbytes for _, nbytes, _ in found], pa.int64()),
-        f"{tensor}_crc32": pa.array([crc32 for _, _, crc32 in found], pa.int64()),
-    }
-    if not tensor.endswith("_scale") and tensor != "latents_std":  # which has the shape of the latents
-        columns = {shape_column(tensor): pa.array([list(s) for s, _, _ in found], pa.list_(pa.int64()))} | columns
-    return columns
+    return rows.drop_columns([name for name in MADE_COLUMNS if name in rows.column_names])

@@ -1,6 +1,7 @@
 """Stored forms of numbers: 8 bits with a scale per token ("fp8"), and lossless compression ("zstd")."""
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 PIECE = 1 << 15  # values changed at once: torch would start threads of its own for more
@@ -36,8 +37,6 @@ def dequantise(values: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> 
 
 def pack(data: np.ndarray, itemsize: int) -> bytes:
     """zstd of bytes; of 16-bit values, of the high ones (sign and exponent repeat), and the low ones as they are."""
-    import pyarrow as pa
-
     codec, high = pa.Codec("zstd", compression_level=1), data[1::2] if itemsize == 2 else data
     packed: bytes = codec.compress(high.tobytes(), asbytes=True)
     return packed + data[0::2].tobytes() if itemsize == 2 else packed
@@ -45,8 +44,6 @@ def pack(data: np.ndarray, itemsize: int) -> bytes:
 
 def unpack(data: np.ndarray, out: np.ndarray, itemsize: int) -> None:
     """The inverse of `pack`: fills `out`, (nbytes,) uint8. ValueError if that is not what was packed."""
-    import pyarrow as pa
-
     raw = len(out) // 2 if itemsize == 2 else 0  # low bytes
     if len(data) < raw:
         raise ValueError(f"{len(data)} bytes cannot hold {len(out) // itemsize} values")

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from ...errors import CacheError, first_line
 from .. import storage
 from ..writing import output_file
-from .base import Block, ColumnReader, Columns, Encoded, Sample, Writer, compact, explain, light, stored_columns
+from .base import Block, ColumnReader, Columns, Encoded, Sample, Writer, explain, light
 
 ROW_GROUP_BYTES = 64 << 20
 _ROW_GROUP_ROWS = 10_000  # parquet's writer begins a new page after 20,000
@@ -29,14 +29,13 @@ class InlineReader(ColumnReader):
     They are the rows of the index file itself, unless columns `cache_path` and `inline_row` name others.
     """
 
-    def __init__(self, file: str, root: str, table: pa.Table, payload: Mapping[str, Any], *shapes: np.ndarray) -> None:
-        super().__init__(file, root, table, payload, *shapes)
+    def __init__(self, columns: Columns, root: str, payload: Mapping[str, Any], *shapes: np.ndarray) -> None:
+        super().__init__(columns, root, payload, *shapes)
         self._offsets: dict[str, dict[str, np.ndarray]] = {}  # of each file, by tensor: where a row's value begins
-        self._elsewhere = "inline_row" in table.column_names
+        self._elsewhere = "inline_row" in columns.names
         if self._elsewhere:
-            columns = Columns(table, file)
             self._files, self._number = columns.files("cache_path", root)
-            self._rows = compact(columns.numbers("inline_row"))
+            self._rows = columns.numbers("inline_row")
         self._checked: set[tuple[str, str]] = set()
 
     def share(self, other: "InlineReader") -> None:
@@ -113,7 +112,17 @@ class InlineWriter(Writer):
     payload = "inline"
 
     def has_payload(self, block: Block) -> bool:
-        return self.has_index(block)
+        file = self.output / block.index_file
+        if not file.is_file():
+            return False
+        with explain(str(file), "an inline file"):
+            return int(pq.read_metadata(file).num_rows) == block.rows.num_rows
+
+    def is_ready(self, block: Block) -> bool:
+        return False
+
+    def write_index(self, block: Block) -> None:
+        """Nothing: the payload is its own index."""
 
     def write_payload(self, block: Block, samples: Iterable[Sample]) -> None:
         rows, parquet = light(block.rows), None
@@ -127,7 +136,7 @@ class InlineWriter(Writer):
                     room = size + size // len(group) <= ROW_GROUP_BYTES and len(group) < _ROW_GROUP_ROWS
                     if room and following < rows.num_rows:
                         continue
-                    table = _group_table(rows.slice(done, len(group)), group)
+                    table = self._table(rows.slice(done, len(group)), group)
                     if parquet is None:
                         kinds = {n: {"dtype": e.dtype, "codec": self.layout.codec} for n, e in group[0].items()}
                         table = table.replace_schema_metadata(self._facts(block, kinds))
@@ -138,25 +147,21 @@ class InlineWriter(Writer):
                 if parquet is not None:
                     parquet.close()
 
-    def write_index(self, block: Block) -> None:
-        """Nothing: the payload is its own index."""
-
-
-def _group_table(rows: pa.Table, samples: Sequence[Mapping[str, Encoded]]) -> pa.Table:
-    names = list(samples[0])
-    for sample in samples:
-        if sample.keys() != samples[0].keys():
-            raise CacheError(f"Some samples hold {names}, others {list(sample)}: all must hold the same tensors.")
-    for name in names:
-        found = [(s[name].shape, s[name].nbytes, zlib.crc32(s[name].data)) for s in samples]
-        for column, array in stored_columns(name, found).items():
-            rows = rows.append_column(pa.field(column, array.type), array)
-    for name in names:
-        offsets = np.cumsum([0, *(sample[name].nbytes for sample in samples)]).astype(np.int32)
-        data = np.concatenate([np.frombuffer(sample[name].data, dtype=np.uint8) for sample in samples])
-        array = pa.Array.from_buffers(pa.binary(), len(samples), [None, pa.py_buffer(offsets), pa.py_buffer(data)])
-        rows = rows.append_column(pa.field(name, pa.binary(), nullable=False), array)
-    return rows
+    def _table(self, rows: pa.Table, samples: Sequence[Mapping[str, Encoded]]) -> pa.Table:
+        names = list(samples[0])
+        for sample in samples:
+            if sample.keys() != samples[0].keys():
+                raise CacheError(f"Some samples hold {names}, others {list(sample)}: all must hold the same tensors.")
+        for name in names:
+            found = [(s[name].shape, s[name].nbytes, zlib.crc32(s[name].data)) for s in samples]
+            for column, array in self.stored_columns(name, found).items():
+                rows = rows.append_column(pa.field(column, array.type), array)
+        for name in names:
+            offsets = np.cumsum([0, *(sample[name].nbytes for sample in samples)]).astype(np.int32)
+            data = np.concatenate([np.frombuffer(sample[name].data, dtype=np.uint8) for sample in samples])
+            array = pa.Array.from_buffers(pa.binary(), len(samples), [None, pa.py_buffer(offsets), pa.py_buffer(data)])
+            rows = rows.append_column(pa.field(name, pa.binary(), nullable=False), array)
+        return rows
 
 
 def _open_parquet(handle: BinaryIO, table: pa.Table, payload: Sequence[str]) -> pq.ParquetWriter:

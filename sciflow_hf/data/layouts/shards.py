@@ -2,11 +2,14 @@
 
 import functools
 import json
+import os
+import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from tempfile import SpooledTemporaryFile
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +18,6 @@ from ...errors import CacheError, SciflowError
 from .. import storage
 from ..writing import output_file
 from .base import (
-    BROKEN,
     CONVERT,
     METADATA_KEY,
     TEXT_TENSORS,
@@ -26,10 +28,8 @@ from .base import (
     Member,
     Sample,
     Writer,
-    compact,
     explain,
-    stored_columns,
-)  # fmt: skip
+)
 
 _ALIGN = 8  # bytes; what torch needs to view any dtype in place
 _KEPT_IN_MEMORY = 64 << 20  # bytes
@@ -45,14 +45,14 @@ class ShardReader(ColumnReader):
     Columns: `<name>_offset`, and the file in `<name>_path` or `cache_path`.
     """
 
-    def __init__(self, file: str, root: str, table: pa.Table, payload: Mapping[str, Any], *shapes: np.ndarray) -> None:
-        super().__init__(file, root, table, payload, *shapes)
-        columns = Columns(table, file)
-        self._offsets = {name: compact(columns.numbers(f"{name}_offset")) for name in self.tensors}
+    def __init__(self, columns: Columns, root: str, payload: Mapping[str, Any], *shapes: np.ndarray) -> None:
+        super().__init__(columns, root, payload, *shapes)
+        self._offsets = {name: columns.numbers(f"{name}_offset") for name in self.tensors}
         paths = {name: f"{name}_path" if f"{name}_path" in columns.names else "cache_path" for name in self.tensors}
         found = {column: columns.files(column, root) for column in set(paths.values())}
         self._files = {name: found[column] for name, column in paths.items()}
         self._complete: set[str] = set()
+        self._places = functools.lru_cache(maxsize=16)(_by_place)
 
     def _find(self, name: str, i: int, nbytes: int, where: object) -> tuple[str, int]:
         files, number = self._files[name]
@@ -73,47 +73,26 @@ class ShardReader(ColumnReader):
         found = np.stack([number, self._offsets[name], self._nbytes[name]], axis=1)
         return {(files[n], offset): nbytes for n, offset, nbytes in np.unique(found, axis=0).tolist()}
 
-    def checker(self) -> Callable[[Member, int], str]:
-        check, entries = super().checker(), functools.lru_cache(maxsize=16)(_by_place)
-
-        def check_header(member: Member, crc32: int) -> str:
-            said = Entry(member.dtype, list(member.shape), member.codec, member.offset, member.nbytes, crc32)
-            if wrong := check(member, crc32):
-                return wrong
-            agrees = entries(member.file).get((member.offset, member.nbytes)) == said
-            return "" if agrees else f"`{member.name}`: the index and the header of its file disagree"
-
-        return check_header
+    def check(self, member: Member, crc32: int) -> str:
+        if wrong := super().check(member, crc32):
+            return wrong
+        there = self._places(member.file).get((member.offset, member.nbytes))
+        agrees = there is not None and replace(there, name=member.name) == replace(member, scale=None, crc32=crc32)
+        return "" if agrees else f"`{member.name}`: the index and the header of its file disagree"
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One tensor in a shard: values of `dtype` and `shape`, stored in `nbytes` bytes from `offset` on."""
-
-    dtype: str
-    shape: list[int]
-    codec: str
-    offset: int
-    nbytes: int
-    crc32: int
-
-
-def read_header(file: str) -> dict[str, Entry]:
+def read_header(file: str) -> dict[str, Member]:
     """The tensors of a shard, by their name in the file ("latents.0", "prompt_embeds.<hash>").
 
     Raises:
         CacheError: if the file is missing, cut short, or not a shard of this library.
     """
-    try:
+    found = {}
+    with explain(file, "a shard"):
         start, entries, facts = _parse_header(file)
-        found = {}
         for name, (dtype, shape, codec, crc32) in json.loads(facts).items():
             first, last = entries[name]["data_offsets"]
-            found[name] = Entry(dtype, shape, codec, start + first, last - first, crc32)
-    except FileNotFoundError as error:
-        raise CacheError(f"The shard {file} is missing. {CONVERT}.") from error
-    except (*BROKEN, TypeError) as error:
-        raise CacheError(f"The shard {file} is cut short or not a shard ({error}). Delete it. {CONVERT}.") from error
+            found[name] = Member(name, file, start + first, last - first, dtype, tuple(shape), codec, None, crc32)
     return found
 
 
@@ -134,7 +113,7 @@ def _parse_header(file: str) -> tuple[int, dict[str, Any], str]:
     return 8 + length, header, facts
 
 
-def _by_place(file: str) -> dict[tuple[int, int], Entry]:
+def _by_place(file: str) -> dict[tuple[int, int], Member]:
     return {(entry.offset, entry.nbytes): entry for entry in read_header(file).values()}
 
 
@@ -160,7 +139,7 @@ class Shard:
 
     def _read(self, key: str) -> Encoded:
         entry = self.entries[key]
-        return Encoded(entry.dtype, tuple(entry.shape), storage.read(str(self.file), entry.offset, entry.nbytes))
+        return Encoded(entry.dtype, entry.shape, storage.read(entry.file, entry.offset, entry.nbytes))
 
 
 # -- writing ---------------------------------------------------------------------------------------------------
@@ -179,9 +158,7 @@ class ShardWriter(Writer):
         return all((self.output / shard_file(name)).is_file() for name in {block.name, *(block.owners or ())})
 
     def write_payload(self, block: Block, samples: Iterable[Sample]) -> None:
-        write_shard(
-            self.output / shard_file(block.name), self._named(block, samples), block.rows.num_rows, self.layout.codec
-        )
+        write_shard(self.output / shard_file(block.name), self._named(block, samples), self.layout.codec)
 
     def _named(self, block: Block, samples: Iterable[Sample]) -> Iterator[tuple[str, Encoded]]:
         stored: set[str] = set()
@@ -195,38 +172,33 @@ class ShardWriter(Writer):
 
     def _columns(self, block: Block) -> tuple[dict[str, pa.Array], dict[str, dict[str, str]]]:
         prompts, owners = _prompts(block)
-        blocks = dict.fromkeys([block.name, *owners])
-        headers = {name: read_header(str(self.output / shard_file(name))) for name in blocks}
+        headers = {n: read_header(str(self.output / shard_file(n))) for n in dict.fromkeys([block.name, *owners])}
         here = headers[block.name]
         names = [key.removesuffix(".0") for key in here if key.endswith(".0") and not key.startswith(TEXT_TENSORS)]
         homes = {key.partition(".")[0] for entries in headers.values() for key in entries}
-        names += [text for text in TEXT_TENSORS if text in homes]
         columns: dict[str, Any] = {"cache_path": pa.array([shard_file(block.name)] * len(prompts), pa.string())}
         tensors = {}
-        for tensor in names:
-            found = []
+        for tensor in [*names, *(text for text in TEXT_TENSORS if text in homes)]:
+            found: list[Member] = []
             for row, (prompt, owner) in enumerate(zip(prompts, owners, strict=True)):
-                places = [(block.name, f"{tensor}.{row}")]
-                if tensor in TEXT_TENSORS:
-                    places = [(block.name, f"{tensor}.{prompt}.{row}"), (owner, f"{tensor}.{prompt}")]
-                place = next(((name, headers[name][key]) for name, key in places if key in headers[name]), None)
-                if place is None:
+                own = here.get(f"{tensor}.{row}") or here.get(f"{tensor}.{prompt}.{row}")
+                if (member := own or headers[owner].get(f"{tensor}.{prompt}")) is None:
                     raise CacheError(
-                        f"Row {row} of block {block.name} has no `{tensor}` in {' or '.join(b for b, _ in places)}, "
-                        f"but other rows have. Delete {self.output / shard_file(block.name)}. {CONVERT}."
+                        f"Row {row} of block {block.name} has no `{tensor}` there or in {owner}, but other rows have. "
+                        f"Delete {self.output / shard_file(block.name)}. {CONVERT}."
                     )
-                found.append(place)
-            kinds = {(entry.dtype, entry.codec) for _, entry in found}
+                found.append(member)
+            kinds = {(member.dtype, member.codec) for member in found}
             if len(kinds) > 1:
                 raise CacheError(
                     f"`{tensor}` is stored as {sorted(kinds)} in block {block.name} of {self.output}. {CONVERT}."
                 )
-            dtype, codec = kinds.pop()
-            tensors[tensor] = {"dtype": dtype, "codec": codec}
-            columns |= stored_columns(tensor, [(e.shape, e.nbytes, e.crc32) for _, e in found])
-            columns[f"{tensor}_offset"] = pa.array([entry.offset for _, entry in found], pa.int64())
+            tensors[tensor] = {"dtype": found[0].dtype, "codec": found[0].codec}
+            columns |= self.stored_columns(tensor, [(m.shape, m.nbytes, m.crc32) for m in found])
+            columns[f"{tensor}_offset"] = pa.array([member.offset for member in found], pa.int64())
             if tensor in TEXT_TENSORS:
-                columns[f"{tensor}_path"] = pa.array([shard_file(name) for name, _ in found], pa.string())
+                paths = [os.path.relpath(member.file, self.output) for member in found]
+                columns[f"{tensor}_path"] = pa.array(paths, pa.string())
         return columns, tensors
 
 
@@ -242,67 +214,33 @@ def _prompts(block: Block) -> tuple[Sequence[str], Sequence[str]]:
     return prompts, [block.name] * rows if block.owners is None else block.owners
 
 
-def write_shard(file: Path, tensors: Iterable[tuple[str, Encoded]], rows: int, codec: str) -> None:
-    """A shard of tensors under their names in it, of at most `rows` samples."""
-    with output_file(file) as handle:
-        shard = _Safetensors(handle, rows, codec)
-        for name, stored in tensors:
-            shard.add(name, stored)
-        shard.finish()
+def write_shard(file: Path, tensors: Iterable[tuple[str, Encoded]], codec: str) -> None:
+    """A safetensors file of tensors by name.
 
-
-class _Safetensors:
-    """A safetensors file, whose header has to stand before the data but is known last.
-
-    A small file is kept in memory until then; of a larger one room is left at the beginning.
+    Its header, which is known last, stands before the data: these wait in memory, or in a file if they are many.
     """
-
-    def __init__(self, handle: BinaryIO, rows: int, codec: str) -> None:
-        self.handle, self.rows, self.codec = handle, rows, codec
-        self.position = self.room = 0
-        self.entries: dict[str, Any] = {}
-        self.facts: dict[str, Any] = {}
-        self.waiting: list[Any] | None = []
-
-    def add(self, name: str, stored: Encoded) -> None:
-        if fill := -self.position % _ALIGN:  # the format knows no gaps
-            self._append(f"fill.{self.position}", "U8", [fill], bytes(fill))
-        data, shape = memoryview(stored.data), list(stored.shape)
-        plain = self.codec == "none"
-        self._append(name, stored.dtype if plain else "U8", shape if plain else [data.nbytes], data)
-        self.facts[name] = [stored.dtype, shape, self.codec, zlib.crc32(data)]
-
-    def _append(self, name: str, dtype: str, shape: list[int], data: Any) -> None:
-        end = self.position + memoryview(data).nbytes
-        self.entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [self.position, end]}
-        self.position = end
-        if self.waiting is None:
-            self.handle.write(data)
-            return
-        self.waiting.append(data)
-        if end > _KEPT_IN_MEMORY:
-            # Per tensor its entry, its facts and a filler's entry; its name stands in two of them.
-            names = {*TEXT_TENSORS, *(key.partition(".")[0] for key in (*self.facts, name))}
-            self.room = 1024 + self.rows * sum(2 * len(name) + 330 for name in names)
-            self.room += -self.room % _ALIGN
-            self.handle.seek(self.room)
-            self._write_waiting()
-
-    def _write_waiting(self) -> None:
-        for data in self.waiting or ():
-            self.handle.write(data)
-        self.waiting = None
-
-    def finish(self) -> None:
-        facts = json.dumps(self.facts, separators=(",", ":"))
-        whole = {"__metadata__": {METADATA_KEY.decode(): facts}, **self.entries}
-        header = json.dumps(whole, separators=(",", ":")).encode()
-        length = len(header) + -len(header) % _ALIGN if self.waiting is not None else self.room - 8
-        if len(header) > min(length, _LARGEST_HEADER):
+    entries: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
+    end, plain = 0, codec == "none"
+    with output_file(file) as handle, SpooledTemporaryFile(_KEPT_IN_MEMORY, dir=str(file.parent)) as waiting:
+        for name, stored in tensors:
+            data, shape, start = memoryview(stored.data), list(stored.shape), end + -end % _ALIGN
+            if start > end:  # the format knows no gaps
+                entries[f"fill.{end}"] = {"dtype": "U8", "shape": [start - end], "data_offsets": [end, start]}
+                waiting.write(bytes(start - end))
+            waiting.write(data)
+            end = start + data.nbytes
+            dtype, form = (stored.dtype, shape) if plain else ("U8", [data.nbytes])
+            entries[name] = {"dtype": dtype, "shape": form, "data_offsets": [start, end]}
+            facts[name] = [stored.dtype, shape, codec, zlib.crc32(data)]
+        metadata = {METADATA_KEY.decode(): json.dumps(facts, separators=(",", ":"))}
+        header = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
+        header = header.ljust(len(header) + -len(header) % _ALIGN)
+        if len(header) > _LARGEST_HEADER:
             raise SciflowError(
-                f"A shard of {len(self.facts)} tensors needs a header of {len(header)} bytes, but at most "
-                f"{min(length, _LARGEST_HEADER)} are possible. Make shards smaller (`--shard_size_mb`)."
+                f"A shard of {len(facts)} tensors needs a header of {len(header)} bytes, but at most {_LARGEST_HEADER} "
+                "are possible. Make shards smaller (`--shard_size_mb`)."
             )
-        self.handle.seek(0)
-        self.handle.write(length.to_bytes(8, "little") + header.ljust(length))
-        self._write_waiting()
+        handle.write(len(header).to_bytes(8, "little") + header)
+        waiting.seek(0)
+        shutil.copyfileobj(waiting, handle, 1 << 20)

@@ -145,13 +145,12 @@ class _EpochSteps:
         self.loader, self.epoch, self.resumed = loader, epoch, state is not None
         self.rows = EpochRows(loader.dataset, loader.seed, epoch, state and state["rows"])
         self.number = state["number"] if state else 0
-        self.waiting: dict[Any, list[Row]] = {}  # rows that do not fill a step yet, by batch key
-        self.first: dict[Any, list[Row]] = {}  # the first step of each key, to fill up the last batches with
-        self.counts: dict[Any, int] = {}
-        if state:
-            self.waiting = {tuple(key): [row_from_json(row) for row in rows] for key, rows in state["waiting"]}
-            self.first = {tuple(key): [row_from_json(row) for row in rows] for key, rows in state["first"]}
-            self.counts = {tuple(key): count for key, count in state["counts"]}
+        # By batch key: rows that do not fill a step yet; those of the first step, to fill up the last batches with.
+        self.waiting, self.first = (
+            {tuple(key): [row_from_json(row) for row in rows] for key, rows in (state[name] if state else ())}
+            for name in ("waiting", "first")
+        )
+        self.counts: dict[Any, int] = {tuple(key): count for key, count in (state["counts"] if state else ())}
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -17,22 +17,10 @@ import torch
 from torch.utils.data import IterableDataset
 
 from ...errors import CacheError, SciflowError
-from ..cache import (
-    BUILD,
-    CAPTION_COLUMNS,
-    READERS,
-    CacheIndex,
-    IndexFile,
-    LatentCache,
-    check_inside,
-    find_empty_prompt,
-    find_index,
-    find_root,
-    row_shapes,
-)
+from ..cache import CAPTION_COLUMNS, CacheIndex, LatentCache, check_inside, find_empty_prompt, find_index, row_shapes
 from ..layouts.base import Columns, Reader
 from ..layouts.inline import InlineReader
-from ..split import check_eval_fraction, is_held_out, stand_in
+from ..split import check_eval_fraction, held_out_groups, is_held_out
 from .index import read_tables, stream_file
 from .order import EpochRows, Place, Row
 
@@ -54,6 +42,18 @@ class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
     the files) and the samples at hand. `for sample in stream` gives every sample of an epoch once, as `cache[i]`
     does; training goes by `StreamLoader`.
 
+    Only the footers of the index files are read when it is opened.
+
+    Args:
+        dataset_dir, payload_dir, dtype: as of `load_cache`.
+        shuffle_buffer: rows of the index that are held to be shuffled; 0 keeps the order of the files.
+        weights: one number per `dataset_dir`: how many samples of each an epoch draws, in proportion. Every sample
+            comes at least once. Without, all index files are one sequence.
+
+    Raises:
+        CacheError: for a missing or empty cache, or index files that do not fit together.
+        SciflowError: for options out of range.
+
     Attributes:
         files: of the index, in the order of the rows.
         metadata: as of `LatentCache`.
@@ -67,17 +67,23 @@ class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
 
     def __init__(
         self,
-        files: list[IndexFile],
-        metadata: dict[str, Any],
+        dataset_dir: _PathLike | Sequence[_PathLike],
         *,
-        payload_dir: _PathLike | None,
-        dtype: torch.dtype,
-        shuffle_buffer: int,
-        weights: Sequence[float] | None,
+        payload_dir: _PathLike | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        shuffle_buffer: int = 10_000,
+        weights: Sequence[float] | None = None,
     ) -> None:
-        self.files, self.metadata, self.dtype = files, metadata, dtype
-        self.shuffle_buffer, self.weights, self._payload_dir = shuffle_buffer, weights, payload_dir
-        self._starts = np.cumsum([0, *(file.footer.num_rows for file in files)]).tolist()
+        if shuffle_buffer < 0:
+            raise SciflowError(f"`shuffle_buffer` is {shuffle_buffer}, but must be at least 0.")
+        self.files, self.metadata = find_index(dataset_dir)
+        sources = self.files[-1].source + 1
+        if weights is not None and (len(weights) != sources or not all(weight > 0 for weight in weights)):
+            raise SciflowError(
+                f"`weights` is {list(weights)}, but must be one number above 0 for each of {sources} caches."
+            )
+        self.dtype, self.shuffle_buffer, self.weights, self._payload_dir = dtype, shuffle_buffer, weights, payload_dir
+        self._starts = np.cumsum([0, *(file.footer.num_rows for file in self.files)]).tolist()
         self.seed, self._epoch, self._length = 0, 0, self._starts[-1]
         self._eval_fraction = 0.0
         self._stand_in: str | None = None
@@ -131,7 +137,7 @@ class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
             held_out = [row for rows in pool.map(held_out_of, range(len(self.files))) for row in rows]
             if not held_out:
                 rows = (row for part in range(len(self.files)) for row, _ in self.read_rows(part))
-                train._stand_in = stand_in(map(self._group, rows))
+                train._stand_in = next(iter(held_out_groups(map(self._group, rows), eval_fraction)), None)
                 held_out = [row for rows in pool.map(held_out_of, range(len(self.files))) for row in rows]
         train._length = self._length - len(held_out)
         if not train._length:
@@ -230,11 +236,9 @@ class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
         columns = Columns(table, file.name, self._starts[part] + first)
         if part not in self._roots:
             beside = file.name.rpartition("/")[0] or "."
-            own = _holds_payload(file)
-            self._roots[part] = beside if own else find_root(columns, file.folder, self._payload_dir)
-        for name in table.column_names:
-            if name.endswith("_path") and name != "image_path":
-                check_inside(columns, [self._roots[part]], name)
+            own = file.holds_payload
+            self._roots[part] = beside if own else file.root(columns, self._payload_dir)
+        check_inside(columns, [self._roots[part]])
         latents, texts, sizes = (shapes.tolist() for shapes in row_shapes(columns))
         others = table.drop_columns([name for name in _BECOME_ARRAYS if name in columns.names]).to_pylist()
         return [
@@ -277,11 +281,11 @@ class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
         file = self.files[part]
         if part not in self._roots:  # its rows are those of a saved stream
             next(self.read_rows(part), None)
-        if _holds_payload(file):
+        if file.holds_payload:
             table = table.append_column("cache_path", pa.array([os.path.basename(file.name)] * len(rows), pa.string()))
             table = table.append_column("inline_row", pa.array([row.row for row in rows], pa.int64()))
         shapes = (np.array([row[name] for row in rows], dtype=np.int32) for name in (3, 4))
-        reader = READERS[file.payload.get("layout", "npz")](file.name, self._roots[part], table, file.payload, *shapes)
+        reader = file.reader(Columns(table, file.name), self._roots[part], *shapes)
         if isinstance(reader, InlineReader):  # where values begin is looked up once per data file, not once per view
             reader.share(self._inline.setdefault(part, reader))
             if len(self._inline) > _INLINE_FILES:
@@ -305,7 +309,7 @@ class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
             parts = [number for number, file in enumerate(files) if file.source == source]
             count = sum(files[part].footer.num_rows for part in parts)
             if not count:
-                raise CacheError(f"The cache {files[parts[0]].folder} holds no samples. {BUILD}.")
+                raise CacheError(f"The cache {files[parts[0]].folder} holds no samples: leave it out of `dataset_dir`.")
             found.append((weight, weight / count, parts))
         least = min(repeats for _, repeats, _ in found)
         return [(weight, round(repeats / least, 9), parts) for weight, repeats, parts in found]
@@ -335,40 +339,3 @@ class _SomeRows(CacheIndex):
 
     def read_columns(self, names: Sequence[str] | None = None) -> pa.Table:
         return super().read_columns(names).take(pa.array(self.places))
-
-
-def _holds_payload(file: IndexFile) -> bool:
-    return file.payload.get("layout") == "inline" and "inline_row" not in file.columns
-
-
-def open_stream(
-    dataset_dir: _PathLike | Sequence[_PathLike],
-    *,
-    payload_dir: _PathLike | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-    shuffle_buffer: int = 10_000,
-    weights: Sequence[float] | None = None,
-) -> StreamingCache:
-    """Opens one or more caches as a stream; only the footers of the index files are read.
-
-    Args:
-        dataset_dir, payload_dir, dtype: as of `load_cache`.
-        shuffle_buffer: rows of the index that are held to be shuffled; 0 keeps the order of the files.
-        weights: one number per `dataset_dir`: how many samples of each an epoch draws, in proportion. Every sample
-            comes at least once. Without, all index files are one sequence.
-
-    Raises:
-        CacheError: for a missing or empty cache, or index files that do not fit together.
-        SciflowError: for options out of range.
-    """
-    if shuffle_buffer < 0:
-        raise SciflowError(f"`shuffle_buffer` is {shuffle_buffer}, but must be at least 0.")
-    files, metadata = find_index(dataset_dir)
-    sources = files[-1].source + 1
-    if weights is not None and (len(weights) != sources or not all(weight > 0 for weight in weights)):
-        raise SciflowError(
-            f"`weights` is {list(weights)}, but must be one number above 0 for each of {sources} caches."
-        )
-    return StreamingCache(
-        files, metadata, payload_dir=payload_dir, dtype=dtype, shuffle_buffer=shuffle_buffer, weights=weights
-    )
