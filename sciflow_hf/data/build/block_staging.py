@@ -187,10 +187,15 @@ class BlockStaging(Staging):
         """Takes a block away from readers."""
 
     def save(self, job: Job, sample: Tensors) -> int:
-        return self._stage("images", job.id, self.layout.encode(sample))
+        return self._stage("images", job.id, self._members(sample))
 
     def save_prompt(self, prompt: str, text: Tensors | None) -> int:
-        return self._stage("prompts", self.hashes[prompt], self.layout.encode(text or {}))
+        return self._stage("prompts", self.hashes[prompt], self._members(text or {}))
+
+    def _members(self, sample: Tensors) -> dict[str, Encoded]:
+        """In the order of safetensors: wide numbers first, then by name."""
+        plain = self.layout.tensors(sample)
+        return self.layout.encode({name: plain[name] for name in sorted(plain, key=lambda n: (-plain[n].itemsize, n))})
 
     def _stage(self, kind: str, name: str, stored: Mapping[str, Encoded]) -> int:
         file = self._file(kind, name)

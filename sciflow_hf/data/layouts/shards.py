@@ -127,15 +127,15 @@ class Shard:
     def __init__(self, file: Path) -> None:
         self.file, self.entries = file, read_header(str(file))
         self.prompts = {key.split(".")[1] for key in self.entries if key.startswith(TEXT_TENSORS)}
-        self._names = sorted({key.split(".")[0] for key in self.entries if not key.startswith(TEXT_TENSORS)})
+        self._names = dict.fromkeys(key.split(".")[0] for key in self.entries)
 
     def image(self, row: int) -> dict[str, Encoded]:
         """All tensors of a row but those of its text."""
-        return {name: self._read(f"{name}.{row}") for name in self._names}
+        return {name: self._read(f"{name}.{row}") for name in self._names if name not in TEXT_TENSORS}
 
     def text(self, prompt: str) -> dict[str, Encoded]:
         """The tensors that follow from a prompt."""
-        return {name: self._read(f"{name}.{prompt}") for name in TEXT_TENSORS if f"{name}.{prompt}" in self.entries}
+        return {name: self._read(f"{name}.{prompt}") for name in self._names if f"{name}.{prompt}" in self.entries}
 
     def _read(self, key: str) -> Encoded:
         entry = self.entries[key]
