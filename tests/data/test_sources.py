@@ -408,6 +408,27 @@ def test_train_alone_of_folders_saved_sets_and_the_hub(
 # --- pixels ---
 
 
+@pytest.mark.parametrize("behind", [False, True])
+def test_the_size_of_a_png_is_known_without_its_pixels(behind: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever its EXIF stands: behind the pixels, where some programs write it, these are read for it."""
+    file, exif = BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    picture(20, 40).save(file, "PNG", exif=exif)
+    data = file.getvalue()
+    start = data.index(b"eXIf") - 4
+    chunk = data[start : start + 12 + int.from_bytes(data[start : start + 4], "big")]
+    if behind:
+        end = data.index(b"IEND") - 4
+        data = data[:start] + data[start + len(chunk) : end] + chunk + data[end:]
+    with Image.open(BytesIO(data)) as opened:
+        assert oriented_size(opened) == (40, 20)
+        assert to_rgb(opened).size == (20, 40)
+    if not behind:
+        monkeypatch.setattr(Image.Image, "load", None)
+    with Image.open(BytesIO(data)) as opened:
+        assert oriented_size(opened) == (40, 20)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_the_size_is_that_of_the_turned_image(tmp_path: Path, orientation: int) -> None:
     image = Image.new("RGB", (40, 20), "white")

@@ -1,6 +1,7 @@
 """How a stored image is meant to be seen: its size, and its pixels as 8-bit RGB."""
 
-from typing import TYPE_CHECKING
+import struct
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
@@ -13,6 +14,7 @@ NOT_NUMBERS = "not_numbers"
 """Key of `Image.info`: how many pixels were NaN or infinite."""
 _ORIENTATION = 0x0112  # EXIF tag; 5 to 8 are turned by a quarter
 _TIFF_SIZE = (0x0100, 0x0101)  # tags: width, height
+_PNG_NOTES = (b"eXIf", b"iTXt", b"zTXt", b"tEXt")  # chunks that may hold EXIF or XMP
 _ONE_PICTURE = ("MPO", "PSD")  # whose further frames are previews and layers of the first
 
 
@@ -26,12 +28,31 @@ def unreadable(error: Exception) -> str:
 
 
 def oriented_size(image: "Image.Image") -> tuple[int, int]:
-    """(height, width) as the image is meant to be seen; reads the header only."""
+    """(height, width) as the image is meant to be seen; decodes no pixels, but where a PNG has metadata behind them."""
+    from PIL import Image
+
     width, height = image.size
     if image.format == "TIFF":  # newer versions of Pillow have turned `size` already
         width, height = (int(image.tag_v2[tag]) for tag in _TIFF_SIZE)  # type: ignore[attr-defined]
-    turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-    return (width, height) if turned else (height, width)
+    in_header = image.format == "PNG" and not _has_notes_behind(image.fp)  # type: ignore[attr-defined]
+    exif = Image.Image.getexif(image) if in_header else image.getexif()  # PNG's own decodes the pixels first
+    return (width, height) if exif.get(_ORIENTATION, 1) in (5, 6, 7, 8) else (height, width)
+
+
+def _has_notes_behind(file: IO[bytes]) -> bool:
+    """Whether a PNG has metadata behind its pixels."""
+    here, behind = file.tell(), False
+    file.seek(8)
+    try:
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            if behind and kind in _PNG_NOTES:
+                return True
+            behind = behind or kind == b"IDAT"
+            file.seek(length + 4, 1)
+        return False
+    finally:
+        file.seek(here)
 
 
 def has_more_frames(image: "Image.Image") -> bool:
