@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import SciflowError
 from ..files import atomic_file
+from ..options import check_range
 from .devices import find_device, inference_dtype, named
 
 if TYPE_CHECKING:
@@ -59,10 +60,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--self_ensemble", action="store_true", help="draw samples in the eight orientations of the image in turn")
 
 
+_COUNTS = ("num_images", "num_inference_steps", "batch_size", "num_samples", "height", "width", "tile_size")
+_RANGES = dict.fromkeys(_COUNTS, "[1, inf)") | dict.fromkeys(("guidance_scale", "data_consistency"), "[0, inf)")
+
+
 def _sample(args: argparse.Namespace) -> None:
-    for name in ("num_images", "num_inference_steps", "batch_size", "num_samples"):
-        if getattr(args, name) < 1:
-            raise SciflowError(f"`{name}` {getattr(args, name)}: at least 1.")
+    for name, within in _RANGES.items():
+        if (value := getattr(args, name)) is not None:
+            check_range(name, value, within)
     args.device = find_device(args.device)
     kind = _pipeline_kind(args.model_path)
     if kind == RESTORATION_PIPELINE:
@@ -108,9 +113,13 @@ def _pipeline_kind(path: str) -> str | None:
     """Name of the pipeline's class, of a folder or Hub repository; None where there is no pipeline."""
     from diffusers import DiffusionPipeline
 
+    from ..families.loading import unreachable
+
     try:
         name = DiffusionPipeline.load_config(path).get("_class_name")
-    except (OSError, ValueError):  # a LoRA or a network alone, or nothing
+    except (OSError, ValueError) as error:  # a LoRA or a network alone, or nothing
+        if away := unreachable(error):
+            raise SciflowError(f"`model_path` {path!r} {away}") from error
         return None
     return name[1] if isinstance(name, list | tuple) else name
 

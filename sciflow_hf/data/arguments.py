@@ -131,7 +131,10 @@ class DataArguments(Options):
         check=_check_prior_weight,
     )
     max_train_samples: int | None = option(
-        None, "Train on so many rows only, spread over the cache; for a first try.", check=_check_max_train_samples
+        None,
+        "Train on so many rows only, spread over the cache; for a first try.",
+        within="[1, inf)",
+        check=_check_max_train_samples,
     )
     streaming: bool = option(
         False, "Read the index row by row, too, for caches on a Hub or in object storage; needs `--max_steps`."

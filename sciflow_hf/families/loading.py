@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from ..errors import SciflowError, first_line
 
@@ -85,11 +86,26 @@ def explain_loading(path: str, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # every layer below has errors of its own, the HTTP client's included
+        if away := unreachable(error):
+            raise SciflowError(f"`pretrained_model_name_or_path` {path!r}: its {what} {away}") from error
         raise SciflowError(
             f"`pretrained_model_name_or_path` {path!r}: cannot load its {what} ({first_line(error)}). It must be a "
             "folder or a Hub repository in diffusers layout; for a gated one accept its licence and run "
             "`hf auth login`."
         ) from error
+
+
+def unreachable(error: BaseException) -> str:
+    """What to say where the Hub gave no answer, which diffusers calls a missing file; "" for another error."""
+    reason: BaseException | None = error
+    while reason is not None and not isinstance(reason, LocalEntryNotFoundError):
+        reason = reason.__cause__ or reason.__context__
+    if reason is None:
+        return ""
+    return (
+        f"is not on this machine, and the Hub cannot be reached ({first_line(reason.__cause__ or reason)}). Check the "
+        "network, `HF_ENDPOINT` and the proxy settings, or fetch it with `hf download` where there is a network."
+    )
 
 
 @contextmanager

@@ -63,7 +63,9 @@ class ClassImageArguments(Options):
         choices=tuple(CHANNELS),
     )
     flip: bool = option(False, "Train on a mirror image of each image, too.")
-    max_train_samples: int | None = option(None, "Train on so many images only, spread over the data; for a first try.")
+    max_train_samples: int | None = option(
+        None, "Train on so many images only, spread over the data; for a first try.", within="[1, inf)"
+    )
     encode_batch_size: int = option(8, "Images that the VAE encodes at once.", within="[1, inf)")
 
     def names(self) -> list[str]:

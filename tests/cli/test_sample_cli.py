@@ -137,3 +137,32 @@ def test_mistakes_of_prompts(tiny_klein, tmp_path, capsys, flags, match):
 def test_nothing_there(tmp_path, capsys):
     assert sample("--model_path", tmp_path / "no", "--output_dir", tmp_path, "--prompts", "x") == 2
     assert "does not say what it belongs to. Name `--family` and `--base_model`" in capsys.readouterr().err
+
+
+def test_a_hub_that_cannot_be_reached_is_not_a_missing_file(tmp_path, capsys, monkeypatch):
+    """diffusers says that there is no model_index.json, and the model was blamed."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def load_config(*args, **kwargs):
+        try:
+            raise LocalEntryNotFoundError("not in the cache") from ConnectionError("Connection refused")
+        except LocalEntryNotFoundError as error:
+            raise OSError("user/lora does not appear to have a file named model_index.json.") from error
+
+    monkeypatch.setattr("diffusers.ConfigMixin.load_config", load_config)
+    assert sample("--model_path", "user/lora", "--output_dir", tmp_path, "--prompts", "a") == 2
+    words = "the Hub cannot be reached (Connection refused). Check the network, `HF_ENDPOINT`"
+    assert f"`model_path` 'user/lora' is not on this machine, and {words}" in capsys.readouterr().err
+    with pytest.raises(sf.SciflowError) as caught:
+        sf.Flux2Klein(pretrained_model_name_or_path="user/model").load_model(dtype=torch.float32)
+    assert words in str(caught.value) and "diffusers layout" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("guidance_scale", "nan"), ("guidance_scale", "inf"), ("guidance_scale", -1), ("width", 0), ("num_images", -2)],
+)
+def test_numbers_out_of_their_range_are_named(saved, tmp_path, capsys, name, value):
+    """Infinite guidance drew images of NaN, a width of 0 was the default's."""
+    assert sample("--model_path", saved, "--output_dir", tmp_path, f"--{name}", value) == 2
+    assert f"error: `{name}` {value}" in capsys.readouterr().err

@@ -47,6 +47,7 @@ def test_one_of_two_options_is_needed() -> None:
         ({"dataset_dir": ["a"], "encode_batch_size": 0}, "`encode_batch_size` 0: at least 1"),
         ({"dataset_dir": ["a"], "remote_cache_gb": 0.0}, r"`remote_cache_gb` 0\.0: above 0"),
         ({"dataset_dir": ["a"], "streaming": True, "max_train_samples": 3}, "`max_train_samples` does not go with"),
+        ({"dataset_dir": ["a"], "max_train_samples": 0}, "`max_train_samples` 0: at least 1"),
         ({"dataset_dir": ["a"], "prior_loss_weight": 2.0}, "weighs nothing"),
     ],
 )

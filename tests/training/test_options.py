@@ -11,6 +11,8 @@ from trainings import make_args
 import sciflow_hf as sf
 from sciflow_hf.diffusion.process import mode_density
 from sciflow_hf.families import BUILT_IN, load_family
+from sciflow_hf.images.class_source import ClassImageArguments
+from sciflow_hf.images.microscopes import MicroscopyDataArguments
 from sciflow_hf.training.arguments import _STOCK_RANGES
 
 REFUSED = [
@@ -51,7 +53,7 @@ def test_every_number_has_a_range():
     assert without == []
     for name in BUILT_IN:
         assert [n for n, r in numbers(load_family(name)) if not r] == []
-    for kind in (sf.DataArguments, sf.AdapterArguments):
+    for kind in (sf.DataArguments, sf.AdapterArguments, ClassImageArguments, MicroscopyDataArguments):
         assert [n for n, r in numbers(kind) if not r] == []
 
 
