@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from ..diffusion.randomness import generator
 from ..errors import SciflowError
+from ..options import check_range
 from .files import SUFFIXES, read_image
 
 PSFS = ("gaussian", "airy", "born_wolf")
@@ -59,11 +60,10 @@ class ForwardModel:
         if self.psf not in PSFS and Path(self.psf).suffix.lower() not in SUFFIXES:
             raise SciflowError(f"`psf` {self.psf!r}: use one of {', '.join(PSFS)}, or an image file.")
         for name in ("psf_sigma", "wavelength", "numerical_aperture", "refractive_index", "pixel_size", "photons"):
-            if not getattr(self, name) > 0:
-                raise SciflowError(f"`{name}` {getattr(self, name)}: above 0.")
+            check_range(name, getattr(self, name), "(0, inf)")
         for name in ("background", "read_noise", "white_level"):
-            if not getattr(self, name) >= 0:
-                raise SciflowError(f"`{name}` {getattr(self, name)}: 0 or more.")
+            check_range(name, getattr(self, name), "[0, inf)")
+        check_range("defocus", self.defocus, "(-inf, inf)")
         if self.numerical_aperture >= self.refractive_index:
             raise SciflowError(
                 f"`numerical_aperture` {self.numerical_aperture}: below `refractive_index` {self.refractive_index}, "
