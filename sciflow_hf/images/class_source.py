@@ -3,21 +3,20 @@
 import glob
 import logging
 import os
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from ..data.build.sources.listing import NO_TARGET, image_suffixes, list_files
-from ..data.build.sources.record import Record
+from ..data.build.sources.record import Record, Stored
 from ..data.build.sources.tables import with_images
 from ..errors import SciflowError
 from ..options import Options, arguments, option
 
 if TYPE_CHECKING:
     import datasets
-    import pyarrow as pa
     from PIL import Image
 
 logger = logging.getLogger(__name__)
@@ -110,26 +109,22 @@ class ClassSource:
         Raises:
             SciflowError: it cannot be read.
         """
-        from io import BytesIO
-
-        from PIL import Image
-
-        stored = self.images[row][self.args.image_column]
         try:
-            if not stored or not (stored.get("bytes") or stored.get("path")):
-                raise OSError("there is no image")
-            return Image.open(BytesIO(stored["bytes"]) if stored.get("bytes") else stored["path"])
+            return Stored(lambda: self.stored(row)).open()
         except OSError as error:
             name = self.names[row]
             raise SciflowError(f"`input_dir`: {name} cannot be read ({error}). Mend or remove it.") from error
 
-    def sizes(self) -> list[int]:
-        """Bytes of each encoded image; of the data set only their lengths are read."""
-        import pyarrow.compute as pc
+    def stored(self, row: int) -> Path | bytes:
+        """The file of a row's image, or its bytes.
 
-        stored = [n for part in self._stored("bytes") for n in pc.binary_length(part).to_pylist()]
-        files = [path if path and os.path.isfile(path) else None for path in self._paths()]
-        return [n or (os.path.getsize(file) if file else 0) for n, file in zip(stored, files, strict=True)]
+        Raises:
+            OSError: there is none.
+        """
+        stored = self.images[row][self.args.image_column] or {}
+        if not (stored.get("bytes") or stored.get("path")):
+            raise OSError("there is no image")
+        return bytes(stored["bytes"]) if stored.get("bytes") else Path(stored["path"])
 
     def mode(self) -> str:
         """L or RGB: what the images shall be, by `image_mode` or the first of them."""
@@ -200,13 +195,8 @@ class ClassSource:
         )
 
     def _paths(self) -> list[str | None]:
-        return [path for part in self._stored("path") for path in part.to_pylist()]
-
-    def _stored(self, what: str) -> "Iterator[pa.ChunkedArray]":
-        """`path` or `bytes` of the images, some rows at a time as they lie on disk: images are large, paths are not."""
-        column = self.images.flatten().select_columns([f"{self.args.image_column}.{what}"])
-        for rows in column.with_format("arrow").iter(10_000):
-            yield rows.column(0)
+        column = self.images.flatten().select_columns([f"{self.args.image_column}.path"])
+        return [path for rows in column.with_format("arrow").iter(10_000) for path in rows.column(0).to_pylist()]
 
     def _names(self) -> list[str]:
         """The file of each row below `input_dir`; its number where files are not known or not distinct."""
@@ -223,10 +213,10 @@ def class_records(source: ClassSource, num_classes: int | None) -> tuple[list[Re
     """The images of a source for `build_cache`, with `label` in their columns, and the names of the classes."""
     labels, names = source.labels(num_classes)
     records = []
-    for row, (name, size) in enumerate(zip(source.names, source.sizes(), strict=True)):
+    for row, name in enumerate(source.names):
         columns: dict[str, Any] = {} if labels is None else {LABEL: int(labels[row])}
         caption = "image" if labels is None else names[int(labels[row])]
-        records.append(Record(name, caption, size, lambda row=row: source.open(row), columns))  # type: ignore[misc]
+        records.append(Record(name, caption, Stored(partial(source.stored, row)), columns))
     return records, names
 
 

@@ -1,5 +1,6 @@
 """Going on with a build after any kind of stop, and after the input changed."""
 
+import hashlib
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from builds import (
     StubEncoders,
     assert_same_samples,
     build,
+    build_on,
     index_of,
     make_images,
     picture,
@@ -22,6 +24,7 @@ from builds import (
     settled,
     write_notes,
 )
+from PIL import Image
 
 from sciflow_hf.data.load import load_cache
 from sciflow_hf.errors import SciflowError
@@ -234,3 +237,110 @@ def test_the_size_is_told_before_the_rest_is_encoded(
     monkeypatch.setattr("sciflow_hf.data.build.build.shutil.disk_usage", lambda _: usage)
     build(images, tmp_path / "full", payload=payload)
     assert "has 10 B free. Make room" in caplog.text
+
+
+# --- a sample is its content and all that decides its arrays ---
+
+
+def _edited_images(folder: Path) -> dict[str, str]:
+    """Images that change, but not in length (uncompressed), and one that does not; what changes: encoded or not."""
+    (folder / "masks").mkdir(parents=True)
+    sizes = {
+        "swap_1": (40, 40),
+        "swap_2": (40, 40),
+        "paint": (40, 40),
+        "turn": (40, 60),
+        "same": (40, 40),
+        "mask": (40, 40),
+    }
+    for number, (name, size) in enumerate(sizes.items()):
+        picture(*size, (40 * number, 9, 9)).save(folder / f"{name}.bmp")
+    _tagged(folder, 1)
+    picture(40, 40, (0, 0, 0)).save(folder / "masks/mask.bmp")
+    _captions(folder, "the same words")
+    return dict.fromkeys(["swap_1.bmp", "swap_2.bmp", "paint.bmp", "turn.bmp", "mask.bmp", "tag.tif"], "changed")
+
+
+def _tagged(folder: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture(40, 60, (0, 0, 200)).save(folder / "tag.tif", exif=exif, compression=None)
+
+
+def _captions(folder: Path, of_same: str) -> None:
+    names = ["swap_1.bmp", "swap_2.bmp", "paint.bmp", "turn.bmp", "tag.tif"]
+    notes = [{"file_name": name, "caption": name} for name in names]
+    notes += [{"file_name": "mask.bmp", "caption": "mask", "loss_mask": "masks/mask.bmp"}]
+    write_notes(folder, [*notes, {"file_name": "same.bmp", "caption": of_same}])
+
+
+@payloads
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_changed_is_encoded_again_and_nothing_stale_stays(tmp_path: Path, payload: str, ranks: int) -> None:
+    folder, output, options = tmp_path / "images", tmp_path / "cache", dict(payload=payload, samples_per_part=2)
+    changed = _edited_images(folder)
+    build(folder, output, **options)
+    before, lengths = samples_of(output), {f: f.stat().st_size for f in folder.rglob("*.*")}
+    for source, target in (("swap_1", "x"), ("swap_2", "swap_1"), ("x", "swap_2")):
+        (folder / f"{source}.bmp").rename(folder / f"{target}.bmp")
+    picture(40, 40, (1, 2, 3)).save(folder / "paint.bmp")
+    picture(60, 40, (120, 9, 9)).save(folder / "turn.bmp")  # another bucket
+    picture(40, 40, (255, 255, 255)).save(folder / "masks/mask.bmp")
+    _tagged(folder, 6)
+    assert {f: f.stat().st_size for f in folder.rglob("*.*")} == lengths
+
+    encoders = [StubEncoders() for _ in range(ranks)]
+    build_on(ranks, folder, output, encoders, **options)
+    assert sum(e.num_images for e in encoders) == len(changed)
+    assert payload == "npz" or not any(e.prompts for e in encoders)
+    build(folder, tmp_path / "straight", **options)
+    assert_same_samples(output, tmp_path / "straight")
+    for name, sample in samples_of(output).items():
+        same = {key: torch.equal(value, before[name][key]) for key, value in sample.items()}
+        assert all(same.values()) == (name not in changed), (name, same)
+    assert len(list(output.rglob("*_latents.npz"))) == (7 if payload == "npz" else 0), "no payload of old samples"
+    assert build(folder, output, StubEncoders(stop_after=0), **options).reused == 7
+
+    _captions(folder, "other words")
+    encoders = [StubEncoders() for _ in range(ranks)]
+    build_on(ranks, folder, output, encoders, **options)
+    assert [p for e in encoders for p in e.prompts] == ["other words"]
+    assert sum(e.num_images for e in encoders) == (payload == "npz")
+    assert samples_of(output)["same.bmp"]["prompt_embeds"].eq(len("other words")).all()
+
+
+@payloads
+def test_other_buckets_are_other_samples(images: Path, tmp_path: Path, payload: str) -> None:
+    output = tmp_path / "cache"
+    build(images, output, payload=payload, buckets=[(16, 16)])
+    encoders = StubEncoders()
+    assert build(images, output, encoders, payload=payload).encoded == 12 == encoders.num_images
+    build(images, tmp_path / "straight", payload=payload)
+    assert_same_samples(output, tmp_path / "straight")
+    for i, sample in enumerate(load_cache(output)):
+        height, width = load_cache(output).buckets[i]
+        assert tuple(sample["latents"].shape[1:]) == (height // 8, width // 8)
+
+
+@payloads
+def test_a_cache_of_an_earlier_version_is_continued_by_its_rules(
+    images: Path, tmp_path: Path, payload: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ids by length: nothing is encoded again, so that runs on it resume; what is new is added by the same rules."""
+    output = tmp_path / "cache"
+    output.mkdir()
+    noted = {"payload": payload, "family": "stub", "dtype": "bf16", "resolution": 32, "bucket_step": 8}
+    (output / "build.json").write_text(json.dumps({"settings": noted}))
+    build(images, output, payload=payload)
+    # As the version before wrote it: a hash of name, caption where it is stored along, resolution and length.
+    file = images / "p1" / "fig_05.png"
+    facts = ["p1/fig_05.png", "figure 5" if payload == "npz" else None, 32, file.stat().st_size]
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    assert digest in {row.get("sample_id") or Path(row["cache_path"]).name[:16] for row in index_of(output)}
+    picture(60, 40).save(images / "new.png")
+    (images / "new.txt").write_text("new")
+    caplog.clear()
+    report = build(images, output, payload=payload)
+    assert (report.encoded, report.reused) == (1, 12)
+    assert caplog.text.count("an edited image whose file is as long as before is not encoded again") == 1
+    assert "rules" not in json.loads((output / "build.json").read_text())

@@ -1,8 +1,6 @@
 """Several ranks build one cache: the same files as one makes, each image and prompt encoded once, the work shared."""
 
-import threading
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from builds import (
     StubEncoders,
     assert_same_samples,
     build,
+    build_on,
     make_images,
     picture,
     samples_of,
@@ -32,30 +31,6 @@ payloads = pytest.mark.parametrize("payload", PAYLOADS)
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     return make_images(tmp_path / "images")
-
-
-def build_on(ranks: int, source: Path, output: Path, encoders: list[StubEncoders], **options: Any) -> list[BuildReport]:
-    """One thread a rank. The first error of a rank is raised, the others are stopped."""
-    meeting, errors = threading.Barrier(ranks, timeout=60), []
-
-    def run(rank: int) -> BuildReport | None:
-        try:
-            return build(
-                source, output, encoders[rank], rank=rank, world_size=ranks, barrier=lambda: meeting.wait() and None,
-                **options,
-            )  # fmt: skip
-        except threading.BrokenBarrierError:
-            return None
-        except BaseException as error:
-            errors.append(error)
-            meeting.abort()
-            return None
-
-    with ThreadPoolExecutor(ranks) as pool:
-        reports = list(pool.map(run, range(ranks)))
-    if errors:
-        raise errors[0]
-    return [report for report in reports if report is not None]
 
 
 def repeat_prompts(images: Path) -> None:

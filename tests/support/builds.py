@@ -1,7 +1,9 @@
 """Stub encoders that count, and the folder of images that the tests of building use."""
 
 import json
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,30 @@ def build(source: str | Path, output: Path, encoders: StubEncoders | None = None
     encoders = encoders or StubEncoders()
     options = {"settings": {"family": "stub"}, "bucket_step": STEP, "resolution": 32} | options
     return build_cache(source, output, encode_images=encoders.images, encode_prompts=encoders.texts, **options)
+
+
+def build_on(ranks: int, source: Path, output: Path, encoders: list[StubEncoders], **options: Any) -> list[BuildReport]:
+    """One thread a rank. The first error of a rank is raised, the others are stopped."""
+    meeting, errors = threading.Barrier(ranks, timeout=60), []
+
+    def run(rank: int) -> BuildReport | None:
+        try:
+            return build(
+                source, output, encoders[rank], rank=rank, world_size=ranks, barrier=lambda: meeting.wait() and None,
+                **options,
+            )  # fmt: skip
+        except threading.BrokenBarrierError:
+            return None
+        except BaseException as error:
+            errors.append(error)
+            meeting.abort()
+            return None
+
+    with ThreadPoolExecutor(ranks) as pool:
+        reports = list(pool.map(run, range(ranks)))
+    if errors:
+        raise errors[0]
+    return [report for report in reports if report is not None]
 
 
 def picture(height: int, width: int, colour: tuple[int, int, int] = (200, 100, 0)) -> Image.Image:

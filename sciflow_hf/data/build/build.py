@@ -40,7 +40,7 @@ BLOCK_BYTES = 1 << 30
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 STAGING: dict[str, type[Staging]] = {"shards": ShardStaging, "inline": InlineStaging, "npz": NpzStaging}
 RULES = 2
-"""Noted in `BUILD_FILE`: small images are not enlarged. Caches of earlier versions note nothing."""
+"""Noted in `BUILD_FILE`: samples are known by content, small images not enlarged. Earlier versions note nothing."""
 _OLDER = {"payload": "npz", "embeds": "bf16", "codec": "none"}  # before there were other layouts
 T = TypeVar("T")
 _Tensors = dict[str, torch.Tensor]
@@ -171,8 +171,9 @@ def build_cache(
         enlarge = True
         if rank == 0:
             logger.warning(
-                "%s was begun by an earlier version and is continued by its rules: small images are enlarged. Build "
-                "into another folder to do without.",
+                "%s was begun by an earlier version and is continued by its rules: an edited image whose file is as "
+                "long as before is not encoded again, and small images are enlarged. Build into another folder for the "
+                "new rules.",
                 output,
             )  # fmt: skip
     if flip and rank == 0:
@@ -188,7 +189,7 @@ def build_cache(
     kind = STAGING[payload]
     found = find_jobs(
         records, rungs, resolution=resolution, crops=crops, flip=flip, with_caption=kind.with_text,
-        skip=skips.on_every_rank, remark=tally.remark,
+        skip=skips.on_every_rank, remark=tally.remark, by_length=rules == 1,
     )  # fmt: skip
     jobs = by_bucket(found, batch_size)
     if not jobs:
@@ -248,7 +249,7 @@ class _Builder:
         self.output, layout = self.staging.output, self.staging.layout
         self.jobs, self.skip = self.staging.jobs, self.staging.skip
         self.dtype, self.with_embeds = layout.dtype, layout.embeds != "none"
-        self.masked = any(job.record.open_mask is not None for job in self.jobs)
+        self.masked = any(job.record.mask is not None for job in self.jobs)
 
     def run(self) -> None:
         """Builds, together with the other ranks."""
@@ -403,7 +404,7 @@ class _Builder:
         """The image in RGB; the views of one image mostly follow each other, so the last one is kept."""
         name, image = self.opened
         if image is None or name != job.record.name:
-            with job.record.open() as file:
+            with job.record.image.open() as file:
                 image = to_rgb(file)
             if NOT_NUMBERS in image.info:
                 self.report.tally.remark("images with pixels that are NaN (white) or infinite", job.record.name)
@@ -450,7 +451,7 @@ class _Builder:
 
 
 def _mask(job: Job) -> Image.Image | None:
-    if job.record.open_mask is None:
+    if job.record.mask is None:
         return None
-    with job.record.open_mask() as file:
+    with job.record.mask.open() as file:
         return to_rgb(file)

@@ -1,13 +1,18 @@
 """What a build has to do: the views of each image with their buckets, in batches that are dealt to the ranks."""
 
+import functools
 import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any
 
+from PIL import Image
+
 from ..batches.buckets import fitting_bucket
+from .ahead import in_order
 from .sources.pixels import has_more_frames, oriented_size, unreadable
 from .sources.record import Record
 from .tally import Measure
@@ -62,6 +67,30 @@ class Job:
         }
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What a look at an image tells: (height, width), whether there are more frames, and what stands for its bytes."""
+
+    size: tuple[int, int]
+    more_frames: bool
+    content: str | int
+    mask: str | int
+
+
+def _look(record: Record, by_length: bool) -> _Seen | Exception:
+    try:
+        data = record.image.read()
+        with Image.open(BytesIO(data)) as image:
+            size, more_frames = oriented_size(image), has_more_frames(image)
+    except Exception as error:  # PIL lets through whatever its decoders raise; the image is named
+        return error
+    try:
+        mask = record.mask.read() if record.mask else b""
+    except OSError:  # named when it is opened for its pixels
+        mask = b""
+    return _Seen(size, more_frames, *(len(d) if by_length else hashlib.sha256(d).hexdigest() for d in (data, mask)))
+
+
 def find_jobs(
     records: Sequence[Record],
     rungs: Sequence[Sequence[_Bucket]],
@@ -72,8 +101,9 @@ def find_jobs(
     with_caption: bool,
     skip: Callable[[str, str], None],
     remark: Callable[[str, str], None] = lambda what, name: None,
+    by_length: bool = False,
 ) -> Iterator[Job]:
-    """The views of each image, whose header alone is read.
+    """The views of each image, of which the header is decoded; all its bytes are read for the ids.
 
     Args:
         records: the images.
@@ -84,23 +114,22 @@ def find_jobs(
         with_caption: whether a job's arrays depend on the caption.
         skip: called with name and reason for an image that cannot be read.
         remark: called with what is to be said of an image, and its name.
+        by_length: ids as in earlier versions: by the length of a file instead of its content, whatever the bucket.
     """
-    masked = any(record.open_mask is not None for record in records)
+    masked = any(record.mask is not None for record in records)
     last = None
-    for record in records:
-        try:
-            with record.open() as image:
-                original = oriented_size(image)
-                bucket = fitting_bucket(*original, rungs)
-                if record.name != last and has_more_frames(image):
-                    remark("images with several frames or pages, of which the first is taken", record.name)
-                last = record.name
-        except Exception as error:  # PIL lets through whatever its decoders raise; the image is named
-            skip(record.name, unreadable(error))
+    for record, seen in in_order(functools.partial(_look, by_length=by_length), records):
+        if isinstance(seen, Exception):
+            skip(record.name, unreadable(seen))
             continue
-        content: list[Any] = [record.name, record.caption if with_caption else None, resolution, record.num_bytes]
+        bucket = fitting_bucket(*seen.size, rungs)
+        if record.name != last and seen.more_frames:
+            remark("images with several frames or pages, of which the first is taken", record.name)
+        last, original = record.name, seen.size
+        content: list[Any] = [record.name, record.caption if with_caption else None, resolution, seen.content]
+        content += [] if by_length else [bucket]
         if masked:
-            content += ["mask", record.mask_bytes, record.open_mask is not None]
+            content += ["mask", seen.mask, record.mask is not None]
         for variant in variants(crops, flip, record.part):
             text = json.dumps([*content, variant] if variant else content)
             digest = hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 FOLDER = ".staging"  # in a cache: hidden, so that no reader looks into it
 _PART = re.compile(r"data_rank0_part(\d{5,})\.parquet")
 _SHAPES = {"latent_shape": "latents", "prompt_embeds_shape": "prompt_embeds"}
+_OWN = re.compile(r"[0-9a-f]{16}_latents\.npz")
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -195,7 +196,10 @@ class NpzStaging(Staging):
     salvage = finish
 
     def close(self) -> tuple[int, int]:
-        found = [self.output / file for file in self.files.values()]
+        found = {self.output / file for file in self.files.values()}
+        for file in set(self.output.glob("*/*_latents.npz")) - found:
+            if _OWN.fullmatch(file.name):
+                file.unlink()
         sizes = [file.stat().st_size for file in found if file.is_file()]
         return len(sizes), sum(sizes)
 

@@ -92,7 +92,7 @@ def compare_afresh(
     found: dict[str, Difference] = {}
     for i in chosen:
         record = there[i]
-        with record.open() as image:
+        with record.image.open() as image:
             variant = (kinds[i] if kinds else None) or ""
             view = view_of(variant, record.name, oriented_size(image), cache.buckets[i])
             pixels = fit_pixels(to_rgb(image), view)

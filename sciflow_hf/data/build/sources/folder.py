@@ -11,7 +11,7 @@ from ....errors import SciflowError, first_line
 from ..tally import Tally
 from .captions import METADATA_FILES, WINDOWS, Note, read_notes, read_text, texts_of
 from .listing import NO_TARGET, Listing, image_suffixes, printable
-from .record import MASK_COLUMN, Record, file_opener, mask_file, not_storable, part_name
+from .record import MASK_COLUMN, Record, not_storable, part_name, stored_file
 from .splits import choose_splits, split_of_image
 
 TEXT_SUFFIXES = (".txt", ".caption")  # the first is taken where there are both
@@ -123,7 +123,7 @@ class _Folder:
             rest = {k: v for k, v in note.columns.items() if k not in ("file_name", self.column, MASK_COLUMN)}
             mask = masks[str(note.columns[MASK_COLUMN])] if note.columns.get(MASK_COLUMN) else None
             part = part_name(number)
-            record = Record(name, caption, file.stat().st_size, file_opener(file), rest, *mask_file(mask), part)
+            record = Record(name, caption, stored_file(file), rest, stored_file(mask) if mask else None, part)
             if bad := not_storable(record):
                 reason = f"{note.where}: half a character (a surrogate) in `{bad}`"
                 self.tally.skipped[f"{name}#{part}" if part else name] = reason

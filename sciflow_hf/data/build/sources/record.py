@@ -1,7 +1,8 @@
-"""`Record`: one captioned image of a source."""
+"""`Record`: one captioned image of a source, and `Stored`: the file that it comes from."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,27 +13,46 @@ MASK_COLUMN = "loss_mask"
 
 
 @dataclass(frozen=True)
+class Stored:
+    """An image file, on a disk or in a cell of a table.
+
+    Attributes:
+        source: its path, or its bytes; an OSError where there is none.
+    """
+
+    source: Callable[[], Path | bytes]
+
+    def open(self) -> "Image.Image":
+        """The image, of which no pixels are read yet."""
+        from PIL import Image
+
+        found = self.source()
+        return Image.open(BytesIO(found) if isinstance(found, bytes) else found)
+
+    def read(self) -> bytes:
+        """All of its bytes."""
+        found = self.source()
+        return found if isinstance(found, bytes) else found.read_bytes()
+
+
+@dataclass(frozen=True)
 class Record:
     """One image with one caption.
 
     Attributes:
         name: the image's path relative to the input, with forward slashes.
         caption: its text.
-        num_bytes: size of the encoded image: with the name, tells one version of it from another.
-        open: opens it; reads no pixels yet.
+        image: its file.
         columns: further columns for the index.
-        open_mask: opens its loss mask; None if it has none.
-        mask_bytes: size of the encoded mask.
+        mask: the file of its loss mask, which may be missing; None if it has none.
         part: "" for the first caption of the image, then "caption2", "caption3", ...: unique with the name.
     """
 
     name: str
     caption: str
-    num_bytes: int
-    open: Callable[[], "Image.Image"]
+    image: Stored
     columns: dict[str, Any] = field(default_factory=dict)
-    open_mask: Callable[[], "Image.Image"] | None = None
-    mask_bytes: int = 0
+    mask: Stored | None = None
     part: str = ""
 
 
@@ -55,17 +75,6 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def file_opener(file: Path) -> Callable[[], "Image.Image"]:
-    """Opens an image file."""
-
-    def open_file() -> "Image.Image":
-        from PIL import Image
-
-        return Image.open(file)
-
-    return open_file
-
-
-def mask_file(file: Path | None) -> tuple[Callable[[], "Image.Image"] | None, int]:
-    """How to open a mask (that may be missing: it is noticed then), and its size in bytes."""
-    return (None, 0) if file is None else (file_opener(file), file.stat().st_size if file.is_file() else 0)
+def stored_file(file: Path) -> Stored:
+    """An image file."""
+    return Stored(lambda: file)

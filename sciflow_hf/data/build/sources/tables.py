@@ -3,21 +3,19 @@
 import glob
 import os
 import re
-from collections.abc import Callable, Sequence
-from io import BytesIO
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ....errors import SciflowError
 from ..tally import Tally
 from .captions import texts_of
 from .folder import caption_column
-from .record import MASK_COLUMN, Record, mask_file, part_name
+from .record import MASK_COLUMN, Record, Stored, part_name, stored_file
 from .splits import choose_splits, split_of_table
 
 if TYPE_CHECKING:
     import datasets
-    from PIL import Image
 
 _BINARY = ("binary", "large_binary", "binary_view")
 _TEXT = ("string", "large_string", "string_view")
@@ -106,17 +104,15 @@ def dataset_records(data: "datasets.Dataset", where: str, column: str) -> tuple[
             tally.remark("columns that are not kept", name)
     images = data.select_columns(pictures)
     rows = data.select_columns([column, *plain]).to_list()
-    found, sizes = [], []
-    masks: list[tuple[Callable[[], Image.Image] | None, int]] = []
+    found = []
+    masks: list[Stored | None] = []
     for i, stored in enumerate(images):
         found.append(os.path.basename((stored["image"] or {}).get("path") or ""))
-        sizes.append(_stored_size(stored["image"], folder))
         if MASK_COLUMN in pictures:
-            size = _stored_size(stored[MASK_COLUMN], folder)
-            masks.append((_row_opener(images, i, MASK_COLUMN, folder), size) if stored[MASK_COLUMN] else (None, 0))
+            masks.append(_stored_row(images, i, MASK_COLUMN, folder) if stored[MASK_COLUMN] else None)
         else:
             path = rows[i].pop(MASK_COLUMN, None)
-            masks.append(mask_file(Path(os.path.normpath(folder / str(path))) if path else None))
+            masks.append(stored_file(Path(os.path.normpath(folder / str(path)))) if path else None)
     unique = all(found) and len(set(found)) == len(found)
     records = []
     for i, row in enumerate(rows):
@@ -127,8 +123,8 @@ def dataset_records(data: "datasets.Dataset", where: str, column: str) -> tuple[
         if len(set(captions)) < len(captions):
             tally.remark("captions that an image has twice, taken once", name)
         for number, caption in enumerate(dict.fromkeys(captions)):
-            opener = _row_opener(images, i, "image", folder)
-            records.append(Record(name, caption, sizes[i], opener, row, *masks[i], part_name(number)))
+            image = _stored_row(images, i, "image", folder)
+            records.append(Record(name, caption, image, row, masks[i], part_name(number)))
     if not records:
         raise SciflowError(f"`input_dir` is {where!r}: no row has a caption in the column {column!r}.")
     return records, tally
@@ -153,25 +149,15 @@ def with_images(data: "datasets.Dataset", column: str, *, paths: bool) -> "datas
     return data.cast_column(column, datasets.Image(decode=False))
 
 
-def _stored_file(path: str, folder: Path) -> str:
-    """Where the image of a row lies; a relative path begins at the table's folder."""
-    return str(folder / path) if (folder / path).is_file() else path
+def _stored_row(images: "datasets.Dataset", row: int, column: str, folder: Path) -> Stored:
+    """The image of a row; a relative path begins at the table's folder."""
 
-
-def _stored_size(stored: dict[str, Any] | None, folder: Path) -> int:
-    if stored and stored.get("bytes"):
-        return len(stored["bytes"])
-    path = _stored_file(stored["path"], folder) if stored and stored.get("path") else None
-    return os.path.getsize(path) if path and os.path.isfile(path) else 0
-
-
-def _row_opener(images: "datasets.Dataset", row: int, column: str, folder: Path) -> Callable[[], "Image.Image"]:
-    def open_row() -> "Image.Image":
-        from PIL import Image
-
+    def source() -> Path | bytes:
         stored = images[row][column] or {}
-        if not stored.get("bytes") and not stored.get("path"):
+        if stored.get("bytes"):
+            return bytes(stored["bytes"])
+        if not stored.get("path"):
             raise OSError("no image in this row")
-        return Image.open(BytesIO(stored["bytes"]) if stored.get("bytes") else _stored_file(stored["path"], folder))
+        return folder / stored["path"] if (folder / stored["path"]).is_file() else Path(stored["path"])
 
-    return open_row
+    return Stored(source)
