@@ -21,9 +21,11 @@ def run(main: Callable[[], Any]) -> NoReturn:
     status: Any = 0
     outlast_readers()
     try:
-        main()
-    except Preempted as stop:
-        status = stop.code
+        try:
+            main()
+        except Preempted as stop:
+            status = stop.code
+        leave_process_group()
     except KeyboardInterrupt:
         sys.stderr.write("\nstopped; resume with --resume_from_checkpoint latest\n")
         sys.exit(130)
@@ -34,7 +36,6 @@ def run(main: Callable[[], Any]) -> NoReturn:
         sys.stderr.write(f"\nerror: {message}\n")
         leave_process_group(together=False)  # the other ranks may be anywhere
         sys.exit(2)
-    leave_process_group()
     sys.exit(status)
 
 

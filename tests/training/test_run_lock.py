@@ -14,6 +14,7 @@ from recipe_runs import environment
 from trainings import make_args, make_trainer, same, trained
 
 import sciflow_hf as sf
+from sciflow_hf.cli.run import run
 from sciflow_hf.training import run_lock
 from sciflow_hf.training.checkpoints import check_output_dir, check_room, list_checkpoints
 from sciflow_hf.training.run_lock import FACTS, LOCK, RunLock
@@ -286,6 +287,23 @@ def test_output_that_nobody_takes_ends_no_command(tmp_path, tiny_cache, output):
     for words, status in ((["info"], 0), (["verify"], 0), (["verify", "--payload_dir", tmp_path], 2)):
         assert ended([*command[:3], *words, "--dataset_dir", cache], output()) == status, words
     assert ended([*command[:2], "--help"], output()) == 0
+
+
+def test_a_process_lost_at_the_very_end_is_a_message(monkeypatch, capsys):
+    """This one is done and waits for the others; in a run the soak kills one at any moment."""
+
+    def leave(*, together=True):
+        if together:
+            raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+
+    monkeypatch.setattr("sciflow_hf.cli.run.leave_process_group", leave)
+    with pytest.raises(SystemExit) as caught:
+        run(lambda: None)
+    said = capsys.readouterr().err
+    assert (
+        caught.value.code == 2 and "another process of this run ended" in said and "Connection closed by peer" in said
+    )
+    assert "--resume_from_checkpoint latest" in said
 
 
 def test_an_ascii_terminal_shows_what_it_can(tmp_path):
