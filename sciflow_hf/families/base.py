@@ -218,6 +218,10 @@ class ModelFamily(NoiseLevels, Options, ABC):
         """Prompts -> `prompt_embeds` (B, L, D) and the family's extras."""
         raise SciflowError(f"`{self.name}` takes no prompts.")
 
+    def count_tokens(self, prompts: Sequence[str]) -> tuple[list[int], int] | None:
+        """How many tokens each prompt has, and how many of them `encode_prompts` reads; None: unknown."""
+        return None
+
     @abstractmethod
     def encoder_settings(self) -> dict[str, Any]:
         """What the content of a cache depends on, as plain JSON values."""
@@ -479,6 +483,12 @@ class PipelineFamily(ModelFamily):
                     f"`{name}` {tuple(sample[name].shape)}: this network takes ({length}{widths[name]}). Build the "
                     "cache with the model that you train."
                 )
+
+    @functools.cached_property
+    def tokenizers(self) -> Any:
+        """The pipeline with its tokenizers alone, for `count_tokens`."""
+        without = (name for name, kind in self.config().items() if isinstance(kind, list) and "tokenizer" not in name)
+        return self.read_pipeline("tokenizers", **dict.fromkeys([*without, *self.unread_parts()]))
 
     def unread_parts(self) -> tuple[str, ...]:
         """Those of `text_parts` that `encode_prompts` leaves out."""

@@ -10,7 +10,7 @@ import torch
 from ..errors import SciflowError
 from ..options import arguments, option
 from .base import PipelineFamily, network_dtype, posterior_option
-from .tokens import PATCH, pack, token_ids, unpack
+from .tokens import PATCH, pack, token_counts, token_ids, unpack
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +128,10 @@ class Flux(PipelineFamily):
                 path,
             )
         return super().load_model(dtype=dtype, meta=meta, quantize=quantize)
+
+    def count_tokens(self, prompts: Sequence[str]) -> tuple[list[int], int]:
+        """T5's, which has the longer text: CLIP reads 77 tokens for the pooled embedding."""
+        return token_counts(prompts, self.tokenizers.tokenizer_2), self.max_sequence_length
 
     def encode_prompts(self, prompts: Sequence[str], encoders: Any) -> dict[str, torch.Tensor]:
         """As the pipeline's `encode_prompt`, without its warning for every caption beyond CLIP's 77 tokens.

@@ -11,7 +11,7 @@ from ..errors import SciflowError
 from ..options import arguments, option
 from .base import PipelineFamily, network_dtype
 from .loading import explain_loading
-from .tokens import PATCH
+from .tokens import PATCH, token_counts
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +142,12 @@ class Flux2Klein(PipelineFamily):
                 text_encoder_out_layers=TEXT_ENCODER_LAYERS,
             )
         return {"prompt_embeds": prompt_embeds, "text_ids": text_ids}
+
+    def count_tokens(self, prompts: Sequence[str]) -> tuple[list[int], int]:
+        tokenizer = self.tokenizers.tokenizer
+        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}  # as the pipeline
+        texts = [tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **options) for prompt in prompts]
+        return token_counts(texts, tokenizer), self.max_sequence_length
 
     def resolution_mu(self, image_seq_len: int) -> float:
         """The line of BFL's sampler for many steps, `compute_empirical_mu` in diffusers; training has no steps."""

@@ -9,7 +9,7 @@ import torch
 from ..errors import SciflowError
 from ..options import arguments, option
 from .base import PipelineFamily, network_dtype, posterior_option
-from .tokens import PATCH, pack, unpack
+from .tokens import PATCH, pack, token_counts, unpack
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -129,6 +129,10 @@ class QwenImage(PipelineFamily):
         with torch.no_grad():
             prompt_embeds, mask = encoders.encode_prompt(list(prompts), max_sequence_length=self.max_sequence_length)
         return {"prompt_embeds": prompt_embeds} | ({} if mask is None else {"prompt_embeds_mask": mask})
+
+    def count_tokens(self, prompts: Sequence[str]) -> tuple[list[int], int]:
+        pipe, texts = self.tokenizers, map(self.tokenizers.prompt_template_encode.format, prompts)
+        return token_counts(texts, pipe.tokenizer, pipe.prompt_template_encode_start_idx), self.max_sequence_length
 
     def needs_negative_prompt(self) -> bool:
         return True

@@ -13,6 +13,7 @@ from ..diffusion.process import GivenSchedule, TimestepLevels
 from ..errors import SciflowError
 from ..options import arguments, option
 from .base import PipelineFamily, network_dtype, posterior_option
+from .tokens import token_counts
 
 logger = logging.getLogger(__name__)
 
@@ -208,6 +209,9 @@ class SDXL(TimestepLevels, PipelineFamily):
             )
         for tokenizer in tokenizers:
             tokenizer.model_max_length = self.max_sequence_length
+
+    def count_tokens(self, prompts: Sequence[str]) -> tuple[list[int], int]:
+        return token_counts(prompts, self.tokenizers.tokenizer), self.max_sequence_length
 
     def encode_prompts(self, prompts: Sequence[str], encoders: Any) -> dict[str, torch.Tensor]:
         prompt_embeds, _, pooled_prompt_embeds, _ = encoders.encode_prompt(

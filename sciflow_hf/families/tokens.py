@@ -1,6 +1,6 @@
 """Latents and prompts as the networks of several families take them: 2x2 pixels a token, token ids."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,11 @@ def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """The inverse of `pack`: (B, h/2 * w/2, 4C) -> (B, C, h, w)."""
     patches = tokens.reshape(len(tokens), height // PATCH, width // PATCH, -1, PATCH, PATCH)
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, height, width)
+
+
+def token_counts(prompts: Iterable[str], tokenizer: Any, dropped: int = 0) -> list[int]:
+    """How many tokens each prompt has before it is cut, without the first, of a template, that are `dropped`."""
+    return [len(ids) - dropped for ids in tokenizer(list(prompts), verbose=False).input_ids]
 
 
 def token_ids(prompts: Sequence[str], tokenizer: Any, length: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ from accelerate import PartialState
 
 from ..data.arguments import DataArguments
 from ..data.build.build import BuildReport, build_cache
+from ..data.build.cut import find_cut, warn_of_cut
 from ..data.cache import LatentCache
 from ..data.load import load_cache, load_data
 from ..data.split import spread
@@ -76,22 +77,32 @@ def build_cache_for(
         settings=family.encoder_settings(),
         bucket_step=family.bucket_step(),
         time_ids=family.stores_time_ids,
+        count_tokens=family.count_tokens,
         **options,
     )
 
 
-def online_text(family: ModelFamily, *, device: Any, dtype: Any) -> Callable[[list[str]], dict[str, torch.Tensor]]:
+def online_text(
+    family: ModelFamily, *, device: Any, dtype: Any, watch: bool = False
+) -> Callable[[list[str]], dict[str, torch.Tensor]]:
     """A function: captions -> what `family.encode_prompts` makes of them, (B, ...) on `device`, without gradients.
 
-    A caption that a batch has twice is encoded once. The encoder is loaded at first use: a dry run needs none.
+    A caption that a batch has twice is encoded once. The encoder is loaded at first use: a dry run needs none. With
+    `watch` the first batch with a caption that is cut is told.
     """
+    told = not watch
 
     @functools.cache
     def encoders() -> Any:
         return family.load_text_encoder(device=device, dtype=dtype)
 
     def encode(captions: list[str]) -> dict[str, torch.Tensor]:
+        nonlocal told
         distinct = list(dict.fromkeys(captions))
+        if not told:
+            found = find_cut(zip(distinct, distinct, strict=True), family.count_tokens)
+            warn_of_cut(found, len(distinct))
+            told = found is None or found["count"] > 0
         rows = [distinct.index(caption) for caption in captions]
         return {name: value[rows] for name, value in family.encode_prompts(distinct, encoders()).items()}
 
@@ -113,7 +124,7 @@ def prepare_data(
     """The training and held-out data; with `--input_dir` the cache is built first, by all ranks, resumable."""
     state = _processes(args, lambda: resolve_demo(family, data_args, args.output_dir))
     resolve_demo(family, data_args, args.output_dir)
-    online = data_args.text_encoding == "online"
+    online, built = data_args.text_encoding == "online", bool(data_args.input_dir)
     if data_args.input_dir:
         directory = data_args.dataset_dir[0] if data_args.dataset_dir else str(Path(args.output_dir) / "cache")
         build_cache_for(
@@ -136,8 +147,14 @@ def prepare_data(
         )
         state.wait_for_everyone()
         data_args = dataclasses.replace(data_args, input_dir=None, dataset_dir=[directory])
-    encode = online_text(family, device=args.device, dtype=args.weight_dtype) if online else None
-    return load_data(data_args, dtype=args.weight_dtype, online_text=encode)
+    where = {"device": args.device, "dtype": args.weight_dtype}
+    encode = online_text(family, **where, watch=data_args.streaming and not built) if online else None
+    data = load_data(data_args, dtype=args.weight_dtype, online_text=encode)
+    if online and not data_args.streaming and not built and state.is_main_process:
+        caches = [cache for cache in data if isinstance(cache, LatentCache)]
+        captions = [pair for cache in caches for pair in zip(cache.row_ids, cache.captions, strict=True)]
+        warn_of_cut(find_cut(captions, family.count_tokens), len(captions))
+    return data
 
 
 def prepare_class_images(

@@ -1,6 +1,8 @@
 """Building caches: what is written from every form of input, and what is said of unusable input."""
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import pytest
 import torch
 from builds import LENGTH, PAYLOADS, STEP, WIDTH, StubEncoders, build, index_of, make_images, picture, write_notes
 
+from sciflow_hf.data.build.convert import convert_cache
+from sciflow_hf.data.inspect.describe import describe_cache
 from sciflow_hf.data.load import load_cache
 from sciflow_hf.errors import SciflowError
 
@@ -347,4 +351,57 @@ def test_a_nan_from_the_encoders_is_not_stored(images: Path, tmp_path: Path, pay
     assert (
         report.samples == 11 == len(load_cache(tmp_path / "cache"))
         and "latents holds NaN or Inf in fp16" in report.skipped[0][1]
+    )
+
+
+# --- captions that are longer than what is read ---
+
+
+def _count(prompts: Sequence[str]) -> tuple[list[int], int]:
+    """Words, of which five are read."""
+    COUNTED.extend(prompts)
+    return [len(prompt.split()) for prompt in prompts], 5
+
+
+COUNTED: list[str] = []
+
+
+@pytest.mark.parametrize("options", [{}, {"payload": "npz"}, {"payload": "inline", "embeds": "none"}])
+def test_captions_that_are_cut_are_counted_and_noted(
+    tmp_path: Path, options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    source, output = tmp_path / "images", tmp_path / "cache"
+    source.mkdir()
+    captions = ["one two three four five", "a b c d e f", "short", "a b c d e f", "1 2 3 4 5 6 7 8"]
+    for i, caption in enumerate(captions):
+        picture(40, 40, (i, i, i)).save(source / f"{i}.png")
+        (source / f"{i}.txt").write_text(caption)
+    COUNTED.clear()
+    report = build(source, output, count_tokens=_count, flip=True, **options)
+    assert sorted(COUNTED) == sorted(set(captions)), "each text once"
+    text = "3 after 5 tokens, the longest has 8: 1.png, ..."
+    assert report.tally.measures["captions that are cut"] == text and f"of 5: {text}" in caplog.text
+    table = describe_cache(load_cache(output), [str(output)])
+    assert re.search(rf"cut captions +{re.escape(text)}", table)
+    convert_cache(output, tmp_path / "other", payload="inline", embeds=options.get("embeds", "bf16"))
+    assert text in describe_cache(load_cache(tmp_path / "other"), ["other"])
+    both = [str(output), str(tmp_path / "other")]
+    assert "6 after 5 tokens" in describe_cache(load_cache(both), both)
+
+    COUNTED.clear()
+    build(source, output, count_tokens=_count, flip=True, **options)
+    assert COUNTED == [], "what was noted holds while the captions stay"
+    (source / "1.txt").write_text("short")
+    report = build(source, output, count_tokens=_count, flip=True, **options)
+    assert report.tally.measures["captions that are cut"].startswith("2 after 5 tokens, the longest has 8: 3.png")
+    for i in (3, 4):
+        (source / f"{i}.txt").write_text("short")
+    assert "captions that are cut" not in str(build(source, output, count_tokens=_count, flip=True, **options).tally)
+    assert re.search(r"cut captions +none", describe_cache(load_cache(output), [str(output)]))
+
+
+def test_of_families_that_do_not_count_nothing_is_said(images: Path, tmp_path: Path) -> None:
+    report = build(images, tmp_path / "cache", count_tokens=lambda prompts: None)
+    assert "cut" not in str(report.tally) and "cut captions" not in describe_cache(
+        load_cache(tmp_path / "cache"), ["x"]
     )

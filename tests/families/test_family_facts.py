@@ -380,3 +380,27 @@ def test_every_row_is_known_somehow():
 def test_row(fact, step, request):
     needed = {"tmp_path", "monkeypatch"} & set(CHECKS[fact].__code__.co_varnames[: CHECKS[fact].__code__.co_argcount])
     CHECKS[fact](step, **{name: request.getfixturevalue(name) for name in needed})
+
+
+LIMITS = {"flux2_klein": 40, "qwen_image": 40, "sd3": 90, "flux": 90, "sdxl": 12, "sd3 without T5": 16}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_a_caption_is_cut_where_its_last_word_changes_nothing(name, folders):
+    kind, limit = name.partition(" ")[0], LIMITS[name]
+    options = {"max_sequence_length": 90, "use_t5": False} if "without" in name else {"max_sequence_length": limit}
+    family = sf.load_family(kind)(pretrained_model_name_or_path=str(folders[kind]), **options)
+    encoders = family.load_text_encoder(device="cpu", dtype=torch.float32)
+    texts = ["a " * number + "b" for number in range(100)]
+    lengths, kept = family.count_tokens(texts)
+    assert kept == limit and lengths == sorted(lengths) and lengths[0] < limit
+
+    def same(text):
+        """Whether the last word makes no difference."""
+        one, other = (family.encode_prompts([t], encoders)["prompt_embeds"] for t in (text, text[:-1] + "c"))
+        return torch.equal(one, other)
+
+    fits = max(i for i, length in enumerate(lengths) if length <= kept)
+    after = {"flux2_klein": 40, "qwen_image": 40}.get(name, 0)  # of a template, whose end is cut first
+    behind = min(i for i, length in enumerate(lengths) if length > kept + after)
+    assert not same(texts[fits]) and same(texts[behind])

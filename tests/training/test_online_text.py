@@ -196,3 +196,16 @@ def test_posterior_sample_needs_a_cache_with_deviations(prepared, family):
     family.check_sample(model, train[0])
     with pytest.raises(SciflowError, match="--posterior sample"):
         dataclasses.replace(family, posterior="sample").check_sample(model, train[0])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_cut_captions_are_told_once_where_text_is_encoded_in_training(prepared, tmp_path, family, caplog, stream):
+    folder, train, held_out = prepared
+    short = dataclasses.replace(family, max_sequence_length=20)
+    args = DataArguments(dataset_dir=[str(folder)], text_encoding="online", streaming=stream, eval_fraction=0.3)
+    data, _ = prepare_data(args, short, arguments(tmp_path / "out"))
+    row = next(iter(data)) if stream else data[0]
+    assert "prompt_embeds" in row and caplog.text.count("Captions that are cut") == 1
+    counted = short.count_tokens([*train.captions, *held_out.captions])[0]
+    if not stream:
+        assert f"of 24: {sum(length > 20 for length in counted)} after 20 tokens" in caplog.text

@@ -1,6 +1,7 @@
 """Build a cache: every captioned image is encoded once, whatever happens in between."""
 
 import contextlib
+import hashlib
 import itertools
 import json
 import logging
@@ -26,6 +27,7 @@ from ..layouts.npz import write_npz
 from ..writing import output_file, readable_bytes
 from .block_staging import InlineStaging, ShardStaging
 from .blocks import BUILD_FILE, locked, noted_settings, remove_temporaries, write_settings
+from .cut import CUT, CountTokens, cut_text, find_cut, warn_of_cut
 from .jobs import Job, by_bucket, find_jobs, in_batches, shape_measures
 from .sources.find import find_records
 from .sources.pixels import NOT_NUMBERS, to_rgb, unreadable
@@ -94,6 +96,7 @@ def build_cache(
     records: Sequence[Record] | None = None,
     buckets: Sequence[tuple[int, int]] | None = None,
     enlarge: bool = False,
+    count_tokens: CountTokens | None = None,
     rank: int = 0,
     world_size: int = 1,
     barrier: Callable[[], None] = lambda: None,
@@ -132,6 +135,7 @@ def build_cache(
         records: the images themselves, instead of those found in `input_dir`.
         buckets: (height, width) in pixels, of which each image gets the nearest by aspect ratio; by default `ladder`.
         enlarge: bring small images to about resolution**2 pixels, too.
+        count_tokens: prompts -> (tokens of each, how many `encode_prompts` reads), to tell which captions are cut.
         rank: which of `world_size` processes this is; each encodes its share.
         world_size: processes that call this with the same arguments.
         barrier: waits for all of them.
@@ -200,16 +204,21 @@ def build_cache(
         tally.remarks.clear()  # up to here all ranks have found the same, which the first tells
     staging = kind(output, jobs, facts | {"version": __version__}, layout, skips)
     report = BuildReport(output, tally=tally)
+    notes: dict[str, Any] = {} if rules == 1 else {"rules": rules}
     builder = _Builder(
-        staging, report, encode_images, encode_prompts, fixed, rules, batch_size, samples_per_part, time_ids, rank,
+        staging, report, encode_images, encode_prompts, fixed, notes, batch_size, samples_per_part, time_ids, rank,
         world_size, barrier,
     )  # fmt: skip
+    if count_tokens is not None and rank == 0:
+        builder.notes |= _cut_note(jobs, count_tokens, noted or {})
     with locked(output) if rank == 0 else contextlib.nullcontext():
         builder.run()
     report.skipped = list(skips.found.items())
     if rank == 0:
         tally.close({job.name: job.record.name for job in jobs}, skips.found, builder.touched)
         tally.measures |= shape_measures([job for job in jobs if job.name not in skips.found])
+        if cut := builder.notes.get(CUT):
+            tally.measures |= {"captions that are cut": cut_text(cut)} if cut["count"] else {}
         logger.info("%s: what became of it\n%s", input_dir, tally)
         if not report.samples:
             raise SciflowError(f"`input_dir` is {str(input_dir)!r}: no image could be used. First: {skips.first()}.")
@@ -221,6 +230,19 @@ def build_cache(
     return report
 
 
+def _cut_note(jobs: Sequence[Job], count_tokens: CountTokens, noted: Mapping[str, Any]) -> dict[str, Any]:
+    """The note on captions that are cut, unless an earlier build has left it: {} if that is unknown."""
+    captions = [(job.name, job.caption) for job in jobs if job.view.variant == job.record.part]
+    digest = hashlib.sha256(json.dumps(captions).encode()).hexdigest()[:16]
+    found: dict[str, Any] | None = noted.get(CUT)
+    if found is None or found["captions"] != digest:
+        found = find_cut(captions, count_tokens)
+    if found is None:
+        return {}
+    warn_of_cut(found, len(captions))
+    return {CUT: found | {"captions": digest}}
+
+
 @dataclass
 class _Builder:
     """The work of one rank: its share of the batches is encoded, its blocks are completed; see `build_cache`."""
@@ -230,7 +252,7 @@ class _Builder:
     encode_images: _Encode
     encode_prompts: _Encode
     settings: Mapping[str, Any]
-    rules: int
+    notes: dict[str, Any]  # kept in `BUILD_FILE`, too
     batch_size: int
     samples_per_part: int
     time_ids: bool
@@ -341,8 +363,7 @@ class _Builder:
 
     def _write_settings(self, sizes: Mapping[str, int]) -> None:
         # Kept, so that the blocks of a build are as large before as after a kill.
-        more = {} if self.rules == 1 else {"rules": self.rules}
-        write_settings(self.output / BUILD_FILE, self.settings, version=__version__, **more, **sizes)
+        write_settings(self.output / BUILD_FILE, self.settings, version=__version__, **self.notes, **sizes)
 
     def _block_size(self) -> int:
         size = self._sizes().get("sample_bytes")

@@ -37,6 +37,7 @@ from .blocks import (
     write_settings,
     writer_of,
 )  # fmt: skip
+from .cut import CUT, folders_of, noted_cut
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +182,9 @@ class _Conversion:
         file = self.output / CONVERT_FILE
         noted = noted_settings(file, self.settings, {})
         if noted is None:
-            write_settings(file, self.settings, source=list(self.folders), version=__version__)
+            cut = noted_cut(folders_of(self.source.index_files))
+            more = {} if cut is None else {CUT: cut}
+            write_settings(file, self.settings, source=list(self.folders), version=__version__, **more)
         elif noted["differ"]:
             before = ", ".join(noted.get("source", []))
             raise SciflowError(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ...errors import CacheError
+from ..build.cut import cut_text, folders_of, noted_cut
 from ..cache import CAPTION_COLUMNS, LatentCache
 from ..layouts.base import Member
 from ..writing import readable_bytes, text_table
@@ -33,6 +34,7 @@ def describe_cache(cache: LatentCache, names: Sequence[str]) -> str:
     low, high = min(lengths), max(lengths)
     tokens = f"{low} tokens" if low == high else f"{low} to {high} tokens ({len(set(lengths))} different)"
     size, missing = cache.payload_bytes()
+    cut = noted_cut(folders_of(cache.index_files))
     masks = arrays.get("loss_mask", StoredArrays()).count
     facts = [
         ("samples", f"{len(cache)}"),
@@ -42,6 +44,7 @@ def describe_cache(cache: LatentCache, names: Sequence[str]) -> str:
         ("distinct prompts", f"{len(set(cache.captions))}" if captions else "unknown (no captions)"),
         ("text lengths", tokens if high else "no embeddings: prompts are encoded in training"),
         ("empty prompt", cache.empty_prompt_file or "not stored (no caption dropout)"),
+        *([] if cut is None else [("cut captions", cut_text(cut))]),
         ("posterior", "sample (latents_std is stored)" if "latents_std" in arrays else "mode"),
         ("loss masks", f"{masks}" if masks else "none"),
         ("fingerprint", cache.fingerprint),

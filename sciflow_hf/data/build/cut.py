@@ -1,0 +1,76 @@
+"""Captions that are longer than the text encoder reads: how many, the longest, the first; noted with the cache."""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from .. import storage
+from .blocks import BUILD_FILE, CONVERT_FILE
+
+logger = logging.getLogger(__name__)
+
+CUT = "cut_captions"
+"""Key of the note, and of the line in the table of a build."""
+CountTokens = Callable[[Sequence[str]], tuple[list[int], int] | None]
+"""Prompts -> the tokens of each, and how many are read; None: unknown. See `ModelFamily.count_tokens`."""
+_AT_ONCE = 1000
+
+
+def find_cut(captions: Iterable[tuple[str, str]], count_tokens: CountTokens) -> dict[str, Any] | None:
+    """What is to be noted of the captions, (name, text) each: each text is counted once. None: unknown."""
+    names: dict[str, list[str]] = {}
+    for name, text in captions:
+        names.setdefault(text, []).append(name)
+    found: dict[str, Any] = {"count": 0, "longest": 0, "kept": 0, "first": ""}
+    texts = list(names)
+    for start in range(0, len(texts), _AT_ONCE):
+        some = texts[start : start + _AT_ONCE]
+        counted = count_tokens(some)
+        if counted is None:
+            return None
+        lengths, found["kept"] = counted
+        for text, length in zip(some, lengths, strict=True):
+            if length > counted[1]:
+                found["count"] += len(names[text])
+                found["longest"] = max(found["longest"], length)
+                found["first"] = found["first"] or names[text][0]
+    return found
+
+
+def cut_text(found: dict[str, Any]) -> str:
+    """For tables and messages."""
+    if not found["count"]:
+        return "none"
+    more = ", ..." * (found["count"] > 1)
+    return f"{found['count']} after {found['kept']} tokens, the longest has {found['longest']}: {found['first']}{more}"
+
+
+def warn_of_cut(found: dict[str, Any] | None, captions: int) -> None:
+    """Says so if any of that many captions is cut."""
+    if found and found["count"]:
+        text = "Captions that are cut, of %d: %s. What stands behind is not read; `--max_sequence_length` is the limit."
+        logger.warning(text, captions, cut_text(found))
+
+
+def noted_cut(folders: Iterable[str]) -> dict[str, Any] | None:
+    """What is noted of the captions of several caches together; None where one of them notes nothing."""
+    notes: list[dict[str, Any] | None] = []
+    for folder in folders:
+        for file in (storage.join(folder, name) for name in (BUILD_FILE, CONVERT_FILE)):
+            if storage.exists(file):
+                with storage.open_file(file) as handle:
+                    notes.append(json.load(handle).get(CUT))
+                break
+        else:
+            return None
+    known = [note for note in notes if note is not None]
+    if not known or len(known) < len(notes):
+        return None
+    return max(known, key=lambda note: note["longest"]) | {"count": sum(note["count"] for note in known)}
+
+
+def folders_of(files: Iterable[str]) -> list[str]:
+    """The folders that hold these index files."""
+    return list(dict.fromkeys(os.path.dirname(file) for file in files))
