@@ -24,6 +24,7 @@ from .loading import (
     read_config,
     refuse_code,
 )
+from .tokens import token_counts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -483,6 +484,16 @@ class PipelineFamily(ModelFamily):
                     f"`{name}` {tuple(sample[name].shape)}: this network takes ({length}{widths[name]}). Build the "
                     "cache with the model that you train."
                 )
+
+    prompt_tokenizer: ClassVar[str] = ""
+    """The part of the pipeline whose tokens `max_sequence_length` limits, if prompts have no template."""
+
+    def count_tokens(self, prompts: Sequence[str]) -> tuple[list[int], int] | None:
+        if not self.prompt_tokenizer:
+            return None
+        if (tokenizer := getattr(self.tokenizers, self.prompt_tokenizer)) is not None:
+            return token_counts(prompts, tokenizer), vars(self)["max_sequence_length"]
+        return token_counts(prompts, self.tokenizers.tokenizer), self.tokenizers.tokenizer.model_max_length
 
     @functools.cached_property
     def tokenizers(self) -> Any:

@@ -10,7 +10,7 @@ import torch
 from ..errors import SciflowError
 from ..options import arguments, option
 from .base import PipelineFamily, network_dtype, posterior_option
-from .tokens import PATCH, pack, token_counts, token_ids, unpack
+from .tokens import PATCH, pack, token_ids, unpack
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +77,7 @@ class Flux(PipelineFamily):
     name: ClassVar[str] = "flux"
     patch: ClassVar[int] = PATCH
     trained_text_parts: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    prompt_tokenizer: ClassVar[str] = "tokenizer_2"
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     lora_presets: ClassVar[dict[str, str]] = {
         "attention": "to_k,to_q,to_v,to_out.0",
@@ -128,10 +129,6 @@ class Flux(PipelineFamily):
                 path,
             )
         return super().load_model(dtype=dtype, meta=meta, quantize=quantize)
-
-    def count_tokens(self, prompts: Sequence[str]) -> tuple[list[int], int]:
-        """T5's, which has the longer text: CLIP reads 77 tokens for the pooled embedding."""
-        return token_counts(prompts, self.tokenizers.tokenizer_2), self.max_sequence_length
 
     def encode_prompts(self, prompts: Sequence[str], encoders: Any) -> dict[str, torch.Tensor]:
         """As the pipeline's `encode_prompt`, without its warning for every caption beyond CLIP's 77 tokens.

@@ -12,7 +12,7 @@ from ..diffusion.process import Noised
 from ..errors import SciflowError
 from ..options import arguments, option
 from .base import PipelineFamily, network_dtype, posterior_option
-from .tokens import PATCH, token_counts, token_ids
+from .tokens import PATCH, token_ids
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +86,7 @@ class SD3(PipelineFamily):
     name: ClassVar[str] = "sd3"
     patch: ClassVar[int] = PATCH
     text_settings: ClassVar[dict[str, Any]] = {"text_encoder_layers": list(TEXT_STATES), "padding_side": "right"}
+    prompt_tokenizer: ClassVar[str] = "tokenizer_3"
     trained_text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
     text_parts: ClassVar[tuple[str, ...]] = (
         *("text_encoder", "text_encoder_2", "text_encoder_3"),
@@ -136,12 +137,6 @@ class SD3(PipelineFamily):
                 f"`use_t5`: {self.pretrained_model_name_or_path!r} holds no `{T5[0]}`. Give `--no_use_t5`."
             )
         return () if self.use_t5 else T5
-
-    def count_tokens(self, prompts: Sequence[str]) -> tuple[list[int], int]:
-        """T5's, which has the longer text, else CLIP's."""
-        if self.use_t5:
-            return token_counts(prompts, self.tokenizers.tokenizer_3), self.max_sequence_length
-        return token_counts(prompts, self.tokenizers.tokenizer), self.tokenizers.tokenizer.model_max_length
 
     def encode_prompts(self, prompts: Sequence[str], encoders: Any) -> dict[str, torch.Tensor]:
         """As the pipeline's `encode_prompt`, without its warning for every caption beyond CLIP's 77 tokens.

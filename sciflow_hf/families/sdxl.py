@@ -13,7 +13,6 @@ from ..diffusion.process import GivenSchedule, TimestepLevels
 from ..errors import SciflowError
 from ..options import arguments, option
 from .base import PipelineFamily, network_dtype, posterior_option
-from .tokens import token_counts
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +67,7 @@ class SDXL(TimestepLevels, PipelineFamily):
         }
 
     name: ClassVar[str] = "sdxl"
+    prompt_tokenizer: ClassVar[str] = "tokenizer"
     trained_text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
     idle_text_layers: ClassVar[dict[str, int]] = {"text_encoder": 1}  # its penultimate state alone is read
     component: ClassVar[str] = "unet"
@@ -209,9 +209,6 @@ class SDXL(TimestepLevels, PipelineFamily):
             )
         for tokenizer in tokenizers:
             tokenizer.model_max_length = self.max_sequence_length
-
-    def count_tokens(self, prompts: Sequence[str]) -> tuple[list[int], int]:
-        return token_counts(prompts, self.tokenizers.tokenizer), self.max_sequence_length
 
     def encode_prompts(self, prompts: Sequence[str], encoders: Any) -> dict[str, torch.Tensor]:
         prompt_embeds, _, pooled_prompt_embeds, _ = encoders.encode_prompt(
