@@ -243,7 +243,7 @@ class ModelFamily(NoiseLevels, Options, ABC):
         device: torch.device | str = "cpu",
         with_text_encoder: bool = False,
     ) -> Any:
-        """A diffusers pipeline around `model` itself (no copy)."""
+        """A diffusers pipeline around `model` itself (no copy), in its dtype; without one, all of it in float32."""
 
     @abstractmethod
     def encode_validation_prompts(
@@ -520,7 +520,10 @@ class PipelineFamily(ModelFamily):
     ) -> Any:
         self.config()  # refuses another kind of pipeline
         without: dict[str, Any] = {} if with_text_encoder else dict.fromkeys(self.text_parts)
-        given = {} if model is None else {self.component: model, "dtype": network_dtype(model)}
+        # One dtype for all parts: left alone, transformers takes that of the files and diffusers float32.
+        given: dict[str, Any] = {"dtype": torch.float32}
+        if model is not None:
+            given = {self.component: model, "dtype": network_dtype(model)}
         pipeline = self.read_pipeline("pipeline", **without, **given)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(device)

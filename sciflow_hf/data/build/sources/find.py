@@ -6,7 +6,7 @@ from pathlib import Path
 from ....errors import SciflowError
 from ..tally import Tally
 from .folder import HOW_TO_CAPTION, folder_records, what_lies_there
-from .listing import image_suffixes, list_files, printable
+from .listing import image_suffixes, list_files, utf8_name
 from .record import Record
 from .splits import choose_splits
 from .tables import dataset_records, load_parquet, parquet_records, saved_records
@@ -54,7 +54,7 @@ def find_records(
     records, tally = parquet_records(path, tables, caption_column, split)
     others = dict.fromkeys(set(listing.files).difference(tables), "no table: the images are in parquet files")
     for file, reason in sorted({**listing.left_out, **others}.items()):
-        tally.ignored[printable(file.relative_to(path).as_posix())] = reason
+        tally.ignored[utf8_name(file.relative_to(path).as_posix())] = reason
     for folder, reason in sorted(listing.closed.items()):
-        tally.remark(reason, printable(folder.relative_to(path).as_posix()))
+        tally.remark(reason, utf8_name(folder.relative_to(path).as_posix()))
     return records, tally

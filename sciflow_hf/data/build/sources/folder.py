@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from ....errors import SciflowError, first_line
 from ..tally import Tally
 from .captions import METADATA_FILES, WINDOWS, Note, read_notes, read_text, texts_of
-from .listing import NO_TARGET, Listing, image_suffixes, printable
+from .listing import NO_TARGET, Listing, image_suffixes, utf8_name
 from .record import MASK_COLUMN, Record, not_storable, part_name, stored_file
 from .splits import choose_splits, split_of_image
 
@@ -64,7 +64,7 @@ class _Folder:
         self.num_files = len(files)
 
     def name(self, file: Path) -> str:
-        return printable(Path(os.path.relpath(file, self.folder)).as_posix())
+        return utf8_name(Path(os.path.relpath(file, self.folder)).as_posix())
 
     def _of_split(self, files: Sequence[Path], split: str | None) -> list[Path]:
         """The files of the chosen splits, if folders are called train and test; with what lies in neither."""

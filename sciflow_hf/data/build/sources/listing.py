@@ -96,6 +96,6 @@ def _all_files(folder: Path) -> Iterator[Path]:
         yield from (Path(parent, name) for name in names)
 
 
-def printable(name: str) -> str:
+def utf8_name(name: str) -> str:
     """A name whose bytes are not UTF-8 with these bytes as \\x.., so that it can be printed and stored."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
