@@ -13,23 +13,26 @@ from .errors import DiskFullError
 
 
 @contextmanager
-def atomic_file(file: str | os.PathLike) -> Iterator[Path]:
+def atomic_file(file: str | os.PathLike, *, durable: bool = True) -> Iterator[Path]:
     """A path next to `file` to write to, which replaces it when the block ends without an error.
 
     Whenever the process is killed or the power fails, `file` is the old one or the new one, complete. Makes its folder.
+    Unless it is `durable`, this holds for kills alone: call `sync` later, or notice files that are not complete.
     """
     file = Path(file)
     temporary = _aside(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
-        sync(temporary)
+        if durable:
+            sync(temporary)
         os.replace(temporary, file)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
         raise
-    sync(file.parent)
+    if durable:
+        sync(file.parent)
 
 
 @contextmanager

@@ -57,6 +57,7 @@ def add_options(cache: argparse.ArgumentParser) -> None:
     add("--trust_remote_code", action="store_true", default=None, help="run code that the model folder brings along")
     add("--posterior", choices=("mode", "sample"), help="sample: also store the VAE's standard deviation")
     add("--batch_size", type=int, default=1, help="images encoded at once (default 1)")
+    add("--text_batch_size", type=int, default=8, help="prompts encoded at once (default 8)")
     add("--dtype", choices=_DTYPES, default="bf16", help="of the stored arrays (default bf16)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
     _add_layout(add)
@@ -115,7 +116,7 @@ def _build(args: argparse.Namespace) -> None:
     options = "pretrained_model_name_or_path revision max_sequence_length posterior use_t5 trust_remote_code"
     family = _family(args.family, **named(args, options))
     given = named(args, "resolution enlarge caption_column split batch_size strict dtype payload embeds codec crops")
-    given["flip"] = args.flip
+    given |= named(args, "text_batch_size flip")
     with _processes(args.device) as (device, ranks):
         where = {"device": device, "encoder_dtype": inference_dtype(device), **ranks}
         report = build_cache_for(family, args.input_dir, args.output_dir, **where, **given)

@@ -110,6 +110,9 @@ class DataArguments(Options):
     )
     enlarge: bool = option(False, "Bring small images of `--input_dir` to about resolution x resolution pixels, too.")
     encode_batch_size: int = option(1, "Images encoded at once for the cache.", within="[1, inf)")
+    text_batch_size: int = option(
+        8, "Prompts encoded at once for the cache; each takes memory of the text encoder.", within="[1, inf)"
+    )
     strict: bool = option(False, "Stop at an image of `--input_dir` that cannot be used instead of skipping it.")
     eval_fraction: float = option(
         0.05,

@@ -2,27 +2,43 @@
 
 import errno
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import SciflowError
-from ..files import atomic_file
+from ..files import atomic_file, sync
 
 
 @contextmanager
-def output_file(file: Path) -> Iterator[BinaryIO]:
+def output_file(file: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """A file to write to, which appears under its name, complete, when the block ends without an error.
+
+    Unless it is `durable`, a power failure may leave a part of it: see `sync_files`.
 
     Raises:
         SciflowError: the disk is full, or the folder cannot be written.
     """
     try:
-        with atomic_file(file) as temporary, open(temporary, "wb") as handle:
+        with atomic_file(file, durable=durable) as temporary, open(temporary, "wb") as handle:
             yield handle
     except OSError as error:
         raise cannot_write(file, error) from error
+
+
+def sync_files(files: Iterable[Path]) -> None:
+    """Brings files that were not `durable` to the disk, with their names.
+
+    Raises:
+        SciflowError: the disk is full, or broken.
+    """
+    found = list(files)
+    for path in [*found, *dict.fromkeys(file.parent for file in found)]:
+        try:
+            sync(path)
+        except OSError as error:
+            raise cannot_write(path, error) from error
 
 
 def check_file(file: Path) -> None:

@@ -138,6 +138,7 @@ def prepare_data(
             caption_column=data_args.caption_column,
             split=data_args.split,
             batch_size=data_args.encode_batch_size,
+            text_batch_size=data_args.text_batch_size,
             strict=data_args.strict,
             payload=data_args.payload,
             embeds="none" if online else "bf16",

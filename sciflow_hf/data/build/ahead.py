@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -14,7 +14,7 @@ THREADS = min(4, os.cpu_count() or 1)
 
 def in_order(
     work: Callable[[Item], Result], items: Iterable[Item], *, ahead: int = 4 * THREADS
-) -> Iterator[tuple[Item, Result]]:
+) -> Generator[tuple[Item, Result], None, None]:
     """Each of `items` with what `work` makes of it, in their order; at most `ahead` are worked on before their turn.
 
     What `work` raises is raised when it is the item's turn.
@@ -31,3 +31,34 @@ def in_order(
                 yield first, done.result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+class Behind:
+    """A thread that works behind its caller, in order, at most `late` pieces late.
+
+    A piece of work returns what the caller does about it, in its own thread and in order, so that only timing depends
+    on the thread. What the work raises is raised in the caller, when its turn comes.
+    """
+
+    def __init__(self, late: int) -> None:
+        self.late, self.waiting, self.pool = late, deque[Future[Callable[[], None]]](), ThreadPoolExecutor(1)
+
+    def put(self, work: Callable[[], Callable[[], None]]) -> None:
+        self.waiting.append(self.pool.submit(work))
+        self._take(self.late)
+
+    def finish(self) -> None:
+        """Waits until all is done."""
+        self._take(0)
+
+    def _take(self, left: int) -> None:
+        while len(self.waiting) > left:
+            self.waiting.popleft().result()()
+
+    def close(self) -> None:
+        """After an error: does what was put before it; errors that follow are those of the same cause."""
+        self.pool.shutdown()
+        for done in self.waiting:
+            if done.exception() is None:
+                done.result()()
+        self.waiting.clear()

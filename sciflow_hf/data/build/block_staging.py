@@ -116,6 +116,15 @@ class BlockStaging(Staging):
     def _open(self, name: str, rows: pa.Table) -> Shard | InlineFile:
         """The members of a block."""
 
+    def clean(self) -> None:
+        for kind in ("images", "prompts"):
+            for file in (self._file(kind, name) for name in sorted(self._staged(kind))):
+                try:
+                    Shard(file).check()
+                except CacheError as error:
+                    logger.warning("Encoded again: %s", error)
+                    file.unlink()
+
     def plan(self, samples_per_block: int) -> list[list[Job]]:
         old = self.old.values()
         images = self._staged("images") | {i for block in old for i in block.ids}
@@ -175,10 +184,10 @@ class BlockStaging(Staging):
             if name not in self.kept:
                 for row, i in enumerate(block.ids):
                     if i in self.job_of and not self._file("images", i).is_file():
-                        self._stage("images", i, block.stored.image(row))
+                        self._stage("images", i, block.stored.image(row), durable=True)
             for prompt in sorted(block.stored.prompts & self.last_use.keys() - self.owner.keys()):
                 if not self._file("prompts", prompt).is_file():
-                    self._stage("prompts", prompt, block.stored.text(prompt))
+                    self._stage("prompts", prompt, block.stored.text(prompt), durable=True)
             if name not in self.kept:
                 self._remove(name)
 
@@ -197,10 +206,12 @@ class BlockStaging(Staging):
         plain = self.layout.tensors(sample)
         return self.layout.encode({name: plain[name] for name in sorted(plain, key=lambda n: (-plain[n].itemsize, n))})
 
-    def _stage(self, kind: str, name: str, stored: Mapping[str, Encoded]) -> int:
+    def _stage(self, kind: str, name: str, stored: Mapping[str, Encoded], *, durable: bool = False) -> int:
+        """Unless it is `durable`, as the only copy of what took time, `clean` finds what a power failure has left."""
         file = self._file(kind, name)
         number = 0 if kind == "images" else name
-        write_shard(file, ((f"{tensor}.{number}", value) for tensor, value in stored.items()), self.layout.codec)
+        tensors = ((f"{tensor}.{number}", value) for tensor, value in stored.items())
+        write_shard(file, tensors, self.layout.codec, durable=durable)
         return file.stat().st_size
 
     def _file(self, kind: str, name: str) -> Path:

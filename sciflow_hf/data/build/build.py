@@ -1,44 +1,46 @@
 """Build a cache: every captioned image is encoded once, whatever happens in between."""
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from ... import __version__
-from ...errors import SciflowError, first_line
+from ...errors import SciflowError
 from ..batches.buckets import ladder
 from ..batches.loader import text_rows
 from ..cache import EMPTY_PROMPT_FILE
 from ..layouts.base import Layout
 from ..layouts.npz import write_npz
 from ..writing import output_file, readable_bytes
+from .ahead import THREADS, Behind, in_order
 from .block_staging import InlineStaging, ShardStaging
 from .blocks import BUILD_FILE, locked, noted_settings, remove_temporaries, write_settings
 from .cut import CUT, CountTokens, cut_text, find_cut, warn_of_cut
 from .jobs import Job, by_bucket, find_jobs, in_batches, shape_measures
+from .reading import Pixels, read_views
 from .sources.find import find_records
-from .sources.pixels import NOT_NUMBERS, to_rgb, unreadable
 from .sources.record import Record
 from .staging import FOLDER, NpzStaging, Skips, Staging
 from .tally import Tally
-from .views import average_mask, fit_mask, fit_pixels
+from .views import average_mask
 
 logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 1 << 30
+_TEXT_BATCHES = 4  # whose embeddings wait in memory for the images that are stored with them
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 STAGING: dict[str, type[Staging]] = {"shards": ShardStaging, "inline": InlineStaging, "npz": NpzStaging}
 RULES = 2
@@ -84,6 +86,7 @@ def build_cache(
     caption_column: str = "caption",
     split: str | None = None,
     batch_size: int = 1,
+    text_batch_size: int = 8,
     strict: bool = False,
     dtype: str = "bf16",
     samples_per_part: int = 500,
@@ -120,6 +123,7 @@ def build_cache(
         caption_column: column of the metadata with the captions.
         split: of an input with several: a name, several joined by "+", or "all"; by default train, or the only one.
         batch_size: images encoded at once.
+        text_batch_size: prompts encoded at once, of about one length; each distinct prompt once.
         strict: what cannot be used of that which was meant (an image, a captioned file of another format, an entry of
             the metadata) is an error; otherwise it is named, skipped and counted.
         dtype: of the floating arrays: bf16, fp16 or fp32.
@@ -144,7 +148,12 @@ def build_cache(
         SciflowError: for an unusable input, an `output_dir` that was built with other settings or is being
             built, a full disk, and with `strict` for the first image that cannot be used.
     """
-    counts = {"batch_size": batch_size, "samples_per_part": samples_per_part, "bucket_step": bucket_step}
+    counts = {
+        "batch_size": batch_size,
+        "text_batch_size": text_batch_size,
+        "samples_per_part": samples_per_part,
+        "bucket_step": bucket_step,
+    }
     for name, value in counts.items():
         if value < 1:
             raise SciflowError(f"`{name}` is {value}, but must be at least 1.")
@@ -206,8 +215,8 @@ def build_cache(
     report = BuildReport(output, tally=tally)
     notes: dict[str, Any] = {} if rules == 1 else {"rules": rules}
     builder = _Builder(
-        staging, report, encode_images, encode_prompts, fixed, notes, batch_size, samples_per_part, time_ids, rank,
-        world_size, barrier,
+        staging, report, encode_images, encode_prompts, fixed, notes, batch_size, text_batch_size, samples_per_part,
+        time_ids, rank, world_size, barrier,
     )  # fmt: skip
     if count_tokens is not None and rank == 0:
         builder.notes |= _cut_note(jobs, count_tokens, noted or {})
@@ -254,22 +263,25 @@ class _Builder:
     settings: Mapping[str, Any]
     notes: dict[str, Any]  # kept in `BUILD_FILE`, too
     batch_size: int
+    text_batch_size: int
     samples_per_part: int
     time_ids: bool
     rank: int
     world_size: int
     barrier: Callable[[], None]
-    texts: dict[str, _Tensors] = field(default_factory=dict)  # of the last batch
+    texts: dict[str, _Tensors] = field(default_factory=dict)  # of the last images
     image_bytes: int = 0  # of the last one
+    prompt_bytes: int = 0
+    saved: Job | None = None  # the last one
     left: int = 0  # images to encode, on all ranks
     own: int | None = None  # images that this rank encodes; None before that is planned
     bar: "tqdm[Any] | None" = None
-    opened: tuple[str, Image.Image | None] = ("", None)
     touched: set[str] = field(default_factory=set)  # images that some rank encodes in this run
 
     def __post_init__(self) -> None:
         self.output, layout = self.staging.output, self.staging.layout
         self.jobs, self.skip = self.staging.jobs, self.staging.skip
+        self.behind = Behind(self.batch_size)
         self.dtype, self.with_embeds = layout.dtype, layout.embeds != "none"
         self.masked = any(job.record.mask is not None for job in self.jobs)
 
@@ -308,22 +320,29 @@ class _Builder:
         self.touched |= {job.record.name for jobs in blocks for job in jobs}
         if not self.left:
             logger.info("All %d images are encoded already.", len(self.jobs))
+        views = self._views([job for block in mine for batch in block for job in batch])
         for start in range(0, len(blocks), self.world_size):
             numbers = range(start, min(start + self.world_size, len(blocks)))
             own = start + self.rank
             try:
                 for number in numbers:
-                    for batch in mine[number]:
-                        self._encode(batch)
+                    for window in self._windows(mine[number]):
+                        if self.staging.with_text:
+                            self._encode_texts(job.caption for batch in window for job in batch)
+                        for batch in window:
+                            self._encode(list(itertools.islice(views, len(batch))))
+                self.behind.finish()
                 self.barrier()
-                for prompts in map(self.staging.prompts, numbers):
-                    size = self.batch_size
-                    for some in share(prompts[i : i + size] for i in range(0, len(prompts), size)):
+                for number in numbers:
+                    for some in share(self._text_batches(self.staging.prompts(number))):
                         self._encode_prompts(some)
+                self.behind.finish()
                 self.barrier()
                 self.staging.gather(numbers.start, numbers.stop)
                 self.barrier()  # before any rank tidies up
             except BaseException:
+                views.close()
+                self.behind.close()
                 if own in numbers:
                     self.staging.salvage(own)
                 raise
@@ -344,15 +363,21 @@ class _Builder:
         known = self._sizes()
         self._write_settings(known)
         remove_temporaries(self.output)
+        self.staging.clean()
         file = self.output / EMPTY_PROMPT_FILE
         if self.with_embeds and not file.is_file():  # for caption dropout
             write_npz(file, text_rows(self.encode_prompts([""]))[0], self.dtype)
         if known or self.staging.with_text:
             return
         for batch in in_batches(self.jobs, self.batch_size):  # the first sample tells how many make a block
-            if saved := self._encode(batch):
-                prompt = self._encode_prompts([saved[-1].caption]) if self.with_embeds else 0
-                self._write_settings({"sample_bytes": self.image_bytes + prompt, "prompt_bytes": prompt})
+            self._encode(list(self._views(batch)))
+            self.behind.finish()
+            if self.saved is not None:
+                if self.with_embeds:
+                    self._encode_prompts([self.saved.caption])
+                    self.behind.finish()
+                sizes = {"sample_bytes": self.image_bytes + self.prompt_bytes, "prompt_bytes": self.prompt_bytes}
+                self._write_settings(sizes)
                 return
 
     def _sizes(self) -> dict[str, int]:
@@ -369,68 +394,83 @@ class _Builder:
         size = self._sizes().get("sample_bytes")
         return max(1, min(self.samples_per_part, BLOCK_BYTES // size)) if size else self.samples_per_part
 
-    def _encode(self, batch: Sequence[Job]) -> list[Job]:
-        """Encodes the images of a batch, and saves those that can be used; returns these."""
-        pixels, masks, good, saved = [], [], [], []
-        for job in batch:
-            try:
-                image = self._open(job)
-                pixels.append(fit_pixels(image, job.view))
-            except Exception as error:  # PIL lets through whatever its decoders raise; the image is named
-                self.skip(job.name, unreadable(error))
+    def _views(self, jobs: Sequence[Job]) -> Generator[Pixels, None, None]:
+        """The pixels of `jobs` in their order, decoded ahead by threads: views of one image that follow together."""
+        images = [list(group) for _, group in itertools.groupby(jobs, key=lambda job: job.record.name)]
+        ahead = max(2, (2 * self.batch_size + THREADS) * len(images) // max(1, len(jobs)))
+        with contextlib.closing(in_order(read_views, images, ahead=ahead)) as found:
+            for _, views in found:
+                yield from views
+
+    def _windows(self, batches: Sequence[list[Job]]) -> Iterator[list[list[Job]]]:
+        """Neighbouring batches whose text is encoded together; only as many as memory should hold the text of."""
+        size = max(1, _TEXT_BATCHES * self.text_batch_size // self.batch_size)
+        yield from (list(batches[i : i + size]) for i in range(0, len(batches), size))
+
+    def _text_batches(self, prompts: Iterable[str]) -> Iterator[list[str]]:
+        """Texts of about one length together, the longest first: if there is too little memory, it is at the start."""
+        ordered = sorted(prompts, key=len, reverse=True)
+        yield from (ordered[i : i + self.text_batch_size] for i in range(0, len(ordered), self.text_batch_size))
+
+    def _encode(self, batch: Sequence[Pixels]) -> None:
+        """Encodes the images of a batch, and saves those that can be used."""
+        good = []
+        for view in batch:
+            if view.reason:
+                self.skip(view.job.name, view.reason)
                 continue
-            try:
-                masks.append(fit_mask(_mask(job), job.view))
-            except Exception as error:
-                pixels.pop()
-                self.skip(job.name, f"unusable loss mask ({first_line(error)})")
-                continue
-            good.append(job)
-            self.touched.add(job.record.name)
-        images = self.encode_images(torch.from_numpy(np.stack(pixels))) if good else {}
-        if self.staging.with_text:
-            prompts = dict.fromkeys(job.caption for job in good)
-            new = [prompt for prompt in prompts if prompt not in self.texts]
-            texts = dict(zip(new, text_rows(self.encode_prompts(new)) if new else [], strict=True))
-            self.texts = {prompt: self.texts[prompt] for prompt in prompts if prompt in self.texts} | texts
-        for i, job in enumerate(good):
+            if view.not_numbers:
+                self.report.tally.remark("images with pixels that are NaN (white) or infinite", view.job.record.name)
+            good.append(view)
+            self.touched.add(view.job.record.name)
+        images = self.encode_images(torch.from_numpy(np.stack([view.pixels for view in good]))) if good else {}
+        for i, view in enumerate(good):
             sample = {name: value[i] for name, value in images.items()}
             if self.masked:
                 height, width = sample["latents"].shape[-2:]
-                sample["loss_mask"] = torch.from_numpy(average_mask(masks[i], (height, width)))
+                sample["loss_mask"] = torch.from_numpy(average_mask(view.mask, (height, width)))
             if self.time_ids:
-                sample["time_ids"] = torch.tensor([*job.view.original, *job.view.crop, *job.view.size])
+                sample["time_ids"] = torch.tensor([*view.job.view.original, *view.job.view.crop, *view.job.view.size])
             if self.staging.with_text:
-                sample |= self.texts.get(job.caption, {})
-            if bad := self._not_finite(sample):
-                self.skip(job.name, f"its encoded {bad} holds NaN or Inf in {self.settings['dtype']}")
-                continue
-            self.image_bytes = self.staging.save(job, sample)
+                sample |= self.texts[view.job.caption]
+            self.behind.put(functools.partial(self._save, view.job, sample))
+
+    def _save(self, job: Job, sample: _Tensors) -> Callable[[], None]:
+        """In the thread that saves; returns what is left to do."""
+        if bad := self._not_finite(sample):
+            return lambda: self.skip(job.name, f"its encoded {bad} holds NaN or Inf in {self.settings['dtype']}")
+        size = self.staging.save(job, sample)
+
+        def saved() -> None:
+            self.image_bytes, self.saved = size, job
             self.report.encoded += 1
             self._advance()
-            saved.append(job)
+
         return saved
 
-    def _encode_prompts(self, prompts: list[str]) -> int:
-        """Encodes and saves prompts; returns the bytes of the last one."""
-        size = 0
+    def _encode_texts(self, captions: Iterable[str]) -> None:
+        """Encodes the texts that are stored with the coming images; those of the last ones may be among them."""
+        wanted = dict.fromkeys(captions)
+        self.texts = {text: row for text, row in self.texts.items() if text in wanted}
+        for some in self._text_batches(text for text in wanted if text not in self.texts):
+            rows = text_rows(self.encode_prompts(some))
+            self.texts |= {text: {n: v.cpu() for n, v in row.items()} for text, row in zip(some, rows, strict=True)}
+
+    def _encode_prompts(self, prompts: list[str]) -> None:
+        """Encodes and saves prompts that are stored on their own."""
         for prompt, text in zip(prompts, text_rows(self.encode_prompts(prompts)), strict=True):
-            bad = self._not_finite(text)
+            self.behind.put(functools.partial(self._save_prompt, prompt, text))
+
+    def _save_prompt(self, prompt: str, text: _Tensors) -> Callable[[], None]:
+        bad = self._not_finite(text)
+        size = 0 if bad and self.skip.strict else self.staging.save_prompt(prompt, None if bad else text)
+
+        def saved() -> None:
+            self.prompt_bytes = size
             if bad and self.skip.strict:
                 self.skip(f"The prompt {prompt!r}", f"its encoded {bad} holds NaN or Inf")
-            size = self.staging.save_prompt(prompt, None if bad else text)
-        return size
 
-    def _open(self, job: Job) -> Image.Image:
-        """The image in RGB; the views of one image mostly follow each other, so the last one is kept."""
-        name, image = self.opened
-        if image is None or name != job.record.name:
-            with job.record.image.open() as file:
-                image = to_rgb(file)
-            if NOT_NUMBERS in image.info:
-                self.report.tally.remark("images with pixels that are NaN (white) or infinite", job.record.name)
-            self.opened = job.record.name, image
-        return image
+        return saved
 
     def _not_finite(self, sample: _Tensors) -> str:
         return " and ".join(n for n, value in sample.items() if not torch.isfinite(value.to(self.dtype)).all())
@@ -469,10 +509,3 @@ class _Builder:
             for what, names in remarks.items():
                 for name in names:
                     self.report.tally.remark(what, name)
-
-
-def _mask(job: Job) -> Image.Image | None:
-    if job.record.mask is None:
-        return None
-    with job.record.mask.open() as file:
-        return to_rgb(file)

@@ -12,7 +12,8 @@ import torch
 
 from ...errors import CacheError, SciflowError
 from ..layouts.base import Layout, write_table
-from ..layouts.npz import npz_members, write_npz
+from ..layouts.npz import npz_members, npz_problems, write_npz
+from ..writing import sync_files
 from .blocks import npz_name
 from .index import index_schema, index_table
 from .jobs import Job
@@ -57,7 +58,7 @@ class Skips:
 class Staging(ABC):
     """The samples of a cache that is being built by several ranks.
 
-    In this order, with a barrier after each of the first two: all `look`; all `plan`; rank 0 calls `clear`. Then ranks
+    In this order, with barriers between: all `look`; rank 0 calls `clean`; all `plan`; rank 0 calls `clear`. Then ranks
     `save` what they encoded, and, after a barrier, the `prompts` of these blocks; after another one, one of them each
     `finish`es a block. When all are done, rank 0 calls `close`.
 
@@ -87,6 +88,10 @@ class Staging(ABC):
         Raises:
             SciflowError: if it is a cache of other images.
         """
+
+    def clean(self) -> None:
+        """Removes what a power failure has left incomplete."""
+        return
 
     @abstractmethod
     def plan(self, samples_per_block: int) -> list[list[Job]]:
@@ -167,6 +172,8 @@ class NpzStaging(Staging):
             return {name: row[name] for name in _SHAPES}
         try:
             members = npz_members(str(file), job.name)
+            if problems := npz_problems(str(file)):
+                raise CacheError(f"{file}: {problems[0]}")
             return {name: list(members[tensor].shape) for name, tensor in _SHAPES.items()}
         except (CacheError, KeyError) as error:
             logger.warning("Encoded again: %s", error)
@@ -180,16 +187,18 @@ class NpzStaging(Staging):
 
     def save(self, job: Job, sample: Tensors) -> int:
         file = self.output / self.files[job.id]
-        write_npz(file, sample, self.layout.dtype)
+        write_npz(file, sample, self.layout.dtype, durable=False)
         self.shapes[job.id] = {name: list(sample[tensor].shape) for name, tensor in _SHAPES.items()}
         return file.stat().st_size
 
     def finish(self, number: int) -> None:
-        rows = []
+        rows, new = [], []
         for job in self.blocks[number]:
             shapes = self.shapes[job.id] or self._shapes(job)  # another rank may have encoded it
             if shapes is not None:
                 rows.append(job.row() | shapes | {"cache_path": self.files[job.id]})
+                new += [self.output / self.files[job.id]] if self.files[job.id] not in self.known else []
+        sync_files(new)  # before the index names them
         file = self.output / _index_name(number)
         write_table(file, index_table(rows, self.schema)) if rows else file.unlink(missing_ok=True)
 

@@ -225,10 +225,13 @@ class NpzWriter(Writer):
             write_npz(self.output / path, self.layout.tensors(sample), self.layout.dtype)
 
 
-def write_npz(file: Path, sample: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
-    """An npz of tensors: floating ones in `dtype` (bfloat16 as bits in uint16), masks as they are, other int64."""
+def write_npz(file: Path, sample: Mapping[str, torch.Tensor], dtype: torch.dtype, *, durable: bool = True) -> None:
+    """An npz of tensors: floating ones in `dtype` (bfloat16 as bits in uint16), masks as they are, other int64.
+
+    `durable` as in `output_file`.
+    """
     arrays = {"text_ids" if name == "txt_ids" else name: _array(value, dtype) for name, value in sample.items()}
-    with output_file(file) as handle:
+    with output_file(file, durable=durable) as handle:
         np.savez(handle, **arrays)  # type: ignore[arg-type]
 
 

@@ -137,6 +137,12 @@ class Shard:
         """The tensors that follow from a prompt."""
         return {name: self._read(f"{name}.{prompt}") for name in self._names if f"{name}.{prompt}" in self.entries}
 
+    def check(self) -> None:
+        """CacheError where the bytes of a tensor are not those that were written."""
+        for key, entry in self.entries.items():
+            if zlib.crc32(storage.read(entry.file, entry.offset, entry.nbytes)) != entry.crc32:
+                raise CacheError(f"{self.file}: the checksum of `{key}` differs.")
+
     def _read(self, key: str) -> Encoded:
         entry = self.entries[key]
         return Encoded(entry.dtype, entry.shape, storage.read(entry.file, entry.offset, entry.nbytes))
@@ -214,15 +220,18 @@ def _prompts(block: Block) -> tuple[Sequence[str], Sequence[str]]:
     return prompts, [block.name] * rows if block.owners is None else block.owners
 
 
-def write_shard(file: Path, tensors: Iterable[tuple[str, Encoded]], codec: str) -> None:
-    """A safetensors file of tensors by name.
+def write_shard(file: Path, tensors: Iterable[tuple[str, Encoded]], codec: str, *, durable: bool = True) -> None:
+    """A safetensors file of tensors by name; `durable` as in `output_file`.
 
     Its header, which is known last, stands before the data: these wait in memory, or in a file if they are many.
     """
     entries: dict[str, Any] = {}
     facts: dict[str, Any] = {}
     end, plain = 0, codec == "none"
-    with output_file(file) as handle, SpooledTemporaryFile(_KEPT_IN_MEMORY, dir=str(file.parent)) as waiting:
+    with (
+        output_file(file, durable=durable) as handle,
+        SpooledTemporaryFile(_KEPT_IN_MEMORY, dir=str(file.parent)) as waiting,
+    ):
         for name, stored in tensors:
             data, shape, start = memoryview(stored.data), list(stored.shape), end + -end % _ALIGN
             if start > end:  # the format knows no gaps
