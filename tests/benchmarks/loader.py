@@ -104,7 +104,7 @@ TITLES = {
     "loaders": "Loaders: batches beside a training step, and flat out",
     "memory": "Memory: of the loader with 2 threads, and of a large index",
     "bytes": "Bytes a sample",
-    "build": "Building on two processes",
+    "build": "Building on one and two processes",
 }
 FORMATS = {
     "readers": {reader.source for reader in READERS},

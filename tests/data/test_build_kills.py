@@ -11,10 +11,23 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
-from builds import PAYLOADS, StubEncoders, build, index_of, make_images, picture, samples_of, settled, write_notes
+from builds import (
+    PAYLOADS,
+    RandomEncoders,
+    StubEncoders,
+    build,
+    index_of,
+    make_images,
+    picture,
+    samples_of,
+    settled,
+    write_notes,
+)
 
+from sciflow_hf.data.build import build as build_module
 from sciflow_hf.data.inspect.verify import verify_cache
 from sciflow_hf.data.load import load_cache
 from sciflow_hf.errors import SciflowError
@@ -184,3 +197,107 @@ def test_two_builders_on_one_folder(images: Path, tmp_path: Path) -> None:
 
     assert build(images, output, Second()).samples == 12
     assert build(images, output, StubEncoders(stop_after=0)).reused == 12
+
+
+@payloads
+@pytest.mark.parametrize("damage", ["empty", "half", "other bytes"])
+def test_what_a_power_failure_left_incomplete_is_encoded_again(
+    images: Path, tmp_path: Path, payload: str, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Finished samples are not on the disk before their part is."""
+    output, options = tmp_path / "cache", dict(payload=payload, samples_per_part=8)
+    with pytest.raises(RuntimeError):
+        build(images, output, StubEncoders(stop_after=6), **options)
+    for file in output.glob("*.parquet"):
+        file.unlink()  # of npz, which an error makes readable: a power failure does not
+    kept = [f for f in sorted(output.rglob("*")) if f.suffix == (".npz" if payload == "npz" else ".safetensors")]
+    broken = [file for file in kept if file.name != "empty_prompt.npz" and "prompts" not in file.parts][2]
+    data = broken.read_bytes()
+    middle = len(data) - 20 if payload != "npz" else data.index(b"NUMPY") + 130
+    changed = {"empty": b"", "half": data[: len(data) // 2], "other bytes": data[:middle] + b"\1" + data[middle + 1 :]}
+    broken.write_bytes(changed[damage])
+    assert changed[damage] != data
+    encoders = StubEncoders()
+    assert build(images, output, encoders, **options).samples == 12
+    assert encoders.num_images == 7 and caplog.text.count("Encoded again") == 1
+    build(images, tmp_path / "straight", **options)
+    assert settled(output) == settled(tmp_path / "straight")
+
+
+@payloads
+def test_files_are_synced_by_the_part(
+    images: Path, tmp_path: Path, payload: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a power failure in a part nor one after it leaves an index that names what is not on the disk."""
+    synced: set[str] = set()
+    counts: list[int] = []
+
+    def sync(descriptor: int) -> None:
+        counts[-1] += 1
+        synced.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    plain = os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        if str(target).endswith(".parquet"):
+            named = (
+                [row["cache_path"] for row in pq.read_table(source, columns=["cache_path"]).to_pylist()] if npz else []
+            )
+            assert synced >= {str(target.parent / name) for name in named}
+            assert not npz or {str((target.parent / name).parent) for name in named} <= synced
+        plain(source, target)
+
+    npz = payload == "npz"
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", replace)
+    for number, count in enumerate((6, 12)):
+        counts.append(0)
+        build(make_images(tmp_path / f"images_{count}", count), tmp_path / f"cache_{number}", payload=payload)
+    few, many = counts
+    assert few <= 20 and many - few <= (8 if npz else 0), "one a file of npz, with its folders, else none a sample"
+
+
+@payloads
+def test_threads_change_nothing(
+    images: Path, tmp_path: Path, payload: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (images / "p0" / "fig_04.png").write_bytes((images / "p0" / "fig_04.png").read_bytes()[:90])
+    options = dict(payload=payload, samples_per_part=5, batch_size=2, crops=1)
+    reports, said = [], []
+    for name in ("threads", "none"):
+        caplog.clear()
+        reports.append(build(images, tmp_path / name, RandomEncoders(), **options))
+        said.append([r.getMessage() for r in caplog.records if "Skipped" in r.getMessage()])
+        monkeypatch.setattr(build_module, "in_order", lambda work, items, ahead: ((i, work(i)) for i in items))
+        monkeypatch.setattr(build_module.Behind, "put", lambda self, work: work()())
+    assert settled(tmp_path / "threads") == settled(tmp_path / "none")
+    assert said[0] == said[1] and reports[0].skipped == reports[1].skipped and len(reports[0].skipped) == 2
+
+
+@payloads
+def test_a_disk_that_is_full_for_the_thread_that_saves(
+    images: Path, tmp_path: Path, payload: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(SciflowError, match="disk is full"):
+        Disk(patch, 7, OSError(errno.ENOSPC, "No space left on device"))
+        build(images, tmp_path / "cache", payload=payload)
+    assert 12 > build(images, tmp_path / "cache", payload=payload).reused > 0
+
+
+@payloads
+def test_text_is_encoded_once_in_batches_of_about_one_length(images: Path, tmp_path: Path, payload: str) -> None:
+    captions = [f"{'word ' * (5 * i % 7)}{i % 9}" for i in range(12)]
+    rows = [{"file_name": f"p{i % 2}/fig_{i:02d}.png", "caption": caption} for i, caption in enumerate(captions)]
+    write_notes(images, rows)
+    calls: list[list[str]] = []
+
+    class Encoders(StubEncoders):
+        def texts(self, prompts: Any) -> dict[str, torch.Tensor]:
+            calls.append(list(prompts))
+            return super().texts(prompts)
+
+    build(images, tmp_path / "cache", Encoders(), payload=payload, text_batch_size=4)
+    assert calls[0] == [""] and sorted(text for call in calls[1:] for text in call) == sorted(set(captions))
+    assert all(len(call) <= 4 for call in calls) and len(calls) <= 6  # the first sample's comes apart
+    lengths = [len(prompt) for call in calls[-2:] for prompt in call]
+    assert lengths == sorted(lengths, reverse=True)
