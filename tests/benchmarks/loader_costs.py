@@ -7,6 +7,7 @@ import os
 import shutil
 import statistics
 import time
+from collections.abc import Iterator, Sequence
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
@@ -234,21 +235,26 @@ class SleepyEncoders:
         return {"prompt_embeds": torch.ones(len(prompts), 64, 256)}
 
 
-def build_rank(
-    source: str, output: str, seconds: float, payload: str, rank: int, world_size: int, barrier: Barrier, taken: Any
-) -> None:
+def build_rank(source: str, root: str, rounds: int, rank: int, barriers: Sequence[Barrier], taken: Any) -> None:
+    """Builds of both layouts with every encoder: rank 0 alone, then both."""
     torch.set_num_threads(1)
-    encoders = SleepyEncoders(seconds)
-    barrier.wait()
-    start = time.perf_counter()
-    with quiet():
-        build_cache(
-            source, output, encode_images=encoders.images, encode_prompts=encoders.prompts, payload=payload,
-            settings={"family": "stub"}, bucket_step=8, resolution=256, rank=rank, world_size=world_size,
-            barrier=barrier.wait,
-        )  # fmt: skip
-    barrier.wait()
-    taken.put((time.perf_counter() - start, encoders.busy))
+    for number, payload, seconds, world_size in builds(rounds):
+        barrier, encoders = barriers[world_size - 1], SleepyEncoders(seconds)
+        barriers[1].wait()
+        if rank >= world_size:
+            continue
+        start = time.perf_counter()
+        with quiet():
+            build_cache(
+                source, f"{root}/{payload}_{seconds}_{world_size}_{number}", encode_images=encoders.images,
+                encode_prompts=encoders.prompts, payload=payload, settings={"family": "stub"}, bucket_step=8,
+                resolution=256, rank=rank, world_size=world_size, barrier=barrier.wait,
+            )  # fmt: skip
+        taken.put((number, payload, seconds, world_size, time.perf_counter() - start, encoders.busy))
+
+
+def builds(rounds: int) -> Iterator[tuple[int, str, float, int]]:
+    return itertools.product(range(rounds), ("shards", "npz"), IMAGE_SECONDS, (1, 2))
 
 
 def measure_build(data: Data, *, rounds: int) -> list[dict[str, Any]]:
@@ -256,35 +262,29 @@ def measure_build(data: Data, *, rounds: int) -> list[dict[str, Any]]:
     folder, context = data.folder / "build", multiprocessing.get_context("spawn")
     shutil.rmtree(folder, ignore_errors=True)
     make_figures(folder / "images", num_figures=IMAGES)
-    found = []
-    for payload, seconds, world_size in itertools.product(("shards", "npz"), IMAGE_SECONDS, (1, 2)):
-        times = []
-        for number in range(rounds):
-            barrier, taken = context.Barrier(world_size), context.Queue()
-            output = folder / f"{payload}_{seconds}_{world_size}_{number}"
-            options = (str(folder / "images"), str(output), seconds, payload)
-            ranks = [
-                context.Process(target=build_rank, args=(*options, rank, world_size, barrier, taken))
-                for rank in range(world_size)
-            ]
-            for process in ranks:
-                process.start()
-            both = [taken.get() for _ in ranks]
-            times.append((max(total for total, _ in both), max(busy for _, busy in both)))
-            for process in ranks:
-                process.join()
-            if len(load_cache(output)) != IMAGES:
-                raise ValueError(f"{world_size} processes built {len(load_cache(output))} samples of {IMAGES}")
-            shutil.rmtree(output)
-        found.append(
-            {
-                "payload": payload, "encoder_ms": 1e3 * seconds, "processes": world_size,
-                "images_a_second": statistics.median(IMAGES / total for total, _ in times),
-                "encoder_share": statistics.median(busy / total for total, busy in times),
-            }
-        )  # fmt: skip
+    barriers, taken = [context.Barrier(1), context.Barrier(2)], context.Queue()
+    options = (str(folder / "images"), str(folder), rounds)
+    ranks = [context.Process(target=build_rank, args=(*options, rank, barriers, taken)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    times: dict[tuple[str, float, int], list[tuple[float, float]]] = {}
+    for number, payload, seconds, world_size in builds(rounds):
+        both = [taken.get() for _ in range(world_size)]
+        times.setdefault((payload, seconds, world_size), []).append((max(b[4] for b in both), max(b[5] for b in both)))
+        samples = len(load_cache(folder / f"{payload}_{seconds}_{world_size}_{number}"))
+        if samples != IMAGES or any(b[:4] != (number, payload, seconds, world_size) for b in both):
+            raise ValueError(f"{world_size} processes built {samples} samples of {IMAGES}")
+    for process in ranks:
+        process.join()
     shutil.rmtree(folder)
-    return found
+    return [
+        {
+            "payload": payload, "encoder_ms": 1e3 * seconds, "processes": world_size,
+            "images_a_second": statistics.median(IMAGES / total for total, _ in found),
+            "encoder_share": statistics.median(busy / total for total, busy in found),
+        }
+        for (payload, seconds, world_size), found in times.items()
+    ]  # fmt: skip
 
 
 def print_build(rows: list[dict[str, Any]]) -> None:
