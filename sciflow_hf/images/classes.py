@@ -72,6 +72,10 @@ class ClassImages(Dataset[dict[str, torch.Tensor]]):
         sample = {"pixel_values": (pixels.flip(2) if mirrored else pixels).contiguous()}
         return sample if self.labels is None else sample | {"class_labels": torch.tensor(int(self.labels[number]))}
 
+    def keyed(self, index: int, key: int) -> dict[str, torch.Tensor]:
+        """The same sample for every key."""
+        return self[index]
+
     def _read(self, row: int) -> np.ndarray:
         """(S, S, C), uint8."""
         from PIL import ImageOps

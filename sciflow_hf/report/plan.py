@@ -9,12 +9,13 @@ from transformers import Trainer, TrainingArguments
 
 from ..adapters.export import check_run
 from ..adapters.layers import adapter_facts, network_of, title
-from ..data.batches.loader import batch_keys_of, training_sampler
+from ..data.batches.loader import batch_keys_of, is_stream, training_sampler
 from ..data.batches.threads import release
 from ..data.prior import without_prior
 from ..engines.offload import held_bytes
 from ..engines.optimizers import rates_of, state_bytes
 from ..engines.quantisation import saved_bytes
+from ..errors import SciflowError
 from ..families.base import ModelFamily
 
 GIB = 2**30
@@ -31,6 +32,8 @@ def plan(
 ) -> str:
     """Resolved options, matched layers, buckets, steps, and a paper estimate of memory and disk. Loads no weights."""
     check_run(model, args.export_formats, family)
+    if is_stream(train_dataset) and not hasattr(train_dataset, "__len__"):
+        raise SciflowError("a stream of your own has no number of samples to plan with; `debug_batch` shows a batch.")
     sampler = training_sampler(train_dataset, args, pads_text=family.pads_text)
     steps_per_epoch = math.ceil(len(sampler) / args.gradient_accumulation_steps)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import math
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from ..adapters.export import other_formats
 from ..adapters.files import weight_name
 from ..adapters.layers import adapter_facts
-from ..data.batches.loader import row_ids_of
+from ..data.batches.buckets import image_sizes
+from ..data.batches.loader import groups_of, is_stream
 from ..data.prior import without_prior
-from ..data.stream.stream import StreamingCache
 from ..engines.optimizers import effective_learning_rate
 from .contact_sheet import sample_images
 from .model_card import CardFacts, conversion, own_reader, save_card
@@ -36,7 +35,6 @@ def save_model_card(trainer: Trainer) -> None:
     losses = [e["train_loss"] for e in trainer.state.log_history if "train_loss" in e]
     adapter = adapter_facts(trainer.model)
     sets = [d for d in (train, held_out) if d is not None and not isinstance(d, dict)]
-    buckets = Counter(tuple(b)[:2] for b in getattr(train, "buckets", None) or [])
     facts = CardFacts(
         repo_name=trainer.hub_model_id or args.hub_model_id or folder.resolve().name,
         family=family.name,
@@ -51,10 +49,10 @@ def save_model_card(trainer: Trainer) -> None:
         adapter=adapter,
         dataset={
             "names": trainer.dataset_names,
-            "samples": len(train) if train is not None else 0,
-            "eval_samples": len(held_out) if held_out is not None else 0,
-            "groups": None if isinstance(train, StreamingCache) else _count_groups(sets),
-            "buckets": dict(buckets),
+            "samples": _count_rows(train),
+            "eval_samples": _count_rows(held_out),
+            "groups": None if any(map(is_stream, sets)) else _count_groups(sets),
+            "buckets": dict(image_sizes(train)),
             **({} if prior is None else {"prior_samples": int(prior.rows.sum()), "prior_weight": prior.loss_weight}),
         },
         non_default_args=args.changed_options(),
@@ -81,7 +79,12 @@ def _save_plot(trainer: Trainer) -> str | None:
 
 
 def _count_groups(datasets: list[Any]) -> int:
-    return len({group for dataset in datasets for group in getattr(dataset, "groups", row_ids_of(dataset))})
+    return len({group for dataset in datasets for group in groups_of(dataset)})
+
+
+def _count_rows(dataset: Any) -> int | None:
+    """None for a stream that does not say it."""
+    return 0 if dataset is None else len(dataset) if hasattr(dataset, "__len__") else None
 
 
 def final_step(args: TrainingArguments, state: TrainerState) -> int:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
@@ -35,6 +36,17 @@ def _check_timestep_shift(args: Any) -> None:
 def _check_negative_prompt(args: Any) -> None:
     if not args.validation_prompts:
         raise SciflowError("`validation_negative_prompt` without `validation_prompts` draws nothing: give both.")
+
+
+def _check_loss_scale(args: Any) -> None:
+    if args.fp16 and args.deepspeed:
+        raise SciflowError("`loss_scale` is a part of DeepSpeed's own configuration (`fp16`): set it there.")
+    if not args.fp16:
+        raise SciflowError("`loss_scale` and `dynamic_loss_scale` are for `--fp16`: add it, or leave them out.")
+
+
+_BELOW_ONE, _ABOVE_ONE = math.nextafter(1, 0), math.nextafter(1, 2)
+"""Factors, of which GradScaler refuses 1 itself, that leave a float32 as it is."""
 
 
 def _check_validation_size(args: Any) -> None:
@@ -156,6 +168,29 @@ class ValidationArguments:
 
 
 @arguments
+class LossScaleArguments:
+    """What keeps small gradients from vanishing in 16 bit floats, see `torch.amp.GradScaler`."""
+
+    heading: ClassVar[str] = "Loss scale of --fp16"
+
+    loss_scale: float = option(
+        65536.0, "Factor of the loss in backward, with which --fp16 begins.", within="(0, inf)", check=_check_loss_scale
+    )
+    dynamic_loss_scale: bool = option(
+        True,
+        "Halve it at each gradient that overflows, whose step is left out, and double it after 2000 steps without. "
+        "False keeps it.",
+        check=_check_loss_scale,
+    )
+
+    @property
+    def loss_scaling(self) -> dict[str, float]:
+        """Arguments of `accelerate.GradScalerKwargs`."""
+        fixed = {} if self.dynamic_loss_scale else {"growth_factor": _ABOVE_ONE, "backoff_factor": _BELOW_ONE}
+        return {"init_scale": self.loss_scale} | fixed
+
+
+@arguments
 class ReadingArguments:
     """How batches are read."""
 
@@ -197,6 +232,7 @@ class DiffusionTrainingArguments(
     AverageArguments,
     EvaluationArguments,
     ValidationArguments,
+    LossScaleArguments,
     ReadingArguments,
     OutputArguments,
     QuantisationArguments,
@@ -248,9 +284,18 @@ class DiffusionTrainingArguments(
         if optim not in list(OptimizerNames):
             self.optim = optim
         check_options(self)
+        if self.fp16 and (self.use_cpu or not torch.accelerator.is_available()):
+            raise SciflowError("`fp16` True cannot work on the CPU: use `--bf16`, or a GPU.")
         for name, allowed, why in _REFUSED:
             if getattr(self, name) not in allowed:
                 raise SciflowError(f"`{name}` {getattr(self, name)!r} cannot work here: {why}")
+        for name in ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler"):
+            value, default = (getattr(config, name) for config in (self.accelerator_config, AcceleratorConfig()))
+            if value != default:
+                raise SciflowError(
+                    f"`accelerator_config` {name} {value!r} cannot work here: batches are made, and divided among "
+                    "processes, by our own sampler."
+                )
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -306,5 +351,13 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("neftune_noise_alpha", (None,), "it hooks token embeddings, and text arrives here already embedded."),
     ("use_liger_kernel", (False,), "its kernels are for language models."),
     ("remove_unused_columns", (False,), "a batch is not the arguments of `model.forward`."),
+    ("fp16_full_eval", (False,), "it would cut trained weights to 16 bit for good; evaluation computes as training."),
+    ("bf16_full_eval", (False,), "it would cut trained weights to 16 bit for good; evaluation computes as training."),
+    ("dataloader_persistent_workers", (False,), "the workers of an epoch end with it."),
+    (
+        "train_sampling_strategy",
+        ("random", "sequential"),
+        "buckets decide which samples share a batch; `random` or `sequential` is their order.",
+    ),
     ("batch_eval_metrics", (False,), "the interval of `eval_gain` needs all samples at once."),
 )

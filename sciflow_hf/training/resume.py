@@ -1,7 +1,9 @@
 """Resuming: what must be the same as in the run of a checkpoint, and its place in the epoch, on any number of ranks."""
 
 import dataclasses
+import importlib.metadata
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,13 +12,43 @@ from typing import Any, NamedTuple
 from accelerate.utils import gather_object
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..data.batches.loader import BucketLoader, batch_keys_of, row_ids_of
+from .. import __version__
+from ..data.batches.loader import BucketLoader, batch_keys_of, is_stream, row_ids_of
 from ..diffusion.randomness import hash64
 from ..errors import SciflowError
 from .arguments import DiffusionTrainingArguments
 
+logger = logging.getLogger(__name__)
+
 IDENTITY_NAME = "run.json"
-"""File of a checkpoint that holds the identity of its run and its `Place`."""
+"""File of a checkpoint that holds the identity of its run, its `Place`, its format and the versions that wrote it."""
+FORMAT = 1
+"""Of a checkpoint. A larger one is for what this version could not read; those without a number are older."""
+
+
+def versions() -> dict[str, str]:
+    """The versions of the libraries on which the numbers of a run depend, and ours."""
+    names = ("torch", "transformers", "diffusers", "peft")
+    return {name: importlib.metadata.version(name) for name in names} | {"sciflow_hf": __version__}
+
+
+def check_format(folder: Path) -> None:
+    """Refuses a checkpoint that a later version wrote in a format of its own; says which versions have changed."""
+    saved, now = json.loads((folder / IDENTITY_NAME).read_text(encoding="utf-8")), versions()
+    before = saved.get("versions", {})
+    if saved.get("format", 0) > FORMAT:
+        writer = before.get("sciflow_hf", "a later version")
+        raise SciflowError(
+            f"`resume_from_checkpoint` {folder} has format {saved['format']}, written by sciflow_hf {writer}; this is "
+            f"{__version__}, which reads formats up to {FORMAT}. `pip install 'sciflow_hf>={writer}'`, or resume from "
+            "a checkpoint of this version."
+        )
+    changed = [f"{name} {before[name]} -> {new}" for name, new in now.items() if before.get(name, new) != new]
+    if changed:
+        logger.warning(
+            "%s was written with other versions: %s. The run continues; its bits may differ from those of an "
+            "uninterrupted one.", folder.name, ", ".join(changed),
+        )  # fmt: skip
 
 
 def data_fingerprint(dataset: Any) -> str | None:
@@ -24,7 +56,9 @@ def data_fingerprint(dataset: Any) -> str | None:
     if dataset is None:
         return None
     own = getattr(dataset, "fingerprint", None)
-    return own if isinstance(own, str) else f"{hash64(*row_ids_of(dataset), str(batch_keys_of(dataset))):016x}"
+    if isinstance(own, str) or is_stream(dataset):
+        return own if isinstance(own, str) else "stream"
+    return f"{hash64(*row_ids_of(dataset), str(batch_keys_of(dataset))):016x}"
 
 
 def check_identity(

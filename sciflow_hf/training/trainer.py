@@ -16,7 +16,8 @@ import accelerate.optimizer
 import numpy as np
 import torch
 import transformers.trainer
-from accelerate.utils import TorchDynamoPlugin, broadcast_object_list
+from accelerate.utils import GradScalerKwargs, TorchDynamoPlugin, broadcast_object_list
+from accelerate.utils.memory import clear_device_cache
 from diffusers import ConfigMixin
 from transformers import EvalPrediction, Trainer, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
@@ -26,7 +27,7 @@ from ..adapters.export import Exported, check_run, export_run
 from ..adapters.files import load_adapter_weights, save_adapter
 from ..adapters.initial import INITIAL
 from ..adapters.layers import adapter_disabled, adapter_facts, adapter_layers, adapter_parameters, network_of
-from ..adapters.text_encoders import NetworkWithText, use_captions, with_text
+from ..adapters.text_encoders import CAPTIONS, NetworkWithText, use_captions, with_text
 from ..data.batches.buckets import BucketBatchSampler
 from ..data.batches.loader import (
     BatchLoader,
@@ -35,6 +36,9 @@ from ..data.batches.loader import (
     collate,
     describe_row,
     evaluation_keys,
+    first_batch,
+    groups_of,
+    is_stream,
     row_ids_of,
     training_sampler,
 )
@@ -42,6 +46,7 @@ from ..data.batches.threads import release
 from ..data.cache import LatentCache
 from ..data.prior import loss_weights, without_prior
 from ..data.stream.loader import StreamLoader
+from ..data.stream.own import OwnStreamLoader
 from ..data.stream.stream import StreamingCache
 from ..diffusion.randomness import hash64
 from ..engines import sharding
@@ -81,11 +86,13 @@ from .evaluation import summarise
 from .loss_log import LossLog
 from .out_of_memory import MicroBatches
 from .resume import (
+    FORMAT,
     IDENTITY_NAME,
     MEASURED,
     Place,
     apply_rates,
     changed_options,
+    check_format,
     check_identity,
     check_ranks,
     check_states,
@@ -93,6 +100,7 @@ from .resume import (
     options_of,
     rates,
     same_total_batch,
+    versions,
 )
 from .run_lock import check_held, holding
 from .trackers import prepare_wandb
@@ -112,9 +120,11 @@ class DiffusionTrainer(Trainer):
         model: the network, with adapters already added (`add_adapter`), or all of it trainable.
         args: training options.
         family: how this kind of network is stepped, saved and sampled.
-        train_dataset, eval_dataset: map-style data sets of dicts of tensors, such as `load_cache` returns. A list
-            attribute `buckets` (or `batch_keys`) says which rows may share a batch; `row_ids` and `groups` name them.
-        data_collator: list of samples -> batch; stacks by default.
+        train_dataset, eval_dataset: what `load_cache` returns, or any map-style data set of dicts, or an iterable one;
+            see docs/own_data.md. List attributes of a map-style one: `buckets` says which rows may share a batch,
+            `row_ids` and `groups` name them.
+        data_collator: list of samples -> batch (see `ModelFamily.compute_loss`); stacks by default. Samples hold
+            `noise_key`, `row` and `position`, too; a batch without them gets them back.
         model_init: makes a model with adapters, for `hyperparameter_search`.
         compute_metrics: gets the losses (N, levels) and row numbers (N,) of an evaluation; its metrics are added.
         caption_dropout: share of samples trained with the empty prompt (chosen by sample key).
@@ -130,7 +140,7 @@ class DiffusionTrainer(Trainer):
     is_fsdp_enabled: bool
     exported: Sequence[Exported] = ()
     _trained: list[torch.nn.Parameter]
-    _stream: StreamLoader | None = None
+    _stream: StreamLoader | OwnStreamLoader | None = None
     _stream_state: dict[str, Any] | None = None
     _gathered: sharding.GatheredNetwork | None = None  # of a network that FSDP spreads over the ranks
     _saving = False
@@ -150,7 +160,7 @@ class DiffusionTrainer(Trainer):
         family: ModelFamily,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        data_collator: Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]] = collate,
+        data_collator: Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]] | None = collate,
         model_init: Callable[..., torch.nn.Module] | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         caption_dropout: float = 0.0,
@@ -160,6 +170,11 @@ class DiffusionTrainer(Trainer):
         optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
     ) -> None:
         args = args or DiffusionTrainingArguments(output_dir="tmp_trainer")
+        if not isinstance(args, DiffusionTrainingArguments):
+            raise SciflowError(
+                f"`args` is a `{type(args).__name__}`: give a `sciflow_hf.DiffusionTrainingArguments`, which takes all "
+                "options of `transformers.TrainingArguments` under the same names, and those of diffusion."
+            )
         self.family, self.caption_dropout, self.dataset_names = family, caption_dropout, list(dataset_names)
         self.running_pushes: list[Future[Any]] = []
         self.pushed_checkpoint: Path | None = None
@@ -170,8 +185,16 @@ class DiffusionTrainer(Trainer):
         self._eval_base: dict[str, list[float]] = {}  # row id -> losses of the base model
         self._eval_rows: list[str] = []
         self._measure_base = False
-        if isinstance(train_dataset, StreamingCache) and args.max_steps <= 0:
-            raise SciflowError("`max_steps` is missing: a stream has no end. Say after how many steps to stop.")
+        self._check_kind("train_dataset", train_dataset)
+        for dataset in _as_datasets(eval_dataset):
+            self._check_kind("eval_dataset", dataset)
+        if train_dataset is not None and is_stream(train_dataset):
+            if args.max_steps <= 0:
+                raise SciflowError("`max_steps` is missing: a stream has no end. Say after how many steps to stop.")
+            if args.train_sampling_strategy == "sequential" and getattr(train_dataset, "shuffle_buffer", 0):
+                raise SciflowError(
+                    "`train_sampling_strategy` sequential: this stream is shuffled. Add `--shuffle_buffer 0`."
+                )
         prepare_wandb(args)
         if args.ema_decay is not None:  # before those that look at weights
             callbacks = [EMACallback(args.ema_decay, args.ema_warmup), *(callbacks or [])]
@@ -181,7 +204,7 @@ class DiffusionTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator,
+            data_collator=data_collator or collate,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             model_init=model_init,
@@ -226,22 +249,61 @@ class DiffusionTrainer(Trainer):
         if args.offload:
             offload_blocks(network, args.device)
 
-    def _check_data(self, dataset: Any) -> None:
-        if dataset is None:
+    @staticmethod
+    def _check_kind(name: str, dataset: Any) -> None:
+        """Refuses what is no data set, and an iterable that cannot be read twice, or not by each rank."""
+        if dataset is None or (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
             return
+        if isinstance(dataset, Iterator) or not hasattr(dataset, "__iter__"):
+            raise SciflowError(
+                f"`{name}` is a {type(dataset).__name__}: give a data set of dicts with `__len__` and `__getitem__`, "
+                "or one that can be iterated over again, such as `datasets.IterableDataset.from_generator(function)`."
+            )
+        if getattr(dataset, "_distributed", None) is not None:
+            raise SciflowError(
+                f"`{name}` is split by `split_dataset_by_node`: give the complete stream, of which each rank takes its "
+                "own samples."
+            )
+
+    def _check_data(self, dataset: Any) -> None:
+        is_cache = isinstance(dataset, LatentCache | StreamingCache)
+        if dataset is None or (is_stream(dataset) and not is_cache):
+            return  # of a stream the first batch is looked at once it is read
         if len(dataset) == 0:
             raise SciflowError("the data set is empty.")
         if callable(getattr(dataset, "check_family", None)):
             dataset.check_family(self.family.encoder_settings())
         if self.model is None:
             return
-        if isinstance(self.model, NetworkWithText):
+        if is_cache and isinstance(self.model, NetworkWithText):
             use_captions(dataset)
+        if not is_cache or (self.data_collator is not collate and isinstance(dataset, LatentCache)):
+            size = self.args.train_batch_size if dataset is self.train_dataset else self.args.eval_batch_size
+            self._check_batch(first_batch(dataset, batch_size=size, **self._loader_options()), dataset)
+            return
         sample = dataset.first_sample() if isinstance(dataset, StreamingCache) else dataset[0]
         self.family.check_sample(self.model, with_text(self.model, sample))
         if isinstance(dataset, LatentCache) and dataset.online_text is None:  # of every bucket the shapes
             for row in {key[:2]: i for i, key in enumerate(dataset.batch_keys)}.values():
                 self.family.check_sample(self.model, dataset.shapes(row))
+
+    def _check_batch(self, batch: dict[str, Any], dataset: Any = None) -> None:
+        """Refuses a collated batch that does not fit the network; `dataset` may have drawn its latents already."""
+        batch = {name: value for name, value in batch.items() if name not in HOST_KEYS}
+        sample = {name: value[0] for name, value in batch.items() if isinstance(value, torch.Tensor) and value.ndim}
+        if isinstance(dataset, LatentCache) and self.family.posterior == "sample":
+            sample |= {name: value for name, value in dataset.shapes(0).items() if name == "latents_std"}
+        kinds = {n: tuple(v.shape) if isinstance(v, torch.Tensor) else type(v).__name__ for n, v in batch.items()}
+        held = ", ".join(f"`{name}` {kind}" for name, kind in kinds.items()) or "nothing"
+        told = f"The first batch has {held}; see docs/own_data.md for what `data_collator` returns."
+        if isinstance(self.model, NetworkWithText) != (CAPTIONS in batch):
+            needs = "`captions`, a list of B strings" if CAPTIONS not in batch else "`prompt_embeds`, not `captions`"
+            raise SciflowError(f"this network takes {needs}. {told}")
+        sample |= {CAPTIONS: batch[CAPTIONS][0]} if CAPTIONS in batch else {}
+        try:
+            self.family.check_sample(self.model, with_text(self.model, sample))
+        except SciflowError as error:
+            raise SciflowError(f"{error} {told}") from error
 
     def _validation_callback(self) -> ValidationCallback:
         """Images of `--validation_prompts` or `--validation_class_labels` during training."""
@@ -334,7 +396,7 @@ class DiffusionTrainer(Trainer):
 
     # -- data ----------------------------------------------------------------------------------------------------
 
-    def get_train_dataloader(self) -> BucketLoader | StreamLoader:
+    def get_train_dataloader(self) -> BucketLoader | StreamLoader | OwnStreamLoader:
         """Batches of one bucket, sharded and keyed by our own sampler; says what each bucket gives.
 
         Raises:
@@ -347,23 +409,24 @@ class DiffusionTrainer(Trainer):
         options["step_keys"] = args.stratified_levels
         # A step holds its batches until it is done (`MicroBatches`), while those of the next are read.
         options["buffers"] = 2 * args.gradient_accumulation_steps + 1
-        if not isinstance(dataset, StreamingCache):
+        if not is_stream(dataset):
             sampler = training_sampler(dataset, args, pads_text=self.family.pads_text)
             logger.info("Buckets of an epoch:\n%s", sampler.table())
             return BucketLoader(dataset, sampler, **options)
         del options["prefetch_factor"]
         if options.pop("num_workers"):
             raise SciflowError("`dataloader_num_workers` does not go with a stream: see `--dataloader_threads`.")
-        self._stream = StreamLoader(
-            dataset,
-            batch_size=args.train_batch_size,
-            num_replicas=args.world_size,
-            rank=args.process_index,
-            accumulation_steps=args.gradient_accumulation_steps,
-            seed=args.order_seed,
-            drop_last=args.dataloader_drop_last,
-            **options,
-        )
+        options |= {
+            "batch_size": args.train_batch_size,
+            "num_replicas": args.world_size,
+            "rank": args.process_index,
+            "accumulation_steps": args.gradient_accumulation_steps,
+            "seed": args.order_seed,
+        }
+        if isinstance(dataset, StreamingCache):
+            self._stream = StreamLoader(dataset, drop_last=args.dataloader_drop_last, **options)
+        else:
+            self._stream = OwnStreamLoader(dataset, check=self._check_batch, **options)
         if self._stream_state is not None:
             self._stream.load_state_dict(self._stream_state)
         return self._stream
@@ -387,6 +450,10 @@ class DiffusionTrainer(Trainer):
         dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
         if dataset is None:
             raise SciflowError("`eval_dataset` is missing: hold some out with `--eval_fraction`.")
+        if is_stream(dataset):
+            self._check_kind("eval_dataset", dataset)
+            dataset = list(dataset)
+            self._check_data(dataset)
         sampler = BucketBatchSampler(
             batch_keys_of(dataset, pads_text=self.family.pads_text),
             batch_size=self.args.per_device_eval_batch_size,
@@ -395,7 +462,7 @@ class DiffusionTrainer(Trainer):
             shuffle=False,
         )
         self._eval_rows = row_ids_of(dataset)
-        self._eval_groups = dict(zip(self._eval_rows, getattr(dataset, "groups", self._eval_rows), strict=True))
+        self._eval_groups = dict(zip(self._eval_rows, groups_of(dataset), strict=True))
         known = all(row in self._eval_base for row in self._eval_rows)
         self._measure_base = not known and self._base_is_at_hand()
         return BucketLoader(dataset, sampler, key_of=evaluation_keys(self._eval_rows), **self._loader_options())
@@ -498,6 +565,7 @@ class DiffusionTrainer(Trainer):
         folder = self._resumed = resolve_checkpoint(value, output_dir)
         self._place = None if folder is None else Place.saved_in(folder)
         if folder is not None:
+            check_format(folder)
             advice = {"total_train_batch_size": lambda before: same_total_batch(before, self.args)}
             check_identity(folder, self._identity(), advice, renamed_options=self.family.renamed_options)
             if (folder / STREAM).is_file():
@@ -755,7 +823,10 @@ class DiffusionTrainer(Trainer):
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         """The parent's, but accelerate compiles nothing: it would compile all of the network, `compile_blocks` less."""
-        return super()._build_accelerator_args(**kwargs) | {"dynamo_plugin": TorchDynamoPlugin(backend="no")}
+        built = super()._build_accelerator_args(**kwargs) | {"dynamo_plugin": TorchDynamoPlugin(backend="no")}
+        if self.args.fp16:
+            built["kwargs_handlers"].append(GradScalerKwargs(**self.args.loss_scaling))
+        return built
 
     # -- a step: walk over the trained parameters, not over every module of the network --------------------------
 
@@ -797,6 +868,9 @@ class DiffusionTrainer(Trainer):
             model.train()
         if callable(getattr(self.optimizer, "train", None)):  # schedule-free: back from the average
             self.optimizer.train()
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
         return self._micro_batches.run(model, inputs)
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
@@ -950,6 +1024,7 @@ class DiffusionTrainer(Trainer):
         is_map_style = isinstance(loader, BucketLoader)  # a stream keeps its own place
         place = Place.of(self.state, loader, self.args.gradient_accumulation_steps) if is_map_style else None
         facts: dict[str, Any] = {"place": place, "options": self._options()}
+        facts |= {"format": FORMAT, "versions": versions()}
         if is_checkpoint and self._loss_before is not None:
             facts["loss_sum"] = self._loss_before + self._total_loss_scalar + self._tr_loss.item()
         write_json(folder / IDENTITY_NAME, self._identity() | facts)

@@ -1,5 +1,6 @@
 """Resuming: a finished run, other options than before, and what a run of several calls reports."""
 
+import importlib.metadata
 import json
 import logging
 import shutil
@@ -13,14 +14,23 @@ from trainings import LONGER, losses, make_trainer, same, trained
 
 import sciflow_hf as sf
 from sciflow_hf.adapters.files import WEIGHT_NAME
-from sciflow_hf.training.checkpoints import list_checkpoints
-from sciflow_hf.training.resume import IDENTITY_NAME
+from sciflow_hf.training.checkpoints import list_checkpoints, write_manifest
+from sciflow_hf.training.resume import FORMAT, IDENTITY_NAME
 
 STEPS = dict(save_strategy="steps", save_steps=2, max_steps=4, resume_from_checkpoint="latest")
 
 
 def rows(trainer, name):
     return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def rewrite(folder, **facts):
+    """Other facts in a checkpoint's `run.json`, and a manifest that goes with them; None takes one out."""
+    path = folder / IDENTITY_NAME
+    saved = {name: value for name, value in (json.loads(path.read_text()) | facts).items() if value is not None}
+    path.write_text(json.dumps(saved))
+    (folder / "manifest.json").unlink()
+    write_manifest(folder)
 
 
 # ---- a finished run ----
@@ -187,16 +197,35 @@ def test_all_weights_are_measured_before_they_are_loaded(tmp_path, family, even_
 def test_a_checkpoint_without_options_resumes(half, tmp_path, family, even_cache):
     """As earlier versions wrote them; another number of levels shows in what was measured."""
     trainer = resumed(half, tmp_path, family, even_cache, max_steps=4, eval_levels=3)
-    path = tmp_path / "checkpoint-4" / IDENTITY_NAME
-    saved = json.loads(path.read_text())
-    path.write_text(json.dumps({name: value for name, value in saved.items() if name not in ("options", "loss_sum")}))
-    (tmp_path / "checkpoint-4" / "manifest.json").unlink()
-    from sciflow_hf.training.checkpoints import write_manifest
-
-    write_manifest(tmp_path / "checkpoint-4")
+    rewrite(tmp_path / "checkpoint-4", options=None, loss_sum=None, versions=None, format=None)
     trainer.train()
     assert len(trainer._eval_base) == 0 or {len(v) for v in trainer._eval_base.values()} == {3}
     assert trainer.evaluate()["eval_gain"]
+
+
+# ---- versions ----
+
+
+def test_a_checkpoint_holds_its_versions_and_others_are_said(half, tmp_path, family, even_cache, caplog):
+    saved = json.loads((half / "checkpoint-4" / IDENTITY_NAME).read_text())
+    names = ("torch", "transformers", "diffusers", "peft")
+    assert saved["versions"] == {n: importlib.metadata.version(n) for n in names} | {"sciflow_hf": sf.__version__}
+    assert saved["format"] == FORMAT
+    trainer = resumed(half, tmp_path, family, even_cache, max_steps=4)
+    for before in ({"torch": "1.13.0", "peft": saved["versions"]["peft"], "sciflow_hf": "0.0.9"}, {}):
+        rewrite(tmp_path / "checkpoint-4", versions=before)
+        caplog.clear()
+        trainer.train()
+        told = f"other versions: torch 1.13.0 -> {torch.__version__}, sciflow_hf 0.0.9 -> {sf.__version__}."
+        assert (told in caplog.text) is bool(before) is ("other versions" in caplog.text)
+
+
+@pytest.mark.parametrize("value", ["latest", "checkpoint-4"])
+def test_a_newer_format_is_refused_with_the_version_that_reads_it(half, tmp_path, family, even_cache, value):
+    trainer = resumed(half, tmp_path, family, even_cache)
+    rewrite(tmp_path / "checkpoint-4", format=FORMAT + 1, versions={"sciflow_hf": "7.1"}, family=None)
+    with pytest.raises(sf.SciflowError, match=rf"format {FORMAT + 1}, written by sciflow_hf 7.1.*sciflow_hf>=7.1"):
+        trainer.train(resume_from_checkpoint=value)
 
 
 # ---- a result that is none ----

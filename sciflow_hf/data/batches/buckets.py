@@ -1,8 +1,10 @@
 """Aspect-ratio buckets, and the sampler that makes an epoch of batches which each hold one bucket."""
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -270,6 +272,16 @@ def _deal(rows: np.ndarray, size: int, rng: np.random.Generator | None) -> np.nd
 def _unique(rows: np.ndarray) -> np.ndarray:
     """Each row once, in order of first appearance."""
     return rows[np.sort(np.unique(rows, return_index=True)[1])]
+
+
+def image_sizes(dataset: Any) -> Counter[tuple[int, int]]:
+    """How many rows of a data set have each height and width, by those of its `buckets` that begin with two numbers."""
+    found = (tuple(key)[:2] if isinstance(key, list | tuple) else () for key in getattr(dataset, "buckets", None) or [])
+    return Counter((int(size[0]), int(size[1])) for size in found if len(size) == 2 and all(map(_is_number, size)))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | np.integer)
 
 
 TOLERANCE = 0.1

@@ -1,14 +1,17 @@
 """From an order of rows to batches: what a sample is made of, and who reads it when."""
 
 import functools
+import random
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ...diffusion.randomness import generator, hash64, noise_keys, randn, signed64, step_keys, uniform
 from ...errors import CacheError, SciflowError, printable
@@ -21,6 +24,8 @@ MASK = "prompt_embeds_mask"
 IDS = ("txt_ids", "text_ids")
 INDEX = ("row", "position", "noise_key", "step_key")
 """What an `Index` is called in a batch."""
+BATCHED = (*INDEX, "latents", "latents_std", "pixel_values", "class_labels", *sorted({*TEXT_KEYS} - {*IDS}))
+"""Entries of a batch that have one row for each sample."""
 Collate = Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]
 KeyOf = Callable[[int, Sequence[int], Sequence[int]], torch.Tensor]
 """(epoch, row numbers, positions) -> int64 keys of a batch."""
@@ -60,7 +65,7 @@ def text_rows(texts: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]
 
 
 def _stack(name: str, samples: Sequence[dict[str, Any]]) -> torch.Tensor:
-    values = [torch.as_tensor(sample[name]) for sample in samples]
+    values = [_tensor(name, sample) for sample in samples]
     shapes = [tuple(value.shape) for value in values]
     if len(set(shapes)) > 1:
         raise SciflowError(
@@ -68,6 +73,16 @@ def _stack(name: str, samples: Sequence[dict[str, Any]]) -> torch.Tensor:
             f"shapes {shapes}. Give them different buckets."
         )
     return torch.stack(values)
+
+
+def _tensor(name: str, sample: Mapping[str, Any]) -> torch.Tensor:
+    try:
+        return torch.as_tensor(sample[name])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SciflowError(
+            f"`{name}` of row {sample.get('row')} is a {type(sample[name]).__name__}, and batches are made by stacking "
+            "tensors. Leave it out of the samples, or give a `data_collator` that encodes it (docs/own_data.md)."
+        ) from error
 
 
 def _text_mask(lengths: Sequence[int], stored: Sequence[torch.Tensor | None]) -> dict[str, torch.Tensor]:
@@ -100,8 +115,11 @@ class _Plan:
 class KeyedDataset(Dataset[dict[str, Any]]):
     """Batches by the (row, position, key) of their samples: captions dropped, posteriors drawn, position ids left out.
 
+    Random draws in `dataset[row]` and in another `collate_fn`, by the global generators of Python, NumPy and torch,
+    follow from the keys.
+
     Args:
-        dataset: of dicts of tensors. One that has `members(row)`, `read_into(row, out, members)` and `dtype`, as
+        dataset: of dicts. One that has `members(row)`, `read_into(row, out, members)` and `dtype`, as
             `LatentCache`, is read into place, and only what is needed. Where its `online_text` is set, no text is
             read: `complete` makes it of `captions[row]`.
             One that has `keyed(row, key)`, as `MicroscopyTiles`, is asked for the sample of a key.
@@ -134,8 +152,9 @@ class KeyedDataset(Dataset[dict[str, Any]]):
         self.empty_prompt = getattr(dataset, "empty_prompt", None) if caption_dropout and not self.online else None
         if caption_dropout and not self.online and self.empty_prompt is None:
             raise SciflowError(
-                f"`caption_dropout` {caption_dropout}: this cache does not hold the empty prompt. "
-                "`sciflow-hf cache build` stores it; older caches must be built again, or train without dropout."
+                f"`caption_dropout` {caption_dropout}: this data does not hold the empty prompt. `sciflow-hf cache "
+                "build` stores it, and older caches must be built again; a data set of your own has it as "
+                "`empty_prompt`, {name: tensor}. Or train without dropout."
             )
         if self.empty_prompt is not None and pads_text:  # for rows that have a mask
             everywhere = torch.ones(len(self.empty_prompt["prompt_embeds"]), dtype=torch.bool)
@@ -149,18 +168,65 @@ class KeyedDataset(Dataset[dict[str, Any]]):
         """A batch, of whatever data set and by whatever `collate_fn`."""
         if self.stacks and hasattr(self.dataset, "read_into"):
             return self.read_batch(indices, new_tensors)
-        return self.collate_fn([self._sample(index) | dict(zip(INDEX, index, strict=False)) for index in indices])
+        return self.drawn(self.collated([self._stored(index) for index in indices], indices))
 
-    def _sample(self, index: Index) -> dict[str, Any]:
+    def _stored(self, index: Index) -> Any:
+        """What the data set gives for a row."""
         row, _, key, *_ = index
         if hasattr(self.dataset, "read_into"):
             return {name: values[0] for name, values in self.read_batch([index], new_tensors).items()}
-        stored = self.dataset.keyed(row, key) if hasattr(self.dataset, "keyed") else self.dataset[row]
+        if hasattr(self.dataset, "keyed"):
+            return self.dataset.keyed(row, key)
+        with seeded(key):
+            return self.dataset[row]
+
+    def collated(self, stored: Sequence[Any], indices: Sequence[Index]) -> dict[str, Any]:
+        """Samples as a batch by `collate_fn`, with the keys of the loader where that leaves them out.
+
+        Raises:
+            SciflowError: a sample or the batch is no dict, or holds another number of samples than its keys.
+        """
+        samples = [self._sample(sample, index) for sample, index in zip(stored, indices, strict=True)]
+        with seeded(indices[0][2]):
+            batch = self.collate_fn(samples)
+        if not isinstance(batch, Mapping):
+            raise SciflowError(
+                f"`data_collator` gave a {type(batch).__name__}, but must return a dict of tensors (B, ...)."
+            )
+        batch = {name: value for name, value in batch.items() if name not in self.left_out}
+        for name, column in zip(INDEX, zip(*indices, strict=True), strict=False):
+            batch.setdefault(name, torch.tensor(column))
+        size, tensors = len(batch["noise_key"]), {n: v for n, v in batch.items() if isinstance(v, torch.Tensor)}
+        odd = {n: tuple(v.shape) for n, v in tensors.items() if n in BATCHED and v.shape[:1] != (size,)}
+        if odd:
+            told = ", ".join(f"`{name}` {shape}" for name, shape in odd.items())
+            raise SciflowError(
+                f"`data_collator` made {told} of the {len(indices)} rows {[index[0] for index in indices]}: the first "
+                f"dimension must be {size}, one entry a sample. One that leaves samples out returns `noise_key` and "
+                "`row` of the others."
+            )
+        return batch
+
+    def _sample(self, stored: Any, index: Index) -> dict[str, Any]:
+        """A sample as `collate_fn` gets it: without its caption where that is dropped, with its keys."""
+        row, _, key, *_ = index
+        if not isinstance(stored, Mapping):
+            raise SciflowError(
+                f"row {row} of the data set is a {type(stored).__name__}, but must be a dict such as "
+                '{"latents": ..., "prompt_embeds": ...} (docs/own_data.md).'
+            )
         sample = {name: value for name, value in stored.items() if name not in self.left_out}
-        sample |= {n: v.to(sample[n].dtype) for n, v in self._empty_text(row, key, sample).items()}
-        if "latents_std" in sample:
-            sample["latents"] = _draw(sample["latents"], sample.pop("latents_std"), key)
-        return sample
+        if not hasattr(self.dataset, "read_into"):
+            text = self._empty_text(row, key, sample)
+            sample |= {name: value.to(torch.as_tensor(sample[name]).dtype) for name, value in text.items()}
+        return sample | dict(zip(INDEX, index, strict=False))
+
+    def drawn(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The same batch, its latents drawn by key where it holds their deviation."""
+        if "latents_std" in batch:
+            rows = zip(batch["latents"], batch.pop("latents_std"), batch["noise_key"].tolist(), strict=True)
+            batch["latents"] = torch.stack([_draw(mean, std, key) for mean, std, key in rows])
+        return batch
 
     def read_batch(self, indices: Sequence[Index], carve: Carve) -> dict[str, torch.Tensor]:
         """As `collate` of the samples, but read into tensors that `carve` makes of {name: (shape, dtype)}."""
@@ -236,8 +302,23 @@ class KeyedDataset(Dataset[dict[str, Any]]):
 
 def _draw(mean: torch.Tensor, std: torch.Tensor, key: int) -> torch.Tensor:
     """A posterior sample of one row."""
-    noise = randn([key], (1, *mean.shape), stream="posterior")[0]
+    noise = randn([key], (1, *mean.shape), stream="posterior")[0].to(mean.device)
     return (mean.float() + std.float() * noise).to(mean.dtype)
+
+
+@contextmanager
+def seeded(key: int) -> Iterator[None]:
+    """What the global generators of Python, NumPy and torch draw follows from `key`; then they are as before."""
+    python, numpy, seed = random.getstate(), np.random.get_state(), hash64(key, "sample")
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 def new_tensors(layout: Layout) -> dict[str, torch.Tensor]:
@@ -248,22 +329,60 @@ def new_tensors(layout: Layout) -> dict[str, torch.Tensor]:
 # -- loaders ----------------------------------------------------------------------------------------------------
 
 
+def is_stream(dataset: Any) -> bool:
+    """Whether a data set is read one sample after another, and not by row numbers."""
+    return isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
+
+
 def batch_keys_of(dataset: Any, *, pads_text: bool = False) -> list[Any]:
     """The batch key of every row: `batch_keys` of a cache, `buckets` of other data sets, else all alike.
 
     With `pads_text` always `buckets`: (height, width) without the length of the text.
     """
     for name in ("buckets",) if pads_text else ("batch_keys", "buckets"):
-        keys = getattr(dataset, name, None)
+        keys = _per_row(dataset, name)
         if keys is not None:
-            return list(keys)
+            return [tuple(key) if isinstance(key, list) else key for key in keys]
     return [None] * len(dataset)
 
 
 def row_ids_of(dataset: Any) -> list[str]:
     """Stable names of the rows: `row_ids` of a cache, else their numbers."""
-    ids = getattr(dataset, "row_ids", None)
-    return [str(i) for i in range(len(dataset))] if ids is None else list(ids)
+    ids = _per_row(dataset, "row_ids")
+    if ids is None:
+        return [str(i) for i in range(len(dataset))]
+    ids = [str(name) for name in ids]
+    if len(set(ids)) < len(ids):
+        twice = next(name for name in ids if ids.count(name) > 1)
+        raise SciflowError(f"`row_ids` holds {twice!r} twice: give each row of the data set a name of its own.")
+    return ids
+
+
+def groups_of(dataset: Any) -> list[str]:
+    """The group of every row: `groups`, else each row is its own."""
+    groups = _per_row(dataset, "groups")
+    return row_ids_of(dataset) if groups is None else [str(name) for name in groups]
+
+
+def _per_row(dataset: Any, name: str) -> Sequence[Any] | None:
+    values = getattr(dataset, name, None)
+    if values is not None and len(values) != len(dataset):
+        raise SciflowError(
+            f"`{name}` of the data set has {len(values)} entries for {len(dataset)} rows: it needs one for each row."
+        )
+    return values
+
+
+def first_batch(
+    dataset: Any, *, batch_size: int, collate_fn: Collate, pads_text: bool, posterior: bool, **_: Any
+) -> dict[str, Any]:
+    """A batch as training would make it, for a look at it: with position ids and deviations, which training drops."""
+    keys = batch_keys_of(dataset, pads_text=pads_text)
+    rows = [row for row, key in enumerate(keys) if key == keys[0]][:batch_size]
+    keyed = KeyedDataset(dataset, pads_text=pads_text, posterior=posterior, collate_fn=collate_fn)
+    keyed.left_out -= {*IDS, "latents_std"}
+    indices = list(zip(rows, rows, noise_keys(0, 0, rows).tolist(), strict=True))
+    return keyed.complete(keyed.collated([keyed._stored(index) for index in indices], indices))
 
 
 def training_sampler(dataset: Any, args: Any, *, pads_text: bool = False) -> BucketBatchSampler:
@@ -275,6 +394,7 @@ def training_sampler(dataset: Any, args: Any, *, pads_text: bool = False) -> Buc
         rank=args.process_index,
         accumulation_steps=args.gradient_accumulation_steps,
         seed=args.order_seed,
+        shuffle=args.train_sampling_strategy != "sequential",
         drop_last=args.dataloader_drop_last,
         repeats=getattr(dataset, "repeats", None),
     )
@@ -321,6 +441,8 @@ class BatchLoader:
         self.dataset, self.seed, self.total_batch, self.pads_text = dataset, seed, total_batch, pads_text
         self.buffers, self.pin_memory = buffers, pin_memory
         self.threads = threads if collate_fn is collate and not num_workers else 0
+        # What a `collate_fn` encodes on a GPU cannot be pinned; in worker processes it cannot be there.
+        pin_memory = pin_memory and (collate_fn is collate or num_workers > 0)
         self.loader_options = loader_options | {"num_workers": num_workers, "pin_memory": pin_memory}
         self._key_of = key_of or (lambda epoch, rows, positions: noise_keys(seed, epoch, positions))
         self._step_keys, self._start = step_keys, 0

@@ -3,7 +3,6 @@
 import logging
 import random
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ...adapters.layers import network_of
 from ...adapters.text_encoders import NetworkWithText
+from ...data.batches.buckets import image_sizes
 from ...engines.compilation import uncompiled
 from ...engines.sharding import resharded
 from ...errors import SciflowError
@@ -268,11 +268,7 @@ class ValidationCallback(TrainerCallback):
 
 def commonest_size(dataset: Any) -> tuple[int, int] | None:
     """Height and width of the bucket with most rows; None for data without buckets."""
-    buckets = getattr(dataset, "buckets", None)
-    if not buckets:
-        return None
-    height, width = Counter(tuple(b)[:2] for b in buckets).most_common(1)[0][0]
-    return int(height), int(width)
+    return next((size for size, _ in image_sizes(dataset).most_common(1)), None)
 
 
 def log_images(callbacks: Iterable[TrainerCallback], images: dict[str, tuple["Image", str]], *, step: int) -> None:
