@@ -252,6 +252,10 @@ class DiffusionTrainer(Trainer):
     @staticmethod
     def _check_kind(name: str, dataset: Any) -> None:
         """Refuses what is no data set, and an iterable that cannot be read twice, or not by each rank."""
+        if isinstance(dataset, Mapping):
+            raise SciflowError(
+                f"`{name}` is a {type(dataset).__name__} of {sorted(map(str, dataset))}: give one of them."
+            )
         if dataset is None or (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
             return
         if isinstance(dataset, Iterator) or not hasattr(dataset, "__iter__"):
@@ -277,12 +281,12 @@ class DiffusionTrainer(Trainer):
             return
         if is_cache and isinstance(self.model, NetworkWithText):
             use_captions(dataset)
-        if not is_cache or (self.data_collator is not collate and isinstance(dataset, LatentCache)):
+        rows = dataset.first() if isinstance(dataset, StreamingCache) else dataset
+        if not is_cache or self.data_collator is not collate:
             size = self.args.train_batch_size if dataset is self.train_dataset else self.args.eval_batch_size
-            self._check_batch(first_batch(dataset, batch_size=size, **self._loader_options()), dataset)
+            self._check_batch(first_batch(rows, batch_size=size, **self._loader_options()), rows)
             return
-        sample = dataset.first_sample() if isinstance(dataset, StreamingCache) else dataset[0]
-        self.family.check_sample(self.model, with_text(self.model, sample))
+        self.family.check_sample(self.model, with_text(self.model, rows[0]))
         if isinstance(dataset, LatentCache) and dataset.online_text is None:  # of every bucket the shapes
             for row in {key[:2]: i for i, key in enumerate(dataset.batch_keys)}.values():
                 self.family.check_sample(self.model, dataset.shapes(row))

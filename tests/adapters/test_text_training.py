@@ -163,9 +163,9 @@ def captions_only(family, figures, tmp_path_factory):
     return folder
 
 
-def text_trainer(folder, family, cache, **options):
+def text_trainer(folder, family, cache, *, streaming=False, **options):
     args = arguments(folder, **options)
-    data = load_cache(str(cache), dtype=torch.float32)
+    data = load_cache(str(cache), dtype=torch.float32, streaming=streaming)
     data.online_text = online_text(family, device="cpu", dtype=torch.float32)
     train, held_out = data.split(0.3)
     model = make_model(family, filled=False)
@@ -197,6 +197,14 @@ def test_a_training_moves_the_encoders_and_resumes_exactly(family, captions_only
     assert {k.split(".")[0] for k in load_file(tmp_path / "whole" / "checkpoint-6" / WEIGHT_NAME)} == {
         family.component, *family.trained_text_parts,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES[:1], indirect=True)
+def test_captions_of_a_stream_are_encoded_by_the_trained_encoders(family, captions_only, tmp_path):
+    trainer = text_trainer(tmp_path, family, captions_only, streaming=True, max_steps=1)
+    start = trained(trainer)
+    trainer.train()
+    assert all(not torch.equal(start[name], value) for name, value in trained(trainer).items() if "lora_B" in name)
 
 
 def test_images_are_drawn_with_the_trained_encoders(family, captions_only, tmp_path):

@@ -351,6 +351,23 @@ def test_the_script_of_the_page_runs(tmp_path, monkeypatch):
     assert same(trained(again["trainer"]), trained(trainer))
     evaluated = [run["trainer"].state.log_history[-1]["eval_loss"] for run in (first, again)]
     assert evaluated[0] == evaluated[1] > 0
+    the_stream_of_the_page_runs(first)
+
+
+def the_stream_of_the_page_runs(namespace):
+    """Goes on with the script's names: images in parquet through a shuffle buffer, resumed bit for bit."""
+    rows = {"image": [Image.open(file) for file in sorted(Path("my_figures").glob("*.png"))], "caption": list("abcdef")}
+    Path("figures").mkdir()
+    for part in range(2):
+        datasets.Dataset.from_dict(rows).shard(2, part).to_parquet(f"figures/{part}.parquet")
+    code = re.search(r"```python\n(import datasets\n.*?)```", PAGE, re.S).group(1)
+    namespace["args"].output_dir = "my_stream"
+    found = []
+    for _ in range(2):
+        exec(compile(code, "stream", "exec"), namespace)
+        found.append((trained(namespace["trainer"]), losses(namespace["trainer"])))
+        shutil.rmtree("my_stream/checkpoint-3")
+    assert same(found[0][0], found[1][0]) and found[0][1] == found[1][1] and len(found[0][1]) == 3
 
 
 def test_the_table_of_the_page_names_what_families_ask_for():
@@ -402,6 +419,11 @@ def test_the_collated_batch_is_checked(tmp_path, family, encode, raw, model, cas
         (lambda raw: [], {}, "the data set is empty"),
         (lambda raw: (row for row in raw), {}, "`train_dataset` is a generator.*IterableDataset"),
         (lambda raw: 5, {}, "`train_dataset` is a int"),
+        (
+            lambda raw: datasets.DatasetDict(train=as_datasets(raw), test=as_datasets(raw)),
+            {},
+            r"`train_dataset` is a DatasetDict of \['test', 'train'\]: give one of them",
+        ),
         (Stream, {"max_steps": -1}, "`max_steps` is missing"),
         (Stream, {"dataloader_num_workers": 1}, "`dataloader_num_workers` does not go with a stream"),
         (

@@ -310,10 +310,13 @@ def _draw(mean: torch.Tensor, std: torch.Tensor, key: int) -> torch.Tensor:
 def seeded(key: int) -> Iterator[None]:
     """What the global generators of Python, NumPy and torch draw follows from `key`; then they are as before."""
     python, numpy, seed = random.getstate(), np.random.get_state(), hash64(key, "sample")
-    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            torch.cuda.manual_seed(seed)
         try:
             yield
         finally:

@@ -176,23 +176,23 @@ class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
     @cached_property
     def empty_prompt(self) -> dict[str, torch.Tensor] | None:
         """Text keys of the empty prompt, for caption dropout; None if the cache was built without."""
-        return self._first.empty_prompt
+        return self.first().empty_prompt
 
     def check_family(self, encoder_settings: Mapping[str, Any]) -> None:
         """As `LatentCache.check_family`."""
-        self._first.check_family(encoder_settings)
+        self.first().check_family(encoder_settings)
 
-    def first_sample(self) -> dict[str, torch.Tensor]:
-        """The sample of the first row of the index, for a look at shapes."""
-        return self._first[0]
+    def first(self) -> LatentCache:
+        """The first row of the index as a cache, for a look at shapes."""
+        return self.view([self._first_row])
 
     def describe(self, number: int) -> str:
         """Row `number` (`row` of a batch) in words: its number in the index, its image and its payload."""
         return self.view([self._row(number)]).describe(0)
 
     @cached_property
-    def _first(self) -> LatentCache:
-        return self.view([self._row(0)])
+    def _first_row(self) -> Row:
+        return self._row(0)
 
     # -- rows ----------------------------------------------------------------------------------------------------
 
