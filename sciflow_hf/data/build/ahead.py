@@ -53,7 +53,9 @@ class Behind:
 
     def _take(self, left: int) -> None:
         while len(self.waiting) > left:
-            self.waiting.popleft().result()()
+            done = self.waiting[0].result()  # stays in the queue if Ctrl-C comes in between
+            self.waiting.popleft()
+            done()
 
     def close(self) -> None:
         """After an error: does what was put before it; errors that follow are those of the same cause."""

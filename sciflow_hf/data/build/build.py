@@ -294,6 +294,7 @@ class _Builder:
             logger.warning("Stopped with %d of %d images encoded. The same command goes on from here.", done, total)
             raise
         finally:
+            self.behind.close()
             if self.bar is not None:
                 self.bar.close()
 
