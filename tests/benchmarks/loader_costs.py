@@ -296,10 +296,10 @@ def measure_build(data: Data, *, rounds: int) -> list[dict[str, Any]]:
 def print_build(rows: list[dict[str, Any]]) -> None:
     print(f"  {IMAGES} figures of about 320 x 240 pixels; goal: {BUILD_GOAL} of the time is the encoders' own")
     print(
-        f"  {'payload':<10}{'ms an image':>12}{'processes':>11}{'images a second':>17}{'encoders':>10}{'in its thread':>15}"
+        f"  {'payload':<9}{'ms an image':>11}{'processes':>11}{'images a second':>17}{'encoders':>10}{'its thread':>12}"
     )
     for row in rows:
         print(
-            f"  {row['payload']:<10}{row['encoder_ms']:>12.0f}{row['processes']:>11}{row['images_a_second']:>17.1f}"
-            f"{row['encoder_share']:>10.2f}{row['share_of_its_thread']:>15.2f}"
+            f"  {row['payload']:<9}{row['encoder_ms']:>11.0f}{row['processes']:>11}{row['images_a_second']:>17.1f}"
+            f"{row['encoder_share']:>10.2f}{row['share_of_its_thread']:>12.2f}"
         )

@@ -237,15 +237,14 @@ class BlockStaging(Staging):
             del self.last_use[prompt]
             self._file("prompts", prompt).unlink(missing_ok=True)
 
-    def finish(self, number: int) -> None:
+    def finish(self, number: int) -> list[Job]:
         name, ready = self.ready[number]
-        for job in self.new[number]:
-            if self._is_bad(job) and self._file("images", job.id).is_file():
-                self.skip(job.name, "its encoded prompt holds NaN or Inf")
+        bad = [job for job in self.new[number] if self._is_bad(job) and self._file("images", job.id).is_file()]
         if ready:
             self._write(name, ready)
         for job in ready:
             self._file("images", job.id).unlink(missing_ok=True)
+        return bad
 
     @abstractmethod
     def _write(self, name: str, jobs: Sequence[Job]) -> None:

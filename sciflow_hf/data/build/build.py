@@ -347,8 +347,9 @@ class _Builder:
                 if own in numbers:
                     self.staging.salvage(own)
                 raise
-            if own in numbers:
-                self.staging.finish(own)
+            if own in numbers:  # while the next ones are encoded
+                self.behind.put(functools.partial(self._finish, own))
+        self.behind.finish()
         if self.rank:
             self._write_note()
         self.barrier()
@@ -358,6 +359,16 @@ class _Builder:
             if (self.output / FOLDER).exists():
                 shutil.rmtree(self.output / FOLDER)
         self.barrier()
+
+    def _finish(self, number: int) -> Callable[[], None]:
+        """In the thread that saves; returns what is left to do."""
+        bad = self.staging.finish(number)
+
+        def finished() -> None:
+            for job in bad:
+                self.skip(job.name, "its encoded prompt holds NaN or Inf")
+
+        return finished
 
     def _begin(self) -> None:
         """What one rank does before the others start."""

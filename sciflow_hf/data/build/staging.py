@@ -118,12 +118,12 @@ class Staging(ABC):
         return
 
     @abstractmethod
-    def finish(self, number: int) -> None:
-        """Completes block `number` of the plan."""
+    def finish(self, number: int) -> list[Job]:
+        """Completes block `number` of the plan; returns those of its samples whose prompt has no embedding."""
 
-    def salvage(self, number: int) -> None:
+    def salvage(self, number: int) -> list[Job]:
         """After an error: makes readable what is there of a block."""
-        return
+        return []
 
     @abstractmethod
     def close(self) -> tuple[int, int]:
@@ -191,7 +191,7 @@ class NpzStaging(Staging):
         self.shapes[job.id] = {name: list(sample[tensor].shape) for name, tensor in _SHAPES.items()}
         return file.stat().st_size
 
-    def finish(self, number: int) -> None:
+    def finish(self, number: int) -> list[Job]:
         rows, new = [], []
         for job in self.blocks[number]:
             shapes = self.shapes[job.id] or self._shapes(job)  # another rank may have encoded it
@@ -201,6 +201,7 @@ class NpzStaging(Staging):
         sync_files(new)  # before the index names them
         file = self.output / _index_name(number)
         write_table(file, index_table(rows, self.schema)) if rows else file.unlink(missing_ok=True)
+        return []
 
     salvage = finish
 
