@@ -401,7 +401,7 @@ class DiffusionTrainer(Trainer):
     # -- data ----------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> BucketLoader | StreamLoader | OwnStreamLoader:
-        """Batches of one bucket, sharded and keyed by our own sampler; says what each bucket gives.
+        """Batches of one bucket, sharded and keyed by our own sampler.
 
         Raises:
             SciflowError: no data; worker processes for a stream.
@@ -415,7 +415,6 @@ class DiffusionTrainer(Trainer):
         options["buffers"] = 2 * args.gradient_accumulation_steps + 1
         if not is_stream(dataset):
             sampler = training_sampler(dataset, args, pads_text=self.family.pads_text)
-            logger.info("Buckets of an epoch:\n%s", sampler.table())
             return BucketLoader(dataset, sampler, **options)
         del options["prefetch_factor"]
         if options.pop("num_workers"):
@@ -842,6 +841,8 @@ class DiffusionTrainer(Trainer):
         if self.args.torch_compile:
             compile_blocks(network_of(self.accelerator.unwrap_model(self.model)), self.args)
         model, loader = super()._prepare_for_training(*args, **kwargs)
+        if isinstance(loader, BucketLoader):
+            logger.info("Buckets of an epoch:\n%s", loader.sampler)
         trained = self._trained = [p for p in model.parameters() if p.requires_grad]
         self._micro_batches = MicroBatches(self)
         model.train()

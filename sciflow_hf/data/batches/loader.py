@@ -342,11 +342,12 @@ def batch_keys_of(dataset: Any, *, pads_text: bool = False) -> list[Any]:
 
     With `pads_text` always `buckets`: (height, width) without the length of the text.
     """
-    for name in ("buckets",) if pads_text else ("batch_keys", "buckets"):
-        keys = _per_row(dataset, name)
-        if keys is not None:
-            return [tuple(key) if isinstance(key, list) else key for key in keys]
-    return [None] * len(dataset)
+    keys = None if pads_text else getattr(dataset, "batch_keys", None)
+    if keys is None:
+        keys = _per_row(dataset, "buckets")
+    if keys is None:
+        return [None] * len(dataset)
+    return [tuple(key) if isinstance(key, list) else key for key in keys]
 
 
 def row_ids_of(dataset: Any) -> list[str]:

@@ -238,17 +238,14 @@ class Columns:
         self.table, self.file, self.start = table, file, start
         self.names = table.column_names
 
-    def error(self, row: int, name: str, needed: str) -> CacheError:
+    def error(self, odd: int | np.ndarray, name: str, needed: str) -> CacheError:
+        """Names a row, or the first of the odd ones, (N,) bool."""
+        row = odd if isinstance(odd, int) else int(np.argmax(odd))
         value = self.table.column(name)[row].as_py()
         return CacheError(
             f"Row {self.start + row} (in {self.file}): column `{name}` is {value!r}, but must be "
             f"{needed}. Mend the index, or run `sciflow-hf cache build` again."
         )
-
-    def refuse(self, odd: np.ndarray, name: str, needed: str) -> None:
-        """Raises an error that names the first of the odd rows, (N,) bool."""
-        if odd.any():
-            raise self.error(int(np.argmax(odd)), name, needed)
 
     def column(self, name: str) -> pa.ChunkedArray:
         """One that has a value in every row."""
@@ -256,7 +253,7 @@ class Columns:
             raise CacheError(f"The index {self.file} lacks the column {name!r}. {CONVERT}.")
         column = self.table.column(name)
         if column.null_count:
-            self.refuse(column.is_null().to_numpy(), name, "given")
+            raise self.error(column.is_null().to_numpy(), name, "given")
         is_text = types.is_string(column.type) or types.is_large_string(column.type)
         if name.endswith("_path") and len(column) and not is_text:
             raise self.error(0, name, "a path")
@@ -273,8 +270,10 @@ class Columns:
             values = self.column(name).cast(pa.int64()).to_numpy()
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise self.error(0, name, f"a whole number{unit} in every row ({first_line(error)})") from error
-        self.refuse(values < least, name, f"a positive number{unit}" if least else "0 or more")
-        self.refuse(values > most, name, f"at most {most}{unit}")
+        if (odd := values < least).any():
+            raise self.error(odd, name, f"a positive number{unit}" if least else "0 or more")
+        if (odd := values > most).any():
+            raise self.error(odd, name, f"at most {most}{unit}")
         return _compact(values)
 
     def shapes(self, name: str, form: str = "") -> np.ndarray:
@@ -293,14 +292,16 @@ class Columns:
         size = form.count(",") + 1 if form or not len(column) else len(column[0])
         needed = f"{size} positive whole numbers {form}, at most {INT32}"
         try:
-            self.refuse(pc.not_equal(pc.list_value_length(column), size).to_numpy(), name, needed)
+            if (odd := pc.not_equal(pc.list_value_length(column), size).to_numpy()).any():
+                raise self.error(odd, name, needed)
             shapes = pc.list_flatten(column).cast(pa.int64()).fill_null(0).to_numpy().reshape(len(column), size)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            odd = [
+            rows = [
                 i for i, row in enumerate(column.to_pylist()) if not all(re.fullmatch(r"\d{1,18}", str(n)) for n in row)
             ]
-            raise self.error(odd[0] if odd else 0, name, f"{needed} ({first_line(error)})") from error
-        self.refuse(((shapes <= 0) | (shapes > INT32)).any(axis=1), name, needed)
+            raise self.error(rows[0] if rows else 0, name, f"{needed} ({first_line(error)})") from error
+        if (odd := ((shapes <= 0) | (shapes > INT32)).any(axis=1)).any():
+            raise self.error(odd, name, needed)
         return _compact(shapes.astype(np.int32))
 
 
