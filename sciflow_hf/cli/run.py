@@ -18,6 +18,8 @@ def run(main: Callable[[], Any]) -> NoReturn:
     Exit status: 0; 2 after what `explained` has words for, with a message; 75 saved and stopped by a signal
     (`Preempted`); 130 Ctrl-C. torchrun and `accelerate launch` of several processes report 1 for any but 0.
     """
+    from ..training.run_lock import let_go_of_all
+
     status: Any = 0
     outlast_readers()
     try:
@@ -36,6 +38,8 @@ def run(main: Callable[[], Any]) -> NoReturn:
         sys.stderr.write(f"\nerror: {message}\n")
         leave_process_group(together=False)  # the other ranks may be anywhere
         sys.exit(2)
+    finally:
+        let_go_of_all()
     sys.exit(status)
 
 

@@ -70,7 +70,8 @@ def check_held(folder: str | os.PathLike) -> None:
 
 
 @atexit.register
-def _let_go_of_all() -> None:
+def let_go_of_all() -> None:
+    """Gives all folders free that this process holds."""
     for folder, lock in list(_HELD.items()):
         if lock.pid == os.getpid():  # not of the process that this one was forked from
             let_go(folder)
