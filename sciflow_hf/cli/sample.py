@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import SciflowError
 from ..files import atomic_file
-from ..options import check_range
 from .devices import find_device, inference_dtype, named
 
 if TYPE_CHECKING:
@@ -65,6 +64,8 @@ _RANGES = dict.fromkeys(_COUNTS, "[1, inf)") | dict.fromkeys(("guidance_scale", 
 
 
 def _sample(args: argparse.Namespace) -> None:
+    from ..options import check_range  # transformers, which the help does not need
+
     for name, within in _RANGES.items():
         if (value := getattr(args, name)) is not None:
             check_range(name, value, within)

@@ -45,7 +45,7 @@ def plan(
         "Family": f"{family}",
         "Options that differ from the defaults": _lines(args.changed_options()),
         "Trained": _trained(model, args),
-        "Buckets of an epoch": str(sampler),
+        "Buckets of an epoch": sampler.table(),
         "Steps": (
             f"{steps:,} steps ({steps_per_epoch:,} an epoch), {total_batch} samples a step "
             f"({args.train_batch_size} x {args.world_size} ranks x {args.gradient_accumulation_steps} accumulation); "

@@ -842,7 +842,7 @@ class DiffusionTrainer(Trainer):
             compile_blocks(network_of(self.accelerator.unwrap_model(self.model)), self.args)
         model, loader = super()._prepare_for_training(*args, **kwargs)
         if isinstance(loader, BucketLoader):
-            logger.info("Buckets of an epoch:\n%s", loader.sampler)
+            logger.info("Buckets of an epoch:\n%s", loader.sampler.table())
         trained = self._trained = [p for p in model.parameters() if p.requires_grad]
         self._micro_batches = MicroBatches(self)
         model.train()

@@ -17,7 +17,7 @@ from sciflow_hf.images.transforms import IntensityTransform
 from sciflow_hf.pipelines.dit import DiTImagePipeline
 
 CARD = ROOT / "sciflow_hf" / "assets" / "mini_klein" / "README.md"
-RUN_ELSEWHERE = "docs/add_a_family.md"  # by test_own_family: files, not code that goes on
+RUN_ELSEWHERE = {"docs/add_a_family.md", "docs/own_data.md"}  # by test_own_family, test_own_data: files
 SMALLER = {
     "black-forest-labs/FLUX.2-klein-base-9B": "klein", "hf://datasets/user/name": "cache", '"cuda"': '"cpu"',
     "=1024": "=32", "=50": "=1", "=24": "=1", "guidance_scale=3.5": "guidance_scale=3.5, num_inference_steps=1",
@@ -82,7 +82,7 @@ PAGES = ["README.md", "docs/caches.md", "docs/dit.md", "docs/microscopy.md", "do
 
 def test_every_page_with_code_is_run() -> None:
     found = {relative(page) for page in [*DOCUMENTS, CARD] if blocks_of(page)}
-    assert found == {*PAGES, RUN_ELSEWHERE}
+    assert found == {*PAGES, *RUN_ELSEWHERE}
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -13,8 +13,6 @@ from ...diffusion.randomness import hash64
 from ...errors import SciflowError
 from ..writing import text_table
 
-_SHOWN = 60  # buckets in a table
-
 
 @dataclass(frozen=True)
 class BucketReport:
@@ -152,16 +150,16 @@ class BucketBatchSampler(Sampler[list[int]]):
             rows.append(BucketReport(name, samples, batches, shown + dropped - samples, dropped))
         return rows
 
-    def __str__(self) -> str:
-        """`report()` as an aligned table with totals; buckets beyond the first 60 share one line."""
+    def table(self, *, max_rows: int = 60) -> str:
+        """`report()` as an aligned table with totals; buckets beyond `max_rows` share one line."""
         report = self.report()
         numbers = [(r.samples, r.batches, r.repeats, r.dropped) for r in report]
         names = [" x ".join(map(str, r.bucket)) if isinstance(r.bucket, tuple) else str(r.bucket) for r in report]
         lines: list[tuple[str, ...]] = [("bucket", "samples", "batches", "repeats", "dropped")]
-        lines += [(name, *map(str, n)) for name, n in zip(names[:_SHOWN], numbers, strict=False)]
-        if len(report) > _SHOWN:
-            rest = [str(sum(column)) for column in zip(*numbers[_SHOWN:], strict=True)]
-            lines.append((f"{len(report) - _SHOWN} more", *rest))
+        lines += [(name, *map(str, n)) for name, n in zip(names[:max_rows], numbers, strict=False)]
+        if len(report) > max_rows:
+            rest = [str(sum(column)) for column in zip(*numbers[max_rows:], strict=True)]
+            lines.append((f"{len(report) - max_rows} more", *rest))
         lines.append(("total", *(str(sum(column)) for column in zip(*numbers, strict=True))))
         return text_table(lines, right=range(1, 5))
 
