@@ -189,7 +189,7 @@ class RecipeParser(HfArgumentParser):
         hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
         for name, value in (read_yaml(config) if config else {}).items():
             if name not in options:
-                self.error(f"{config}: unknown option `{name}`{_nearest(str(name), options)}")
+                self.error(f"{config}: unknown option `{name}`{_nearest(str(name), ['base', *options])}")
             try:
                 default = self._default(options[name], hints[name], value)
             except argparse.ArgumentError as error:

@@ -40,6 +40,7 @@ def test_the_file_holds_the_adapter_and_its_alpha(family, trained):
     assert stored["transformer.lora_alpha"] == 10 and stored["transformer.r"] == 4, text
 
 
+@pytest.mark.promise("A37")
 def test_going_on_from_file_folder_and_url(family, trained):
     model, file = trained
     with fsspec.open("memory://bucket/some/lora.safetensors", "wb") as target:

@@ -95,6 +95,7 @@ def test_a_layer_is_what_the_paper_says(bench, kind):
         assert (layer(x) - base(x)).abs().max() > 1e-2
 
 
+@pytest.mark.promise("B09")
 def test_ranks_and_alphas_of_single_layers(bench, tmp_path):
     pattern = "single_transformer_blocks.*=8, ff=4,single_transformer_blocks.1=2"
     model = bench.adapted(rank=16, rank_pattern=pattern)

@@ -46,6 +46,7 @@ def bench(tmp_path_factory):
     return get
 
 
+@pytest.mark.promise("E09")
 @pytest.mark.parametrize(("name", "kind"), PAIRS)
 def test_it_trains_and_stock_libraries_load_it(bench, tmp_path, name, kind):
     here, options = bench(name), (KINDS | MORE_KINDS)[kind]

@@ -46,6 +46,7 @@ def linears(model, preset):
     return found
 
 
+@pytest.mark.promise("B04", "B05", "B06")
 @pytest.mark.parametrize("preset", ["attention", "standard", "full"])
 def test_presets_take_the_layers_they_say(family, preset):
     model = family.load_model(dtype=torch.float32)
@@ -61,10 +62,12 @@ def test_presets_take_the_layers_they_say(family, preset):
     assert facts["trainable_parameters"] == size == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.promise("B06")
 def test_the_default_is_full(family):
     assert adapter_facts(adapted(family))["matched"] == len(linears(family.load_model(dtype=torch.float32), "full"))
 
 
+@pytest.mark.promise("B06", "B07")
 @pytest.mark.parametrize("layers", [OLD_FULL, OLD_EXPLICIT], ids=["full", "explicit"])
 def test_the_old_strings_fail_in_peft_and_work_here(family, layers):
     config = LoraConfig(target_modules=layers.split(","))
@@ -104,6 +107,7 @@ def test_no_match_says_what_there_is(family, caplog):
     assert "lora rank 2 alpha 2 on 1 layers, 128 parameters" in caplog.text
 
 
+@pytest.mark.promise("B03")
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -122,6 +126,7 @@ def test_arguments_are_checked(options, words):
     assert words in str(caught.value)
 
 
+@pytest.mark.promise("B03")
 def test_alpha_is_the_rank_unless_given():
     assert sf.AdapterArguments(rank=7).lora_alpha == 7
     assert sf.AdapterArguments(rank=7, lora_alpha=3).lora_alpha == 3
@@ -168,6 +173,7 @@ def test_weights_are_float32_on_a_bfloat16_base(family, kind):
     assert klein_output(randomise(model)).dtype == torch.bfloat16
 
 
+@pytest.mark.promise("B03")
 def test_without_adapter_everything_is_trained(family):
     model = adapted(family, no_adapter=True)
     assert all(p.requires_grad for p in model.parameters()) and adapter_layers(model) == {}

@@ -66,6 +66,7 @@ def field(text: str, name: str) -> str:
 # -- build, info -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("A13")
 def test_build_and_info(
     cli: Cli, images: Path, tmp_path: Path, tiny_klein: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -61,6 +61,7 @@ def refuses(parse, capsys):
 # -- values --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("A05", "E07")
 def test_defaults_then_yaml_then_flags(parse):
     yaml = "rank: 8\nlora_alpha: 4\nlearning_rate: 1e-4\nseed: 7\n"
     family, data, adapter, args = parse("--rank", "32", "--seed=9", yaml=yaml)
@@ -133,6 +134,7 @@ def test_a_required_option_may_stand_in_the_yaml(parse, refuses):
     assert "--pretrained_model_name_or_path" in refuses(yaml="rank: 4\n", needed=("--use_cpu", *NEEDED[3:]))
 
 
+@pytest.mark.promise("A38", "B20", "C22")
 def test_base_chains(tmp_path, parse, refuses):
     folder = tmp_path / "shared"
     folder.mkdir()
@@ -186,11 +188,13 @@ def test_mistakes_in_flags_end_in_one_line(refuses, flags, words):
     assert words in refuses(*flags)
 
 
+@pytest.mark.promise("C32")
 @pytest.mark.parametrize(
     ("yaml", "words"),
     [
         ("rnk: 3", "run.yaml: unknown option `rnk`; did you mean `rank`?"),
         ("learning-rate: 1", "did you mean `learning_rate`?"),
+        ("_base_: x.yaml", "run.yaml: unknown option `_base_`; did you mean `base`?"),
         ("3: 4", "unknown option `3`"),
         ("config: x.yaml", "unknown option `config`"),
         ("rank: abc", "`rank`: invalid int value: 'abc'"),
@@ -234,6 +238,7 @@ def test_stock_options_that_cannot_work_are_refused_by_name(refuses, name):
     assert f"`{name}`" in refuses(yaml=f"{name}: {REFUSED[name]}")
 
 
+@pytest.mark.promise("B10")
 def test_prodigy_is_an_optimizer_like_any_other(parse, refuses):
     args = parse("--optim", "prodigy")[3]
     assert args.optim == "prodigy" and args.learning_rate == 1.0
@@ -293,6 +298,7 @@ def help_text(*kinds):
     return RecipeParser(kinds).format_help()
 
 
+@pytest.mark.promise("B01", "C08", "E01")
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_every_recipe_prints_its_help(recipe, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(recipe), "--help"])
@@ -387,6 +393,7 @@ SECTION_8 = re.findall(
 )
 
 
+@pytest.mark.promise("E10")
 def test_the_flags_that_others_rely_on_exist():
     flags = {flag for action in RecipeParser(KINDS)._actions for flag in action.option_strings}
     assert {f"--{name}" for name in SECTION_8} - flags == set()

@@ -41,6 +41,7 @@ def _ranks(buckets: list[tuple[int, int]], epoch: int = 0, **options: int) -> li
     return samplers
 
 
+@pytest.mark.promise("A17")
 @pytest.mark.parametrize("block", range(10))
 def test_every_epoch_is_whole(block: int) -> None:
     """240 random cases against the rules themselves, counted over all ranks."""
@@ -110,6 +111,7 @@ def test_rows_are_shuffled_inside_their_bucket() -> None:
     assert len(companions) > 80, "rows meet other rows in every epoch"
 
 
+@pytest.mark.promise("A17")
 @pytest.mark.parametrize("split", [(1, 4, 1), (2, 2, 1), (1, 1, 4), (1, 2, 2), (2, 1, 2)])
 def test_groups_do_not_depend_on_the_split(split: tuple[int, int, int]) -> None:
     """Total batch 4 as batch x ranks x accumulation: the same row at the same place of every full group."""
@@ -145,6 +147,7 @@ def test_positions_follow_the_formula() -> None:
         sampler.positions(len(sampler))
 
 
+@pytest.mark.promise("E27")
 def test_drop_last_drops_the_tail_and_counts_it() -> None:
     buckets = ["a"] * 21 + ["b"] * 7 + ["c"] * 9
     samplers = [

@@ -30,6 +30,7 @@ def folder(tmp_path: Path) -> Path:
 # --- what is read ---
 
 
+@pytest.mark.promise("A16")
 @pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("wanted", [torch.bfloat16, torch.float16, torch.float32])
 def test_every_stored_dtype_reads_as_every_dtype(tmp_path: Path, stored: str, wanted: torch.dtype) -> None:
@@ -104,6 +105,7 @@ def test_big_endian_and_fortran_arrays_read_alike(folder: Path) -> None:
     assert torch.equal(load_cache(folder, dtype=torch.float32)[0]["latents"], before["latents"])
 
 
+@pytest.mark.promise("A15")
 def test_parts_are_joined_and_described(tmp_path: Path) -> None:
     whole = load_cache(write_cache(tmp_path / "one", settings={"family": "x", "max_sequence_length": 12}))
     parts = load_cache(write_cache(tmp_path / "three", settings={"family": "x", "max_sequence_length": 12}, parts=3))
@@ -117,6 +119,7 @@ def test_parts_are_joined_and_described(tmp_path: Path) -> None:
     assert missing == 0 and size == sum(file.stat().st_size for file in (tmp_path / "three").rglob("*.npz"))
 
 
+@pytest.mark.promise("A02")
 def test_several_caches_are_one(tmp_path: Path) -> None:
     folders = [
         write_cache(tmp_path / year, settings={"a": 1}, year=year, seed=n) for n, year in enumerate(("2015", "2016"))

@@ -112,6 +112,7 @@ def test_wrong_arrays_are_named(folder: Path, changes: dict[str, Any], words: tu
     _broken(folder, *words)
 
 
+@pytest.mark.promise("A16")
 def test_text_ids_may_be_floats_that_are_whole(folder: Path) -> None:
     resave(payload_of(folder), text_ids=np.arange(48, dtype=np.float16).reshape(12, 4))
     ids = load_cache(folder)[0]["txt_ids"]
@@ -157,6 +158,7 @@ def test_paths_inside_may_be_roundabout_or_absolute(folder: Path) -> None:
     assert torch.equal(cache[1]["latents"], plain) and all(len(cache[i]) == 3 for i in range(3))
 
 
+@pytest.mark.promise("A13")
 def test_payloads_are_found_by_the_rule(folder: Path, tmp_path: Path) -> None:
     """`payload_dir`, else `dataset_dir`, else the index file's folder."""
     plain = load_cache(folder)[0]["latents"]

@@ -99,6 +99,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 # --- the same samples ---
 
 
+@pytest.mark.promise("A14")
 @pytest.mark.parametrize("payload, codec", LAYOUTS)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_every_sample_is_equal_and_in_its_place(tmp_path, payload, codec, dtype):
@@ -131,6 +132,7 @@ def test_there_and_back(tmp_path, source):
         assert (last / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
 
 
+@pytest.mark.promise("A15")
 def test_free_columns_keep_their_types(tmp_path, source):
     change_index(source, lambda table: table.append_column("year", pa.array([2015] * len(table), pa.int16())))
     change_index(source, lambda table: replace(table, latent_shape=[str(s) for s in table["latent_shape"].to_pylist()]))

@@ -27,6 +27,7 @@ class Plain(Options):
     other: str = option("", "second.")
 
 
+@pytest.mark.promise("B02")
 def test_one_of_two_options_is_needed() -> None:
     assert Either(one=["x"]).one == ["x"] and Either(other="y").one == []
     with pytest.raises(sf.SciflowError, match=r"^give `--one` \(a file\) or `--other`\.$"):

@@ -159,6 +159,7 @@ def test_a_broken_payload_is_named_where_it_would_have_come(tmp_path):
 # -- in training ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("E27")
 def test_a_run_does_not_depend_on_who_reads(tmp_path, family, tiny_cache):
     """Losses, weights and evaluation, the generator that dropout draws from, accumulation 8 and a tail."""
     runs, drawn = [], []

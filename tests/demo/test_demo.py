@@ -146,6 +146,7 @@ def test_the_pipeline_makes_an_image(pipeline) -> None:
     assert np.abs(first - image("a heat map")).mean() > 1
 
 
+@pytest.mark.promise("B21")
 def test_component_classes_and_scheduler(pipeline) -> None:
     names = {key: type(value).__name__ for key, value in pipeline.components.items() if key != "is_distilled"}
     assert names == {
@@ -293,6 +294,7 @@ def test_ticks_are_round_numbers() -> None:
         assert len({round(b - a, 9) for a, b in pairwise(found)}) == 1
 
 
+@pytest.mark.promise("A14")
 def test_a_hand_written_cache_reads_back(tiny_cache: Path) -> None:
     """`write_cache` is what the cache's tests rest on: its index agrees with its files."""
     import pyarrow.parquet as pq

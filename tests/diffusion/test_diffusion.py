@@ -31,6 +31,7 @@ def their_sigmas(scheme, **options):
     return u.numpy(), scheduler.sigmas[indices].numpy()
 
 
+@pytest.mark.promise("A31")
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.7, 1.0), (-1.0, 0.5), (0.5, 1.6)])
 def test_logit_normal_is_the_papers(mean, std):
     """sigma = sigmoid(mean + std z). diffusers draws the same number, but looks it up from the noisy end."""
@@ -48,6 +49,7 @@ def test_logit_normal_is_the_papers(mean, std):
         assert (ours[16] - 0.5) * mean > 0
 
 
+@pytest.mark.promise("A31")
 @pytest.mark.parametrize("scale", [1.29, 0.5, -0.8])
 def test_mode_is_diffusers(scale):
     ours = np.quantile(mode_density(GRID, mode_scale=scale), LEVELS)
@@ -82,6 +84,7 @@ def test_levels_of_the_evaluation_grid():
 # -- shift ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("A32")
 @pytest.mark.parametrize("mu", [-0.7, 0.0, 0.5, 1.15, 2.5])
 def test_shift_is_the_schedulers(mu):
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
@@ -109,6 +112,7 @@ def pair(dtype=torch.float32):
     return (torch.randn(3, 5, 7, generator=rng) * 2).to(dtype), torch.randn(3, 5, 7, generator=rng).to(dtype)
 
 
+@pytest.mark.promise("C03", "E21")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("loss_type", "delta", "theirs"),
@@ -132,6 +136,7 @@ def test_every_loss_is_tested():
     assert set(LOSSES) == {"mse", "l1", "huber"}
 
 
+@pytest.mark.promise("E16")
 @pytest.mark.parametrize("scheme", ["sigma_sqrt", "cosmap", "none", "logit_normal", "mode"])
 def test_weights_are_diffusers(scheme):
     for sigmas in (SIGMAS, SIGMAS.float()):
@@ -139,6 +144,7 @@ def test_weights_are_diffusers(scheme):
         torch.testing.assert_close(flow_weight(sigmas, weighting_scheme=scheme), theirs, rtol=1e-6, atol=0)
 
 
+@pytest.mark.promise("E21")
 @pytest.mark.parametrize("gamma", [1.0, 5.0, math.inf])
 def test_min_snr_weights_the_loss_on_the_clean_image(gamma):
     """min(SNR, gamma) times the squared error of x0, computed from x0 itself (Hang et al. 2023, equation 2)."""
@@ -156,6 +162,7 @@ def test_min_snr_weights_the_loss_on_the_clean_image(gamma):
     torch.testing.assert_close(both, weight * compute_loss_weighting_for_sd3("cosmap", SIGMAS))
 
 
+@pytest.mark.promise("E16")
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 5.0, math.inf])
 def test_flow_weights_in_numpy(gamma):
     """With SNR = ((1 - sigma) / sigma)^2: sigma^2 min(SNR, gamma), on the velocity; gamma infinite is plain SNR."""

@@ -11,6 +11,7 @@ def images(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.promise("C03")
 @pytest.mark.parametrize("size", [(8, 12), (7, 9), (8, 9), (5, 6)])
 def test_fourier_loss_equals_numpys_full_transform(size):
     a, b = images(3, 2, *size), images(3, 2, *size, seed=1)
@@ -40,6 +41,7 @@ def test_gradients_are_finite_where_images_agree():
         assert torch.isfinite(torch.autograd.grad(loss.sum(), a)[0]).all()
 
 
+@pytest.mark.promise("C05", "C29")
 def test_multiscale_loss_equals_block_means():
     a, b = images(2, 3, 16, 24), images(2, 3, 16, 24, seed=1)
     difference = (a - b).numpy()
@@ -72,6 +74,7 @@ class Features(torch.nn.Module):
         return self.conv(x), x.flatten(1) * 2
 
 
+@pytest.mark.promise("C03")
 def test_perceptual_loss_equals_its_formula_and_trains_the_image_alone():
     features = Features().requires_grad_(False)
     a, b = images(2, 1, 8, 8).requires_grad_(), images(2, 1, 8, 8, seed=1)
@@ -84,6 +87,7 @@ def test_perceptual_loss_equals_its_formula_and_trains_the_image_alone():
     torch.testing.assert_close(one.detach(), conv)
 
 
+@pytest.mark.promise("C31")
 @pytest.mark.parametrize(
     ("features", "words"),
     [

@@ -33,6 +33,7 @@ def noise():
     return torch.randn(4, 3, 5, 7, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.promise("C01", "C29", "D24")
 @pytest.mark.parametrize("name", DIFFUSERS_SCHEDULES)
 @pytest.mark.parametrize("options", [{}, {"beta_start": 0.00085, "beta_end": 0.012}])
 @pytest.mark.parametrize("num_timesteps", [100, 1000])
@@ -54,6 +55,7 @@ def test_our_names_are_diffusers_functions(num_timesteps):
     assert set(BETA_SCHEDULES) == {*DIFFUSERS_SCHEDULES, "cosine", "exponential"}
 
 
+@pytest.mark.promise("C01", "C07")
 def test_betas_in_closed_form():
     linear = beta_schedule("linear", 5, beta_start=0.1, beta_end=0.5)
     torch.testing.assert_close(linear, torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5]))
@@ -183,6 +185,7 @@ def test_pure_noise_has_finite_weights():
     assert weights == {"epsilon": 1.0, "v_prediction": 0.0, "sample": 0.0}
 
 
+@pytest.mark.promise("C07")
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match=r"beta_schedule.*'cosinus'.*squaredcos_cap_v2"):
         beta_schedule("cosinus", 10)

@@ -57,6 +57,7 @@ def with_noise(monkeypatch, module):
     monkeypatch.setattr(f"diffusers.schedulers.{module}.randn_tensor", lambda *args, **kwargs: normal(next(count)))
 
 
+@pytest.mark.promise("C02", "C29")
 @pytest.mark.parametrize("steps", [7, 1000])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 def test_ddpm_is_diffusers(monkeypatch, steps, prediction_type):
@@ -73,6 +74,7 @@ def test_ddpm_is_diffusers(monkeypatch, steps, prediction_type):
     torch.testing.assert_close(ours("ddpm", timesteps, prediction_type), x, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.promise("C02")
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 def test_ddim_is_diffusers(monkeypatch, eta):
     with_noise(monkeypatch, "scheduling_ddim")
@@ -84,6 +86,7 @@ def test_ddim_is_diffusers(monkeypatch, eta):
     torch.testing.assert_close(ours("ddim", ddpm_timesteps(1000, 10), eta=eta), x, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.promise("C02")
 def test_ancestral_is_diffusers(monkeypatch):
     with_noise(monkeypatch, "scheduling_euler_ancestral_discrete")
     scheduler = EulerAncestralDiscreteScheduler(beta_schedule="scaled_linear", timestep_spacing="trailing")
@@ -102,6 +105,7 @@ def test_ddpm_ancestral_and_ddim_with_eta_one_are_one_step():
     torch.testing.assert_close(found[2], found[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.promise("D09")
 def test_learned_variance_is_diffusers(monkeypatch):
     with_noise(monkeypatch, "scheduling_ddpm")
     scheduler = DDPMScheduler(
@@ -125,6 +129,7 @@ def test_learned_variance_is_diffusers(monkeypatch):
     torch.testing.assert_close(found, x, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.promise("D16")
 @pytest.mark.parametrize(
     ("sampler", "kind"), [("euler", FlowMatchEulerDiscreteScheduler), ("heun", FlowMatchHeunDiscreteScheduler)]
 )
@@ -178,6 +183,7 @@ def test_heun_converges_faster_than_euler():
     assert errors["euler", 100] < 0.11
 
 
+@pytest.mark.promise("C24")
 @pytest.mark.parametrize("sampler", sampling.DDPM_SAMPLERS)
 def test_a_perfect_denoiser_samples_the_distribution(sampler):
     """Normal data, mean 0.5 and deviation 0.3: E[x0 | x_t] is known, so the samples' moments are."""
@@ -234,6 +240,7 @@ def test_noise_is_asked_for_only_where_it_is_added():
         assert asked == expected
 
 
+@pytest.mark.promise("D15")
 def test_the_opposite_convention():
     """x_t = (1 - t) noise + t data, v = data - noise: their Euler loop upwards in t is our sampler of that network."""
     theirs = lambda x, t: network(x, 1000 * t)  # noqa: E731
@@ -243,6 +250,7 @@ def test_the_opposite_convention():
     torch.testing.assert_close(sample_flow(opposite_velocity(theirs), normal(0), flow_sigmas(steps)), x)
 
 
+@pytest.mark.promise("D17")
 def test_guidance():
     conditional, unconditional = normal(1), normal(2)
     assert torch.equal(guide(conditional, unconditional, 0.0), unconditional)
@@ -250,6 +258,7 @@ def test_guidance():
     torch.testing.assert_close(guide(conditional, unconditional, 3.0), 3 * conditional - 2 * unconditional)
 
 
+@pytest.mark.promise("C07")
 def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="num_inference_steps"):
         flow_sigmas(0)

@@ -34,6 +34,7 @@ def entered(tmp_path, **options):
 PLAIN = {"options.py", "training/arguments.py"}
 
 
+@pytest.mark.promise("C27")
 @pytest.mark.parametrize(
     ("options", "engine"),
     [

@@ -69,6 +69,7 @@ def drawn(folder, pipeline, name):
     return pipe(**options, generator=torch.Generator().manual_seed(0)).images
 
 
+@pytest.mark.promise("D22")
 @pytest.mark.parametrize("name", NAMES)
 def test_equal_to_ddp(runs, name):
     """Losses, norms of gradients, evaluations of the averaged weights; the same files with the same values."""

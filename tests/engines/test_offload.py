@@ -73,6 +73,7 @@ class Copies:
         self.now -= size
 
 
+@pytest.mark.promise("E13")
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("adapter_type", TYPES)
 def test_losses_and_gradients_are_the_same_bits(tmp_path, family, adapter_type, checkpointing):
@@ -89,6 +90,7 @@ def test_losses_and_gradients_are_the_same_bits(tmp_path, family, adapter_type, 
     assert same(*found) and len(found[0]) > 16
 
 
+@pytest.mark.promise("E13")
 def test_weights_are_on_the_device_one_block_at_a_time(tmp_path, family, monkeypatch):
     """Counted in copies on the CPU: a layer in forward, a block in backward, all without checkpointing."""
     args, most, copies = make_args(tmp_path), {}, Copies(monkeypatch)

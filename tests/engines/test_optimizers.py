@@ -41,6 +41,7 @@ CHOICES = {
 # -- resuming --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("E12")
 @pytest.mark.parametrize("choice", CHOICES)
 def test_resumed_equals_uninterrupted(tmp_path, family, tiny_cache, choice):
     """6 steps = 3 steps, resume, 3 steps: the same bits, with accumulation and evaluations in between."""
@@ -303,6 +304,7 @@ def test_rates_of_what_is_not_trained(tmp_path, family, even_cache, options, wor
         make_trainer(tmp_path, family, even_cache, **options)
 
 
+@pytest.mark.promise("C26")
 def test_packages_are_looked_for_before_anything_is_loaded(tmp_path, monkeypatch):
     """By the same names as transformers imports them for."""
     for optim in OptimizerNames:

@@ -30,6 +30,7 @@ def make_batch(size=6, shape=(3, 4, 10)):
 # -- the network ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("D08")
 @pytest.mark.parametrize(("preset", "millions"), [("S", 33), ("B", 130), ("L", 458), ("XL", 675)])
 def test_presets_have_the_papers_sizes(preset, millions):
     family = sf.DiT(preset=preset, image_size=32, in_channels=4, num_classes=1000, objective="ddpm", learn_sigma=True)
@@ -40,6 +41,7 @@ def test_presets_have_the_papers_sizes(preset, millions):
     assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == PRESETS[preset]
 
 
+@pytest.mark.promise("D01", "D02", "D03", "D04", "D05")
 def test_network_is_diffusers():
     """The same weights in diffusers' DiT, on its square images, with the paper's frequencies in place of its own."""
     ours = make_network(image_size=8, learn_sigma=True)
@@ -86,6 +88,7 @@ def test_network_is_diffusers():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.promise("D02")
 def test_images_that_are_not_square():
     """A patch is where it is: moving the picture by a patch, with its positions, moves the answer."""
     network = make_network()
@@ -96,6 +99,7 @@ def test_images_that_are_not_square():
     assert turned.shape == (2, 3, 10, 4) and not torch.allclose(turned, found.transpose(2, 3))
 
 
+@pytest.mark.promise("D07")
 def test_features_are_what_the_image_head_reads(tmp_path):
     network = make_network()
     network.save_pretrained(tmp_path)
@@ -109,6 +113,7 @@ def test_features_are_what_the_image_head_reads(tmp_path):
     torch.testing.assert_close(features(x, times).sample, features(x, times, none).sample)
 
 
+@pytest.mark.promise("D05")
 def test_a_new_network_answers_nothing_and_is_the_same_for_a_seed():
     family = sf.DiT(**SMALL)
     one, two = (family.load_model(dtype=torch.float32) for _ in range(2))
@@ -145,6 +150,7 @@ class Spy(torch.nn.Module):
         return (self.answer + self.weight * inputs["hidden_states"],)
 
 
+@pytest.mark.promise("D11", "D13", "D15")
 @pytest.mark.parametrize("gamma", [None, 5.0])
 @pytest.mark.parametrize("prediction", ["velocity", "epsilon", "sample"])
 @pytest.mark.parametrize("objective", ["flow", "ddpm"])
@@ -188,6 +194,7 @@ def test_loss_in_numpy(objective, prediction, gamma):
     np.testing.assert_allclose(level.numpy(), levels, rtol=1e-6)
 
 
+@pytest.mark.promise("D13")
 @pytest.mark.parametrize("scheme", ["sigma_sqrt", "cosmap"])
 def test_weights_of_the_velocity(scheme):
     family, batch, sigmas = sf.DiT(**SMALL), make_batch(), torch.linspace(0.1, 0.9, 6)
@@ -218,6 +225,7 @@ def test_levels_of_ddpm_are_whole_timesteps():
     assert sf.DiT(**SMALL).evaluation_levels(2).tolist() == [0.25, 0.75]
 
 
+@pytest.mark.promise("D09")
 def test_variance_is_taught_by_the_bound():
     """The two halves of the answer: squared error of the first, bound of the second with the first held fast."""
     options = SMALL | {"objective": "ddpm", "prediction_type": "epsilon", "learn_sigma": True}
@@ -305,6 +313,7 @@ def test_a_mask_of_another_size_is_refused():
 # -- classes -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("D12")
 def test_class_dropout_follows_the_key():
     family = sf.DiT(**SMALL, class_dropout_prob=0.3)
     keys = noise_keys(0, 0, range(2000))
@@ -318,6 +327,7 @@ def test_class_dropout_follows_the_key():
     assert torch.equal(family.dropped_labels(batch, training=False), batch["class_labels"])
 
 
+@pytest.mark.promise("D12")
 def test_network_is_told_of_dropped_classes_in_training_only():
     family, spy = sf.DiT(**SMALL, class_dropout_prob=0.99), Spy()
     family.compute_loss(spy.train(), make_batch(), ARGS)
@@ -326,6 +336,7 @@ def test_network_is_told_of_dropped_classes_in_training_only():
     assert spy.asked["class_labels"].tolist() == [0, 1, 2, 3, 4, 0]
 
 
+@pytest.mark.promise("D04", "D06")
 def test_without_classes():
     family, spy, batch = sf.DiT(**SMALL | {"num_classes": 0}), Spy(), make_batch()
     del batch["class_labels"]
@@ -339,6 +350,7 @@ def test_without_classes():
 # -- what is refused -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("D06")
 @pytest.mark.parametrize(
     ("options", "match"),
     [

@@ -44,6 +44,7 @@ def prepare(tmp_path, vae, *, data=None, **options):
     return family, args, *sf.prepare_class_images(data, family, args)
 
 
+@pytest.mark.promise("D18")
 def test_cache_holds_the_vaes_latents_and_the_classes(tmp_path, vae):
     write_folder(tmp_path / "data", classes=("axon", "cell", "spine"), each=8, height=20, width=24)
     family, _, train, held_out = prepare(tmp_path, vae)
@@ -73,6 +74,7 @@ def test_batches_have_the_classes_of_their_rows(tmp_path, vae, threads):
     assert seen == set(range(len(train)))
 
 
+@pytest.mark.promise("D18", "D24")
 def test_training_and_the_pipeline_with_its_vae(tmp_path, vae):
     write_folder(tmp_path / "data", each=8, height=16, width=16)
     family, args, train, held_out = prepare(tmp_path, vae)

@@ -50,6 +50,7 @@ def perfect(objective, kind):
     return pipeline
 
 
+@pytest.mark.promise("D16")
 @pytest.mark.parametrize("kind", ["velocity", "epsilon", "sample"])
 @pytest.mark.parametrize(
     ("objective", "sampler"),
@@ -62,6 +63,7 @@ def test_a_perfect_network_draws_the_data(objective, sampler, kind):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-3)
 
 
+@pytest.mark.promise("D17")
 def test_guidance_moves_away_from_no_class():
     """Of one step of Euler: x - velocity, which is linear in the guidance."""
     pipeline = DiTImagePipeline(make_network())

@@ -25,6 +25,7 @@ def weights(trainer):
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
+@pytest.mark.promise("D14", "D25")
 def test_resume_is_exact_with_average_and_accumulation(tmp_path):
     """8 steps = 4 steps, resume, 4 steps: the same bits."""
     options = dict(save_strategy="steps", save_steps=4, gradient_accumulation_steps=2, ema_decay=0.9)
@@ -44,6 +45,7 @@ def test_resume_is_exact_with_average_and_accumulation(tmp_path):
     assert largest_difference(raw, weights(whole)) == 0
 
 
+@pytest.mark.promise("D22")
 def test_accumulation_is_one_batch(tmp_path):
     one = dit_trainer(tmp_path / "a", max_steps=4)
     four = dit_trainer(tmp_path / "b", max_steps=4, per_device_train_batch_size=1, gradient_accumulation_steps=4)
@@ -68,6 +70,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "hf"))
 
 
+@pytest.mark.promise("D22")
 def test_two_ranks_are_one(tmp_path, own_cache):
     """The recipe on scikit-learn's digits: 1 x 8 and 2 x 4 reach the same weights and metrics."""
     flags = ["--input_dir", "digits", "--image_size", 8, "--hidden_size", 16, "--num_hidden_layers", 1,
@@ -141,6 +144,7 @@ def test_images_by_class_card_and_what_is_published(tmp_path):
         dit_trainer(tmp_path / "b", family=family, validation_class_labels=["dog"]).train()
 
 
+@pytest.mark.promise("D23", "D24")
 def test_metrics_of_samples_are_in_the_evaluation(tmp_path, monkeypatch):
     short = functools.partial(samples.train_classifier, steps=30)
     monkeypatch.setattr(samples, "train_classifier", short)

@@ -122,6 +122,7 @@ class Reference:
         return (error * mask).flatten(1).sum(1) / mask.flatten(1).sum(1)
 
 
+@pytest.mark.promise("E17")
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.5])
 def test_loss_and_every_gradient_equal_diffusers(family, model, pipeline, batch, args, noise, levels, guidance_scale):
     sigmas, timesteps = levels
@@ -136,6 +137,7 @@ def test_loss_and_every_gradient_equal_diffusers(family, model, pipeline, batch,
         assert difference < FEW
 
 
+@pytest.mark.promise("E17")
 def test_a_network_without_guidance_embedding_is_told_nothing(tiny_flux, tmp_path, batch, args, noise, levels, caplog):
     folder = edited(tiny_flux, tmp_path, "transformer/config.json", guidance_embeds=False)
     family = Flux(pretrained_model_name_or_path=str(folder), max_sequence_length=LENGTH)
@@ -346,6 +348,7 @@ def cache(tmp_path_factory, family, figures):
     return sf.load_cache(folder, dtype=torch.float32)
 
 
+@pytest.mark.promise("E04")
 def test_training_lowers_the_held_out_loss_and_the_lora_changes_the_image(tmp_path, tiny_flux, family, cache):
     train, held_out = cache.split(0.3)
     sample = train[0]

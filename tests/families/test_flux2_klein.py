@@ -99,6 +99,7 @@ def differs(family, model, pipeline, batch, args, noise) -> float:
     )
 
 
+@pytest.mark.promise("A26")
 def test_loss_and_every_gradient_equal_diffusers(family, model, pipeline, batch, args, noise):
     assert differs(family, model, pipeline, batch, args, noise) < FEW
     assert len([p for p in model.parameters() if p.grad is not None]) > 20
@@ -134,12 +135,14 @@ MISTAKES = {
 }  # fmt: skip
 
 
+@pytest.mark.promise("A21", "A23", "A40")
 @pytest.mark.parametrize("name", MISTAKES)
 def test_parity_catches(name, monkeypatch, family, model, pipeline, batch, args, noise):
     monkeypatch.setattr(*MISTAKES[name])
     assert differs(family, model, pipeline, batch, args, noise) > MANY
 
 
+@pytest.mark.promise("A22", "A40")
 @pytest.mark.parametrize("normalise", [lambda self, x: x, _eps_outside])
 def test_parity_catches_normalisation(normalise, monkeypatch, family, model, pipeline, batch, args, noise):
     monkeypatch.setattr(Flux2Klein, "normalise", normalise)
@@ -158,6 +161,7 @@ class _Spy(torch.nn.Module):
         return (self.answer(hidden_states, timestep) + self.weight,)
 
 
+@pytest.mark.promise("A25", "A40")
 def test_parity_catches_timestep_and_sign(family, pipeline, batch, args, noise):
     """What the network is given: sigma itself, float32, and the mixture; the target is noise - latents."""
     seen = {}
@@ -278,6 +282,7 @@ def test_bfloat16_keeps_sigma_in_float32(family, batch, args, noise):
     torch.testing.assert_close(loss, full, rtol=0.05, atol=0)
 
 
+@pytest.mark.promise("A24")
 def test_samples_that_do_not_fit_are_named(family):
     model = family.load_model(dtype=torch.float32)
     channels, dim = model.config.in_channels // 4, model.config.joint_attention_dim
@@ -306,11 +311,13 @@ def test_distilled_weights_are_warned_about(family, tmp_path, tiny_klein, caplog
     assert "distilled" in caplog.text
 
 
+@pytest.mark.promise("B25")
 def test_missing_model_is_explained(tmp_path):
     with pytest.raises(SciflowError, match="cannot load its pipeline configuration"):
         Flux2Klein(pretrained_model_name_or_path=str(tmp_path / "nowhere")).load_model(dtype=torch.float32)
 
 
+@pytest.mark.promise("A01", "C06")
 def test_load_family_takes_names_paths_and_classes():
     assert load_family("flux2_klein") is Flux2Klein is load_family(Flux2Klein)
     assert load_family("sciflow_hf.families.flux2_klein.Flux2Klein") is Flux2Klein
@@ -319,6 +326,7 @@ def test_load_family_takes_names_paths_and_classes():
             load_family(bad)
 
 
+@pytest.mark.promise("A04")
 def test_generate_draws_with_the_training_network(family):
     """The pipeline holds the very network, and a changed weight changes the image."""
     model = family.load_model(dtype=torch.float32)

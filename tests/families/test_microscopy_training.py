@@ -128,6 +128,7 @@ def test_two_ranks_equal_one(tmp_path, folder):
     assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-5
 
 
+@pytest.mark.promise("C14", "C30")
 def test_training_lowers_the_loss_and_restorations_are_scored_in_the_log(tmp_path, folder):
     metrics = sf.RestorationMetrics(metric_tiles=3, metric_samples=2, metric_steps=4)
     trainer = microscopy_trainer(tmp_path, folder, metrics=metrics, max_steps=60, eval_strategy="steps", eval_steps=20,
@@ -148,6 +149,7 @@ def test_training_lowers_the_loss_and_restorations_are_scored_in_the_log(tmp_pat
         sf.RestorationMetrics(metric_samples=1)
 
 
+@pytest.mark.promise("C05", "C17")
 def test_stages_are_a_function_of_the_step(tmp_path, folder):
     family = sf.MicroscopyUNet(block_out_channels=[8, 16])
     callback = ProgressiveResolutionCallback(family, [4, 2, 1], [1, 1, 2])
@@ -246,6 +248,7 @@ def test_plan_and_debug_batch(tmp_path, folder):
     assert "conditioning_pixel_values: (4, 1, 16, 16)" in sf.debug_batch(trainer)
 
 
+@pytest.mark.promise("C21", "C22", "C23")
 @pytest.mark.parametrize("preset", ["microscopy_2p", "microscopy_fast_inference", "microscopy_high_quality"])
 def test_presets_take_overrides_from_flags_and_json(tmp_path, preset):
     kinds = (sf.MicroscopyUNet, sf.MicroscopyDataArguments, sf.ForwardModel, sf.ProgressiveResolution,

@@ -75,6 +75,7 @@ def reference(family, model, batch, noise, timesteps):
     return (prediction - target).square().mean(dim=(1, 2, 3))
 
 
+@pytest.mark.promise("C04", "C15", "C16", "C20")
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid", "exponential"])
 @pytest.mark.parametrize("kind", ["v_prediction", "epsilon", "sample"])
 def test_loss_and_gradients_equal_diffusers(schedule, kind, batch, noise, args):
@@ -163,6 +164,7 @@ def test_noise_and_levels_follow_the_keys(batch, args):
     assert family.evaluation_levels(4).tolist() == [12, 37, 62, 87] and family.level_range() == 100
 
 
+@pytest.mark.promise("C17")
 def test_coarse_training_hides_as_much_of_the_coarse_image(batch, args):
     """Blocks of 2: the noisy coarse image is the averaged noisy image, up to scale, at the same timestep."""
     alpha_bar = make_family().process.alpha_bar
@@ -240,6 +242,7 @@ assert len(files) == 1 and "sciflow_hf" not in sys.modules
 """
 
 
+@pytest.mark.promise("C37")
 def test_it_loads_where_this_package_is_not(tmp_path):
     import subprocess
 

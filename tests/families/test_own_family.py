@@ -248,6 +248,7 @@ def cache(tmp_path_factory, folder, tiny, figures):
     return target
 
 
+@pytest.mark.promise("A30")
 def test_ten_steps_lower_the_loss(tmp_path, family, cache):
     train, held_out = sf.load_cache(cache, dtype=torch.float32).split(0.3)
     assert train[0]["prompt_embeds"].shape == (LENGTH, 16)
@@ -261,6 +262,7 @@ def test_ten_steps_lower_the_loss(tmp_path, family, cache):
     assert sorted(path.name for path in (tmp_path / "validation").glob("step-*")) == ["step-000000", "step-000010"]
 
 
+@pytest.mark.promise("A12", "B27", "C31")
 def test_recipe_trains_validates_and_pushes(hub: HubServer, tmp_path, folder, tiny, cache):
     words = [
         *("--pretrained_model_name_or_path", tiny, "--dataset_dir", cache, "--eval_fraction", 0.3),

@@ -66,6 +66,7 @@ def step(request, folders, args):
     return family, model, batch, Noised(latents, noise, noisy, levels, target)
 
 
+@pytest.mark.promise("B01")
 def test_prediction_has_the_shape_of_the_clean_latents(step):
     family, model, batch, (latents, _, noisy, levels, _) = step
     calls = []
@@ -97,6 +98,7 @@ def test_the_right_answer_has_no_loss(step, args):
     assert (right < 1e-6).all() and (wrong > 0.01).all()
 
 
+@pytest.mark.promise("A03")
 def test_the_step_is_made_of_these_parts(step, args):
     """`compute_loss` is `compare` of `predict`, also where it draws noise and levels from the keys itself."""
     family, model, batch, noised = step

@@ -102,6 +102,7 @@ def reference_loss(model, pipeline, batch, noise, sigmas, change=None):
     return torch.stack([torch.nn.functional.mse_loss(p, t) for p, t in zip(prediction, target, strict=True)])
 
 
+@pytest.mark.promise("A29")
 def test_loss_and_every_gradient_equal_diffusers(family, model, pipeline, batch, args, noise):
     difference = roundings(
         lambda: family.compute_loss(model, batch, args, noise=noise, levels=SIGMAS)[0],
@@ -292,6 +293,7 @@ def test_bfloat16_keeps_sigma_in_float32(family, batch, args, noise):
     torch.testing.assert_close(loss, full, rtol=0.05, atol=0)
 
 
+@pytest.mark.promise("B22")
 def test_samples_that_do_not_fit_are_named(family):
     model = family.load_model(dtype=torch.float32)
     good = {"latents": torch.zeros(4, 12, 8), "latents_std": torch.zeros(4, 12, 8), "prompt_embeds": torch.zeros(5, 16)}

@@ -172,6 +172,7 @@ def test_batches_hold_texts_of_several_lengths(run):
     assert masks and all(mask.dtype == torch.bool and not mask.all() for mask in masks)
 
 
+@pytest.mark.promise("A11")
 def test_twenty_steps_lower_the_held_out_loss(run):
     metrics = run.evaluate()
     assert metrics["eval_loss"] < 0.95 * metrics["eval_base_loss"]

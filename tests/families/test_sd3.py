@@ -116,6 +116,7 @@ class Reference:
         return torch.stack([self.mean(e, m.float()) for e, m in zip(error, masks, strict=True)])
 
 
+@pytest.mark.promise("E15")
 def test_loss_and_every_gradient_equal_diffusers(family, model, pipeline, batch, args, noise, levels):
     sigmas, timesteps = levels
     for names in (batch.keys(), batch.keys() - {"loss_mask"}):
@@ -255,6 +256,7 @@ def test_encoded_prompts_equal_the_pipelines(tiny_sd3, family, use_t5, dtype):
     assert not torch.equal(seen[0], seen[1]) and bool(embeds[:, 16:].any()) == use_t5
 
 
+@pytest.mark.promise("E15")
 def test_no_t5_is_another_cache_and_a_missing_t5_is_named(tiny_sd3, family, tmp_path):
     folder = edited(tiny_sd3, tmp_path, "model_index.json", text_encoder_3=[None, None], tokenizer_3=[None, None])
     here = dataclasses.replace(family, pretrained_model_name_or_path=str(folder))
@@ -336,6 +338,7 @@ def cache(tmp_path_factory, family, figures):
     return sf.load_cache(folder, dtype=torch.float32)
 
 
+@pytest.mark.promise("E03")
 def test_training_lowers_the_held_out_loss_and_the_lora_changes_the_image(tmp_path, tiny_sd3, family, cache):
     train, held_out = cache.split(0.3)
     sample = train[0]

@@ -147,6 +147,7 @@ def differs(family, model, pipeline, batch, args, noise, *, changes=None, ours=N
     )
 
 
+@pytest.mark.promise("E11")
 @pytest.mark.parametrize("gamma", [None, 5.0])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_loss_and_every_gradient_equal_diffusers(variant, gamma, families, pipelines, batch, args, noise):

@@ -69,6 +69,7 @@ def test_cache_holds_sizes_and_crops(cache):
     assert collate([cache[0], cache[0]])["time_ids"].shape == (2, 6)
 
 
+@pytest.mark.promise("E02")
 def test_training_lowers_the_loss_and_resumes_exactly(family, cache, tmp_path):
     some = cache.select(range(8))
     whole = trainer(family, some, tmp_path / "whole", eval_dataset=some)
@@ -82,6 +83,7 @@ def test_training_lowers_the_loss_and_resumes_exactly(family, cache, tmp_path):
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+@pytest.mark.promise("E02")
 def test_lora_loads_into_the_stock_pipeline_and_changes_the_image(family, tiny, tmp_path):
     model = with_adapter(family)
     saved = save_adapter(model, tmp_path, family=family)

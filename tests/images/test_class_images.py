@@ -23,6 +23,7 @@ def load(root, image_size=8, num_classes=None, **options):
     return load_class_images(args, image_size=image_size, num_classes=num_classes)
 
 
+@pytest.mark.promise("D19")
 def test_a_folder_of_class_folders(tmp_path):
     train, held_out = load(write_folder(tmp_path / "data"))
     assert held_out is None and len(train) == 12
@@ -38,6 +39,7 @@ def test_a_folder_of_class_folders(tmp_path):
     assert train.describe(0) == train.row_ids[0]
 
 
+@pytest.mark.promise("D10", "D19")
 @pytest.mark.parametrize("kind", ["save_to_disk", "parquet", "names"])
 def test_data_sets_of_datasets(tmp_path, kind):
     """Columns of any name; whole numbers, ClassLabel or text."""

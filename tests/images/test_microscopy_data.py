@@ -60,6 +60,7 @@ def test_tiles_at_the_end_of_odd_sizes(tmp_path):
     assert [row.split("@")[1] for row in train.row_ids] == ["0,0", "0,1", "18,0", "18,1"]
 
 
+@pytest.mark.promise("C12")
 def test_the_measured_tile_is_the_blurred_image_with_its_surroundings(folder):
     """A tile's conditioning equals that of the whole image, blurred and cut: no border of the tile is seen in it."""
     optics = ForwardModel(psf_sigma=1.5, photons=1e7, background=0, read_noise=0)

@@ -167,6 +167,7 @@ def test_planes_that_teach_nothing_are_named(caplog):
 # -- intensity transforms --------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("C11")
 @pytest.mark.parametrize("kind", KINDS)
 def test_transforms_are_undone_for_every_count(kind):
     """All 16-bit counts, and what background and read noise make of them, come back, rounded, as they were."""
@@ -181,6 +182,7 @@ def test_transforms_are_undone_for_every_count(kind):
     assert again == transform
 
 
+@pytest.mark.promise("C11")
 def test_transforms_equal_their_formulas():
     x = torch.tensor([0.0, 3.0, 1000.0, 5000.0]).view(1, 1, 4)
     low, high, gain = 10.0, 4000.0, 2.0

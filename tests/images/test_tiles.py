@@ -167,6 +167,7 @@ def test_self_ensemble_needs_a_symmetric_psf(tmp_path):
         make_pipeline(optics=optics)(np.ones((1, 1, 16, 16), np.float32), self_ensemble=True)
 
 
+@pytest.mark.promise("C19")
 def test_memory_of_a_large_image_is_that_of_one_batch_of_tiles():
     pipeline = make_pipeline(Denoiser())
     values = np.random.default_rng(0).integers(0, 60000, (1, 1, 130, 90)).astype("uint16")
@@ -175,6 +176,7 @@ def test_memory_of_a_large_image_is_that_of_one_batch_of_tiles():
     assert max(shape[0] for shape in pipeline.unet.sizes) == 4
 
 
+@pytest.mark.promise("C19")
 def test_a_cascade_goes_from_coarse_to_fine():
     pipeline = make_pipeline(Denoiser())
     values = np.random.default_rng(0).integers(0, 60000, (1, 1, 32, 48)).astype("uint16")
@@ -189,6 +191,7 @@ def test_a_cascade_goes_from_coarse_to_fine():
             pipeline(values, **options)
 
 
+@pytest.mark.promise("C12")
 def test_data_consistency_brings_samples_to_the_measurement():
     """A network that knows nothing: with the optics its samples explain the measurement, without they do not."""
     optics = ForwardModel(psf_sigma=0.8, photons=500, white_level=65535.0)

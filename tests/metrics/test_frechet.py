@@ -25,6 +25,7 @@ def test_frechet_distance_of_normals_in_closed_form():
     assert frechet_distance(x, draws(200_000, seed=1, scale=3, shift=2)) == pytest.approx(3 * 4 + 3 * 4, rel=0.01)
 
 
+@pytest.mark.promise("D23")
 def test_frechet_distance_is_the_formula():
     """With scipy's matrix root of the product, as clean-fid and pytorch-fid compute it."""
     mix = np.random.default_rng(5).normal(size=(4, 4))

@@ -43,6 +43,7 @@ def output_and_modules(code: str) -> tuple[str, set[str]]:
     return output, set(json.loads(modules))
 
 
+@pytest.mark.promise("C27")
 def test_import_loads_nothing_heavy() -> None:
     plain = loaded_by("pass")
     ours = loaded_by("import sciflow_hf; sciflow_hf.__version__; dir(sciflow_hf)") - plain

@@ -76,6 +76,7 @@ def test_header_has_command_hardware_and_what_to_edit(path: Path):
     assert mentioned_flags(text) - known - launcher - {"--secret", "--requeue"} == set()
 
 
+@pytest.mark.promise("B17")
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_commands_have_flags_that_exist(path: Path):
     found = commands(path)
@@ -98,6 +99,7 @@ def test_there_is_a_test_for_every_file():
     assert {path.name for path in FILES} == {*ENGINES, *JOBS}
 
 
+@pytest.mark.promise("B17")
 @pytest.mark.parametrize("file", ENGINES)
 def test_accelerate_reads_its_files(file: str):
     """Its own loader, which refuses keys that it does not know."""
@@ -174,6 +176,7 @@ def unknown_keys(value: object, documented: dict[str, str], place: str = "") -> 
     return found
 
 
+@pytest.mark.promise("B18")
 @pytest.mark.parametrize(
     ("file", "documented"), [("azure_ml.yaml", AZURE), ("skypilot.yaml", SKYPILOT), ("amlt.yaml", AMLT)]
 )
@@ -183,6 +186,7 @@ def test_keys_of_job_files_are_documented(file: str, documented: dict[str, str])
     assert unknown_keys(job | {"comand": "x"}, documented) == [".comand"]
 
 
+@pytest.mark.promise("B18")
 def test_job_files_agree():
     azure, amlt, sky = (yaml.safe_load((FOLDER / f).read_text()) for f in JOBS[:3])
     assert azure["type"] == "command" and azure["distribution"]["type"] == "pytorch"

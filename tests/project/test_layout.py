@@ -204,10 +204,12 @@ def graph() -> dict[str, set[str]]:
     return import_graph(sources, {module_name(path) for path in MODULES if path.name == "__init__.py"})
 
 
+@pytest.mark.promise("C37")
 def test_no_circles(graph: dict[str, set[str]]) -> None:
     assert " -> ".join(circle(graph)) == ""
 
 
+@pytest.mark.promise("C38")
 @pytest.mark.parametrize("name", MAY_IMPORT)
 def test_a_room_imports_what_the_table_allows(name: str, graph: dict[str, set[str]]) -> None:
     assert any(room(module) == name for module in graph), "no such room"
@@ -216,6 +218,7 @@ def test_a_room_imports_what_the_table_allows(name: str, graph: dict[str, set[st
     assert [f"{module} -> {other}" for module, other in edges if room(other) not in allowed] == []
 
 
+@pytest.mark.promise("C38")
 def test_the_rooms_are_the_folders() -> None:
     folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
     files = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
@@ -244,6 +247,7 @@ def test_notebooks_use_public_names() -> None:
     assert {name: names for name, names in found.items() if names} == {}
 
 
+@pytest.mark.promise("C37")
 @pytest.mark.parametrize("path", FAMILIES, ids=relative)
 def test_one_family_a_file(path: Path) -> None:
     assert family_faults(path.read_text(encoding="utf-8"), path.stem) == []
@@ -260,6 +264,7 @@ def test_the_step_is_short_and_stands_once() -> None:
         assert written_lines((PACKAGE / "families" / f"{stem}.py").read_text(encoding="utf-8")) <= 150, stem
 
 
+@pytest.mark.promise("C08", "C09")
 def test_every_family_file_is_built_in() -> None:
     from sciflow_hf.families import BUILT_IN, load_family
 
@@ -288,6 +293,7 @@ def test_top_level() -> None:
     assert names - TOP_LEVEL == set()
 
 
+@pytest.mark.promise("B25")
 def test_metadata_is_in_setup_cfg() -> None:
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert "project" not in pyproject, "a [project] table silently drops the dependencies of setup.cfg"

@@ -88,6 +88,7 @@ def command_flags() -> set[str]:
     return set(seen)
 
 
+@pytest.mark.promise("B20", "D20", "D21")
 @pytest.mark.parametrize("path", CONFIGS, ids=relative)
 def test_config_is_understood_by_the_recipe_it_names(path: Path) -> None:
     """Parsed as a user's run would parse it, so an option that was renamed or a wrong value is seen."""

@@ -33,6 +33,7 @@ def plan_of(tmp_path, family, cache, *, rank=4, no_adapter=False, eval_fraction=
 # -- the plan ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("B08")
 def test_a_plan_has_every_part(tmp_path, family, tiny_cache):
     sections, model, train, held_out = plan_of(
         tmp_path, family, tiny_cache, eval_fraction=0.3, learning_rate=3e-3, weighting_scheme="cosmap", seed=11
@@ -65,6 +66,7 @@ def test_the_bucket_table_counts_the_data(tmp_path, family, tiny_cache):
     assert rows[-1][0] == "total" and int(rows[-1][1]) == len(train) == 24
 
 
+@pytest.mark.promise("B12", "D14", "E10")
 @pytest.mark.parametrize(
     "options",
     [
@@ -164,6 +166,7 @@ def trainer(tmp_path, family, tiny_cache):
     return trainer
 
 
+@pytest.mark.promise("A39")
 def test_one_batch_is_printed_with_its_ids(trainer):
     text = sf.debug_batch(trainer)
     rows = trainer.get_train_dataloader().sampler.batches()[0]
@@ -175,6 +178,7 @@ def test_one_batch_is_printed_with_its_ids(trainer):
     assert "  txt_ids, first three: [[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 2]]" in text
 
 
+@pytest.mark.promise("A39")
 def test_gradient_norms_are_autograds(trainer):
     """Of the first batch of training, collated by hand."""
     text = sf.debug_batch(trainer, largest=10_000)

@@ -106,6 +106,7 @@ def test_every_damage_is_named_and_passed_over(run_dir, caplog, damage):
 # -- the choice ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("B14")
 def test_what_to_resume_from(run_dir, tmp_path_factory, monkeypatch):
     assert [p.name for p in list_checkpoints(run_dir)] == ["checkpoint-100", "checkpoint-10", "checkpoint-9"]
     for nothing in (None, False, "", "false", "False"):
@@ -418,6 +419,7 @@ def test_killed_at_every_write_of_a_save(tmp_path, monkeypatch, family, tiny_cac
             assert left == {"checkpoint-3"} and not checkpoint_fault(folder / "checkpoint-3")
 
 
+@pytest.mark.promise("E20")
 def test_which_checkpoints_go(tmp_path):
     def left(steps, unfinished=(), *, newest, limit, best=None):
         for folder in list_checkpoints(tmp_path):

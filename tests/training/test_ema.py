@@ -73,6 +73,7 @@ def average_of(ema, model):
         return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.promise("E25")
 @pytest.mark.parametrize("warmup", [True, False])
 @pytest.mark.parametrize("update_every", [1, 3])
 def test_closed_form(warmup, update_every):
@@ -87,6 +88,7 @@ def test_closed_form(warmup, update_every):
     assert not torch.allclose(found["weight"], seen[-1], atol=1e-2)
 
 
+@pytest.mark.promise("E25")
 def test_swap_gives_the_same_bits_back_also_after_an_error():
     model, ema = Line(), EMACallback(0.9)
     with ema.swapped():  # before training: nothing to swap
@@ -142,6 +144,7 @@ def ema_trainer(folder, family, cache, **options):
     return make_trainer(folder, family, cache, **(defaults | options))
 
 
+@pytest.mark.promise("C13")
 def test_a_run_evaluates_and_saves_the_average(tmp_path, family, tiny_cache):
     """Accumulation: one update an optimizer step. The output has the average, the checkpoint both."""
     from diffusers import Flux2KleinPipeline

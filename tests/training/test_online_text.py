@@ -132,6 +132,7 @@ def test_a_cache_is_built_without_embeddings(prepared, tmp_path, family, figures
     assert cached - online > 0.9 * texts
 
 
+@pytest.mark.promise("A09")
 def test_the_vae_alone_is_loaded_to_build_it(tmp_path, family, figures, monkeypatch):
     loaded, load = [], Flux2Klein.load_encoders
     monkeypatch.setattr(Flux2Klein, "load_encoders", lambda f, **o: loaded.append(o.get("text", True)) or load(f, **o))

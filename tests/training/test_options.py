@@ -29,6 +29,7 @@ REFUSED = [
 ]  # fmt: skip
 
 
+@pytest.mark.promise("C28")
 @pytest.mark.parametrize(("name", "value"), REFUSED, ids=str)
 def test_a_number_out_of_its_range_is_named(tmp_path, name, value):
     with pytest.raises(sf.SciflowError, match=rf"^`{name}` ") as caught:
@@ -46,6 +47,7 @@ def numbers(kind):
             yield field.name, getattr(described, "within", "") or getattr(described, "check", None)
 
 
+@pytest.mark.promise("C28")
 def test_every_number_has_a_range():
     """Of the training, and of every family; what the parent declares has it in one table."""
     elsewhere = {"max_steps", "label_smoothing_factor", "neftune_noise_alpha", "local_rank"}  # refused, or not options

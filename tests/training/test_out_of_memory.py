@@ -54,6 +54,7 @@ def whole(tmp_path_factory, job):
     return trainer
 
 
+@pytest.mark.promise("E30")
 @pytest.mark.parametrize("after", [0, 1, 3], ids=["first micro-batch", "second", "second of the second step"])
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_losses_and_weights_stay(tmp_path, job, whole, caplog, where, after):
@@ -199,6 +200,7 @@ def test_the_mean_over_ranks_of_gradients_in_buckets(monkeypatch):
 # -- the host ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("B24")
 def test_what_is_said_about_memory():
     assert LADDER in memory_message(ERRORS["device"]()) and LADDER in memory_message(ERRORS["host"]())
     assert LADDER in memory_message(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))

@@ -98,6 +98,7 @@ KINDS = {
 }
 
 
+@pytest.mark.promise("A02", "A18", "B02")
 @pytest.mark.parametrize("kind", KINDS)
 def test_raw_images_and_captions_train_resume_and_evaluate(tmp_path, family, encode, raw, kind):
     """4 steps of 4 samples of 10 = 3 steps, resume, 1 step, bit for bit; evaluation of the same rows is the same."""
@@ -119,6 +120,7 @@ def test_raw_images_and_captions_train_resume_and_evaluate(tmp_path, family, enc
     assert (facts["samples"], facts["eval_samples"]) == counts
 
 
+@pytest.mark.promise("A19")
 def test_encoding_in_the_collator_trains_as_encoded_samples_do(tmp_path, family, encode, raw):
     """The losses of raw samples equal those of the same tensors, encoded before and stacked; so does evaluation."""
     encoded = [{name: value[0] for name, value in encode([row]).items()} for row in raw]
@@ -318,6 +320,7 @@ def test_attributes_are_one_entry_a_row_and_lists_are_buckets_too():
         collate([{"latents": torch.zeros(1)}, {"latents": torch.zeros(2)}])
 
 
+@pytest.mark.promise("A20", "B27")
 def test_the_script_of_the_page_runs(tmp_path, monkeypatch):
     """Buckets, names and groups, random flips, raw images: it trains mini_klein, resumes bit for bit and evaluates."""
     monkeypatch.chdir(tmp_path)

@@ -20,6 +20,7 @@ def rows_of(loader, count=None):
     return [batch["row"].tolist() for batch, _ in zip(loader, range(count or len(loader)), strict=False)]
 
 
+@pytest.mark.promise("E27")
 def test_sequential_is_the_order_of_the_rows_in_each_bucket(tmp_path, family, even_cache):
     trainer = make_trainer(tmp_path, family, even_cache, train_sampling_strategy="sequential")
     loader, buckets = trainer.get_train_dataloader(), trainer.train_dataset.buckets
@@ -45,6 +46,7 @@ def test_a_stream_is_sequential_without_its_buffer(tmp_path, family, even_cache)
 # -- what is refused ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("B25")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -93,6 +95,7 @@ def half(monkeypatch):
     return dict(fp16=True, use_cpu=False)
 
 
+@pytest.mark.promise("B11", "E23")
 def test_fp16_trains_saves_its_scale_and_resumes_exactly(tmp_path, family, even_cache, half):
     """Near the losses of float32, but not at them; a scale that overflows is halved, and its steps change nothing."""
     plain = make_trainer(tmp_path / "plain", family, even_cache, max_steps=1)
@@ -112,6 +115,7 @@ def test_fp16_trains_saves_its_scale_and_resumes_exactly(tmp_path, family, even_
     assert again.accelerator.scaler.get_scale() == scale
 
 
+@pytest.mark.promise("E23")
 @pytest.mark.parametrize("moves", [False, True])
 def test_a_static_scale_stays_and_steps_that_overflow_are_left_out(tmp_path, family, even_cache, half, moves, caplog):
     scale = 2.0**10 if moves else 2.0**18

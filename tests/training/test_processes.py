@@ -4,6 +4,7 @@ Two of them are as a user starts them, by a new interpreter and by torchrun, aga
 """
 
 import numpy as np
+import pytest
 from recipe_runs import flags, logged_losses, run, run_and_kill, weights
 from trainings import largest_difference, same
 
@@ -23,6 +24,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, tiny_klein, even_cach
     assert logged_losses(tmp_path / "whole") == logged_losses(tmp_path / "killed")
 
 
+@pytest.mark.promise("E24")
 def test_two_ranks_equal_one(tmp_path, tiny_klein, even_cache):
     """Batch 4 on one process and 2 x 2 on two: the same losses (1e-5) and weights (1e-4); no step has a tail."""
     run(*flags(tiny_klein, even_cache, tmp_path / "one", per_device_train_batch_size=4, eval_fraction=0))

@@ -50,6 +50,7 @@ def test_a_finished_run_started_again_trains_nothing(tmp_path, family, even_cach
     assert same(load_file(tmp_path / WEIGHT_NAME), load_file(list_checkpoints(tmp_path)[0] / WEIGHT_NAME))
 
 
+@pytest.mark.promise("B16")
 def test_the_mean_loss_is_of_all_steps(tmp_path, family, even_cache):
     """A run of 8 steps in three calls reports the mean of 8 losses, whatever was logged."""
     options = STEPS | LONGER | dict(save_steps=3, logging_steps=4, max_steps=8)
@@ -206,6 +207,7 @@ def test_a_checkpoint_without_options_resumes(half, tmp_path, family, even_cache
 # ---- versions ----
 
 
+@pytest.mark.promise("C33")
 def test_a_checkpoint_holds_its_versions_and_others_are_said(half, tmp_path, family, even_cache, caplog):
     saved = json.loads((half / "checkpoint-4" / IDENTITY_NAME).read_text())
     names = ("torch", "transformers", "diffusers", "peft")
@@ -220,6 +222,7 @@ def test_a_checkpoint_holds_its_versions_and_others_are_said(half, tmp_path, fam
         assert (told in caplog.text) is bool(before) is ("other versions" in caplog.text)
 
 
+@pytest.mark.promise("C33")
 @pytest.mark.parametrize("value", ["latest", "checkpoint-4"])
 def test_a_newer_format_is_refused_with_the_version_that_reads_it(half, tmp_path, family, even_cache, value):
     trainer = resumed(half, tmp_path, family, even_cache)

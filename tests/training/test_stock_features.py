@@ -15,6 +15,7 @@ from sciflow_hf.training.checkpoints import checkpoint_fault, list_checkpoints
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
+@pytest.mark.promise("E20")
 def test_save_total_limit_keeps_the_newest_and_the_best(tmp_path, family, even_cache):
     trainer = make_trainer(
         tmp_path, family, even_cache, eval_fraction=0.3, save_strategy="steps", save_steps=1, eval_strategy="steps",
@@ -29,6 +30,7 @@ def test_save_total_limit_keeps_the_newest_and_the_best(tmp_path, family, even_c
     assert all(checkpoint_fault(tmp_path / name) is None for name in kept)
 
 
+@pytest.mark.promise("E31")
 def test_load_best_model_at_end_puts_the_best_weights_back(tmp_path, family, even_cache):
     trainer = make_trainer(
         tmp_path, family, even_cache, eval_fraction=0.3, save_strategy="steps", save_steps=1, eval_strategy="steps",
@@ -50,6 +52,7 @@ def test_early_stopping(tmp_path, family, even_cache):
     assert trainer.state.global_step == trainer.state.best_global_step + 2 < 30
 
 
+@pytest.mark.promise("E29")
 def test_tensorboard_gets_losses_and_evaluation(tmp_path, family, even_cache, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -66,6 +69,7 @@ def test_tensorboard_gets_losses_and_evaluation(tmp_path, family, even_cache, mo
     assert [e.value for e in events.Scalars("train/loss")] == pytest.approx(losses(trainer))
 
 
+@pytest.mark.promise("B15")
 def test_wandb_without_login_logs_offline_and_says_so(tmp_path, family, even_cache, monkeypatch, caplog):
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
@@ -82,6 +86,7 @@ def test_wandb_without_login_logs_offline_and_says_so(tmp_path, family, even_cac
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
+@pytest.mark.promise("C35")
 def test_hyperparameter_search_minimises_eval_loss(tmp_path, family, even_cache):
     def model_init():
         model = family.load_model(dtype=torch.float32)

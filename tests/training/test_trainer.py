@@ -41,6 +41,7 @@ def before_gradless(trainer, name):
     return gradient is None or not gradient.any()
 
 
+@pytest.mark.promise("E22")
 def test_micro_batches_do_not_change_the_run(tmp_path, family, even_cache):
     """1 x 4, 2 x 2 and 4 x 1 see the same samples, keys, levels, losses and weights over two whole epochs.
 
@@ -83,6 +84,7 @@ def test_micro_batches_do_not_change_the_run(tmp_path, family, even_cache):
     assert [s[2] for s in first] == noise_keys(3, 0, range(24)).tolist()
 
 
+@pytest.mark.promise("B14", "E20")
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "prodigy"])
 @pytest.mark.parametrize("stop", [4, 8], ids=["epoch 0", "epoch 1"])
 def test_resumed_equals_uninterrupted(tmp_path, family, tiny_cache, optim, stop):
@@ -256,6 +258,7 @@ def test_nan_stops_the_run_at_the_next_log_and_names_the_rows(tmp_path, family, 
         assert all(torch.isfinite(v).all() for v in load_file(folder / WEIGHT_NAME).values())
 
 
+@pytest.mark.promise("B16")
 def test_quarter_losses_average_to_the_loss(tmp_path, family, even_cache):
     trainer = make_trainer(tmp_path, family, even_cache, logging_steps=6)
     seen = []
@@ -287,6 +290,7 @@ def test_prodigy_logs_its_effective_rate(tmp_path, family, even_cache):
     assert rates[-1] == pytest.approx(group["d"] * group["lr"]) and rates[0] >= 1e-6 and rates == sorted(rates)
 
 
+@pytest.mark.promise("B11")
 def test_bf16_base_with_float32_adapter_trains(tmp_path, family, even_cache):
     """FACTS of 16-bit adapters: AdamW at 1e-4 moved nothing. Here the adapter is float32 and moves."""
     model = family.load_model(dtype=torch.bfloat16)
@@ -303,6 +307,7 @@ def test_bf16_base_with_float32_adapter_trains(tmp_path, family, even_cache):
     assert sum(m > 5e-5 for m in moved) > len(moved) / 2
 
 
+@pytest.mark.promise("B11")
 def test_activation_checkpointing_changes_nothing_but_memory(tmp_path, family, even_cache):
     plain = make_trainer(tmp_path / "a", family, even_cache)
     plain.train()

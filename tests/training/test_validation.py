@@ -55,6 +55,7 @@ def colour(tmp_path: Path, step: int, prompt: int, seed: int) -> tuple[int, int,
     return read_image(path).getpixel((0, 0))
 
 
+@pytest.mark.promise("A34", "B13", "E28")
 def test_images_of_start_interval_and_end(tmp_path: Path) -> None:
     family, network = StubFamily(), Network()
     train(callback(tmp_path, family), network, stop=25)
@@ -270,6 +271,7 @@ class FakeWandb(WandbCallback):
         pass
 
 
+@pytest.mark.promise("A33", "E29")
 def test_trackers_get_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[dict] = []
     wandb = SimpleNamespace(run=None, log=logged.append, Image=lambda image, caption: (image.size, caption))
@@ -345,6 +347,7 @@ def test_sheet_leaves_out_images_of_other_prompts(tmp_path: Path) -> None:
     assert count[0] > 10_000 and count[1] < 100
 
 
+@pytest.mark.promise("A33")
 def test_klein_draws_from_the_training_network(tmp_path: Path, tiny_klein: Path) -> None:
     from sciflow_hf.families import load_family
 
