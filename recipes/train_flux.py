@@ -11,9 +11,14 @@ First look: add --dry_run (options, layers, buckets, memory) or --debug_batch (i
 Hardware: see the header of each file in recipes/configs.
 """
 
-from train_flux2klein import main  # the steps are the same for every family
+from train_flux2klein import main as train  # the steps are the same for every family
 
 import sciflow_hf as sf
 
+
+def main() -> None:
+    train(sf.Flux, __doc__)
+
+
 if __name__ == "__main__":
-    sf.run(lambda: main(sf.Flux, __doc__))
+    sf.run(main)

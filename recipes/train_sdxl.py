@@ -12,9 +12,14 @@ Epsilon or v prediction and the noise schedule are those of the checkpoint's sch
 Hardware: see the header of each file in recipes/configs.
 """
 
-from train_flux2klein import main  # the steps are the same for every family
+from train_flux2klein import main as train  # the steps are the same for every family
 
 import sciflow_hf as sf
 
+
+def main() -> None:
+    train(sf.SDXL, __doc__)
+
+
 if __name__ == "__main__":
-    sf.run(lambda: main(sf.SDXL, __doc__))
+    sf.run(main)

@@ -110,3 +110,10 @@ def sync(path: Path) -> None:
 
 def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def recipes_folder() -> Path:
+    """The folder of recipes/ with its configs: within the installed package, or beside it in a clone."""
+    package = Path(__file__).parent
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"

@@ -20,6 +20,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from .errors import SciflowError
+from .files import recipes_folder
 
 
 class _Help(str):
@@ -154,9 +155,10 @@ class RecipeParser(HfArgumentParser):
 
     def __init__(self, dataclass_types: Sequence[type], **kwargs: Any) -> None:
         # argparse's own usage would list every option before the first of them is explained
-        kwargs = {"usage": "%(prog)s [--config FILE] [--OPTION VALUE ...]"} | kwargs
+        kwargs = {"usage": "%(prog)s [--config NAME_OR_FILE] [--OPTION VALUE ...]"} | kwargs
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
-        self.add_argument("--config", metavar="FILE", help="YAML of options; flags win over it.")
+        help = "YAML of options, a file or a name of `sciflow-hf configs`; flags win over it."
+        self.add_argument("--config", metavar="NAME_OR_FILE", help=help)
 
     def _add_dataclass_arguments(self, dtype: Any) -> None:
         """The parent's, in groups: each option below the `heading` of the class that declares it, bases last."""
@@ -238,8 +240,11 @@ class RecipeParser(HfArgumentParser):
 
 
 def read_yaml(path: str | Path, *, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Options of a YAML file on top of those of the file its `base:` names (relative to it). Safe load."""
-    file = Path(path).resolve()
+    """Options of a YAML file (or `shipped_configs` name) on top of those of the one its `base:` names. Safe load.
+
+    A file that `base:` names lies relative to the file that names it.
+    """
+    file = _path_of(path, seen[-1].parent if seen else Path()).resolve()
     if file in seen:
         raise SciflowError(f"`base` of {seen[-1]}: {file} is already being read; the files name each other.")
     try:
@@ -255,7 +260,25 @@ def read_yaml(path: str | Path, *, seen: tuple[Path, ...] = ()) -> dict[str, Any
     base = options.pop("base", None)
     if not isinstance(base, str | None):
         raise SciflowError(f"`base` of {path}: expected the name of one YAML file, got {base!r}.")
-    return {**(read_yaml(file.parent / base, seen=(*seen, file)) if base else {}), **options}
+    return {**(read_yaml(base, seen=(*seen, file)) if base else {}), **options}
+
+
+def shipped_configs() -> dict[str, Path]:
+    """{name: file} of the configs that come with the package."""
+    return {file.stem: file for file in sorted((recipes_folder() / "configs").glob("*.yaml"))}
+
+
+def _path_of(name: str | Path, folder: Path) -> Path:
+    file, known = folder / name, shipped_configs()
+    if file.exists():
+        return file
+    if str(name) in {option for stem in known for option in (stem, f"{stem}.yaml")}:
+        return known[Path(name).stem]
+    close = [Path(name).stem] if Path(name).stem in known else difflib.get_close_matches(Path(name).stem, known, n=1)
+    meant = f" Did you mean `{close[0]}` of the package?" if close else ""
+    raise SciflowError(
+        f"`config` {name}: cannot be read (no such file).{meant} `sciflow-hf configs` lists all of these."
+    )
 
 
 def _is_union(hint: Any) -> bool:

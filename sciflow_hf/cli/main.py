@@ -1,4 +1,4 @@
-"""`sciflow-hf`: caches of latents and text embeddings, images of trained networks, LoRA files, and the environment."""
+"""`sciflow-hf`: trainings, caches of latents and text embeddings, images of trained networks, and LoRA files."""
 
 import argparse
 import logging
@@ -7,10 +7,12 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import cache, env, export, push, sample
+from . import cache, configs, env, export, push, sample, train
 from .run import explained, outlast_readers
 
 COMMANDS = {
+    "train": (train, "train a model family by its recipe"),
+    "configs": (configs, "the configs that come with the package"),
     "cache": (cache, "caches of latents and text embeddings"),
     "sample": (sample, "draw images of classes or prompts, or restore measured images"),
     "export": (export, "an adapter as a file of another program"),
@@ -28,10 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:  # a process of its own
         outlast_readers()
     args = _parser().parse_args(argv)
-    first_rank = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(level=logging.INFO if first_rank else logging.WARNING, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "httpx2", "datasets", "fsspec"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    if args.run is not train.run:  # a recipe sets up its own
+        _set_up_logging()
     try:
         return args.run(args) or 0
     except KeyboardInterrupt:
@@ -43,6 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         sys.stderr.write(f"error: {message}\n")
         return 2
+
+
+def _set_up_logging() -> None:
+    first_rank = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.INFO if first_rank else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "httpx2", "datasets", "fsspec"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 class _Parser(argparse.ArgumentParser):

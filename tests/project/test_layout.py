@@ -28,7 +28,7 @@ FOUNDATIONS = {"errors", "files", "options"}
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
-    "options": {"errors"},
+    "options": {"errors", "files"},
     "diffusion": set(),
     "networks": set(),
     "engines": {*FOUNDATIONS, "diffusion"},

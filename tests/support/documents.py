@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import NoReturn
 from unittest import mock
 
+from sciflow_hf.cli import train
 from sciflow_hf.cli.main import _parser
-from sciflow_hf.options import RecipeParser
+from sciflow_hf.options import RecipeParser, shipped_configs
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -39,10 +40,15 @@ def prose_of(path: Path) -> str:
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """Recipe commands and `sciflow-hf` commands with flags, in words; a backslash joins lines."""
+    """Recipe commands and `sciflow-hf` commands with flags, in words; a backslash joins lines.
+
+    A training under `accelerate launch -m sciflow_hf.cli` or torchrun is that of `sciflow-hf`.
+    """
+    launcher = r"\s*(?:accelerate launch|torchrun)\b[^`]* -m sciflow_hf\.cli "
     for line in re.sub(r"\\\n\s*", " ", text).splitlines():
         for part in re.split(r"&&|`", line):
-            found = re.match(r"\s*((?:python|torchrun|accelerate)\b.*recipes/\w+\.py|sciflow-hf [a-z ]+--).*", part)
+            part = re.sub(launcher, "sciflow-hf ", part)
+            found = re.match(r"\s*((?:python|torchrun|accelerate)\b.*recipes/\w+\.py|sciflow-hf [a-z0-9_ ]+--).*", part)
             if found:
                 yield shlex.split(found.group(), comments=True)
 
@@ -70,6 +76,8 @@ def parser_of(recipe: Path) -> RecipeParser:
 
 def faults(words: list[str]) -> list[str]:
     """What is wrong with a command: a file that is not there, a flag that does not exist, a missing argument."""
+    if words[:2] == ["sciflow-hf", "train"]:
+        return wrong_flags(ROOT / "recipes" / f"{train.RECIPES[words[2]]}.py", words[3:])
     if words[0] == "sciflow-hf":
         with_errors = io.StringIO()
         with contextlib.redirect_stderr(with_errors), contextlib.suppress(SystemExit):
@@ -80,10 +88,14 @@ def faults(words: list[str]) -> list[str]:
     missing = [word for word in words[: place + 1] if word.startswith("recipes/") and not (ROOT / word).is_file()]
     if missing:
         return [f"no file {word}" for word in missing]
+    return wrong_flags(recipe, flags)
+
+
+def wrong_flags(recipe: Path, flags: list[str]) -> list[str]:
     known = option_strings(recipe)
     wrong = [f"no flag {word}" for word in flags if word.startswith("--") and word.split("=")[0] not in known]
     for word, value in itertools.pairwise(flags):
-        if word == "--config" and not (ROOT / value).is_file():
+        if word == "--config" and not (ROOT / value).is_file() and value not in shipped_configs():
             wrong.append(f"no file {value}")
     return wrong
 
