@@ -1,6 +1,6 @@
 """Losses between images: in Fourier space, of features, over scales. All per sample, (B,), float32."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +21,28 @@ def fourier_loss(images: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (modulus * columns).sum(dim=(1, 2, 3)) / images[0].numel()
 
 
-def perceptual_loss(images: torch.Tensor, target: torch.Tensor, features: torch.nn.Module) -> torch.Tensor:
-    """Mean squared difference of what `features` returns for both, averaged over its outputs: -> (B,).
+def squared_error(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Mean squared difference: (B, ...) twice -> (B,)."""
+    return (a.float() - b.float()).square().flatten(1).mean(1)
 
-    Johnson et al. 2016, equation 2, with the features of any network: a VGG, an encoder of one's own microscope.
+
+def perceptual_loss(
+    images: torch.Tensor,
+    target: torch.Tensor,
+    features: torch.nn.Module,
+    *,
+    compare: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = squared_error,
+) -> torch.Tensor:
+    """The difference of what `features` returns for both, averaged over its outputs: -> (B,).
+
+    Johnson et al. 2016, equation 2, with the features of any network: a VGG, an encoder of one's own microscope. Of
+    `HierarchicalFeatures` it is the multi-scale consistency loss: image and target agree at every scale.
 
     Args:
         images, target: (B, C, H, W), in the units that `features` takes.
         features: images -> a tensor (B, ...) or several.
+        compare: loss of an output, (B, ...) twice -> (B,); where outputs are (B, C, h, w) `fourier_loss` or
+            `multiscale_loss`, too.
 
     Raises:
         ValueError: it returns something else.
@@ -36,8 +50,44 @@ def perceptual_loss(images: torch.Tensor, target: torch.Tensor, features: torch.
     with torch.no_grad():
         wanted = _as_tuple(features(target.float()), len(target))
     found = _as_tuple(features(images.float()), len(images))
-    differences = [(a.float() - b.float()).square().flatten(1).mean(1) for a, b in zip(found, wanted, strict=True)]
-    return torch.stack(differences).mean(dim=0)
+    return torch.stack([compare(a, b) for a, b in zip(found, wanted, strict=True)]).mean(dim=0)
+
+
+class HierarchicalFeatures(torch.nn.Module):
+    """Features of an image at several scales, from fine to coarse: those of a network, or else its local structure.
+
+    At each scale the image is averaged over blocks. Of every channel the local structure is the mean and its
+    derivatives down and to the right by Sobel's kernels, per block: the 1-jet of Koenderink and van Doorn 1987.
+
+    Args:
+        network: images (B, C, h, w) -> a tensor (B, ...) or several, for every size; None: the local structure.
+        scales: sides of the blocks in pixels; those that do not fit in the image are left out.
+    """
+
+    def __init__(self, network: torch.nn.Module | None = None, scales: Sequence[int] = (1, 2, 4, 8)) -> None:
+        super().__init__()
+        self.network, self.scales = network, tuple(scales)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(B, C, H, W) -> the features of each scale; of the local structure (B, 3 C, H / scale, W / scale)."""
+        found: list[torch.Tensor] = []
+        for scale in self.scales:
+            if scale <= min(images.shape[-2:]):
+                coarse = F.avg_pool2d(images, scale)
+                of_scale = _local_structure(coarse) if self.network is None else self.network(coarse)
+                found += _as_tuple(of_scale, len(images))
+        return tuple(found)
+
+
+def _local_structure(images: torch.Tensor) -> torch.Tensor:
+    """(B, C, h, w) -> (B, 3 C, h, w): of each channel itself, and its derivatives down and to the right."""
+    smooth, slope = images.new_tensor([0.25, 0.5, 0.25]), images.new_tensor([-0.5, 0, 0.5])
+    mean = images.new_tensor([0, 1.0, 0])
+    pairs = ((mean, mean), (slope, smooth), (smooth, slope))
+    kernels = torch.stack([torch.outer(down, right) for down, right in pairs])[:, None]
+    channels = images.shape[1]
+    padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
+    return F.conv2d(padded, kernels.repeat(channels, 1, 1, 1), groups=channels)
 
 
 def multiscale_loss(images: torch.Tensor, target: torch.Tensor, *, scales: Iterable[int] = (2, 4, 8)) -> torch.Tensor:

@@ -84,6 +84,9 @@ class ModelFamily(NoiseLevels, Options, ABC):
         """The fields of a family as an earlier version wrote them into a checkpoint, in today's words."""
         return options
 
+    def resumed(self, network: dict[str, Any]) -> None:
+        """Takes over what an interrupted run had found in its data, from the fields in its checkpoint."""
+
     # -- the step --------------------------------------------------------------------------------------------------
 
     def compute_loss(

@@ -10,12 +10,14 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch.utils.data import Subset
 
 from ..diffusion import objectives
 from ..diffusion.arguments import LossArguments
-from ..diffusion.image_losses import fourier_loss, multiscale_loss, perceptual_loss
+from ..diffusion.image_losses import HierarchicalFeatures, fourier_loss, multiscale_loss, perceptual_loss
 from ..diffusion.process import GivenSchedule, Noised, TimestepLevels
 from ..errors import SciflowError
+from ..images.microscopes import fit_to_samples
 from ..images.transforms import IntensityTransform
 from ..options import arguments, option
 from .base import ModelFamily, SamplingArguments, network_dtype
@@ -24,6 +26,7 @@ from .loading import explain_loading
 logger = logging.getLogger(__name__)
 
 SCHEDULES = ("linear", "cosine", "sigmoid", "exponential")
+IMAGE_WEIGHTS = ("fourier_weight", "multiscale_weight", "perceptual_weight", "hierarchical_weight")
 _OF_DIFFUSERS = {"linear": "linear", "cosine": "squaredcos_cap_v2", "sigmoid": "sigmoid"}
 
 
@@ -37,6 +40,11 @@ def _check_attention(family: "MicroscopyUNet") -> None:
         raise SciflowError(f"`attention_levels` {family.attention_levels}: 0 to {len(family.block_out_channels)}.")
 
 
+def _alike(one: dict[str, Any], other: dict[str, Any] | None) -> bool:
+    """Whether two transforms are of one kind and number of channels."""
+    return other is not None and (one["kind"], len(one["low"])) == (other["kind"], len(other["low"]))
+
+
 def _check_features(family: "MicroscopyUNet") -> None:
     if family.perceptual_weight and family.feature_network is None:
         raise SciflowError("`perceptual_weight` needs `feature_network`: `package.module:callable`, or a file.")
@@ -46,8 +54,8 @@ def _check_features(family: "MicroscopyUNet") -> None:
 class MicroscopyUNet(TimestepLevels, ModelFamily):
     """p(sharp image | measured image) by DDPM, on images of one or more channels (Saharia et al. 2022, SR3).
 
-    The losses in Fourier space, over scales and of features are on the clean image that the prediction means, added to
-    `--loss_type`'s; they make images crisper, and the spread of the samples less honest.
+    The losses in Fourier space, over scales and of features (`IMAGE_WEIGHTS`) are on the clean image that the
+    prediction means, added to `--loss_type`'s; they make images crisper, and the spread of the samples less honest.
     """
 
     heading: ClassVar[str] = "Restoration network"
@@ -72,10 +80,16 @@ class MicroscopyUNet(TimestepLevels, ModelFamily):
     perceptual_weight: float = option(
         0.0, "Weight of the loss of `--feature_network`.", within="[0, inf)", check=_check_features
     )
+    hierarchical_weight: float = option(
+        0.0,
+        "Weight of the multi-scale consistency loss: features of the image averaged over blocks of 1, 2, 4 and 8 "
+        "pixels, of `--feature_network` where it is given, else values and derivatives.",
+        within="[0, inf)",
+    )
     feature_network: str | None = option(
         None,
-        "Network of the perceptual loss: `package.module:callable`, which returns a torch module, or a TorchScript "
-        "file. It gets images in the network's units, about [-1, 1].",
+        "Network of the perceptual and the multi-scale consistency loss: `package.module:callable`, which returns a "
+        "torch module, or a TorchScript file. It gets images in the network's units, about [-1, 1].",
     )
 
     def predict(
@@ -103,25 +117,66 @@ class MicroscopyUNet(TimestepLevels, ModelFamily):
     }
 
     block = 1  # side of the blocks that are averaged in training: set by `ProgressiveResolutionCallback`
+    holds_intensities = False  # whether batches hold intensities, and not the network's units: set by `describe_data`
     intensity: dict[str, Any] | None = field(default=None, init=False, repr=False)
     conditioning_intensity: dict[str, Any] | None = field(default=None, init=False, repr=False)
     optics: dict[str, Any] | None = field(default=None, init=False, repr=False)
     tile_size: int = field(default=64, init=False, repr=False)
 
-    def describe_data(self, dataset: Any) -> None:
-        """Takes what the network must know of the images from a `MicroscopyTiles`: channels, intensities, optics."""
-        self.intensity = dataset.transform.to_dict()
-        self.conditioning_intensity = dataset.conditioning_transform.to_dict()
-        self.optics = asdict(dataset.optics) if dataset.optics else None
-        self.tile_size = dataset.tile_size
+    def describe_data(self, dataset: Any, **options: Any) -> None:
+        """Takes what the network must know of its images: channels, intensities, optics.
+
+        A `MicroscopyTiles` says it, and its images are in the network's units. Any other data set of dicts, map-style
+        or a stream, holds `pixel_values` (C, H, W) and `conditioning_pixel_values` (C', H, W) in intensities of their
+        own: the transforms are fitted to them (`fit_to_samples`), or are those of the pipeline that training starts
+        from, and each step applies them. A resumed run takes those of its checkpoint.
+
+        Args:
+            dataset: to train on.
+            options: of `IntensityTransform.fit`: `kind`, `percentiles`, `gain`.
+        """
+        tiles: Any = dataset.dataset if isinstance(dataset, Subset) else dataset
+        self.holds_intensities = not isinstance(getattr(tiles, "transform", None), IntensityTransform)
+        if not self.holds_intensities:
+            self.tile_size, self.optics = tiles.tile_size, asdict(tiles.optics) if tiles.optics else None
+            self._transforms = tiles.transform, tiles.conditioning_transform
+        elif self.pretrained_model_name_or_path:
+            self.take_over()
+        else:
+            *self._transforms, self.tile_size = fit_to_samples(dataset, **options)
+
+    @property
+    def _transforms(self) -> list[IntensityTransform]:
+        """Of the sharp and of the measured images."""
+        self._channels()
+        return [IntensityTransform.from_dict(found) for found in (self.intensity, self.conditioning_intensity) if found]
+
+    @_transforms.setter
+    def _transforms(self, found: Sequence[IntensityTransform]) -> None:
+        self.intensity, self.conditioning_intensity = (transform.to_dict() for transform in found)
+
+    def resumed(self, network: dict[str, Any]) -> None:
+        """Takes the transforms that the checkpoint's run had fitted: samples may be drawn otherwise now."""
+        names = ("intensity", "conditioning_intensity")
+        if self.holds_intensities and all(network.get(n) and _alike(network[n], getattr(self, n)) for n in names):
+            self.intensity, self.conditioning_intensity, self.tile_size = (network[n] for n in (*names, "tile_size"))
+
+    @classmethod
+    def renamed_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        return {"hierarchical_weight": 0.0} | options
 
     # -- the step --------------------------------------------------------------------------------------------------
 
     def prepare(self, batch: dict[str, Any], *, training: bool) -> dict[str, Any]:
-        """Under `--progressive_resolutions` training images are averaged over blocks, at the noise that fits them."""
+        """Images in the network's units.
+
+        Under `--progressive_resolutions` those of training are averaged over blocks, at the noise that fits them.
+        """
         block = self.block if training else 1
         self.process.snr_factor = block**2
         names = ("pixel_values", "conditioning_pixel_values")
+        if self.holds_intensities:
+            batch = batch | {name: f(batch[name]) for name, f in zip(names, self._transforms, strict=True)}
         coarse = {name: F.avg_pool2d(batch[name].float(), block) for name in names}
         if "loss_mask" in batch:
             coarse["loss_mask"] = F.avg_pool2d(batch["loss_mask"].float(), block)
@@ -132,12 +187,12 @@ class MicroscopyUNet(TimestepLevels, ModelFamily):
     ) -> torch.Tensor:
         """Also by the image losses, where they have a weight."""
         loss = super().compare(model_pred, noised, batch, args)
-        if not (self.fourier_weight or self.multiscale_weight or self.perceptual_weight):
+        if not any(getattr(self, name) for name in IMAGE_WEIGHTS):
             return loss
         if "loss_mask" in batch:
             raise SciflowError(
-                "`loss_mask` does not go with `fourier_weight`, `multiscale_weight` and `perceptual_weight`: these "
-                "compare complete images. Leave the masks or the weights out."
+                f"`loss_mask` does not go with {', '.join(f'`{name}`' for name in IMAGE_WEIGHTS)}: these compare "
+                "complete images. Leave the masks or the weights out."
             )
         return loss + self.image_loss(model_pred, noised)
 
@@ -151,11 +206,14 @@ class MicroscopyUNet(TimestepLevels, ModelFamily):
             total = total + self.multiscale_weight * multiscale_loss(found, images)
         if self.perceptual_weight:
             total = total + self.perceptual_weight * perceptual_loss(found, images, self.features_on(images.device))
+        if self.hierarchical_weight:
+            network = self.features_on(images.device) if self.feature_network else None
+            total = total + self.hierarchical_weight * perceptual_loss(found, images, HierarchicalFeatures(network))
         signal, _ = self.process.mixture(noised.levels)
         return signal * total  # an image guessed from noise alone is no image to compare
 
     def features_on(self, device: torch.device) -> torch.nn.Module:
-        """The network of the perceptual loss, frozen, on `device`."""
+        """`--feature_network`, frozen, on `device`."""
         return self._features.to(device)
 
     @functools.cached_property
@@ -211,8 +269,7 @@ class MicroscopyUNet(TimestepLevels, ModelFamily):
         named = {theirs: ours for ours, theirs in _OF_DIFFUSERS.items()}
         self.beta_schedule = "exponential" if schedule["trained_betas"] else named[schedule["beta_schedule"]]
         self.__dict__.pop("process", None)
-        names = ("intensity", "conditioning_intensity")
-        sharp, measured = (IntensityTransform.from_dict(index[name]) for name in names)
+        sharp, measured = self._transforms
         return sharp, measured
 
     def load_model(self, *, dtype: torch.dtype, meta: bool = False) -> torch.nn.Module:
@@ -249,7 +306,10 @@ class MicroscopyUNet(TimestepLevels, ModelFamily):
 
     def _channels(self) -> tuple[int, int]:
         if self.intensity is None or self.conditioning_intensity is None:
-            raise SciflowError("`microscopy_unet` has not seen its images: call `prepare_microscopy` before.")
+            raise SciflowError(
+                "`microscopy_unet` has not seen its images: call `prepare_microscopy` before, or, with a data set of "
+                "your own, `family.describe_data(dataset)`."
+            )
         return len(self.intensity["low"]), len(self.conditioning_intensity["low"])
 
     def scheduler(self) -> Any:

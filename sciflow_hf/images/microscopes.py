@@ -1,12 +1,13 @@
 """Microscope images as a data set of tiles: sharp ones with measured ones, or measured ones made by optics."""
 
 import functools
+import itertools
 import json
 import logging
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +16,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from ..data.batches.loader import seeded
+from ..data.split import spread
 from ..diffusion.randomness import hash64, signed64, uniform
 from ..errors import SciflowError
 from ..options import Options, arguments, option
@@ -27,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 SPLITS = ("specimen", "fold", "region")
 FIT_PIXELS = 2_000_000  # per channel, of all images together, that the intensity transform is fitted to
+FIT_SAMPLES = 256  # of a data set that is no `MicroscopyTiles`
 IMAGES_HELD = 64  # decoded files kept in memory
 
 Region = tuple[int, int, int, int]
@@ -293,6 +297,54 @@ def _pixels(planes: Sequence[Plane], step: int, path_of: Callable[[Plane], Path]
         pixels = planes_of(path_of(plane))[plane.number][:, top:bottom, left:right]
         found.append(pixels.reshape(len(pixels), -1)[:, ::step])
     return found
+
+
+# -- from a data set of one's own ----------------------------------------------------------------------------------
+
+
+def fit_to_samples(dataset: Any, **options: Any) -> tuple[IntensityTransform, IntensityTransform, int]:
+    """Transforms of `pixel_values` and `conditioning_pixel_values`, (C, H, W) each, and the smallest side in pixels.
+
+    They are fitted to up to `FIT_SAMPLES` samples spread over it, of a stream to the first ones.
+
+    Args:
+        options: of `IntensityTransform.fit`.
+
+    Raises:
+        SciflowError: samples without these images, of other shapes, or with NaN or infinity.
+    """
+    pixels: dict[str, list[np.ndarray]] = {"pixel_values": [], "conditioning_pixel_values": []}
+    sides: set[int] = set()
+    for number, sample in _some(dataset):
+        for name, found in pixels.items():
+            if name not in sample:
+                raise SciflowError(
+                    f"sample {number} has no `{name}` to fit an intensity transform to: {sorted(sample)}."
+                )
+            image = np.asarray(sample[name])
+            if image.ndim != 3 or (found and len(image) != len(found[0])):
+                wanted = f"({len(found[0])}, H, W) as in those before" if found else "(C, H, W)"
+                raise SciflowError(f"sample {number} has `{name}` {image.shape}: {wanted} is wanted.")
+            if not np.isfinite(image).all():
+                raise SciflowError(f"sample {number} has NaN or infinity in `{name}`: take it out.")
+            sides |= {*image.shape[1:]}
+            step = max(1, image[0].size * FIT_SAMPLES // FIT_PIXELS)
+            found.append(image.reshape(len(image), -1)[:, ::step])
+    if not sides:
+        raise SciflowError("the data set is empty: there are no intensities to fit a transform to.")
+    sharp, measured = (IntensityTransform.fit(found, **options) for found in pixels.values())
+    return sharp, measured, min(sides)
+
+
+def _some(dataset: Any) -> Iterator[tuple[int, Any]]:
+    """Numbers and samples; what is drawn in a map-style data set follows from the number."""
+    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        yield from enumerate(itertools.islice(dataset, FIT_SAMPLES))
+        return
+    for row in spread(len(dataset), min(len(dataset), FIT_SAMPLES)):
+        with seeded(int(row)):
+            sample = dataset[int(row)]
+        yield int(row), sample
 
 
 # -- planes and their parts ------------------------------------------------------------------------------------------

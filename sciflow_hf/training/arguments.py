@@ -20,6 +20,7 @@ from ..engines.optimizers import DEFAULT_LEARNING_RATE, OPTIMIZERS, OptimizerArg
 from ..engines.quantisation import QuantisationArguments
 from ..errors import SciflowError
 from ..options import arguments, check_options, check_range, option
+from .callbacks.profile import ProfilingArguments
 
 
 def _check_timestep_shift(args: Any) -> None:
@@ -238,6 +239,7 @@ class DiffusionTrainingArguments(
     QuantisationArguments,
     OffloadArguments,
     CompilationArguments,
+    ProfilingArguments,
     TrainingArguments,
 ):
     """Every option of `transformers.TrainingArguments`, and those of diffusion training.
@@ -332,7 +334,7 @@ class DiffusionTrainingArguments(
         now = self.to_dict()
         hidden = ("output_dir", "hub_", "run_name", "resume_from_checkpoint", "overwrite_output_dir")
         derived: tuple[str, ...] = ("do_eval", "greater_is_better", "accelerator_config", "gradient_checkpointing")
-        derived += ("disable_tqdm", "dry_run", "debug_batch")
+        derived += ("disable_tqdm", "dry_run", "debug_batch", "profile_steps")
         return {
             name: now[name]
             for name, value in default.items()

@@ -26,6 +26,12 @@ FORMAT = 1
 """Of a checkpoint. A larger one is for what this version could not read; those without a number are older."""
 
 
+def saved_facts(folder: Path) -> dict[str, Any]:
+    """What the file `IDENTITY_NAME` of a checkpoint holds."""
+    facts: dict[str, Any] = json.loads((folder / IDENTITY_NAME).read_text(encoding="utf-8"))
+    return facts
+
+
 def versions() -> dict[str, str]:
     """The versions of the libraries on which the numbers of a run depend, and ours."""
     names = ("torch", "transformers", "diffusers", "peft")
@@ -34,7 +40,7 @@ def versions() -> dict[str, str]:
 
 def check_format(folder: Path) -> None:
     """Refuses a checkpoint that a later version wrote in a format of its own; says which versions have changed."""
-    saved, now = json.loads((folder / IDENTITY_NAME).read_text(encoding="utf-8")), versions()
+    saved, now = saved_facts(folder), versions()
     before = saved.get("versions", {})
     if saved.get("format", 0) > FORMAT:
         writer = before.get("sciflow_hf", "a later version")
@@ -75,7 +81,7 @@ def check_identity(
         advice: for some of its keys, from the value then to what to do.
         renamed_options: of the family, for a checkpoint that calls an option of the network by an earlier name.
     """
-    before = json.loads((folder / IDENTITY_NAME).read_text(encoding="utf-8"))
+    before = saved_facts(folder)
     if before.get("network"):
         before["network"] = renamed_options(before["network"])
     before, now = _flat({k: before.get(k) for k in now}), _flat(json.loads(json.dumps(now)))
@@ -94,7 +100,7 @@ MEASURED = ("loss_type", "huber_delta", "min_snr_gamma", "weighting_scheme", "ev
 _ELSEWHERE = (
     *("output_dir", "logging_dir", "run_name", "hub_", "push_to_hub", "report_to", "resume_from_checkpoint"),
     *("overwrite_output_dir", "disable_tqdm", "log_level", "local_rank", "dry_run", "debug_batch", "ddp_timeout"),
-    *("gradient_checkpointing", "deepspeed", "do_", "use_cpu"),
+    *("gradient_checkpointing", "deepspeed", "do_", "use_cpu", "profile_steps"),
 )
 """Beginnings of the names of options that say where, not what, a run trains."""
 
@@ -109,7 +115,7 @@ def options_of(args: DiffusionTrainingArguments, family: Any) -> dict[str, Any]:
 
 def changed_options(folder: Path, now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Name -> (value in the checkpoint, value now) of the options that differ; {} for a checkpoint without options."""
-    before = json.loads((folder / IDENTITY_NAME).read_text(encoding="utf-8")).get("options", {})
+    before = saved_facts(folder).get("options", {})
     return {name: (value, now[name]) for name, value in before.items() if name in now and now[name] != value}
 
 
@@ -198,7 +204,7 @@ class Place(NamedTuple):
     @classmethod
     def saved_in(cls, folder: Path) -> "Place | None":
         """What `of` gave when a checkpoint was written."""
-        saved = json.loads((folder / IDENTITY_NAME).read_text(encoding="utf-8")).get("place")
+        saved = saved_facts(folder).get("place")
         return saved and cls(*saved)
 
     def in_steps(self, per_epoch: int) -> tuple[int, int]:

@@ -70,6 +70,7 @@ from ..report.summary import save_model_card
 from .arguments import DiffusionTrainingArguments
 from .callbacks.ema import EMACallback
 from .callbacks.preemption import PreemptionCallback
+from .callbacks.profile import ProfileCallback, steps_of
 from .callbacks.validation import ValidationCallback, commonest_size
 from .checkpoints import (
     STAGING,
@@ -100,6 +101,7 @@ from .resume import (
     options_of,
     rates,
     same_total_batch,
+    saved_facts,
     versions,
 )
 from .run_lock import check_held, holding
@@ -146,6 +148,7 @@ class DiffusionTrainer(Trainer):
     _saving = False
     _disk_full: DiskFullError | None = None
     _measure_first = False
+    _profile: ProfileCallback | None = None
     _resumed: Path | None = None
     _place: Place | None = None  # of the checkpoint that was resumed
     _total_loss_scalar, _tr_loss = 0.0, torch.zeros(())  # the parent's, from the first step on
@@ -199,6 +202,8 @@ class DiffusionTrainer(Trainer):
         if args.ema_decay is not None:  # before those that look at weights
             callbacks = [EMACallback(args.ema_decay, args.ema_warmup), *(callbacks or [])]
         self._preemption = PreemptionCallback()
+        if args.profile_steps and args.process_index == 0:
+            self._profile = ProfileCallback(steps_of(args.profile_steps), Path(str(args.output_dir), "profile"))
         if model is not None:
             self._check_model(model, args)
         super().__init__(
@@ -209,7 +214,7 @@ class DiffusionTrainer(Trainer):
             eval_dataset=eval_dataset,
             model_init=model_init,
             compute_metrics=self._summarise,
-            callbacks=[self._preemption, *(callbacks or [])],
+            callbacks=[self._preemption, *filter(None, [self._profile]), *(callbacks or [])],
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
@@ -569,6 +574,7 @@ class DiffusionTrainer(Trainer):
         self._place = None if folder is None else Place.saved_in(folder)
         if folder is not None:
             check_format(folder)
+            self.family.resumed(saved_facts(folder).get("network") or {})
             advice = {"total_train_batch_size": lambda before: same_total_batch(before, self.args)}
             check_identity(folder, self._identity(), advice, renamed_options=self.family.renamed_options)
             if (folder / STREAM).is_file():
@@ -585,7 +591,8 @@ class DiffusionTrainer(Trainer):
             check_ranks({**self._identity(), "eval_data": held_out, **self._options()})
         before = self._weight_sums()
         try:
-            with self._preemption.listening(), explain_unpickling(folder):
+            watched = self._profile.watching(self) if self._profile else nullcontext()
+            with self._preemption.listening(), explain_unpickling(folder), watched:
                 output = super().train(str(folder) if folder else None, trial, ignore_keys_for_eval)
         finally:
             self.model_wrapped.__dict__.pop("zero_grad", None)  # see `_prepare_for_training`
@@ -600,7 +607,7 @@ class DiffusionTrainer(Trainer):
 
     def _apply_options(self, folder: Path) -> None:
         """Says which options differ from those of the checkpoint; the base is measured anew where it has to be."""
-        saved = json.loads((folder / IDENTITY_NAME).read_text(encoding="utf-8"))
+        saved = saved_facts(folder)
         self._loss_before = saved.get("loss_sum")
         options = self._options()
         changed = self._options_changed = changed_options(folder, options)

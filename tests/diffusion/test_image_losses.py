@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
-from sciflow_hf.diffusion.image_losses import fourier_loss, multiscale_loss, perceptual_loss
+from sciflow_hf.diffusion.image_losses import HierarchicalFeatures, fourier_loss, multiscale_loss, perceptual_loss
 
 
 def images(*shape, seed=0):
@@ -101,3 +102,46 @@ def test_perceptual_loss_equals_its_formula_and_trains_the_image_alone():
 def test_features_of_the_wrong_shape_are_named(features, words):
     with pytest.raises(ValueError, match=f"`feature_network` {words}"):
         perceptual_loss(images(2, 1, 8, 8), images(2, 1, 8, 8), features)
+
+
+def block_means(array, scale):
+    height, width = array.shape[-2] // scale, array.shape[-1] // scale
+    return array[..., : height * scale, : width * scale].reshape(
+        *array.shape[:-2], height, scale, width, scale
+    ).mean(axis=(-3, -1))  # fmt: skip
+
+
+def test_hierarchical_features_are_block_means_and_their_sobel_derivatives():
+    a = images(2, 3, 12, 17).double()
+    found = HierarchicalFeatures(scales=(1, 2, 4, 16))(a)
+    assert [tuple(f.shape) for f in found] == [(2, 9, 12, 17), (2, 9, 6, 8), (2, 9, 3, 4)]  # blocks of 16 do not fit
+    for scale, features in zip((1, 2, 4), found, strict=True):
+        for b, c in np.ndindex(2, 3):
+            plane = block_means(a[b, c].numpy(), scale)
+            down, right = (ndimage.sobel(plane, axis=axis, mode="nearest") / 8 for axis in (0, 1))
+            np.testing.assert_allclose(features[b, 3 * c : 3 * c + 3], [plane, down, right], atol=1e-14)
+
+
+def test_a_plane_has_its_slope_at_every_scale():
+    y, x = torch.meshgrid(torch.arange(16.0), torch.arange(24.0), indexing="ij")
+    found = HierarchicalFeatures(scales=(1, 2, 4))((3 * y - 2 * x)[None, None])
+    for scale, features in zip((1, 2, 4), found, strict=True):
+        assert (features[0, 1, 1:-1, 1:-1] == 3 * scale).all() and (features[0, 2, 1:-1, 1:-1] == -2 * scale).all()
+
+
+def test_multiscale_consistency_is_the_perceptual_loss_of_every_scale():
+    network = Features().requires_grad_(False)
+    a, b = images(2, 1, 8, 12), images(2, 1, 8, 12, seed=1)
+    pairs = [[torch.from_numpy(block_means(x.numpy(), scale)) for x in (a, b)] for scale in (1, 2)]
+    expected = sum(perceptual_loss(x, y, network) for x, y in pairs) / 2
+    torch.testing.assert_close(perceptual_loss(a, b, HierarchicalFeatures(network, scales=(1, 2, 16))), expected)
+
+
+@pytest.mark.parametrize("loss", [fourier_loss, multiscale_loss])
+def test_any_image_loss_takes_features(loss):
+    a, b = images(2, 3, 8, 12), images(2, 3, 8, 12, seed=1)
+    same = HierarchicalFeatures(torch.nn.Identity(), scales=(1,))
+    torch.testing.assert_close(perceptual_loss(a, b, same, compare=loss), loss(a, b))
+    two = HierarchicalFeatures(torch.nn.Identity(), scales=(1, 2))
+    halves = [torch.nn.functional.avg_pool2d(x, 2) for x in (a, b)]
+    torch.testing.assert_close(perceptual_loss(a, b, two, compare=loss), (loss(a, b) + loss(*halves)) / 2)

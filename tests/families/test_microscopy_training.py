@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from trainings import losses
 import sciflow_hf as sf
 from sciflow_hf.cli import main
 from sciflow_hf.images.files import ImageFile, write_image
+from sciflow_hf.images.microscopes import load_microscopy_images
 from sciflow_hf.images.optics import ForwardModel
+from sciflow_hf.images.transforms import IntensityTransform
 from sciflow_hf.training.callbacks.progressive import ProgressiveResolutionCallback
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -80,6 +83,120 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, folder):
         files = [tmp_path / run / "checkpoint-12" / name for run in ("whole", "again")]
         left, right = (load_file(file) for file in files)
         assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+# -- a data set of one's own ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain(folder):
+    """16 pairs of tiles in intensities, as a list of dicts."""
+    data = sf.MicroscopyDataArguments(input_dir=str(folder), tile_size=16, eval_fraction=0.0, augment=False)
+    tiles, _ = load_microscopy_images(data, ForwardModel(**OPTICS))
+    pairs = [tiles.intensities(row, tiles.key_of(row)) for row in range(16)]
+    return [
+        {"pixel_values": sharp.to(torch.uint16), "conditioning_pixel_values": 2 * measured} for sharp, measured in pairs
+    ]
+
+
+def plain_trainer(out, family, samples, **options):
+    defaults = dict(
+        output_dir=str(out), use_cpu=True, max_steps=4, save_strategy="steps", save_steps=2, logging_steps=1, seed=3,
+        disable_tqdm=True, per_device_train_batch_size=2, learning_rate=3e-3, report_to="none", weighting_scheme="none",
+    )  # fmt: skip
+    args = sf.DiffusionTrainingArguments(**(defaults | options))
+    model = family.load_model(dtype=torch.float32)
+    return sf.DiffusionTrainer(model, args, family=family, train_dataset=samples, eval_dataset=samples[:2])
+
+
+def small_unet():
+    return sf.MicroscopyUNet(block_out_channels=[8, 16])
+
+
+def test_intensities_of_a_plain_data_set_are_found(tmp_path, plain):
+    """Percentiles of all its pixels; trained as with images that were scaled before, and restored in intensities."""
+    family, scaled = small_unet(), small_unet()
+    with pytest.raises(sf.SciflowError, match=r"`family.describe_data\(dataset\)`"):
+        family.load_model(dtype=torch.float32)
+    family.describe_data(plain)
+    for name, found in (
+        ("pixel_values", family.intensity),
+        ("conditioning_pixel_values", family.conditioning_intensity),
+    ):
+        pixels = np.stack([np.asarray(sample[name], np.float64) for sample in plain])
+        assert (found["low"], found["high"]) == tuple([float(x)] for x in np.percentile(pixels, (0.1, 99.9)))
+    assert family.tile_size == 16 and family.optics is None
+    streamed = small_unet()
+    streamed.describe_data(iter(plain))
+    assert (streamed.intensity, streamed.conditioning_intensity) == (family.intensity, family.conditioning_intensity)
+
+    scaled.intensity, scaled.conditioning_intensity, scaled.tile_size = (
+        family.intensity, family.conditioning_intensity, 16,
+    )  # fmt: skip
+    transforms = {name: IntensityTransform.from_dict(found) for name, found in (
+        ("pixel_values", family.intensity), ("conditioning_pixel_values", family.conditioning_intensity))}  # fmt: skip
+    before = [{name: transforms[name](image) for name, image in sample.items()} for sample in plain]
+    one, two = plain_trainer(tmp_path / "one", family, plain), plain_trainer(tmp_path / "two", scaled, before)
+    one.train(), two.train()
+    assert losses(one) == losses(two) and one.evaluate()["eval_loss"] == two.evaluate()["eval_loss"]
+    config = json.loads((tmp_path / "one" / "checkpoint-4" / "model_index.json").read_text())
+    assert config["intensity"] == family.intensity and config["tile_size"] == 16
+    found = family.load_pipeline(one.model)(
+        plain[0]["conditioning_pixel_values"][None], num_samples=2, num_inference_steps=2
+    )
+    assert 0 < found.mean.mean() < 60000 and found.mean.std() > 100
+
+
+def test_a_resumed_run_keeps_the_intensities_it_had_found(tmp_path, plain):
+    """Though its samples, drawn otherwise, would give others now."""
+    whole, again = small_unet(), small_unet()
+    whole.describe_data(plain)
+    uninterrupted = plain_trainer(tmp_path / "whole", whole, plain)
+    uninterrupted.train()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
+    again.describe_data(plain[:5], percentiles=(1, 99))
+    assert again.intensity != whole.intensity
+    resumed = plain_trainer(tmp_path / "again", again, plain, resume_from_checkpoint="latest")
+    resumed.train()
+    assert again.intensity == whole.intensity and again.conditioning_intensity == whole.conditioning_intensity
+    one, two = weights(uninterrupted), weights(resumed)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    other = small_unet()
+    other.describe_data(plain, kind="log")
+    with pytest.raises(sf.SciflowError, match=r"network.intensity: .*'percentile'.* then, .*'log'.* now"):
+        plain_trainer(tmp_path / "again", other, plain, resume_from_checkpoint="latest").train()
+
+
+def test_training_from_a_pipeline_keeps_its_intensities(tmp_path, plain):
+    family = small_unet()
+    family.describe_data(plain)
+    family.save_network(family.load_model(dtype=torch.float32), tmp_path / "model")
+    again = sf.MicroscopyUNet(pretrained_model_name_or_path=str(tmp_path / "model"))
+    again.describe_data(plain[:3])
+    assert again.intensity == family.intensity and again.holds_intensities
+    tiles = sf.MicroscopyUNet()
+    subset = torch.utils.data.Subset(SimpleNamespace(transform=IntensityTransform("log", (0.0,), (9.0,)),
+        conditioning_transform=IntensityTransform("log", (0.0,), (8.0,)), optics=None, tile_size=32), [0])  # fmt: skip
+    tiles.describe_data(subset)
+    assert tiles.intensity["high"] == [9.0] and tiles.tile_size == 32 and not tiles.holds_intensities
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda sample: {"pixel_values": sample["pixel_values"]}, "sample 0 has no `conditioning_pixel_values`"),
+        (lambda sample: sample | {"pixel_values": torch.zeros(16, 16)}, r"`pixel_values` \(16, 16\): \(C, H, W\)"),
+        (lambda sample: sample | {"pixel_values": torch.full((1, 16, 16), torch.nan)}, "sample 0 has NaN or infinity"),
+        (lambda sample: sample | {"pixel_values": torch.ones(1, 16, 16)}, "lead to the same intensity"),
+    ],
+)
+def test_samples_that_cannot_be_fitted(plain, change, words):
+    with pytest.raises(sf.SciflowError, match=words):
+        small_unet().describe_data([change(sample) for sample in plain])
+    with pytest.raises(sf.SciflowError, match="the data set is empty"):
+        small_unet().describe_data([])
+    with pytest.raises(sf.SciflowError, match=r"sample 1 has `pixel_values` \(2, 16, 16\): \(1, H, W\) as in"):
+        small_unet().describe_data([plain[0], plain[1] | {"pixel_values": torch.ones(2, 16, 16)}])
 
 
 def test_every_checkpoint_is_a_pipeline_and_the_last_has_the_average(tmp_path, folder):

@@ -124,7 +124,7 @@ class Answer(torch.nn.Module):
 def test_a_perfect_model_has_no_loss_of_any_kind(kind, batch, noise, args):
     family = make_family(
         1, 2, prediction_type=kind, fourier_weight=1.0, multiscale_weight=1.0, perceptual_weight=1.0,
-        feature_network="torch.nn:Flatten",
+        hierarchical_weight=1.0, feature_network="torch.nn:Flatten",
     )  # fmt: skip
     levels, images = torch.tensor([3, 50, 90]), batch["pixel_values"]
     bar = family.process.alpha_bar[levels].view(-1, 1, 1, 1)
@@ -146,6 +146,8 @@ def test_image_losses_are_of_the_clean_image(batch, noise, args):
         ({"multiscale_weight": 0.2}, 0.2 * multiscale_loss(images + 0.3, images)),
         ({"perceptual_weight": 2.0, "feature_network": "torch.nn:Flatten"},
          2 * perceptual_loss(images + 0.3, images, features)),
+        ({"hierarchical_weight": 3.0}, torch.tensor(3 * 0.3**2 / 3)),  # means differ by 0.3, derivatives do not
+        ({"hierarchical_weight": 1.0, "feature_network": "torch.nn:Flatten"}, torch.tensor(0.3**2)),
     ):  # fmt: skip
         family = dataclasses.replace(plain, **options)
         found = family.compute_loss(guess, batch, args, noise=noise, levels=levels)[0] - base
@@ -204,7 +206,9 @@ def test_masks_are_honoured_or_refused(batch, noise, args):
     masked = batch | {"loss_mask": mask}
     assert family.compute_loss(redraw(family.load_model(dtype=torch.float32)).train(), masked, args)[0].shape == (3,)
     imaged = dataclasses.replace(family, fourier_weight=1.0)
-    with pytest.raises(sf.SciflowError, match="`loss_mask` does not go with `fourier_weight`"):
+    with pytest.raises(
+        sf.SciflowError, match=r"`loss_mask` does not go with `fourier_weight`, .*, `hierarchical_weight`"
+    ):
         imaged.compute_loss(guess, masked, args, noise=noise, levels=levels)
 
 
