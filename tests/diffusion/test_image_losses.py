@@ -129,6 +129,7 @@ def test_a_plane_has_its_slope_at_every_scale():
         assert (features[0, 1, 1:-1, 1:-1] == 3 * scale).all() and (features[0, 2, 1:-1, 1:-1] == -2 * scale).all()
 
 
+@pytest.mark.promise("C18")
 def test_multiscale_consistency_is_the_perceptual_loss_of_every_scale():
     network = Features().requires_grad_(False)
     a, b = images(2, 1, 8, 12), images(2, 1, 8, 12, seed=1)

@@ -113,6 +113,7 @@ def small_unet():
     return sf.MicroscopyUNet(block_out_channels=[8, 16])
 
 
+@pytest.mark.promise("C10")
 def test_intensities_of_a_plain_data_set_are_found(tmp_path, plain):
     """Percentiles of all its pixels; trained as with images that were scaled before, and restored in intensities."""
     family, scaled = small_unet(), small_unet()

@@ -75,6 +75,7 @@ def draws(page: str, found: dict[str, Any]) -> None:
         assert len(found["images"]) == 2
     if page == "docs/microscopy.md":
         assert found["restored"].shape == found["spread"].shape == (1, 1, 16, 16)
+        assert found["trainer"].family.intensity["low"] == [0]
 
 
 PAGES = ["README.md", "docs/caches.md", "docs/dit.md", "docs/microscopy.md", "docs/quickstart.md", relative(CARD)]
@@ -89,4 +90,10 @@ def test_every_page_with_code_is_run() -> None:
 def test_the_code_of_a_page(page: str, models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(models)
     monkeypatch.setattr("diffusers.utils.constants.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    draws(page, run(ROOT / page, measured=np.random.default_rng(0).random((1, 1, 16, 16), dtype=np.float32)))
+    pixels = torch.arange(256.0).view(1, 16, 16)
+    given = {
+        "measured": np.random.default_rng(0).random((1, 1, 16, 16), dtype=np.float32),
+        "my_pairs": [{"pixel_values": pixels.floor_divide(2), "conditioning_pixel_values": pixels}],
+        "args": sf.DiffusionTrainingArguments(str(tmp_path), use_cpu=True, report_to="none"),
+    }
+    draws(page, run(ROOT / page, **given))

@@ -21,6 +21,7 @@ def spans(file):
     return Counter(event["name"] for event in json.loads(file.read_text())["traceEvents"] if event.get("ph") == "X")
 
 
+@pytest.mark.promise("C34")
 def test_the_trace_holds_these_steps_and_the_weights_stay_the_same(tmp_path, family, tiny_cache):
     """Step 2 of 3, with accumulation; torch's optimizer and autograd have spans of their own."""
     options = dict(max_steps=3, gradient_accumulation_steps=2, per_device_train_batch_size=1, optim="adamw_torch")

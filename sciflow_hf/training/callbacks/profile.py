@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import psutil
 import torch
 from torch.profiler import profile, record_function
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from ...errors import SciflowError
 from ...files import atomic_file
@@ -78,7 +78,7 @@ class ProfileCallback(TrainerCallback):
         self._profiler: Any = None
 
     @contextmanager
-    def watching(self, trainer: Trainer) -> Iterator[None]:
+    def watching(self, trainer: Any) -> Iterator[None]:
         """Inside, the parts of the trainer's steps are seen; at the end it says what was not traced, and why."""
         self._trainer, self._clock = trainer, _Clock(trainer.args.device)
         self._spans: list[tuple[str, Any, Any]] = []  # part, beginning, end
