@@ -133,6 +133,17 @@ class ModelFamily(NoiseLevels, Options, ABC):
     def clean_latents(self, batch: dict[str, Any]) -> torch.Tensor:
         """What is mixed with noise: (B, C, h, w), float32, normalised."""
 
+    def latent_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of each channel, as the checkpoint says them: (1, C, 1, 1), float32.
+
+        The network is trained on (latents - mean) / std, which is what `clean_latents` makes of the VAE's latents.
+        The network itself is not loaded.
+
+        Raises:
+            SciflowError: the family trains on images as they are.
+        """
+        raise SciflowError(f"`{self.name}` trains on images as they are: there are no latents with statistics.")
+
     def image_seq_len(self, latents: torch.Tensor) -> int:
         """How many image tokens the network makes of `clean_latents`; the resolution's shift depends on it."""
         return latents[0, 0].numel() // self.patch**2
@@ -379,6 +390,13 @@ class PipelineFamily(ModelFamily):
         """Latents of the VAE as the network is trained on them, (B, C, h, w), float32: (latents - shift) scale."""
         return (latents - self.latents_shift) * self.latents_scale
 
+    def latent_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.statistics:
+            mean, std = self.statistics
+            return mean.cpu(), std.cpu()
+        shape = (1, self.setting("vae", "latent_channels"), 1, 1)
+        return torch.full(shape, self.latents_shift), torch.full(shape, 1 / self.latents_scale)
+
     @property
     def latents_shift(self) -> float:
         return float(self.config("vae").get("shift_factor") or 0)
@@ -389,7 +407,7 @@ class PipelineFamily(ModelFamily):
 
     @functools.cached_property
     def statistics(self) -> tuple[torch.Tensor, ...]:
-        """Tensors that `normalise` needs; see `statistics_on`."""
+        """Mean and deviation, (1, C, 1, 1) each, where `normalise` needs them; see `statistics_on`."""
         return ()
 
     def statistics_on(self, device: torch.device) -> tuple[torch.Tensor, ...]:

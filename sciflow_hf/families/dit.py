@@ -155,9 +155,18 @@ class DiT(ModelFamily):
         """Pixels as they are; latents as the VAE's pipelines scale them: (latents - shift) scaling_factor."""
         if "pixel_values" in batch:
             return batch["pixel_values"].float()
-        return (batch["latents"].float() - (self._vae_config.get("shift_factor") or 0)) * self._vae_config[
-            "scaling_factor"
-        ]
+        shift, scale = self._shift_and_scale
+        return (batch["latents"].float() - shift) * scale
+
+    def latent_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.has_vae:
+            return super().latent_statistics()
+        shift, scale = self._shift_and_scale
+        return torch.full((1, self._channels, 1, 1), shift), torch.full((1, self._channels, 1, 1), 1 / scale)
+
+    @property
+    def _shift_and_scale(self) -> tuple[float, float]:
+        return float(self._vae_config.get("shift_factor") or 0), float(self._vae_config["scaling_factor"])
 
     def image_seq_len(self, latents: torch.Tensor) -> int:
         return latents[0, 0].numel() // self.patch_size**2

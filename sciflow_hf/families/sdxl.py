@@ -83,11 +83,19 @@ class SDXL(TimestepLevels, PipelineFamily):
 
     def normalise(self, latents: torch.Tensor) -> torch.Tensor:
         """(B, 4, h, w): times the VAE's scaling factor, after its mean and deviation per channel where it has them."""
-        vae = self._vae_config
-        if vae.get("latents_mean") is not None and vae.get("latents_std") is not None:
-            mean, std = (torch.tensor(vae[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
-            latents = (latents - mean.to(latents)) / std.to(latents)
-        return latents * vae["scaling_factor"]
+        if self.statistics:
+            mean, std = self.statistics_on(latents.device)
+            latents = (latents - mean) / std
+        return latents * self._vae_config["scaling_factor"]
+
+    @functools.cached_property
+    def statistics(self) -> tuple[torch.Tensor, ...]:
+        found = [self._vae_config.get(name) for name in ("latents_mean", "latents_std")]
+        return () if None in found else tuple(torch.tensor(values).view(1, -1, 1, 1) for values in found)
+
+    def latent_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, std = super().latent_statistics()
+        return (mean, std / self._vae_config["scaling_factor"]) if self.statistics else (mean, std)
 
     def time_ids(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """(B, 6) in pixels: original height and width, top and left of the crop, height and width.

@@ -12,19 +12,24 @@ from ..errors import SciflowError
 
 logger = logging.getLogger(__name__)
 
-WIDTH = 64
+WIDTH, NARROWEST = 64, 16
 SHIFT = 1  # pixels by which images are moved in training, in 16ths of their side (at least one pixel)
 
 
 class SmallClassifier(nn.Module):
-    """Convolutions of 3x3, halving down to 4 pixels, mean over positions, one linear layer: about 0.1 M parameters."""
+    """Convolutions of 3x3, halving down to 4 pixels, mean over positions, one linear layer: about 0.1 M parameters.
+
+    64 channels up to 8 pixels, above that half as many for each doubling of the side, at least 16.
+    """
 
     def __init__(self, in_channels: int, image_size: int, num_classes: int) -> None:
         super().__init__()
-        layers: list[nn.Module] = [_block(in_channels, WIDTH, stride=1)]
+        width = _width(image_size)
+        layers: list[nn.Module] = [_block(in_channels, width, stride=1)]
         while image_size > 4:
-            layers.append(_block(WIDTH, WIDTH, stride=2))
             image_size = (image_size + 1) // 2
+            layers.append(_block(width, _width(image_size), stride=2))
+            width = _width(image_size)
         self.convolutions = nn.Sequential(*layers, _block(WIDTH, WIDTH, stride=1))
         self.head = nn.Linear(WIDTH, num_classes)
 
@@ -35,6 +40,10 @@ class SmallClassifier(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Scores, (B, num_classes)."""
         return self.head(self.features(images))
+
+
+def _width(image_size: int) -> int:
+    return min(WIDTH, max(NARROWEST, WIDTH * 8 // image_size))
 
 
 def _block(channels: int, width: int, *, stride: int) -> nn.Module:
@@ -56,6 +65,9 @@ def train_classifier(dataset: Any, *, num_classes: int, steps: int = 500, batch_
     if not num_classes or "class_labels" not in first:
         raise SciflowError("a classifier needs images with `class_labels`: give a feature network of your own.")
     channels, height, _ = first["pixel_values"].shape
+    logger.info(
+        "A small classifier of the training images is trained, %d steps on the CPU: the judge of drawn images.", steps
+    )
     draws = generator(hash64(seed), "classifier")
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(hash64(seed, "weights") & 0xFFFFFFFF)

@@ -63,6 +63,17 @@ def test_cache_holds_the_vaes_latents_and_the_classes(tmp_path, vae):
     torch.testing.assert_close(sample["latents"].float(), expected, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.promise("A07")
+def test_latent_statistics(vae):
+    family, latents = sf.DiT(vae_name_or_path=str(vae), **NETWORK), torch.randn(2, 4, 8, 8)
+    mean, std = family.latent_statistics()
+    assert mean.flatten().tolist() == pytest.approx([0.1] * 4) and std.shape == (1, 4, 1, 1)
+    torch.testing.assert_close((latents - mean) / std, family.clean_latents({"latents": latents}))
+    for pixels in (sf.DiT(**NETWORK), sf.MicroscopyUNet()):
+        with pytest.raises(sf.SciflowError, match="images as they are: there are no latents"):
+            pixels.latent_statistics()
+
+
 @pytest.mark.parametrize("threads", [0, 2])
 def test_batches_have_the_classes_of_their_rows(tmp_path, vae, threads):
     write_folder(tmp_path / "data", each=8, height=16, width=16)

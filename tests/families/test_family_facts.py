@@ -1,7 +1,9 @@
 """docs/families.md: every row is cited, computed, or compared here with what the code does with tiny pipelines."""
 
+import dataclasses
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -381,6 +383,22 @@ def test_every_row_is_known_somehow():
 def test_row(fact, step, request):
     needed = {"tmp_path", "monkeypatch"} & set(CHECKS[fact].__code__.co_varnames[: CHECKS[fact].__code__.co_argcount])
     CHECKS[fact](step, **{name: request.getfixturevalue(name) for name in needed})
+
+
+@pytest.mark.promise("A07")
+def test_latent_statistics(step, tmp_path):
+    """(x - mean) / std is what the network is trained on, by the VAE itself and by the family; no network is loaded."""
+    folder = shutil.copytree(step.family.pretrained_model_name_or_path, tmp_path / "without_network")
+    shutil.rmtree(folder / step.family.component)
+    family = dataclasses.replace(step.family, pretrained_model_name_or_path=str(folder))
+    mean, std = family.latent_statistics()
+    raw = step.batch["latents"]
+    raw = torch.nn.functional.pixel_unshuffle(raw, 2) if family.name == "flux2_klein" else raw
+    assert mean.shape == std.shape == (1, raw.shape[1], 1, 1) and mean.dtype == std.dtype == torch.float32
+    found = (raw.double() - mean) / std
+    rounding = 4 * torch.finfo(torch.float32).eps * found.abs().max()
+    for expected in (check_normalised(step), step.family.clean_latents(step.batch)):
+        assert (found - expected).abs().max() < rounding
 
 
 LIMITS = {"flux2_klein": 40, "qwen_image": 40, "sd3": 90, "flux": 90, "sdxl": 12, "sd3 without T5": 16}

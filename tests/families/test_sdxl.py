@@ -214,6 +214,15 @@ def test_parity_catches_mask_and_checkpoint(monkeypatch, family, pipeline, batch
     assert differs(family, model, pipeline, batch, args, noise) > MANY
 
 
+@pytest.mark.promise("A07")
+def test_latent_statistics_of_a_vae_that_has_them(families, batch):
+    family, vae = families["statistics"], VARIANTS["statistics"]["vae"]
+    scale, (mean, std) = family.config("vae")["scaling_factor"], family.latent_statistics()
+    assert mean.flatten().tolist() == pytest.approx(vae["latents_mean"])
+    assert std.flatten().tolist() == pytest.approx([value / scale for value in vae["latents_std"]])
+    torch.testing.assert_close((batch["latents"] - mean) / std, family.clean_latents(batch))
+
+
 class Spy(torch.nn.Module):
     """Stands for the network: gives one answer and keeps what it is given."""
 
