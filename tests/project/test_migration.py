@@ -119,7 +119,7 @@ def test_each_name_is_one_of_today(title):
 def test_names_stand_in_the_files_that_are_named_with_them():
     """Of "`name(...)` in `sciflow_hf/file.py`", and patterns of files."""
     found = re.findall(r"`(\w+)[^`]*` in `(sciflow_hf/[^`]+\.py)`", TEXT)
-    assert len(found) > 8
+    assert len(found) >= 6
     assert [(name, file) for name, file in found if name not in (ROOT / file).read_text(encoding="utf-8")] == []
     patterns = re.findall(r"`(\w[\w./]*\*[\w.*]*)`", TEXT)
     assert patterns and all(any(ROOT.glob(pattern)) for pattern in patterns)
