@@ -175,6 +175,8 @@ class RecipeParser(HfArgumentParser):
                 if text := field.metadata.get("help"):  # argparse formats it with `%`, which may stand in it by itself
                     found.metadata = {**field.metadata, "help": _escaped(text)}  # type: ignore[assignment]
                 self._parse_dataclass_field(group, found)
+                if isinstance(_default(field), list) and not _default(field):
+                    self._actions[-1].nargs = "*"  # the flag without values switches off what a YAML says
 
     def error(self, message: str) -> NoReturn:
         """One line on stderr, without argparse's page of usage; exit status 2."""
@@ -224,7 +226,7 @@ class RecipeParser(HfArgumentParser):
             raise argparse.ArgumentError(None, "expected a value, got nothing")
         if value is None or (isinstance(value, bool | dict) and type(value) in kinds):
             return value
-        if isinstance(value, list) and action.nargs == "+":
+        if isinstance(value, list) and action.nargs in ("+", "*"):
             return [self._get_value(action, str(item)) for item in value]
         if isinstance(value, list) and list in kinds:
             return value
@@ -236,7 +238,7 @@ class RecipeParser(HfArgumentParser):
         converted = self._get_value(action, str(value))
         if action.choices is not None:
             self._check_value(action, converted)
-        return [converted] if action.nargs == "+" else converted
+        return [converted] if action.nargs in ("+", "*") else converted
 
 
 def read_yaml(path: str | Path, *, seen: tuple[Path, ...] = ()) -> dict[str, Any]:

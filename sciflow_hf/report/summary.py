@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import math
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,11 @@ from ..data.batches.loader import groups_of, is_stream
 from ..data.prior import without_prior
 from ..engines.optimizers import effective_learning_rate
 from .contact_sheet import sample_images
-from .model_card import CardFacts, conversion, own_reader, save_card
+from .model_card import PROGRAMS, CardFacts, own_reader, save_card
 from .plots import PLOT_NAME, loss_names, plot_training
 
 NO_INTERVAL = "fewer than 10 held-out groups of like size"
+NOT_FINITE = "losses of held-out rows are not finite"
 PACKAGES = ("torch", "transformers", "diffusers", "peft", "datasets", "accelerate")
 
 
@@ -105,23 +108,29 @@ def last_metrics(trainer: Trainer) -> dict[str, float]:
 
 def _no_interval(metrics: dict[str, float]) -> str:
     """Why there is no interval of the gain, where there is none."""
-    return NO_INTERVAL if math.isfinite(metrics["eval_gain"]) else "losses of held-out rows are not finite"
+    return NO_INTERVAL if math.isfinite(metrics["eval_gain"]) else NOT_FINITE
+
+
+def held_out_words(metrics: Mapping[str, float], prefix: str = "eval") -> str:
+    """ "Held-out loss: 0.6055 base model, 0.2340 now; gain 0.3715 (95 % interval 0.0992 to 0.5917: better)"."""
+    loss = f"{metrics[f'{prefix}_loss']:.4f}"
+    if f"{prefix}_gain" not in metrics:
+        return f"Held-out loss: {loss}"
+    base, gain, low = metrics[f"{prefix}_base_loss"], metrics[f"{prefix}_gain"], metrics.get(f"{prefix}_gain_low")
+    verdict = f"{NO_INTERVAL if math.isfinite(gain) else NOT_FINITE}: no interval"
+    if low is not None and math.isfinite(gain):
+        high = metrics[f"{prefix}_gain_high"]
+        better = "better" if low > 0 else "worse" if high < 0 else "no clear difference"
+        verdict = f"95 % interval {low:.4f} to {high:.4f}: {better}"
+    return f"Held-out loss: {base:.4f} base model, {loss} now; gain {gain:.4f} ({verdict})"
 
 
 def summary(trainer: Trainer) -> str:
     """A few plain lines for the end of a run: what was learnt, and where it lies."""
     metrics, folder = last_metrics(trainer), Path(trainer.args.output_dir)
     lines = [f"Trained {trainer.state.global_step} steps."]
-    if "eval_gain" in metrics:
-        base, loss, gain = metrics["eval_base_loss"], metrics["eval_loss"], metrics["eval_gain"]
-        verdict = f"{_no_interval(metrics)}: no interval"
-        if "eval_gain_low" in metrics and math.isfinite(gain):
-            low, high = metrics["eval_gain_low"], metrics["eval_gain_high"]
-            words = "better" if low > 0 else "worse" if high < 0 else "no clear difference"
-            verdict = f"95 % interval {low:.4f} to {high:.4f}: {words}"
-        lines.append(f"Held-out loss: {base:.4f} base model, {loss:.4f} now; gain {gain:.4f} ({verdict}).")
-    elif "eval_loss" in metrics:
-        lines.append(f"Held-out loss: {metrics['eval_loss']:.4f}.")
+    if "eval_loss" in metrics:
+        lines.append(held_out_words(metrics) + ".")
     rate = effective_learning_rate(trainer.optimizer.param_groups) if trainer.optimizer is not None else None
     if rate is not None:
         lines.append(f"Prodigy's step size at the end: {rate:.2e}; it starts at 1e-06 and grows for some 100 steps.")
@@ -136,9 +145,25 @@ def summary(trainer: Trainer) -> str:
     ):
         if (folder / path).exists():
             lines.append(f"{what}: {folder / path}{reader if path == weights else ''}")
+    others: list[str] = []
     if adapter and (folder / weights).exists():
         lines += [f"For {done.readers}: {done.file}" for done in trainer.exported]
         there = {done.format for done in trainer.exported}
         others = [name for name in other_formats(trainer.model, trainer.family) if name not in there]
-        lines += filter(None, [conversion(str(folder), others)])
-    return "\n".join(lines)
+    return "\n".join([*lines, "Next:", *(f"  {command}" for command in _next_commands(trainer, others))])
+
+
+def _next_commands(trainer: Trainer, other_formats: Sequence[str]) -> Iterator[str]:
+    """What to do with a finished run: use it, convert it, publish it."""
+    args, here = trainer.args, shlex.quote(str(trainer.args.output_dir))
+    prompt = shlex.quote((args.validation_prompts or ["..."])[0])
+    what = {"text-to-image": f"--prompts {prompt} ", "image-to-image": "--input_dir measured "}.get(
+        trainer.family.task, ""
+    )
+    yield f"sciflow-hf sample --model_path {here} {what}--output_dir {'restored' if 'input' in what else 'drawn'}"
+    if other_formats:
+        name = other_formats[-1]
+        to = f"--format {name} --output_file lora_{name}.safetensors  # for {PROGRAMS[name]}"
+        yield f"sciflow-hf export --adapter_path {here} {to}"
+    if not args.push_to_hub:
+        yield f"sciflow-hf push {here}"

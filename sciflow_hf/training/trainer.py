@@ -21,6 +21,7 @@ from accelerate.utils.memory import clear_device_cache
 from diffusers import ConfigMixin
 from transformers import EvalPrediction, Trainer, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import HubStrategy, SaveStrategy, TrainOutput
 
 from ..adapters.export import Exported, check_run, export_run
@@ -68,6 +69,7 @@ from ..files import disk_full_named, write_json
 from ..hub.upload import check_access, upload, upload_checkpoint
 from ..report.summary import save_model_card
 from .arguments import DiffusionTrainingArguments
+from .callbacks.console import ConsoleCallback
 from .callbacks.ema import EMACallback
 from .callbacks.preemption import PreemptionCallback
 from .callbacks.profile import ProfileCallback, steps_of
@@ -218,6 +220,8 @@ class DiffusionTrainer(Trainer):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
+        if (stock := self.pop_callback(ProgressCallback)) is not None:
+            self.add_callback(ConsoleCallback() if type(stock) is ProgressCallback else stock)
         if self.is_fsdp_enabled:
             plugin, with_text_encoder = self.accelerator.state.fsdp_plugin, isinstance(self.model, NetworkWithText)
             sharding.check(self.args, plugin, self.model, trains_text_encoder=with_text_encoder)
@@ -849,7 +853,7 @@ class DiffusionTrainer(Trainer):
             compile_blocks(network_of(self.accelerator.unwrap_model(self.model)), self.args)
         model, loader = super()._prepare_for_training(*args, **kwargs)
         if isinstance(loader, BucketLoader):
-            logger.info("Buckets of an epoch:\n%s", loader.sampler.table())
+            logger.info("Buckets of an epoch:\n%s", loader.sampler.table(max_rows=12))
         trained = self._trained = [p for p in model.parameters() if p.requires_grad]
         self._micro_batches = MicroBatches(self)
         model.train()

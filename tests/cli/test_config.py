@@ -128,6 +128,13 @@ def test_lists_from_flags_and_yaml(parse):
     assert sf.DiffusionTrainingArguments(use_cpu=True).validation_prompts == []  # no shared list was filled
 
 
+def test_a_list_without_values_switches_off_that_of_the_yaml(parse, refuses):
+    yaml = "validation_prompts: [one, two]\nvalidation_seeds: [1, 2]\n"
+    assert parse("--validation_prompts", "--seed", "3", yaml=yaml)[3].validation_prompts == []
+    assert parse("--seed", "3", "--validation_prompts", yaml=yaml)[3].validation_prompts == []
+    assert "expected at least one argument" in refuses("--validation_seeds", yaml=yaml)
+
+
 def test_a_required_option_may_stand_in_the_yaml(parse, refuses):
     family, *_ = parse(yaml="pretrained_model_name_or_path: from/yaml\n", needed=("--use_cpu", *NEEDED[3:]))
     assert family.pretrained_model_name_or_path == "from/yaml"
@@ -341,7 +348,11 @@ def test_the_parser_of_transformers_takes_the_same_classes():
     """HfArgumentParser, as in anybody's script: the same flags and defaults, the same objects, and a help page."""
     stock, ours = HfArgumentParser(KINDS), RecipeParser(KINDS)
     flags = [
-        {flag: (a.dest, a.default, a.nargs, a.required) for a in parser._actions for flag in a.option_strings}
+        {  # ours takes lists without values, too
+            flag: (a.dest, a.default, "+" if a.nargs == "*" else a.nargs, a.required)
+            for a in parser._actions
+            for flag in a.option_strings
+        }
         for parser in (stock, ours)
     ]
     assert flags[1].pop("--config") and flags[0] == flags[1]

@@ -22,11 +22,11 @@ def test_better_or_worse_is_said_only_where_the_interval_excludes_zero(tmp_path,
     metrics = {"eval_loss": 0.35, "eval_base_loss": 0.4, "eval_gain": 0.05}
     history = [metrics | {"eval_gain_low": low, "eval_gain_high": high}]
     trainer = SimpleNamespace(
-        args=SimpleNamespace(output_dir=str(tmp_path)),
+        args=SimpleNamespace(output_dir=str(tmp_path), push_to_hub=False, validation_prompts=[]),
         state=SimpleNamespace(global_step=7, log_history=history),
         optimizer=None,
         model=torch.nn.Linear(1, 1),
-        family=SimpleNamespace(component="transformer"),
+        family=SimpleNamespace(component="transformer", task="text-to-image"),
     )
     line = summary(trainer).splitlines()[1]
     assert line.startswith("Held-out loss: 0.4000 base model, 0.3500 now; gain 0.0500 (95 % interval") and words in line

@@ -330,11 +330,12 @@ def _share(pairs: list[tuple[int, int]], sharded: bool) -> list[tuple[int, int]]
 
 def _drop_steps(folder: Path, *, after: int) -> None:
     """Removes images of steps that this run has yet to make: an earlier run's, or from before a resume."""
-    for step, path in step_folders(folder).items():
-        if step > after:
-            logger.info("Removing the validation images of step %d: training starts before it", step)
-            for image in path.iterdir():
-                if re.fullmatch(r"p\d+_seed-?\d+\.png", image.name):
-                    image.unlink()
-            if not any(path.iterdir()):
-                path.rmdir()
+    later = {step: path for step, path in step_folders(folder).items() if step > after}
+    if later:
+        logger.info("Removing the validation images of later steps: %s.", ", ".join(map(str, later)))
+    for path in later.values():
+        for image in path.iterdir():
+            if re.fullmatch(r"p\d+_seed-?\d+\.png", image.name):
+                image.unlink()
+        if not any(path.iterdir()):
+            path.rmdir()
