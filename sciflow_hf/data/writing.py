@@ -3,12 +3,15 @@
 import errno
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import SciflowError
 from ..files import atomic_file, sync
+
+_SYNCED_AT_ONCE = 8
 
 
 @contextmanager
@@ -28,17 +31,22 @@ def output_file(file: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
 
 
 def sync_files(files: Iterable[Path]) -> None:
-    """Brings files that were not `durable` to the disk, with their names.
+    """Brings files that were not `durable` to the disk, with their names: several at once, which a disk takes together.
 
     Raises:
         SciflowError: the disk is full, or broken.
     """
-    found = list(files)
-    for path in [*found, *dict.fromkeys(file.parent for file in found)]:
+
+    def sync_one(path: Path) -> None:
         try:
             sync(path)
         except OSError as error:
             raise cannot_write(path, error) from error
+
+    found = list(files)
+    with ThreadPoolExecutor(_SYNCED_AT_ONCE) as pool:
+        for paths in (found, dict.fromkeys(file.parent for file in found)):
+            list(pool.map(sync_one, paths))
 
 
 def check_file(file: Path) -> None:

@@ -269,7 +269,7 @@ def test_threads_change_nothing(
         reports.append(build(images, tmp_path / name, RandomEncoders(), **options))
         said.append([r.getMessage() for r in caplog.records if "Skipped" in r.getMessage()])
         monkeypatch.setattr(build_module, "in_order", lambda work, items, ahead: ((i, work(i)) for i in items))
-        monkeypatch.setattr(build_module.Behind, "put", lambda self, work: work()())
+        monkeypatch.setattr(build_module.Behind, "put", lambda self, work: [call() for call in work()])
     assert settled(tmp_path / "threads") == settled(tmp_path / "none")
     assert said[0] == said[1] and reports[0].skipped == reports[1].skipped and len(reports[0].skipped) == 2
 

@@ -36,14 +36,14 @@ def in_order(
 class Behind:
     """A thread that works behind its caller, in order, at most `late` pieces late.
 
-    A piece of work returns what the caller does about it, in its own thread and in order, so that only timing depends
-    on the thread. What the work raises is raised in the caller, when its turn comes.
+    A piece of work returns the calls that its caller makes then, in its own thread and in order, so that only timing
+    depends on the thread. What the work raises is raised in the caller, when its turn comes.
     """
 
     def __init__(self, late: int) -> None:
-        self.late, self.waiting, self.pool = late, deque[Future[Callable[[], None]]](), ThreadPoolExecutor(1)
+        self.late, self.waiting, self.pool = late, deque[Future[list[Callable[[], None]]]](), ThreadPoolExecutor(1)
 
-    def put(self, work: Callable[[], Callable[[], None]]) -> None:
+    def put(self, work: Callable[[], list[Callable[[], None]]]) -> None:
         self.waiting.append(self.pool.submit(work))
         self._take(self.late)
 
@@ -55,12 +55,14 @@ class Behind:
         while len(self.waiting) > left:
             done = self.waiting[0].result()  # stays in the queue if Ctrl-C comes in between
             self.waiting.popleft()
-            done()
+            for call in done:
+                call()
 
     def close(self) -> None:
         """After an error: does what was put before it; errors that follow are those of the same cause."""
         self.pool.shutdown()
         for done in self.waiting:
             if done.exception() is None:
-                done.result()()
+                for call in done.result():
+                    call()
         self.waiting.clear()

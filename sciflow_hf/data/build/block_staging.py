@@ -27,6 +27,7 @@ from .staging import FOLDER, Staging, Tensors
 logger = logging.getLogger(__name__)
 
 _OWN = re.compile(r"(?:data_)?(part\d{5,}-[0-9a-f]{12})\.(?:parquet|safetensors)")
+_SUFFIX = ".safetensors"  # of staged samples
 _LIGHT = {"sample_id": "text"} | {name: kind for name, kind in OWN_COLUMNS.items() if name not in MADE_COLUMNS}
 
 
@@ -83,6 +84,7 @@ class BlockStaging(Staging):
         self.job_of = {job.id: job for job in self.jobs}
         self.schema = index_schema([job.record.columns for job in self.jobs], self.facts, _LIGHT)
         captions = {job.caption for job in self.jobs} if self.layout.embeds != "none" else set()
+        self.good: set[str] = set()  # prompts with an embedding that this process has saved
         self.hashes = {caption: prompt_hash(caption, self.facts) for caption in captions}
         self.old = self._read_blocks()
         known: dict[str, str | None] = {}
@@ -136,7 +138,7 @@ class BlockStaging(Staging):
         taken = {int(name.partition("-")[0].removeprefix("part")) for name in self.old}
         free = (number for number in range(len(taken) + len(self.new)) if number not in taken)
         self.numbers = [next(free) for _ in self.new]
-        self.ready: dict[int, tuple[str, list[Job]]] = {}  # name and samples of each block of the round
+        self.ready: dict[int, tuple[str, list[Job], list[Job]]] = {}  # of each block of the round: see `finish`
         self.owner = self._owners(self.kept)
         self.last_use: dict[str, int] = {}
         for number, jobs in enumerate(self.new):
@@ -147,7 +149,8 @@ class BlockStaging(Staging):
         return [[job for job in jobs if job.id not in images] for jobs in self.new]
 
     def prompts(self, number: int) -> list[str]:
-        used = self._prompts(job.id for job in self.new[number] if self._file("images", job.id).is_file())
+        staged = self._staged("images")
+        used = self._prompts(job.id for job in self.new[number] if job.id in staged)
         used |= {prompt for prompt, last in self.last_use.items() if last > number}
         return [caption for caption in self.new_prompts[number] if self.hashes[caption] in used]
 
@@ -199,6 +202,8 @@ class BlockStaging(Staging):
         return self._stage("images", job.id, self._members(sample))
 
     def save_prompt(self, prompt: str, text: Tensors | None) -> int:
+        if text is not None:
+            self.good.add(self.hashes[prompt])
         return self._stage("prompts", self.hashes[prompt], self._members(text or {}))
 
     def _members(self, sample: Tensors) -> dict[str, Encoded]:
@@ -216,20 +221,24 @@ class BlockStaging(Staging):
 
     def _file(self, kind: str, name: str) -> Path:
         """Of a staged image, which is row 0 of a small shard, or of a prompt; empty where that has no embedding."""
-        return self.folder / "members" / kind / f"{name}.safetensors"
+        return self.folder / "members" / kind / (name + _SUFFIX)
 
     def _staged(self, kind: str) -> set[str]:
         folder = self._file(kind, "").parent
-        return {Path(name).stem for name in os.listdir(folder)} if folder.is_dir() else set()
+        names = os.listdir(folder) if folder.is_dir() else []
+        return {name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX)}
 
     def gather(self, start: int, stop: int) -> None:
+        staged = self._staged("images")
         for number in range(start, stop):
-            there = [job for job in self.new[number] if self._file("images", job.id).is_file()]
+            there = [job for job in self.new[number] if job.id in staged]
+            bad_prompts = {prompt for prompt in self._prompts(job.id for job in there) if self._is_bad(prompt)}
             # Names of blocks sort like their rows, and differ where the content does.
-            ready = [job for job in there if not self._is_bad(job)]
+            ready = [job for job in there if self.hashes.get(job.caption) not in bad_prompts]
+            bad = [job for job in there if self.hashes.get(job.caption) in bad_prompts]
             content = [[job.id, self.hashes.get(job.caption)] for job in ready]
             digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
-            self.ready[number] = f"part{self.numbers[number]:05d}-{digest}", ready
+            self.ready[number] = f"part{self.numbers[number]:05d}-{digest}", ready, bad
             for prompt in self._prompts(job.id for job in ready):
                 self.owner.setdefault(prompt, self.ready[number][0])
         # Only now: in the round before, another rank may still have read it.
@@ -238,8 +247,7 @@ class BlockStaging(Staging):
             self._file("prompts", prompt).unlink(missing_ok=True)
 
     def finish(self, number: int) -> list[Job]:
-        name, ready = self.ready[number]
-        bad = [job for job in self.new[number] if self._is_bad(job) and self._file("images", job.id).is_file()]
+        name, ready, bad = self.ready[number]
         if ready:
             self._write(name, ready)
         for job in ready:
@@ -250,19 +258,24 @@ class BlockStaging(Staging):
     def _write(self, name: str, jobs: Sequence[Job]) -> None:
         """Writes these samples as a block."""
 
-    def _is_bad(self, job: Job) -> bool:
-        file = self._file("prompts", self.hashes.get(job.caption, ""))
-        return file.is_file() and not read_header(str(file))
+    def _is_bad(self, prompt: str) -> bool:
+        """Whether a prompt has no embedding; this process knows the ones that it has encoded."""
+        file = self._file("prompts", prompt)
+        return prompt not in self.good and file.is_file() and not read_header(str(file))
 
     def _table(self, jobs: Iterable[Job]) -> pa.Table:
         return index_table([job.row() | {"sample_id": job.id} for job in jobs], self.schema)
 
     def _image(self, job: Job) -> Sample:
-        return Shard(self._file("images", job.id)).image(0)
+        return self._read("images", job.id).image(0)
 
     def _text(self, job: Job) -> Sample:
         prompt = self.hashes.get(job.caption)
-        return {} if prompt is None else Shard(self._file("prompts", prompt)).text(prompt)
+        return {} if prompt is None else self._read("prompts", prompt).text(prompt)
+
+    def _read(self, kind: str, name: str) -> Shard:
+        file = self._file(kind, name)
+        return Shard(file, file.read_bytes())
 
     def close(self) -> tuple[int, int]:
         live = {n: block for n, block in self._read_blocks().items() if n in self.kept or n not in self.old}

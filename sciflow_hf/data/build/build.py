@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from ... import __version__
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 1 << 30
 _TEXT_BATCHES = 4  # whose embeddings wait in memory for the images that are stored with them
+_LATE = 2  # encoded batches that wait to be saved
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 STAGING: dict[str, type[Staging]] = {"shards": ShardStaging, "inline": InlineStaging, "npz": NpzStaging}
 RULES = 2
@@ -281,7 +283,7 @@ class _Builder:
     def __post_init__(self) -> None:
         self.output, layout = self.staging.output, self.staging.layout
         self.jobs, self.skip = self.staging.jobs, self.staging.skip
-        self.behind = Behind(self.batch_size)
+        self.behind = Behind(_LATE)
         self.dtype, self.with_embeds = layout.dtype, layout.embeds != "none"
         self.masked = any(job.record.mask is not None for job in self.jobs)
 
@@ -360,15 +362,10 @@ class _Builder:
                 shutil.rmtree(self.output / FOLDER)
         self.barrier()
 
-    def _finish(self, number: int) -> Callable[[], None]:
+    def _finish(self, number: int) -> list[Callable[[], None]]:
         """In the thread that saves; returns what is left to do."""
-        bad = self.staging.finish(number)
-
-        def finished() -> None:
-            for job in bad:
-                self.skip(job.name, "its encoded prompt holds NaN or Inf")
-
-        return finished
+        reason = "its encoded prompt holds NaN or Inf"
+        return [functools.partial(self.skip, job.name, reason) for job in self.staging.finish(number)]
 
     def _begin(self) -> None:
         """What one rank does before the others start."""
@@ -435,20 +432,28 @@ class _Builder:
                 self.report.tally.remark("images with pixels that are NaN (white) or infinite", view.job.record.name)
             good.append(view)
             self.touched.add(view.job.record.name)
-        images = self.encode_images(torch.from_numpy(np.stack([view.pixels for view in good]))) if good else {}
-        for i, view in enumerate(good):
-            sample = {name: value[i] for name, value in images.items()}
-            if self.masked:
-                height, width = sample["latents"].shape[-2:]
-                sample["loss_mask"] = torch.from_numpy(average_mask(view.mask, (height, width)))
-            if self.time_ids:
-                sample["time_ids"] = torch.tensor([*view.job.view.original, *view.job.view.crop, *view.job.view.size])
-            if self.staging.with_text:
-                sample |= self.texts[view.job.caption]
-            self.behind.put(functools.partial(self._save, view.job, sample))
+        if good:
+            images = self.encode_images(torch.from_numpy(np.stack([view.pixels for view in good])))
+            shown = [(view.job, view.mask) for view in good]
+            self.behind.put(functools.partial(self._save, shown, images, self.texts))
 
-    def _save(self, job: Job, sample: _Tensors) -> Callable[[], None]:
-        """In the thread that saves; returns what is left to do."""
+    def _save(
+        self, shown: Sequence[tuple[Job, Image.Image]], images: _Tensors, texts: Mapping[str, _Tensors]
+    ) -> list[Callable[[], None]]:
+        """A batch, in the thread that saves; returns what is left to do."""
+        samples = ({name: value[i] for name, value in images.items()} for i in range(len(shown)))
+        return [self._save_one(job, mask, sample, texts) for (job, mask), sample in zip(shown, samples, strict=True)]
+
+    def _save_one(
+        self, job: Job, mask: Image.Image, sample: _Tensors, texts: Mapping[str, _Tensors]
+    ) -> Callable[[], None]:
+        if self.masked:
+            height, width = sample["latents"].shape[-2:]
+            sample["loss_mask"] = torch.from_numpy(average_mask(mask, (height, width)))
+        if self.time_ids:
+            sample["time_ids"] = torch.tensor([*job.view.original, *job.view.crop, *job.view.size])
+        if self.staging.with_text:
+            sample |= texts[job.caption]
         if bad := self._not_finite(sample):
             return lambda: self.skip(job.name, f"its encoded {bad} holds NaN or Inf in {self.settings['dtype']}")
         size = self.staging.save(job, sample)
@@ -470,8 +475,8 @@ class _Builder:
 
     def _encode_prompts(self, prompts: list[str]) -> None:
         """Encodes and saves prompts that are stored on their own."""
-        for prompt, text in zip(prompts, text_rows(self.encode_prompts(prompts)), strict=True):
-            self.behind.put(functools.partial(self._save_prompt, prompt, text))
+        rows = text_rows(self.encode_prompts(prompts))
+        self.behind.put(lambda: list(map(self._save_prompt, prompts, rows)))
 
     def _save_prompt(self, prompt: str, text: _Tensors) -> Callable[[], None]:
         bad = self._not_finite(text)
@@ -485,7 +490,9 @@ class _Builder:
         return saved
 
     def _not_finite(self, sample: _Tensors) -> str:
-        return " and ".join(n for n, value in sample.items() if not torch.isfinite(value.to(self.dtype)).all())
+        """Names of the tensors with values that are NaN or infinite once they are stored; the ends of both tell."""
+        ends = {n: torch.stack(value.to(self.dtype).aminmax()) for n, value in sample.items() if value.numel()}
+        return " and ".join(n for n, found in ends.items() if not found.isfinite().all())
 
     def _advance(self) -> None:
         if self.own is None:  # nothing is planned yet

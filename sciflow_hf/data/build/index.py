@@ -49,9 +49,12 @@ def index_schema(
 
 def index_table(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
     """Rows as a table; what is not a text where one belongs becomes JSON."""
-    texts = {name for name in schema.names if pa.types.is_string(schema.field(name).type)}
-    plain = [{k: _text(v) if k in texts else v for k, v in row.items() if k in schema.names} for row in rows]
-    return pa.Table.from_pylist(plain, schema=schema)
+    columns = []
+    for field in schema:
+        values = [row.get(field.name) for row in rows]
+        plain = map(_text, values) if pa.types.is_string(field.type) else values
+        columns.append(pa.array(list(plain), field.type))
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
 def _text(value: Any) -> str | None:

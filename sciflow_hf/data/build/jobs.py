@@ -20,6 +20,7 @@ from .views import View, variants, view_of
 
 _Bucket = tuple[int, int]
 _ROUNDING = 1e-6  # of the box of a view
+_AT_ONCE = 16
 _CUT_OFF = 0.1  # share of an image's area from which on it is told
 
 
@@ -91,6 +92,16 @@ def _look(record: Record, by_length: bool) -> _Seen | Exception:
     return _Seen(size, more_frames, *(len(d) if by_length else hashlib.sha256(d).hexdigest() for d in (data, mask)))
 
 
+def _looked(records: Sequence[Record], by_length: bool) -> Iterator[tuple[Record, _Seen | Exception]]:
+    """Each record with its `_look`, by threads, several in one go: handing one over takes as long as the look."""
+
+    def look(some: Sequence[Record]) -> list[_Seen | Exception]:
+        return [_look(record, by_length=by_length) for record in some]
+
+    for some, seen in in_order(look, [records[i : i + _AT_ONCE] for i in range(0, len(records), _AT_ONCE)]):
+        yield from zip(some, seen, strict=True)
+
+
 def find_jobs(
     records: Sequence[Record],
     rungs: Sequence[Sequence[_Bucket]],
@@ -118,11 +129,12 @@ def find_jobs(
     """
     masked = any(record.mask is not None for record in records)
     last = None
-    for record, seen in in_order(functools.partial(_look, by_length=by_length), records):
+    bucket_of = functools.cache(lambda height, width: fitting_bucket(height, width, rungs))
+    for record, seen in _looked(records, by_length):
         if isinstance(seen, Exception):
             skip(record.name, unreadable(seen))
             continue
-        bucket = fitting_bucket(*seen.size, rungs)
+        bucket = bucket_of(*seen.size)
         if record.name != last and seen.more_frames:
             remark("images with several frames or pages, of which the first is taken", record.name)
         last, original = record.name, seen.size

@@ -92,8 +92,10 @@ def view_of(variant: str, image_id: str, original: _Size, size: _Size) -> View:
 def fit_pixels(image: Image.Image, view: View) -> np.ndarray:
     """The view of an RGB image: (3, H, W), float32 in [-1, 1]."""
     fitted = image.resize(view.size[::-1], Image.Resampling.LANCZOS, box=view.box)
-    pixels = np.asarray(fitted, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
-    return np.ascontiguousarray(pixels[:, :, ::-1]) if view.flipped else pixels
+    levels = np.asarray(fitted).transpose(2, 0, 1)
+    pixels = np.ascontiguousarray(levels[:, :, ::-1] if view.flipped else levels) / np.float32(127.5)
+    pixels -= 1
+    return pixels
 
 
 def fit_mask(mask: Image.Image | None, view: View) -> Image.Image:

@@ -81,28 +81,32 @@ class ShardReader(ColumnReader):
         return "" if agrees else f"`{member.name}`: the index and the header of its file disagree"
 
 
-def read_header(file: str) -> dict[str, Member]:
+def read_header(file: str, data: memoryview | None = None) -> dict[str, Member]:
     """The tensors of a shard, by their name in the file ("latents.0", "prompt_embeds.<hash>").
+
+    Args:
+        file: its path or URL.
+        data: all of its bytes, if they are read already.
 
     Raises:
         CacheError: if the file is missing, cut short, or not a shard of this library.
     """
     found = {}
     with explain(file, "a shard"):
-        start, entries, facts = _parse_header(file)
+        start, entries, facts = _parse_header(file, data)
         for name, (dtype, shape, codec, crc32) in json.loads(facts).items():
             first, last = entries[name]["data_offsets"]
             found[name] = Member(name, file, start + first, last - first, dtype, tuple(shape), codec, None, crc32)
     return found
 
 
-def _parse_header(file: str) -> tuple[int, dict[str, Any], str]:
+def _parse_header(file: str, data: memoryview | None = None) -> tuple[int, dict[str, Any], str]:
     """Where the data begins, the tensors, the metadata. ValueError unless the file ends where the tensors do."""
-    size = storage.size(file)
-    length = int.from_bytes(storage.read(file, 0, 8), "little")
+    size = storage.size(file) if data is None else len(data)
+    length = int.from_bytes(_part(file, data, 0, 8), "little")
     if length > min(size - 8, _LARGEST_HEADER):
         raise ValueError(f"a header of {length} bytes in a file of {size}")
-    header = json.loads(storage.read(file, 8, length))
+    header = json.loads(bytes(_part(file, data, 8, length)))
     try:
         facts = header.pop("__metadata__")[METADATA_KEY.decode()]
         end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
@@ -113,6 +117,10 @@ def _parse_header(file: str) -> tuple[int, dict[str, Any], str]:
     return 8 + length, header, facts
 
 
+def _part(file: str, data: memoryview | None, offset: int, nbytes: int) -> bytes | memoryview:
+    return storage.read(file, offset, nbytes) if data is None else data[offset : offset + nbytes]
+
+
 def _by_place(file: str) -> dict[tuple[int, int], Member]:
     return {(entry.offset, entry.nbytes): entry for entry in read_header(file).values()}
 
@@ -120,12 +128,17 @@ def _by_place(file: str) -> dict[tuple[int, int], Member]:
 class Shard:
     """The tensors of a shard as they are stored, without its index.
 
+    Args:
+        file: its path.
+        data: all of its bytes, if they are read already.
+
     Attributes:
         prompts: hashes of the prompts of which it holds what follows from them.
     """
 
-    def __init__(self, file: Path) -> None:
-        self.file, self.entries = file, read_header(str(file))
+    def __init__(self, file: Path, data: bytes | None = None) -> None:
+        self.file, self._data = file, None if data is None else memoryview(data)
+        self.entries = read_header(str(file), self._data)
         self.prompts = {key.split(".")[1] for key in self.entries if key.startswith(TEXT_TENSORS)}
         self._names = dict.fromkeys(key.split(".")[0] for key in self.entries)
 
@@ -140,12 +153,12 @@ class Shard:
     def check(self) -> None:
         """CacheError where the bytes of a tensor are not those that were written."""
         for key, entry in self.entries.items():
-            if zlib.crc32(storage.read(entry.file, entry.offset, entry.nbytes)) != entry.crc32:
+            if zlib.crc32(self._read(key).data) != entry.crc32:
                 raise CacheError(f"{self.file}: the checksum of `{key}` differs.")
 
     def _read(self, key: str) -> Encoded:
         entry = self.entries[key]
-        return Encoded(entry.dtype, entry.shape, storage.read(entry.file, entry.offset, entry.nbytes))
+        return Encoded(entry.dtype, entry.shape, _part(entry.file, self._data, entry.offset, entry.nbytes))
 
 
 # -- writing ---------------------------------------------------------------------------------------------------
@@ -203,7 +216,8 @@ class ShardWriter(Writer):
             columns |= self.stored_columns(tensor, [(m.shape, m.nbytes, m.crc32) for m in found])
             columns[f"{tensor}_offset"] = pa.array([member.offset for member in found], pa.int64())
             if tensor in TEXT_TENSORS:
-                paths = [os.path.relpath(member.file, self.output) for member in found]
+                path = {file: os.path.relpath(file, self.output) for file in {member.file for member in found}}
+                paths = [path[member.file] for member in found]
                 columns[f"{tensor}_path"] = pa.array(paths, pa.string())
         return columns, tensors
 

@@ -77,7 +77,9 @@ def to_rgb(image: "Image.Image") -> "Image.Image":
     """
     from PIL import Image, ImageOps
 
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    if image.getexif().get(_ORIENTATION, 1) != 1:  # else it would be copied
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image).astype(np.float64)
         finite = np.isfinite(values)
@@ -97,4 +99,4 @@ def to_rgb(image: "Image.Image") -> "Image.Image":
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
