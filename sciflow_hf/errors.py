@@ -16,6 +16,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
+def counted(number: int, noun: str) -> str:
+    """ "1 image", "2 images"; "1 class", "2 classes"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
 class SciflowError(ValueError):
     """A mistake in options, files or data. Recipes print it without a traceback and exit with status 2."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.layouts import CODECS, EMBEDS, PAYLOADS
-from ..errors import SciflowError
+from ..errors import SciflowError, counted
 from .devices import find_device, inference_dtype, named
 
 if TYPE_CHECKING:
@@ -343,7 +343,9 @@ def _findings(report: "VerifyReport", differences: "list[Difference]", args: arg
         lines += ["", "Encoded afresh:", text_table([head, *rows], right=range(2, 6)), ""]
     if report.clean:
         return "\n".join([*lines, "Everything that is stored is whole."])
-    lines.append(f"{len(report.problems)} problems in {len(report.bad_rows)} of {report.rows} rows.")
+    lines.append(
+        f"{counted(len(report.problems), 'problem')} in {len(report.bad_rows)} of {counted(report.rows, 'row')}."
+    )
     if report.bad_files:
         lines.append("To make them anew, delete these files, and run the command that wrote them again:")
         lines += [f"  {file}" for file in report.bad_files[:_SHOWN]]

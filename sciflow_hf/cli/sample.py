@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import SciflowError
+from ..errors import SciflowError, counted
 from ..files import atomic_file
 from .devices import find_device, inference_dtype, named
 
@@ -81,7 +81,7 @@ def _sample(args: argparse.Namespace) -> None:
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     with atomic_file(Path(args.output_dir) / "metadata.jsonl") as file:
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    sys.stdout.write(f"{len(rows)} images in {args.output_dir}\n")
+    sys.stdout.write(f"{counted(len(rows), 'image')} in {args.output_dir}\n")
 
 
 def _draw_all(draw: Draw, args: argparse.Namespace, subjects: list[dict[str, Any]], batch_size: int) -> Any:
@@ -259,4 +259,4 @@ def _restore(args: argparse.Namespace) -> None:
     options += " data_consistency self_ensemble timestep_spacing"
     given = named(args, options) | {"sampler": args.sampler or "ddpm"}
     written = pipeline.restore_folder(args.input_dir, args.output_dir, **given)
-    sys.stdout.write(f"{len(written)} images in {args.output_dir}\n")
+    sys.stdout.write(f"{counted(len(written), 'image')} in {args.output_dir}\n")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import CacheError, SciflowError
+from ..errors import CacheError, SciflowError, counted
 from .arguments import DataArguments
 from .cache import LatentCache, open_index
 from .prior import Prior
@@ -89,7 +89,8 @@ def load_data(
     if isinstance(train, LatentCache):
         train = _chosen(train, args)
         train = train if prior is None else _with_prior(train, prior, loss_weight=args.prior_loss_weight)
-    logger.info("%d samples to train on, %d held out.", len(train) - len(prior or []), len(held_out or []))
+    samples = counted(len(train) - len(prior or []), "sample")
+    logger.info("%s to train on, %d held out.", samples, len(held_out or []))
     return train, held_out
 
 
@@ -126,7 +127,7 @@ def _repeats(sources: np.ndarray, weights: Sequence[float], dirs: Sequence[str])
     repeats = weights / samples
     repeats /= repeats.min()
     for folder, count, times in zip(dirs, samples, repeats, strict=True):
-        logger.info("%s: %d samples, each %.4g times an epoch.", folder, count, times)
+        logger.info("%s: %s, each %.4g times an epoch.", folder, counted(count, "sample"), times)
     return repeats[sources]
 
 
@@ -140,5 +141,6 @@ def _with_prior(own: LatentCache, prior: LatentCache, *, loss_weight: float) -> 
     repeats = np.ones(len(own)) if own.repeats is None else own.repeats
     draws = max(repeats.sum(), len(prior))
     train.repeats = np.concatenate([repeats * (draws / repeats.sum()), np.full(len(prior), draws / len(prior))])
-    logger.info("%d samples of prior preservation: %.4g times each an epoch.", len(prior), draws / len(prior))
+    samples = counted(len(prior), "sample")
+    logger.info("%s of prior preservation: %.4g times each an epoch.", samples, draws / len(prior))
     return train

@@ -12,7 +12,7 @@ import numpy as np
 from ..data.build.sources.listing import NO_TARGET, image_suffixes, list_files
 from ..data.build.sources.record import Record, Stored
 from ..data.build.sources.tables import with_images
-from ..errors import SciflowError
+from ..errors import SciflowError, counted
 from ..options import Options, arguments, option
 
 if TYPE_CHECKING:
@@ -159,7 +159,8 @@ class ClassSource:
         if missing:
             some = ", ".join(missing[:5])
             raise SciflowError(
-                f"`label_column` {column!r}: {len(missing)} images have no class: {some}. Label or remove them."
+                f"`label_column` {column!r}: {counted(len(missing), 'image')} without a class: {some}. Label or remove "
+                "what lacks one."
             )
         values, names = self._numbers(values, num_classes, known)
         if known is not None and names != known:
@@ -170,7 +171,7 @@ class ClassSource:
         outside = [i for i, value in enumerate(values) if not 0 <= value < limit]
         if outside:
             raise SciflowError(
-                f"`label_column` {column!r}: {len(outside)} labels are not in 0 to {limit - 1}, first that of "
+                f"`label_column` {column!r}: {counted(len(outside), 'label')} not in 0 to {limit - 1}, first that of "
                 f"{self.names[outside[0]]}: {self.rows[outside[0]][column]!r}. Correct them, or set `--num_classes`."
             )
         if known is None and (empty := limit - len(set(values))):
@@ -233,8 +234,8 @@ def _say_left_out(folder: Path, splits: "datasets.DatasetDict") -> None:
     lost += [file for file, reason in listing.left_out.items() if reason == NO_TARGET]
     if lost:
         some = ", ".join(file.relative_to(folder).as_posix() for file in lost[:5])
-        text = "`input_dir`: %d images are not looked at, of formats that `datasets` passes over or behind links: %s"
-        logger.warning(text, len(lost), some)
+        text = "`input_dir`: %s not looked at, of formats that `datasets` passes over or behind links: %s"
+        logger.warning(text, counted(len(lost), "image"), some)
 
 
 def open_splits(source: str) -> "dict[str, datasets.Dataset]":

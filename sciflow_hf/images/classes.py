@@ -13,7 +13,7 @@ from ..data.build.sources.pixels import to_rgb
 from ..data.cache import LatentCache
 from ..data.split import held_out_groups, spread
 from ..diffusion.randomness import hash64
-from ..errors import CacheError, SciflowError
+from ..errors import CacheError, SciflowError, counted
 from .class_source import CHANNELS, LABEL, SAME_AS, ClassImageArguments, ClassSource
 
 logger = logging.getLogger(__name__)
@@ -180,5 +180,6 @@ def load_class_images(
     if outside:
         held = make(source, sorted(outside), labels=labels)
     train = make(source, chosen, labels=labels, flip=args.flip)
-    logger.info("%d images of %d classes to train on, %d held out.", len(train), len(classes), len(held or []))
+    images, kinds = counted(len(train), "image"), counted(len(classes), "class")
+    logger.info("%s of %s to train on, %d held out.", images, kinds, len(held or []))
     return train, held

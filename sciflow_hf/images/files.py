@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ..data.build.sources.listing import NO_TARGET, image_suffixes, list_files
-from ..errors import SciflowError
+from ..errors import SciflowError, counted
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +80,8 @@ def find_images(folder: str | Path, *, option: str = "input_dir") -> list[Path]:
         there = f"; it holds {some}" if lost else ""
         raise SciflowError(f"`{option}` {str(folder)!r}: no image below it{there}; readable are {', '.join(SUFFIXES)}.")
     if lost:
-        text = "`%s`: %d files are not looked at, as only %s are readable: %s"
-        logger.warning(text, option, len(lost), ", ".join(SUFFIXES), some)
+        text = "`%s`: %s not looked at, as only %s are readable: %s"
+        logger.warning(text, option, counted(len(lost), "file"), ", ".join(SUFFIXES), some)
     return found
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from ..data.batches.loader import seeded
 from ..data.split import spread
 from ..diffusion.randomness import hash64, signed64, uniform
-from ..errors import SciflowError
+from ..errors import SciflowError, counted
 from ..options import Options, arguments, option
 from .files import check_plane, find_images, read_image
 from .optics import ForwardModel
@@ -265,7 +265,8 @@ def load_microscopy_images(
     options["optics"] = None if paired else optics
     tiles = MicroscopyTiles(planes, "train", augment=args.augment, **options)
     held_out = MicroscopyTiles(planes, "held_out", **options) if any(plane.held_out for plane in planes) else None
-    logger.info("%d tiles of %d pixels to train on, %d held out.", len(tiles), args.tile_size, len(held_out or []))
+    count, held = counted(len(tiles), "tile"), len(held_out or [])
+    logger.info("%s of %d pixels to train on, %d held out.", count, args.tile_size, held)
     return tiles, held_out
 
 
@@ -403,7 +404,9 @@ def _held_out(specimens: Sequence[str], args: MicroscopyDataArguments) -> set[st
         raise SciflowError(f"`eval_specimens` {unknown}: the specimens are {list(specimens)}.")
     if args.split == "fold":
         if len(specimens) < args.num_folds:
-            raise SciflowError(f"`num_folds` {args.num_folds}: there are only {len(specimens)} specimens.")
+            raise SciflowError(
+                f"`num_folds` {args.num_folds}: the images are of {counted(len(specimens), 'specimen')}."
+            )
         order = sorted(specimens, key=lambda name: hash64(name, "fold"))
         return {*args.eval_specimens, *order[args.fold :: args.num_folds]}
     if args.split == "region":
@@ -435,7 +438,9 @@ def _partners(root: Path, files: Sequence[Path], conditioning_dir: str | None) -
         raise SciflowError(f"`conditioning_dir` {conditioning_dir!r}: no image for {missing[0].relative_to(root)}.")
     if spare := [file for key, file in measured.items() if key not in sharp]:
         some = ", ".join(file.relative_to(other).as_posix() for file in spare[:5])
-        logger.warning("`conditioning_dir`: %d images have no sharp one and are not looked at: %s", len(spare), some)
+        logger.warning(
+            "`conditioning_dir`: %s without a sharp one, not looked at: %s", counted(len(spare), "image"), some
+        )
     return {file: measured[key] for key, file in sharp.items()}
 
 

@@ -16,6 +16,7 @@ from ..data.batches.buckets import image_sizes
 from ..data.batches.loader import groups_of, is_stream
 from ..data.prior import without_prior
 from ..engines.optimizers import effective_learning_rate
+from ..errors import counted
 from .contact_sheet import sample_images
 from .model_card import PROGRAMS, CardFacts, own_reader, save_card
 from .plots import PLOT_NAME, loss_names, plot_training
@@ -128,7 +129,7 @@ def held_out_words(metrics: Mapping[str, float], prefix: str = "eval") -> str:
 def summary(trainer: Trainer) -> str:
     """A few plain lines for the end of a run: what was learnt, and where it lies."""
     metrics, folder = last_metrics(trainer), Path(trainer.args.output_dir)
-    lines = [f"Trained {trainer.state.global_step} steps."]
+    lines = [f"Trained {counted(trainer.state.global_step, 'step')}."]
     if "eval_loss" in metrics:
         lines.append(held_out_words(metrics) + ".")
     rate = effective_learning_rate(trainer.optimizer.param_groups) if trainer.optimizer is not None else None

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from ..data.batches.threads import release
-from ..errors import SciflowError, first_line
+from ..errors import SciflowError, counted, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -140,10 +140,14 @@ class MicroBatches:
             raise SciflowError(f"one sample does not fit into memory ({first_line(error)}). {LADDER}") from error
         self.largest = -(-largest // 2)
         logger.warning(
-            "Out of memory at step %d with %d samples at once (%s). The step is repeated and the run goes on with at "
+            "Out of memory at step %d with %s at once (%s). The step is repeated and the run goes on with at "
             "most %d; losses and gradients stay the same.%s",
-            trainer.state.global_step + 1, largest, first_line(error), self.largest, f" {LADDER}" if first else "",
-        )  # fmt: skip
+            trainer.state.global_step + 1,
+            counted(largest, "sample"),
+            first_line(error),
+            self.largest,
+            f" {LADDER}" if first else "",
+        )
 
 
 def _is_replicated(model: Any) -> bool:

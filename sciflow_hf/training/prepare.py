@@ -19,7 +19,7 @@ from ..data.split import spread
 from ..data.stream.stream import StreamingCache
 from ..demo import demo_figures, demo_pipeline
 from ..demo.digits import DIGITS, write_digits
-from ..errors import SciflowError
+from ..errors import SciflowError, counted
 from ..families.base import ModelFamily
 from ..families.dit import DiT
 from ..families.microscopy_unet import MicroscopyUNet
@@ -258,7 +258,8 @@ def _class_latents(
     if family.num_classes != 0:
         train, held_out = (ClassLatents.of(cache) for cache in (train, held_out))
         _check_classes(family, train, held_out)
-    logger.info("%d latents of %d classes to train on, %d held out.", len(train), family.num_classes, len(held_out))
+    rows, classes = counted(len(train), "image"), counted(family.num_classes or 0, "class")
+    logger.info("Latents of %s of %s to train on, %d held out.", rows, classes, len(held_out))
     return train, held_out if len(held_out) else None
 
 

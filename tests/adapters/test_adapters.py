@@ -104,7 +104,7 @@ def test_no_match_says_what_there_is(family, caplog):
     assert adapter_facts(model)["matched"] == 1
     warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert len(warned) == 1 and "to_kk, nope" in warned[0]
-    assert "lora rank 2 alpha 2 on 1 layers, 128 parameters" in caplog.text
+    assert "lora rank 2 alpha 2 on 1 layer, 128 parameters" in caplog.text
 
 
 @pytest.mark.promise("B03")

@@ -175,7 +175,7 @@ def test_verify_finds_and_repairs_and_training_goes_on(
         handle.seek(member.offset + 7)
         handle.write(b"\xff\xff\xff")
     status, out, _ = cli(*verify, "--json", tmp_path / "report.json", "--threads", 1)
-    assert status == 1 and "1 problems in 1 of 24 rows" in out and member.file in out and "add --repair" in out
+    assert status == 1 and "1 problem in 1 of 24 rows" in out and member.file in out and "add --repair" in out
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["bad_rows"] == [5] and report["bad_files"] == [member.file] and report["clean"] is False
     assert report["problems"][0]["row"] == 5 and "checksum" in report["problems"][0]["text"]

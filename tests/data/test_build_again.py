@@ -137,7 +137,7 @@ def test_a_grown_or_changed_input_is_encoded_where_it_is_new(
     new = 3 if payload == "npz" else 2  # an npz holds its caption's embedding
     assert (report.samples, report.encoded, report.reused) == (11, new, 11 - new) and encoders.num_images == new
     assert set(encoders.prompts) == {"a better caption", "new"} | ({"figure 2"} if payload == "npz" else set())
-    assert "leave the index" in caplog.text
+    assert "Leaving the index" in caplog.text
     cache = load_cache(output)
     assert sorted(cache.row_ids) == sorted(row["file_name"] for row in rows)
     build(images, tmp_path / "straight", **options)

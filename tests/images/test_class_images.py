@@ -103,7 +103,7 @@ def test_folders_that_look_like_patterns_and_what_is_passed_over(tmp_path, caplo
     (root / "cell" / "linked").symlink_to(write_folder(tmp_path / "elsewhere", classes=["x"], each=1) / "x")
     (root / "cell" / "lost.png").symlink_to(tmp_path / "nowhere")
     assert len(load(root)[0]) == 12
-    assert "2 images are not looked at" in caplog.text and "cell/linked/0.png, cell/lost.png" in caplog.text
+    assert "2 images not looked at" in caplog.text and "cell/linked/0.png, cell/lost.png" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -203,8 +203,8 @@ def labelled(tmp_path, labels, kind="int64"):
 @pytest.mark.parametrize(
     ("labels", "options", "match"),
     [
-        ([0, None, 1], {}, r"1 images have no class: row 1"),
-        ([0, 5, 1], {"num_classes": 3}, r"1 labels are not in 0 to 2, first that of row 1: 5"),
+        ([0, None, 1], {}, r"1 image without a class: row 1"),
+        ([0, 5, 1], {"num_classes": 3}, r"1 label not in 0 to 2, first that of row 1: 5"),
         ([0, -1, 1], {}, r"not in 0 to 1.*row 1: -1"),
         ([0.5, 1.0], {"kind": "float64"}, r"label.*not one class an image"),
         ([0, 1], {"label_column": "class"}, r"label_column.*'class'.*image, label"),

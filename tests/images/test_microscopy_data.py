@@ -141,8 +141,8 @@ def test_pairs_by_name(folder, tmp_path, caplog):
     (sharp / "photo.jpg").write_bytes(b"x")
     train, _ = load(sharp, conditioning_dir=str(measured), eval_fraction=0.0)
     assert len(train) > 0 and len({plane.path for plane, *_ in train.tiles}) == 1
-    assert "1 files are not looked at" in caplog.text and "photo.jpg" in caplog.text
-    assert "1 images have no sharp one" in caplog.text and "link/spare.tif" in caplog.text
+    assert "1 file not looked at" in caplog.text and "photo.jpg" in caplog.text
+    assert "1 image without a sharp one" in caplog.text and "link/spare.tif" in caplog.text
     write(sharp / "link" / "a.1.tif", smooth(40, 40, 1))
     write(sharp / "link" / "a.2.tif", smooth(40, 40, 2))
     with pytest.raises(sf.SciflowError, match=r"link/a\.1\.tif and link/a\.2\.tif are both 'link/a'"):
@@ -232,7 +232,7 @@ BAD = {
         {"eval_specimens": [*(f"specimen{i}" for i in range(5)), "stack"]},
         "nothing is left to train on",
     ),
-    "too many folds": (lambda f: None, {"split": "fold", "num_folds": 9}, "`num_folds` 9: there are only 6"),
+    "too many folds": (lambda f: None, {"split": "fold", "num_folds": 9}, "`num_folds` 9: the images are of 6 specimens"),
     "no room": (lambda f: None, {"split": "region", "eval_fraction": 0.1}, "`eval_fraction` 0.1 leaves"),
     "no partner": (lambda f: write(f.parent / "out" / "specimen0" / "image.tif", smooth(64, 96, 1)),
                    {"conditioning_dir": "out"}, "no image for specimen1/image.tif"),

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pyarrow.parquet as pq
 import torch
 
-from ...errors import CacheError, SciflowError
+from ...errors import CacheError, SciflowError, counted
 from ..layouts.base import Layout, write_table
 from ..layouts.npz import npz_members, npz_problems, write_npz
 from ..writing import sync_files
@@ -138,7 +138,10 @@ class Staging(ABC):
                 "samples). Name another folder: `--dataset_dir` takes several caches."
             )
         if gone := len(known.keys() - wanted):
-            logger.warning("%d samples leave the index: their images or captions are no longer in the input.", gone)
+            logger.warning(
+                "Leaving the index: %s, whose images or captions are no longer in the input.",
+                counted(gone, "sample"),
+            )
 
 
 class NpzStaging(Staging):

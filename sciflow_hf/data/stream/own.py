@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ...diffusion.randomness import hash64
-from ...errors import SciflowError
+from ...errors import SciflowError, counted
 from ..batches.loader import BatchLoader, seeded
 
 logger = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ class OwnStreamLoader(BatchLoader):
             else:
                 left += state["in_epoch"]
         if left:
-            logger.info("Passing over %d samples of the stream, which were trained on before.", left)
+            logger.info("Passing over %s of the stream, trained on before.", counted(left, "sample"))
         for self._epoch in itertools.count(first):
             for sample in self._of_epoch():
                 if left:
