@@ -232,7 +232,7 @@ BAD = {
         {"eval_specimens": [*(f"specimen{i}" for i in range(5)), "stack"]},
         "nothing is left to train on",
     ),
-    "too many folds": (lambda f: None, {"split": "fold", "num_folds": 9}, "`num_folds` 9: the images are of 6 specimens"),
+    "too many folds": (lambda f: None, {"split": "fold", "num_folds": 9}, "`num_folds` 9: the images are of 6 "),
     "no room": (lambda f: None, {"split": "region", "eval_fraction": 0.1}, "`eval_fraction` 0.1 leaves"),
     "no partner": (lambda f: write(f.parent / "out" / "specimen0" / "image.tif", smooth(64, 96, 1)),
                    {"conditioning_dir": "out"}, "no image for specimen1/image.tif"),
