@@ -37,7 +37,9 @@ def models(tmp_path_factory: pytest.TempPathFactory, tiny_klein: Path, tiny_cach
     (folder / "klein").symlink_to(tiny_klein)
     (folder / "cache").symlink_to(tiny_cache)
     family = sf.Flux2Klein(str(tiny_klein), max_sequence_length=12)
-    make_trainer(folder / "my_lora", family, tiny_cache).save_model()
+    trainer = make_trainer(folder / "my_lora", family, tiny_cache, max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    trainer.save_model()
     DiTImagePipeline(make_network(num_classes=10, image_size=8)).save_pretrained(folder / "outputs" / "dit_digits")
     microscope = sf.MicroscopyUNet(block_out_channels=[8, 16], num_train_timesteps=100)
     microscope.tile_size = 16
@@ -71,6 +73,9 @@ def draws(page: str, found: dict[str, Any]) -> None:
         assert (
             verify_cache(found["cache"], progress=False).clean and verify_cache(found["inline"], progress=False).clean
         )
+    if page == "docs/configuration.md":
+        assert (found["adapter"].rank, found["adapter"].rank_pattern) == (16, {"ff": 32})
+        assert found["run"]["options"]["learning_rate"] == 1e-2 and found["args"].learning_rate == 2e-4
     if page == "docs/dit.md":
         assert len(found["images"]) == 2
     if page == "docs/microscopy.md":
@@ -78,7 +83,8 @@ def draws(page: str, found: dict[str, Any]) -> None:
         assert found["trainer"].family.intensity["low"] == [0]
 
 
-PAGES = ["README.md", "docs/caches.md", "docs/dit.md", "docs/microscopy.md", "docs/quickstart.md", relative(CARD)]
+PAGES = ["README.md", *(f"docs/{name}.md" for name in ("caches", "configuration", "dit", "microscopy", "quickstart")),
+         relative(CARD)]  # fmt: skip
 
 
 def test_every_page_with_code_is_run() -> None:

@@ -10,16 +10,20 @@ import weakref
 from pathlib import Path
 
 import diffusers
+import documents
 import pytest
 import torch
+import yaml
 from family_steps import Step
 from torch.nn.parallel import DistributedDataParallel
 from trainings import losses, make_args, make_trainer, same, trained
 from transformers import TrainerCallback
 
 import sciflow_hf as sf
+from sciflow_hf.cli.train import RECIPES
 from sciflow_hf.diffusion.objectives import alphas_cumprod, beta_schedule
 from sciflow_hf.diffusion.sampling import sample_ddpm
+from sciflow_hf.families import BUILT_IN
 from sciflow_hf.families.base import network_dtype
 from sciflow_hf.options import read_yaml
 
@@ -190,6 +194,44 @@ def test_every_function_says_its_types():
                 untyped = [a.arg for a in every if a.annotation is None and a.arg not in ("self", "cls")]
                 found += [f"{file.name}: {node.name}"] * bool(untyped or node.returns is None)
     assert found == []
+
+
+PAGES = {name: f"docs/{'microscopy' if name == 'microscopy_unet' else name}.md" for name in BUILT_IN}
+
+
+@pytest.mark.promise("A42")
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_for_each_family(name):
+    """It names the network's recipe, the options that the family itself has, and the layers of each preset."""
+    page, family = read(PAGES[name]), sf.load_family(name)
+    assert f"({Path(PAGES[name]).name})" in read("docs/families.md") and f"]({PAGES[name]})" in read("README.md")
+    assert f"recipes/{RECIPES[name]}.py" in page
+    if not issubclass(family, sf.PipelineFamily):
+        return
+    own = [f.name for f in dataclasses.fields(family) if f.name in vars(family)["__annotations__"]]
+    assert [o for o in own if f"--{o}" not in page and f"--no_{o}" not in page and o != "posterior"] == []
+    layers = {layer for preset in family.lora_presets.values() for layer in preset.split(",")}
+    assert sorted(layer for layer in layers if f"{layer}`" not in page) == []
+
+
+@pytest.mark.promise("A42")
+def test_the_configuration_guide_lists_every_group_of_options():
+    page, every = read("docs/configuration.md"), {recipe.stem.removeprefix("train_") for recipe in documents.RECIPES}
+    cells = [re.split(r" *\| *", line)[1:-1] for line in page.splitlines() if line.count("|") == 5]
+    told = {heading: (kind.strip("`"), file.strip("`"), recipes) for heading, kind, file, recipes in cells[2:]}
+    found = {"TrainingArguments": ("transformers.TrainingArguments", "transformers", every)}
+    for recipe in documents.RECIPES:
+        for kind in documents.parser_of(recipe).dataclass_types:
+            for owner in (owner for owner in kind.__mro__ if "heading" in vars(owner)):
+                file = f"{owner.__module__.replace('.', '/')}.py"
+                found.setdefault(owner.heading, (owner.__name__, file, set()))[2].add(recipe.stem[len("train_") :])
+    assert {
+        heading: (*row[:2], every if row[2] == "all" else set(row[2].split(", "))) for heading, row in told.items()
+    } == found
+    options = yaml.safe_load(re.search(r"```yaml\n(.*?)```", page, re.S).group(1))
+    known = documents.option_strings(ROOT / "recipes" / "train_flux2klein.py")
+    assert {f"--{name}" for name in options if name != "base"} <= known
+    assert (ROOT / "recipes" / "configs" / options["base"]).is_file()
 
 
 @pytest.mark.promise("B19")
