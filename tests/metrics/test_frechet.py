@@ -111,6 +111,8 @@ def test_classifier_takes_any_size(size):
     network = SmallClassifier(3, size, 7).eval()
     assert network(torch.zeros(2, 3, size, size)).shape == (2, 7)
     assert network.convolutions(torch.zeros(1, 3, size, size)).shape[-1] <= 4
+    widths = [block[0].out_channels for block in network.convolutions]
+    assert widths == {8: [64] * 3, 28: [18, 36, 64, 64, 64], 64: [16, 16, 32, 64, 64, 64]}[size]
 
 
 def test_classifier_needs_labels():
