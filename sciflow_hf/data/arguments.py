@@ -8,7 +8,8 @@ from ..errors import SciflowError
 from ..options import Options, arguments, option
 from .layouts import PAYLOADS
 
-TEXT_ENCODINGS = ("cached", "online")
+ENCODINGS = ("cached", "online")
+CROP_FROM = ("resized", "original")
 
 
 def _check_input(args: "DataArguments") -> None:
@@ -43,6 +44,26 @@ def _check_prior_weight(args: "DataArguments") -> None:
             f"`prior_loss_weight` {args.prior_loss_weight:g} weighs nothing: name the cache of prior preservation by "
             "`--prior_dataset_dir`."
         )
+
+
+def _check_online(args: "DataArguments") -> None:
+    if args.image_encoding == "cached":
+        given = {"random_crop": args.random_crop, "random_flip": args.random_flip, "image_dir": args.image_dir}
+        name = next(name for name, value in given.items() if value)
+        at_build = {"random_crop": "--crops N", "random_flip": "--flip"}.get(name)
+        also = f", or draw views once: `sciflow-hf cache build {at_build}`" if at_build else ""
+        raise SciflowError(f"`{name}`: stored latents are of fixed views. Add `--image_encoding online`{also}.")
+    caches = (not args.input_dir) * len(args.dataset_dir) + (args.prior_dataset_dir is not None)
+    if args.image_dir and len(args.image_dir) not in (1, caches):
+        raise SciflowError(
+            f"`image_dir` {args.image_dir}: {len(args.image_dir)} folders for {caches} caches. Give one for all, or "
+            "one for each of `--dataset_dir` and then of `--prior_dataset_dir`."
+        )
+
+
+def _check_crop_from(args: "DataArguments") -> None:
+    if not args.random_crop:
+        raise SciflowError(f"`crop_from` {args.crop_from} is for `--random_crop`: add it, or leave this out.")
 
 
 def _check_max_train_samples(args: "DataArguments") -> None:
@@ -83,7 +104,39 @@ class DataArguments(Options):
         "cached",
         "cached reads stored embeddings; online encodes captions in training, by the frozen text encoder next to the "
         "network, and needs none.",
-        choices=TEXT_ENCODINGS,
+        choices=ENCODINGS,
+    )
+    image_encoding: str = option(
+        "cached",
+        "cached reads stored latents; online reads images and encodes them in training, by the frozen VAE next to the "
+        "network, and needs none. With it crops and mirror images can be drawn anew each epoch.",
+        choices=ENCODINGS,
+    )
+    image_dir: list[str] = option(
+        [],
+        "Where the images of an index (`image_path`) lie, for --image_encoding online: one folder for all caches, or "
+        "one for each of --dataset_dir and then of --prior_dataset_dir; by default that of the cache. Images of "
+        "--input_dir are known.",
+        check=_check_online,
+    )
+    random_crop: bool = option(
+        False,
+        "Show each image of training, in each epoch, through a window of its bucket's size at a random place; by "
+        "default the centre, as --center_crop of diffusers' scripts. Held-out images always show the centre.",
+        check=_check_online,
+    )
+    crop_from: str = option(
+        "resized",
+        "What --random_crop cuts from: resized, the image resized until it covers its bucket, as kohya's and "
+        "diffusers' scripts; original, its own pixels, as torchvision's RandomCrop, unless they are too few.",
+        choices=CROP_FROM,
+        check=_check_crop_from,
+    )
+    random_flip: bool = option(
+        False,
+        "Mirror half of the images of training, drawn anew each epoch. Mirrored letters cannot be read, and captions "
+        "that say left or right become wrong: not for figures with text.",
+        check=_check_online,
     )
     input_dir: str | None = option(
         None,

@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import os
-import posixpath
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from .layouts.base import (
     DTYPES,
     INT32,
     METADATA_KEY,
+    NO_LATENTS,
     REBUILD,
     Columns,
     Member,
@@ -38,6 +38,7 @@ from .layouts.base import (
 from .layouts.inline import InlineReader
 from .layouts.npz import NpzReader, npz_members
 from .layouts.shards import ShardReader
+from .online import IMAGE_KEYS, OnlineImages
 from .prior import Prior
 from .split import check_eval_fraction, held_out_groups
 
@@ -107,7 +108,9 @@ class IndexFile:
             ).tolist()  # spread over the file
             some = [paths[row].as_py() for row in few]
             found = (
-                r for r in roots if any(inside(p, r) is not None and storage.exists(storage.join(r, p)) for p in some)
+                root
+                for root in roots
+                if any(storage.inside(p, root) is not None and storage.exists(storage.join(root, p)) for p in some)
             )
             root = next(found, None) if some else root
             if root is None:
@@ -142,6 +145,10 @@ class CacheIndex:
         """The reader of a row, and the row's number in its index file."""
         number = int(np.searchsorted(self.starts, row, side="right")) - 1
         return self.readers[number], row - int(self.starts[number])
+
+    def source(self, row: int) -> int:
+        """The number of the `dataset_dir` entry that a row is of."""
+        return int(self.sources[np.searchsorted(self.starts, row, side="right") - 1])
 
     def number(self, row: int) -> int:
         """What a row is called in messages: its number in the complete index."""
@@ -188,7 +195,7 @@ class CacheIndex:
         for row in range(len(self.sizes)):
             name = (images and images[row]) or (paths and paths[row]) or f"row {self.number(row)}"
             if os.path.isabs(name) and not (images and images[row]):  # so that such a cache may be moved
-                name = inside(name, self.find(row)[0].root) or name
+                name = storage.inside(name, self.find(row)[0].root) or name
             ids.append(f"{name}#{variants[row]}" if variants and variants[row] else name)
         return self._told_apart(ids) if len(set(ids)) < len(ids) else ids
 
@@ -221,11 +228,13 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
     Attributes:
         dtype: of the floating tensors.
         online_text: captions -> text tensors (B, ...); where it is set, stored embeddings are not read.
+        online_images: where the images are, and what encodes them; where it is set, stored latents are not read.
         repeats: how often an epoch of training shows each row, at least 1; None for once.
         prior: which rows are there for prior preservation; None for none.
     """
 
     online_text: Callable[[list[str]], dict[str, torch.Tensor]] | None = None
+    online_images: OnlineImages | None = None
     repeats: np.ndarray | None = None
     prior: Prior | None = None
 
@@ -237,21 +246,27 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         self.dtype = dtype
 
     def __getstate__(self) -> dict[str, Any]:
-        # Cached properties are made again in the worker: cheaper than sending a million strings. A text encoder
-        # stays in the main process.
-        return {name: self.__dict__[name] for name in ("_index", "_rows", "dtype")}
+        # Cached properties are made again in the worker: cheaper than sending a million strings. Encoders stay in the
+        # main process.
+        return {name: self.__dict__[name] for name in ("_index", "_rows", "dtype")} | {
+            "online_images": self.online_images
+        }
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         sample = self.read(i, self.members(i))
+        if self.online_images is not None:
+            image = {name: value[None] for name, value in self.image(i).items()}
+            image |= self.online_images.encoded(image, self.dtype)
+            sample |= {name: value[0] for name, value in image.items()}
         if self.online_text is not None:
             sample |= {name: value[0] for name, value in self.online_text([self.caption(i)]).items()}
         return sample
 
     def members(self, i: int) -> dict[str, Member]:
-        """The arrays of row `i`: where they lie, their dtypes and shapes. Text ones are left out with `online_text`.
+        """The arrays of row `i`: where they lie, their dtypes and shapes; without those that are encoded online.
 
         Raises:
             CacheError: if the payload is not there or not what the index says.
@@ -262,12 +277,30 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         members = reader.members(number, where)
         if self.online_text is not None:
             members = {name: member for name, member in members.items() if name not in TEXT_KEYS}
+        if self.online_images is not None:
+            members = {name: member for name, member in members.items() if name not in IMAGE_KEYS}
         self._check(row, members, where)
         return members
+
+    def image(self, i: int, key: int | None = None) -> dict[str, torch.Tensor]:
+        """What `online_images` reads of row `i`: `pixel_values` (3, H, W) and the like; without a key always the same.
+
+        Raises:
+            CacheError: the image is missing or cannot be read.
+        """
+        row, images = int(self._rows[i]), self.online_images
+        reader, _ = self._index.find(row)
+        if images is None:
+            raise SciflowError("`online_images` is not set: this cache knows no images.")
+        name, variant = (self._index.value(column, row) or "" for column in ("image_path", "variant"))
+        source, where = self._index.source(row), _Where(self, i)
+        return images.read(name, variant, self.buckets[i], key, source=source, root=reader.root, where=where)
 
     def shapes(self, i: int) -> dict[str, torch.Tensor]:
         """The floating arrays of row `i` without their values: tensors on the `meta` device."""
         floats = {n: m.shape for n, m in self.members(i).items() if target_dtype(m, self.dtype) == self.dtype}
+        if self.online_images is not None:
+            floats |= dict.fromkeys(("latents", "latents_std"), tuple(self.latent_shapes[i].tolist()))
         return {name: torch.empty(shape, dtype=self.dtype, device="meta") for name, shape in floats.items()}
 
     def read(self, i: int, members: Mapping[str, Member]) -> dict[str, torch.Tensor]:
@@ -285,7 +318,9 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
 
     def _check(self, row: int, members: Mapping[str, Member], where: object) -> None:
         index = self._index
-        wanted = {"latents": ("latent_shape", index.latent_shapes[row])}
+        wanted = {}
+        if self.online_images is None and index.find(row)[0].payload.get("latents") != NO_LATENTS:
+            wanted = {"latents": ("latent_shape", index.latent_shapes[row])}
         if self.online_text is None and index.text_shapes[row, 0]:
             wanted["prompt_embeds"] = ("prompt_embeds_shape", index.text_shapes[row])
         ids = members.get("txt_ids")
@@ -324,7 +359,7 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         """The same rows (or those of them numbered `rows`) as a data set of this class."""
         rows = np.arange(len(cache)) if rows is None else rows
         view = cls(cache._index, dtype=cache.dtype, rows=cache._rows[rows])
-        view.online_text = cache.online_text
+        view.online_text, view.online_images = cache.online_text, cache.online_images
         view.repeats = None if cache.repeats is None else cache.repeats[rows]
         view.prior = None if cache.prior is None else cache.prior.select(rows)
         return view
@@ -332,7 +367,7 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
     def joined(self, other: "LatentCache") -> Self:
         """The rows of this view, then those of another view of the same cache; each comes once an epoch."""
         view = type(self)(self._index, dtype=self.dtype, rows=np.concatenate([self._rows, other._rows]))
-        view.online_text = self.online_text
+        view.online_text, view.online_images = self.online_text, self.online_images
         return view
 
     def split(self, eval_fraction: float) -> tuple["LatentCache", "LatentCache"]:
@@ -388,6 +423,11 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
     def source_of_row(self) -> np.ndarray:
         """(N,) number of the entry of `dataset_dir` that each row came from."""
         return self._index.sources[np.searchsorted(self._index.starts, self._rows, side="right") - 1]
+
+    @property
+    def file_sources(self) -> list[int]:
+        """Of each index file of the complete cache the number of its entry of `dataset_dir`."""
+        return self._index.sources.tolist()
 
     @property
     def readers(self) -> list[Reader]:
@@ -606,18 +646,6 @@ def find_empty_prompt(folders: Sequence[str]) -> str | None:
     return next((file for file in files if storage.exists(file)), None)
 
 
-def inside(path: str, root: str) -> str | None:
-    """`path` (absolute or relative) as relative to `root`; None if it leads outside. Purely lexical."""
-    if storage.is_url(root):
-        whole = posixpath.normpath(path)
-        return None if whole.startswith(("../", "/")) or whole in (".", "..") or storage.is_url(path) else whole
-    whole = os.path.normpath(os.path.join(root, path))
-    for base in (root, os.path.realpath(root)):
-        if whole.startswith(base.rstrip(os.sep) + os.sep):
-            return os.path.relpath(whole, base)
-    return None
-
-
 def find_index(dataset_dir: _PathLike | Sequence[_PathLike]) -> tuple[list[IndexFile], dict[str, Any]]:
     """The index files of one or more caches, checked against each other, and their common metadata.
 
@@ -691,7 +719,7 @@ def check_inside(columns: Columns, roots: Sequence[str], names: Sequence[str] = 
         suspicious = pc.match_substring_regex(paths, r"\.\.|^[/\\]|^[A-Za-z]:|://|^\.?/*$").to_numpy()
         for i in np.flatnonzero(suspicious).tolist():
             path = paths[i].as_py()
-            if all(inside(path, root) is None for root in roots):
+            if all(storage.inside(path, root) is None for root in roots):
                 raise CacheError(
                     f"Row {columns.start + i} (in {columns.file}): column `{name}` is {path!r}, which lies outside of "
                     f"{' and '.join(roots)}. If the payloads are there by intention, name their folder by "

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,8 @@ import torch
 from ..errors import CacheError, SciflowError, counted
 from .arguments import DataArguments
 from .cache import LatentCache, open_index
+from .layouts.base import NO_LATENTS
+from .online import OnlineImages
 from .prior import Prior
 from .split import spread
 from .storage import use_disk_cache
@@ -54,6 +56,7 @@ def load_data(
     *,
     dtype: Any = None,
     online_text: Callable[[list[str]], dict[str, torch.Tensor]] | None = None,
+    online_images: OnlineImages | None = None,
 ) -> tuple[LatentCache | StreamingCache, LatentCache | None]:
     """The training and the held-out part of the caches of `args`; None where nothing is held out.
 
@@ -62,9 +65,11 @@ def load_data(
     Args:
         dtype: of the floating tensors; bfloat16 by default.
         online_text: captions -> text tensors (B, ...), for `text_encoding` "online".
+        online_images: for `image_encoding` "online"; what is held out is shown without random crops and flips.
 
     Raises:
-        CacheError: for a broken cache, or one without the embeddings that are to be read.
+        CacheError: for a broken cache, one without the embeddings or latents that are to be read, or the first image
+            of a cache that is not found.
     """
     if args.remote_cache_dir:
         use_disk_cache(args.remote_cache_dir, int(args.remote_cache_gb * 1e9))
@@ -79,6 +84,11 @@ def load_data(
     cache.online_text = online_text
     if online_text is None:
         _check_text(cache, folders)
+    if online_images is not None:
+        cache.online_images = online_images.fixed()
+        _check_images(cache)
+    else:
+        _check_latents(cache, folders)
     train: LatentCache | StreamingCache
     prior: LatentCache | None = None
     if isinstance(cache, LatentCache) and args.prior_dataset_dir is not None:
@@ -89,6 +99,7 @@ def load_data(
     if isinstance(train, LatentCache):
         train = _chosen(train, args)
         train = train if prior is None else _with_prior(train, prior, loss_weight=args.prior_loss_weight)
+    train.online_images = online_images
     samples = counted(len(train) - len(prior or []), "sample")
     logger.info("%s to train on, %d held out.", samples, len(held_out or []))
     return train, held_out
@@ -113,6 +124,27 @@ def _check_text(cache: LatentCache | StreamingCache, dirs: Sequence[str]) -> Non
             f"`dataset_dir` {source!r} holds no text embeddings. Encode its captions in training by "
             "`--text_encoding online`, or build it again with embeddings (`sciflow-hf cache build --embeds bf16`)."
         )
+
+
+def _check_latents(cache: LatentCache | StreamingCache, dirs: Sequence[str]) -> None:
+    """CacheError where latents are to be read and not stored."""
+    if isinstance(cache, StreamingCache):
+        found: list[tuple[int, Mapping[str, Any]]] = [(file.source, file.payload) for file in cache.files]
+    else:
+        found = [(source, reader.payload) for source, reader in zip(cache.file_sources, cache.readers, strict=True)]
+    source = next((dirs[source] for source, payload in found if payload.get("latents") == NO_LATENTS), None)
+    if source is not None:
+        raise CacheError(
+            f"`dataset_dir` {source!r} holds no latents. Encode its images in training by `--image_encoding online`, "
+            "or build another cache with latents (`sciflow-hf cache build`)."
+        )
+
+
+def _check_images(cache: LatentCache | StreamingCache) -> None:
+    """CacheError where the first image of a cache is not there."""
+    rows = cache.first() if isinstance(cache, StreamingCache) else cache
+    for row in np.unique(rows.source_of_row, return_index=True)[1].tolist():
+        rows.image(row)
 
 
 def _repeats(sources: np.ndarray, weights: Sequence[float], dirs: Sequence[str]) -> np.ndarray:

@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+import posixpath
 import re
 import time
 from collections.abc import Callable
@@ -33,6 +34,18 @@ def is_url(path: str | os.PathLike[str]) -> bool:
 def join(root: str, path: str) -> str:
     """`path` below `root`; both local, or both of one URL."""
     return f"{root.rstrip('/')}/{path}" if is_url(root) else os.path.normpath(os.path.join(root, path))
+
+
+def inside(path: str, root: str) -> str | None:
+    """`path` (absolute or relative) as relative to `root`; None if it leads outside. Purely lexical."""
+    if is_url(root):
+        whole = posixpath.normpath(path)
+        return None if whole.startswith(("../", "/")) or whole in (".", "..") or is_url(path) else whole
+    whole = os.path.normpath(os.path.join(root, path))
+    for base in (root, os.path.realpath(root)):
+        if whole.startswith(base.rstrip(os.sep) + os.sep):
+            return os.path.relpath(whole, base)
+    return None
 
 
 def exists(path: str) -> bool:
@@ -73,6 +86,11 @@ def read(path: str, offset: int, nbytes: int) -> bytes:
     buffer = bytearray(nbytes)
     reader(path)(offset, memoryview(buffer))
     return bytes(buffer)
+
+
+def read_all(path: str) -> bytes:
+    """All bytes of a file."""
+    return read(path, 0, size(path))
 
 
 def open_file(path: str) -> Any:

@@ -245,6 +245,13 @@ class ModelFamily(NoiseLevels, Options, ABC):
     def bucket_step(self) -> int:
         """Height and width of images must be multiples of this many pixels."""
 
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """The shape (C, h, w) of what `encode_images` makes of an image of that many pixels."""
+        raise SciflowError(
+            f"`image_encoding` online: the family `{self.name}` does not say how large its latents are. Give it a "
+            "method `latent_shape(height, width)`, or build its cache with latents."
+        )
+
     @abstractmethod
     def pipeline_class(self) -> Any:
         """The diffusers pipeline of this family."""
@@ -468,8 +475,20 @@ class PipelineFamily(ModelFamily):
         found = {"family": self.name} | {name: vars(self).get(name) for name in names} | self.text_settings
         return found | ({} if self.posterior == self.unnamed_posterior else {"posterior": self.posterior})
 
+    @property
+    def pixels_per_latent(self) -> int:
+        """Side of a latent in pixels."""
+        return int(2 ** (len(self.setting("vae", "block_out_channels")) - 1))
+
+    latent_channels: ClassVar[str] = "latent_channels"
+    """What the configuration of the VAE calls the channels of its latents."""
+
     def bucket_step(self) -> int:
-        return self.patch * 2 ** (len(self.setting("vae", "block_out_channels")) - 1)
+        return self.patch * self.pixels_per_latent
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        side = self.pixels_per_latent
+        return int(self.setting("vae", self.latent_channels)), height // side, width // side
 
     @abstractmethod
     def widths(self, config: Any) -> dict[str, int]:

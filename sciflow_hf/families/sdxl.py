@@ -104,7 +104,7 @@ class SDXL(TimestepLevels, PipelineFamily):
         """
         if "time_ids" in batch:
             return batch["time_ids"]
-        latents, scale = batch["latents"], self._pixels_per_latent
+        latents, scale = batch["latents"], self.pixels_per_latent
         height, width = (side * scale for side in latents.shape[-2:])
         ids = torch.tensor([height, width, 0, 0, height, width])
         return ids.to(latents.device, non_blocking=True).expand(len(latents), -1)
@@ -162,10 +162,6 @@ class SDXL(TimestepLevels, PipelineFamily):
         if vae.get("shift_factor") is not None:  # the pipeline would decode without it
             raise self._cannot("vae", "shift_factor", vae["shift_factor"], (None,))
         return vae | {"scaling_factor": self.setting("vae", "scaling_factor")}
-
-    @functools.cached_property
-    def _pixels_per_latent(self) -> int:
-        return 2 ** (len(self.setting("vae", "block_out_channels")) - 1)
 
     def pipeline_class(self) -> Any:
         from diffusers import StableDiffusionXLPipeline
@@ -239,7 +235,7 @@ class SDXL(TimestepLevels, PipelineFamily):
     def bucket_step(self) -> int:
         """The UNet halves the latents, too: SDXL's sides are multiples of 32 pixels."""
         halvings = len(self.setting("unet", "block_out_channels")) - 1
-        return max(self._pixels_per_latent * 2**halvings, PIPELINE_STEP)
+        return max(self.pixels_per_latent * 2**halvings, PIPELINE_STEP)
 
     def widths(self, config: Any) -> dict[str, int]:
         pooled = config.projection_class_embeddings_input_dim - len(TIME_IDS) * config.addition_time_embed_dim

@@ -50,7 +50,8 @@ class CardFacts:
         adapter: `type`, its options, `layers`, `matched`, `trainable_parameters` (see `adapter_facts`); None for full
             fine-tuning.
         dataset: `names` (or `name`), `samples` (trained on), `eval_samples`, `groups`, `buckets` as
-            {"HxW" or (H, W): samples}, and where there is a prior `prior_samples` and `prior_weight`.
+            {"HxW" or (H, W): samples}; where there is a prior `prior_samples` and `prior_weight`, and where images were
+            encoded in training `shown`, how.
         non_default_args: hyper-parameters that differ from their defaults.
         metrics: `eval_loss`, `eval_base_loss`, `eval_gain`, `eval_gain_low`, `eval_gain_high`, and
             `eval_loss_q1` to `eval_loss_q4` (q1: the quarter with the least noise).
@@ -392,6 +393,8 @@ def _training(facts: CardFacts) -> str:
             rows.append((label, f"{facts.dataset[key]:,}"))
     if isinstance(prior := facts.dataset.get("prior_samples"), int):
         rows.append(("prior preservation", f"{prior:,} figures, weight {facts.dataset.get('prior_weight', 1):g}"))
+    if shown := facts.dataset.get("shown"):
+        rows.append(("images, encoded in training", str(shown)))
     if _buckets(facts):
         counts = ", ".join(f"{size}: {number:,}" for size, number in _buckets(facts).items())
         rows.append(("buckets (height x width: figures)", counts))

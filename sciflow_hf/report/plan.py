@@ -50,7 +50,7 @@ def plan(
             f"{steps:,} steps ({steps_per_epoch:,} an epoch), {total_batch} samples a step "
             f"({args.train_batch_size} x {args.world_size} ranks x {args.gradient_accumulation_steps} accumulation); "
             f"{len(without_prior(train_dataset)):,} samples to train on, {len(eval_dataset or []):,} held out"
-            f"{_prior(train_dataset)}"
+            f"{_prior(train_dataset)}{_images(train_dataset)}"
         ),
         "Memory and disk, on paper": _estimate(model, args, tokens, image_tokens, steps, steps_per_epoch),
     }
@@ -62,6 +62,11 @@ def _prior(train_dataset: Any) -> str:
     if prior is None:
         return ""
     return f", {int(prior.rows.sum()):,} of prior preservation with weight {prior.loss_weight:g}"
+
+
+def _images(train_dataset: Any) -> str:
+    images = getattr(train_dataset, "online_images", None)
+    return "" if images is None else f"; images are encoded in training: {images}"
 
 
 def _lines(options: dict[str, Any]) -> str:

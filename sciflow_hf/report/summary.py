@@ -30,6 +30,7 @@ def save_model_card(trainer: Trainer) -> None:
     """README.md, run_facts.json and training.png in the output folder."""
     args, family, held_out = trainer.args, trainer.family, trainer.eval_dataset
     train, prior = without_prior(trainer.train_dataset), getattr(trainer.train_dataset, "prior", None)
+    images = getattr(trainer.train_dataset, "online_images", None)
     metrics = last_metrics(trainer)
     folder = Path(args.output_dir)
     samples = sample_images(folder, step=final_step(args, trainer.state))
@@ -58,6 +59,7 @@ def save_model_card(trainer: Trainer) -> None:
             "groups": None if any(map(is_stream, sets)) else _count_groups(sets),
             "buckets": dict(image_sizes(train)),
             **({} if prior is None else {"prior_samples": int(prior.rows.sum()), "prior_weight": prior.loss_weight}),
+            **({} if images is None else {"shown": str(images)}),
         },
         non_default_args=args.changed_options(),
         metrics=metrics,

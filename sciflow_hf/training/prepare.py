@@ -13,8 +13,10 @@ from accelerate import PartialState
 from ..data.arguments import DataArguments
 from ..data.build.build import BuildReport, build_cache
 from ..data.build.cut import find_cut, warn_of_cut
+from ..data.build.views import MIRRORED
 from ..data.cache import LatentCache
 from ..data.load import load_cache, load_data
+from ..data.online import OnlineImages
 from ..data.split import spread
 from ..data.stream.stream import StreamingCache
 from ..demo import demo_figures, demo_pipeline
@@ -109,6 +111,19 @@ def online_text(
     return encode
 
 
+def online_images(family: ModelFamily, *, device: Any, dtype: Any) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
+    """A function: images (B, 3, H, W) -> what `family.encode_images` makes of them, on `device`, without gradients.
+
+    The VAE is loaded at first use: a dry run needs none.
+    """
+
+    @functools.cache
+    def encoders() -> Any:
+        return family.load_encoders(device=device, dtype=dtype, text=False)
+
+    return lambda pixel_values: family.encode_images(pixel_values, encoders())
+
+
 def resolve_demo(family: ModelFamily, data_args: DataArguments, output_dir: str) -> None:
     """Replaces `demo` (figures: or `demo_night`) in the options by what is made below `output_dir` at first use."""
     folder = Path(output_dir) / "demo"
@@ -125,9 +140,11 @@ def prepare_data(
     state = _processes(args, lambda: resolve_demo(family, data_args, args.output_dir))
     resolve_demo(family, data_args, args.output_dir)
     online, built = data_args.text_encoding == "online", bool(data_args.input_dir)
+    live = data_args.image_encoding == "online"
+    places: list[Any] = list(data_args.image_dir) or [None]
     if data_args.input_dir:
         directory = data_args.dataset_dir[0] if data_args.dataset_dir else str(Path(args.output_dir) / "cache")
-        build_cache_for(
+        report = build_cache_for(
             family,
             data_args.input_dir,
             directory,
@@ -142,15 +159,30 @@ def prepare_data(
             strict=data_args.strict,
             payload=data_args.payload,
             embeds="none" if online else "bf16",
+            latent_shape=family.latent_shape if live else None,
             rank=state.process_index,
             world_size=state.num_processes,
             barrier=state.wait_for_everyone,
         )
         state.wait_for_everyone()
+        places = [{record.name: record for record in report.records}]
+        places += ([*data_args.image_dir, None][:1]) * (data_args.prior_dataset_dir is not None)
         data_args = dataclasses.replace(data_args, input_dir=None, dataset_dir=[directory])
     where = {"device": args.device, "dtype": args.weight_dtype}
     encode = online_text(family, **where, watch=data_args.streaming and not built) if online else None
-    data = load_data(data_args, dtype=args.weight_dtype, online_text=encode)
+    images = None
+    if live:
+        images = OnlineImages(
+            online_images(family, **where),
+            places,
+            batch_size=data_args.encode_batch_size,
+            time_ids=family.stores_time_ids,
+            crop=data_args.crop_from if data_args.random_crop else "",
+            flip=data_args.random_flip,
+        )
+        if images.flip and state.is_main_process:
+            logger.warning("`random_flip`: %s", MIRRORED)
+    data = load_data(data_args, dtype=args.weight_dtype, online_text=encode, online_images=images)
     if online and not data_args.streaming and not built and state.is_main_process:
         caches = [cache for cache in data if isinstance(cache, LatentCache)]
         captions = [pair for cache in caches for pair in zip(cache.row_ids, cache.captions, strict=True)]

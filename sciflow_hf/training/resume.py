@@ -95,7 +95,10 @@ def check_identity(
         )
 
 
-MEASURED = ("loss_type", "huber_delta", "min_snr_gamma", "weighting_scheme", "eval_levels", "bf16", "fp16", "tf32")
+MEASURED = (
+    *("loss_type", "huber_delta", "min_snr_gamma", "weighting_scheme", "eval_levels", "bf16", "fp16", "tf32"),
+    "image_encoding",
+)
 """Options that change `eval_loss`, and with it the losses of the base model; those of the family do, too."""
 _ELSEWHERE = (
     *("output_dir", "logging_dir", "run_name", "hub_", "push_to_hub", "report_to", "resume_from_checkpoint"),

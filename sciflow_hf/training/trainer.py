@@ -655,7 +655,9 @@ class DiffusionTrainer(Trainer):
         """What a checkpoint remembers of the options, those of the data that change a step included."""
         prior = getattr(self.train_dataset, "prior", None)
         weight = None if prior is None else prior.loss_weight
+        images = getattr(self.train_dataset, "online_images", None)
         mine = {"caption_dropout": self.caption_dropout, "prior_loss_weight": weight}
+        mine |= {"image_encoding": "cached" if images is None else "online", "image_views": images and str(images)}
         return options_of(self.args, self.family) | mine
 
     def _weight_sums(self) -> list[float]:

@@ -17,6 +17,7 @@ from ...diffusion.randomness import generator, hash64, noise_keys, randn, signed
 from ...errors import CacheError, SciflowError, printable
 from ..cache import TEXT_KEYS
 from ..layouts.base import Member, target_dtype
+from ..online import IMAGE_KEYS
 from .buckets import BucketBatchSampler
 from .threads import Carve, Index, Layout, Samples, ThreadedReader
 
@@ -149,6 +150,7 @@ class KeyedDataset(Dataset[dict[str, Any]]):
         )
         self.stacks = collate_fn is collate
         self.online = getattr(dataset, "online_text", None) is not None
+        self.images, self.posterior = getattr(dataset, "online_images", None), posterior
         self.empty_prompt = getattr(dataset, "empty_prompt", None) if caption_dropout and not self.online else None
         if caption_dropout and not self.online and self.empty_prompt is None:
             raise SciflowError(
@@ -160,6 +162,7 @@ class KeyedDataset(Dataset[dict[str, Any]]):
             everywhere = torch.ones(len(self.empty_prompt["prompt_embeds"]), dtype=torch.bool)
             self.empty_prompt = {MASK: everywhere} | self.empty_prompt
         self.left_out = {*IDS, *(TEXT_KEYS if self.online else ()), *(() if posterior else ("latents_std",))}
+        self.left_out |= {*(IMAGE_KEYS if self.images is not None else ())}
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -242,8 +245,11 @@ class KeyedDataset(Dataset[dict[str, Any]]):
                 length = plan.layout["prompt_embeds"][0][0]
                 out["prompt_embeds"][length:] = 0
                 out["prompt_embeds"] = out["prompt_embeds"][:length]
-            stored = {name: tensor for name, tensor in out.items() if name not in plan.empty_text}
+            stored = {n: tensor for n, tensor in out.items() if n in plan.members and n not in plan.empty_text}
             self.dataset.read_into(plan.row, stored, plan.members)
+            if self.images is not None:
+                for name, value in self.dataset.image(plan.row, plan.key).items():
+                    out[name].copy_(value)
             for name in out.keys() & plan.empty_text.keys():
                 out[name].copy_(plan.empty_text[name])
             if "latents_std" in out:
@@ -255,9 +261,13 @@ class KeyedDataset(Dataset[dict[str, Any]]):
         return batch | dict(zip(INDEX, columns, strict=False))
 
     def complete(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Adds the classes of a batch of latents, and its text where that is encoded online; the same batch."""
+        """Adds the classes of a batch of latents, and what is encoded online of it; the same batch."""
         if (labels := getattr(self.dataset, "class_labels", None)) is not None:
             batch["class_labels"] = labels[batch["row"]]
+        if self.images is not None:
+            encoded = self.images.encoded(batch, self.dataset.dtype)
+            batch.update({n: v for n, v in encoded.items() if self.posterior or n != "latents_std"})
+            self.drawn(batch)
         if self.online:
             dropped = (uniform(batch["noise_key"], stream="caption_dropout") < self.caption_dropout).tolist()
             rows = batch["row"].tolist()
@@ -271,6 +281,7 @@ class KeyedDataset(Dataset[dict[str, Any]]):
         wanted = {name: member for name, member in members.items() if name not in self.left_out}
         text = {} if self.empty_prompt is None else self._empty_text(row, key, wanted)
         layout = {n: (tuple(text.get(n, m).shape), target_dtype(m, self.dataset.dtype)) for n, m in wanted.items()}
+        layout |= {} if self.images is None else self.images.layout(self.dataset.buckets[row])
         return _Plan(row, key, members, text, layout)
 
     def _empty_text(self, row: int, key: int, stored: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -82,7 +82,8 @@ class BlockStaging(Staging):
     def look(self) -> None:
         self.folder, self.writer = self.output / FOLDER, writer_of(self.output, self.layout)
         self.job_of = {job.id: job for job in self.jobs}
-        self.schema = index_schema([job.record.columns for job in self.jobs], self.facts, _LIGHT)
+        own = _LIGHT if self.layout.latent_shape is None else _LIGHT | {"latent_shape": "shape"}
+        self.schema = index_schema([job.record.columns for job in self.jobs], self.facts, own)
         captions = {job.caption for job in self.jobs} if self.layout.embeds != "none" else set()
         self.good: set[str] = set()  # prompts with an embedding that this process has saved
         self.hashes = {caption: prompt_hash(caption, self.facts) for caption in captions}
@@ -264,7 +265,10 @@ class BlockStaging(Staging):
         return prompt not in self.good and file.is_file() and not read_header(str(file))
 
     def _table(self, jobs: Iterable[Job]) -> pa.Table:
-        return index_table([job.row() | {"sample_id": job.id} for job in jobs], self.schema)
+        rows = [job.row() | {"sample_id": job.id} for job in jobs]
+        if self.layout.latent_shape is not None:
+            rows = [row | {"latent_shape": self.layout.latent_shape(row["bucket_h"], row["bucket_w"])} for row in rows]
+        return index_table(rows, self.schema)
 
     def _image(self, job: Job) -> Sample:
         return self._read("images", job.id).image(0)

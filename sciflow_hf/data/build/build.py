@@ -23,7 +23,7 @@ from ...errors import SciflowError
 from ..batches.buckets import ladder
 from ..batches.loader import text_rows
 from ..cache import EMPTY_PROMPT_FILE
-from ..layouts.base import Layout
+from ..layouts.base import NO_LATENTS, Layout
 from ..layouts.npz import write_npz
 from ..writing import output_file, readable_bytes
 from .ahead import THREADS, Behind, in_order
@@ -36,7 +36,7 @@ from .sources.find import find_records
 from .sources.record import Record
 from .staging import FOLDER, NpzStaging, Skips, Staging
 from .tally import Tally
-from .views import average_mask
+from .views import MIRRORED, average_mask
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,7 @@ class BuildReport:
         skipped: (file, reason) of the images that are not in the cache.
         bytes: size of the payloads in the index.
         tally: what became of everything in the input; the table that a build ends with.
+        records: the captioned images of the input, skipped ones included.
     """
 
     output_dir: Path
@@ -74,6 +75,7 @@ class BuildReport:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     bytes: int = 0
     tally: Tally = field(default_factory=Tally)
+    records: Sequence[Record] = ()
 
 
 def build_cache(
@@ -102,6 +104,7 @@ def build_cache(
     buckets: Sequence[tuple[int, int]] | None = None,
     enlarge: bool = False,
     count_tokens: CountTokens | None = None,
+    latent_shape: Callable[[int, int], Sequence[int]] | None = None,
     rank: int = 0,
     world_size: int = 1,
     barrier: Callable[[], None] = lambda: None,
@@ -142,6 +145,8 @@ def build_cache(
         buckets: (height, width) in pixels, of which each image gets the nearest by aspect ratio; by default `ladder`.
         enlarge: bring small images to about resolution**2 pixels, too.
         count_tokens: prompts -> (tokens of each, how many `encode_prompts` reads), to tell which captions are cut.
+        latent_shape: store no latents, but in the index their shape, which this gives for the (height, width) of a
+            bucket: images are read to find broken ones, and encoded in training. A cache that has latents keeps them.
         rank: which of `world_size` processes this is; each encodes its share.
         world_size: processes that call this with the same arguments.
         barrier: waits for all of them.
@@ -167,19 +172,24 @@ def build_cache(
         raise SciflowError(f"`crops` is {crops}, but must be at least 0.")
     if not 0 <= rank < world_size:
         raise SciflowError(f"`rank` is {rank}, but must lie in [0, world_size) = [0, {world_size}).")
-    layout = Layout(payload, embeds, codec, DTYPES[dtype])
-    if (payload, embeds) == ("npz", "none"):
-        raise SciflowError(
-            "`payload` is npz, which always stores embeddings (`embeds` is 'none'). Choose shards or inline."
-        )
     output = Path(output_dir)
+    if latent_shape is not None and _holds_latents(output):
+        latent_shape = None
+    layout = Layout(payload, embeds, codec, DTYPES[dtype], latent_shape)
+    for what, name in (("embeddings", embeds), ("latents", NO_LATENTS if latent_shape is not None else "")):
+        if (payload, name) == ("npz", "none"):
+            raise SciflowError(f"`payload` is npz, which always stores {what}. Choose shards or inline.")
     facts = json.loads(json.dumps({**settings, "dtype": dtype, "resolution": resolution}))  # tuples become lists
     fixed = facts | {"bucket_step": bucket_step, "payload": payload, "embeds": embeds, "codec": codec}
+    fixed |= {} if latent_shape is None else {"latents": NO_LATENTS}
     noted = noted_settings(output / BUILD_FILE, fixed, _OLDER)
     if noted and noted["differ"]:
+        online = " Its images are encoded in training: `--image_encoding online`." * (
+            "`latents` was" in noted["differ"]
+        )
         raise SciflowError(
-            f"`output_dir` is {str(output)!r}, which was built with other settings: {noted['differ']}. Use those, or "
-            "name another folder."
+            f"`output_dir` is {str(output)!r}, which was built with other settings: {noted['differ']}.{online} Use "
+            "those, or name another folder."
         )
     rules = RULES if noted is None else noted.get("rules", 1)
     if rules < RULES:
@@ -192,7 +202,7 @@ def build_cache(
                 output,
             )  # fmt: skip
     if flip and rank == 0:
-        logger.warning("`flip`: mirrored text cannot be read, and captions that say left or right become wrong.")
+        logger.warning("`flip`: %s", MIRRORED)
 
     rungs = [buckets] if buckets is not None else ladder(resolution, bucket_step)[: 1 if enlarge else None]
     tally = Tally()
@@ -214,7 +224,7 @@ def build_cache(
     if rank:
         tally.remarks.clear()  # up to here all ranks have found the same, which the first tells
     staging = kind(output, jobs, facts | {"version": __version__}, layout, skips)
-    report = BuildReport(output, tally=tally)
+    report = BuildReport(output, tally=tally, records=records)
     notes: dict[str, Any] = {} if rules == 1 else {"rules": rules}
     builder = _Builder(
         staging, report, encode_images, encode_prompts, fixed, notes, batch_size, text_batch_size, samples_per_part,
@@ -239,6 +249,13 @@ def build_cache(
             readable_bytes(report.bytes),
         )  # fmt: skip
     return report
+
+
+def _holds_latents(output: Path) -> bool:
+    """Whether a cache is there, or begun, that stores latents."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # `noted_settings` tells what is wrong
+        return "latents" not in json.loads((output / BUILD_FILE).read_text())["settings"]
+    return False
 
 
 def _cut_note(jobs: Sequence[Job], count_tokens: CountTokens, noted: Mapping[str, Any]) -> dict[str, Any]:
@@ -433,7 +450,8 @@ class _Builder:
             good.append(view)
             self.touched.add(view.job.record.name)
         if good:
-            images = self.encode_images(torch.from_numpy(np.stack([view.pixels for view in good])))
+            stored = self.staging.layout.latent_shape is None
+            images = self.encode_images(torch.from_numpy(np.stack([v.pixels for v in good]))) if stored else {}
             shown = [(view.job, view.mask) for view in good]
             self.behind.put(functools.partial(self._save, shown, images, self.texts))
 
@@ -447,10 +465,10 @@ class _Builder:
     def _save_one(
         self, job: Job, mask: Image.Image, sample: _Tensors, texts: Mapping[str, _Tensors]
     ) -> Callable[[], None]:
-        if self.masked:
+        if self.masked and "latents" in sample:
             height, width = sample["latents"].shape[-2:]
             sample["loss_mask"] = torch.from_numpy(average_mask(mask, (height, width)))
-        if self.time_ids:
+        if self.time_ids and "latents" in sample:
             sample["time_ids"] = torch.tensor([*job.view.original, *job.view.crop, *job.view.size])
         if self.staging.with_text:
             sample |= texts[job.caption]

@@ -147,6 +147,11 @@ class _Conversion:
             )
         if layout.embeds == "fp8" and source.metadata.get("embeds") == "fp8":
             logger.warning("The source stores fp8 already: its rounding error is not in the error that is reported.")
+        if layout.payload == "npz" and "latents" not in names:
+            raise SciflowError(
+                "`payload` is npz, which always stores latents, but the source holds none: its images are encoded in "
+                "training. Choose shards or inline."
+            )
         self.names = [name for name in names if layout.embeds != "none" or name not in TEXT_TENSORS]
         known = any(name in source.index.column_names for name in CAPTION_COLUMNS)
         # For embeds "none" a cache without captions raises an error that says so.

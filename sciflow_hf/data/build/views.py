@@ -10,6 +10,7 @@ from ...diffusion.randomness import hash64
 
 _VARIANT = re.compile(r"(?:caption[1-9]\d*)?(?:(?:^|(?<=\d)-)crop([1-9]\d*))?(?:(?:^|(?<=\d)-)flip)?")
 _Size = tuple[int, int]
+MIRRORED = "mirrored text cannot be read, and captions that say left or right become wrong."
 
 
 @dataclass(frozen=True)
@@ -68,24 +69,56 @@ def view_of(variant: str, image_id: str, original: _Size, size: _Size) -> View:
     found = _VARIANT.fullmatch(variant)
     if found is None:
         raise ValueError(f"no variant of an image is called {variant!r}")
-    (height, width), (full_h, full_w) = size, original
-    scale = max(height / full_h, width / full_w)
+    scale = _covering(original, size)
     if number := found[1]:
-        scale = max(1.0, scale)
-        # Rounded as a resized image is.
-        resized = max(height, round(full_h * scale)), max(width, round(full_w * scale))
-        top = hash64(image_id, int(number), "crop top") % (resized[0] - height + 1)
-        left = hash64(image_id, int(number), "crop left") % (resized[1] - width + 1)
-        y, x = full_h / resized[0], full_w / resized[1]
-        box = (left * x, top * y, min((left + width) * x, full_w), min((top + height) * y, full_h))
-    else:
-        crop_h, crop_w = min(height / scale, full_h), min(width / scale, full_w)
-        resized = round(full_h * scale), round(full_w * scale)
-        box_top, box_left = (full_h - crop_h) / 2, (full_w - crop_w) / 2
-        box = (box_left, box_top, box_left + crop_w, box_top + crop_h)
-        top, left = round(box_top * scale), round(box_left * scale)
+        return _window(variant, original, size, max(1.0, scale), image_id, int(number))
+    (height, width), (full_h, full_w) = size, original
+    crop_h, crop_w = min(height / scale, full_h), min(width / scale, full_w)
+    resized = round(full_h * scale), round(full_w * scale)
+    top, left = (full_h - crop_h) / 2, (full_w - crop_w) / 2
+    box = (left, top, left + crop_w, top + crop_h)
+    return _view(variant, original, size, box, resized, (round(top * scale), round(left * scale)))
+
+
+def random_view(variant: str, image_id: str, key: int, original: _Size, size: _Size, crop: str, flip: bool) -> View:
+    """What is shown of an image in one step of training; it follows from the sample's `noise_key`.
+
+    Args:
+        crop: the view called `variant` (""), or a window at a random place of the image: resized until it covers the
+            bucket ("resized"), or in its own pixels unless that is too small ("original").
+        flip: mirror half of the views.
+    """
+    if flip and hash64(key, "flip") >> 63:
+        mirrored = variant.endswith("flip")
+        variant = variant.removesuffix("flip").removesuffix("-") if mirrored else f"{variant}-flip".removeprefix("-")
+    if not crop:
+        return view_of(variant, image_id, original, size)
+    scale = _covering(original, size)
+    return _window(variant, original, size, scale if crop == "resized" else max(1.0, scale), key)
+
+
+def _covering(original: _Size, size: _Size) -> float:
+    """The scale at which an image just covers its bucket."""
+    return max(size[0] / original[0], size[1] / original[1])
+
+
+def _window(variant: str, original: _Size, size: _Size, scale: float, *key: int | str) -> View:
+    """A window of the image at this scale, at a place that follows from `key`."""
+    (height, width), (full_h, full_w) = size, original
+    resized = max(height, round(full_h * scale)), max(width, round(full_w * scale))  # rounded as a resized image is
+    top = hash64(*key, "crop top") % (resized[0] - height + 1)
+    left = hash64(*key, "crop left") % (resized[1] - width + 1)
+    y, x = full_h / resized[0], full_w / resized[1]
+    box = (left * x, top * y, min((left + width) * x, full_w), min((top + height) * y, full_h))
+    return _view(variant, original, size, box, resized, (top, left))
+
+
+def _view(
+    variant: str, original: _Size, size: _Size, box: tuple[float, float, float, float], resized: _Size, crop: _Size
+) -> View:
+    top, left = crop
     if variant.endswith("flip"):
-        left = resized[1] - width - left
+        left = resized[1] - size[1] - left
     return View(variant, original, size, box, (top, max(left, 0)))
 
 

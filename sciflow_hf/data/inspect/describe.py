@@ -47,6 +47,7 @@ def describe_cache(cache: LatentCache, names: Sequence[str]) -> str:
         *([] if cut is None else [("cut captions", cut_text(cut))]),
         ("posterior", "sample (latents_std is stored)" if "latents_std" in arrays else "mode"),
         ("loss masks", f"{masks}" if masks else "none"),
+        *([] if arrays.get("latents") else [("latents", "none: images are encoded in training")]),
         ("fingerprint", cache.fingerprint),
     ]
     tensors = [("tensor", "dtype", "codec", "arrays", "bytes")] + [

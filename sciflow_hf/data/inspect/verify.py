@@ -147,7 +147,7 @@ class _Scan:
 
     def _row(self, i: int) -> list[tuple[str, str]]:
         members, reader = self.cache.members(i), self.cache.reader(i)
-        main = members["latents"].file
+        main = next((member.file for member in members.values()), self.cache.payload_path(i))
         found = [(main, text) for text in (*_shape_problems(members), *reader.check_file(members))]
         for member in members.values():
             for stored in (member, member.scale):
@@ -201,7 +201,7 @@ def _value_problem(member: Member) -> str:
 
 def _shape_problems(members: Mapping[str, Member]) -> Iterator[str]:
     """What the shapes of one row say about each other."""
-    latents = members["latents"].shape
+    latents = members["latents"].shape if "latents" in members else ()
     for name, shape in {"latents_std": latents, "loss_mask": latents[1:]}.items():
         if name in members and members[name].shape != shape:
             yield f"`{name}` has shape {members[name].shape}, but must have {shape} to fit the latents"

@@ -9,7 +9,7 @@ import threading
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,6 +29,8 @@ from .codecs import PIECE, dequantise, pack, quantise, unpack
 
 METADATA_KEY = b"sciflow_hf"
 """Of the schema metadata of an index file: encoder settings and `payload`, what the columns do not say of it."""
+NO_LATENTS = "none"
+"""What a payload notes as `latents` where its rows hold none: images are encoded in training."""
 MADE_COLUMNS = ("cache_path", "inline_row", "latent_shape", "prompt_embeds_shape")
 """What writers add to the rows of a block, but for single tensors."""
 TEXT_TENSORS = ("prompt_embeds", "prompt_embeds_scale", "pooled_prompt_embeds", "prompt_embeds_mask", "txt_ids")
@@ -405,7 +407,7 @@ class ColumnReader(Reader):
 
 def _check_tensors(payload: Mapping[str, Any], file: str) -> None:
     tensors = payload.get("tensors")
-    if not isinstance(tensors, dict) or "latents" not in tensors:
+    if not isinstance(tensors, dict) or ("latents" not in tensors and payload.get("latents") != NO_LATENTS):
         raise CacheError(
             f"The schema metadata of the index {file}: `payload` is {payload!r}, which does not name `latents` among "
             f"its `tensors`. {CONVERT}."
@@ -433,9 +435,10 @@ def payload_columns(payload: Mapping[str, Any]) -> set[str]:
     """All index columns that say where and how large the members of a payload ({} for npz) are."""
     tensors = payload.get("tensors", {})
     found = {f"{name}_{end}" for name in tensors for end in ("offset", "nbytes", "crc32", "path")}
-    return (
-        {"cache_path", "inline_row"} | found | {shape_column(name) for name in ("latents", "prompt_embeds", *tensors)}
+    sized = (
+        ("prompt_embeds", *tensors) if payload.get("latents") == NO_LATENTS else ("latents", "prompt_embeds", *tensors)
     )
+    return {"cache_path", "inline_row"} | found | {shape_column(name) for name in sized}
 
 
 # -- writing ---------------------------------------------------------------------------------------------------
@@ -467,6 +470,8 @@ class Layout:
             at all ("none", for online encoding).
         codec: "none", or "zstd" (lossless).
         dtype: of floating tensors.
+        latent_shape: (height, width) of a bucket -> shape of its latents, where these are not stored but encoded in
+            training; None: they are.
 
     Raises:
         SciflowError: for other values, and for fp8 or zstd in npz files.
@@ -476,6 +481,7 @@ class Layout:
     embeds: str = "bf16"
     codec: str = "none"
     dtype: torch.dtype = torch.bfloat16
+    latent_shape: Callable[[int, int], Sequence[int]] | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in {"payload": PAYLOADS, "embeds": EMBEDS, "codec": CODECS}.items():
@@ -597,7 +603,7 @@ class Writer(ABC):
             CacheError: its payload, or that of its owners, is missing or broken.
         """
         columns, tensors = self._columns(block)
-        table = light(block.rows) if tensors else block.rows
+        table = light(block.rows, tensors) if columns else block.rows
         for column, array in columns.items():
             table = table.append_column(column, array)
         write_table(self.output / block.index_file, table.replace_schema_metadata(self._facts(block, tensors)))
@@ -621,11 +627,12 @@ class Writer(ABC):
         metadata = block.rows.schema.metadata or {}
         facts = json.loads(metadata.get(METADATA_KEY, b"{}")) | {"embeds": self.layout.embeds}
         facts.pop("payload", None)
-        if tensors:
+        if self.payload != "npz":
             scaled = {
                 n: {**s} | ({"scale": f"{n}_scale"} if s["dtype"] == "F8_E4M3" else {}) for n, s in tensors.items()
             }
             facts["payload"] = {"layout": self.payload, "tensors": scaled}
+            facts["payload"] |= {} if "latents" in tensors else {"latents": NO_LATENTS}
         return {METADATA_KEY: json.dumps(facts).encode()}
 
 
@@ -638,6 +645,7 @@ def write_table(file: Path, table: pa.Table) -> None:
         pq.write_table(table, handle)
 
 
-def light(rows: pa.Table) -> pa.Table:
-    """Rows without the columns that a writer makes."""
-    return rows.drop_columns([name for name in MADE_COLUMNS if name in rows.column_names])
+def light(rows: pa.Table, tensors: Collection[str]) -> pa.Table:
+    """Rows without the columns that a writer makes of these tensors; the shape of latents that are none stays."""
+    made = [name for name in MADE_COLUMNS if name != "latent_shape" or "latents" in tensors]
+    return rows.drop_columns([name for name in made if name in rows.column_names])

@@ -125,7 +125,7 @@ class InlineWriter(Writer):
         """Nothing: the payload is its own index."""
 
     def write_payload(self, block: Block, samples: Iterable[Sample]) -> None:
-        rows, parquet = light(block.rows), None
+        rows, parquet = block.rows, None
         group: list[Mapping[str, Encoded]] = []
         done = size = 0
         with output_file(self.output / block.index_file) as handle:
@@ -149,6 +149,7 @@ class InlineWriter(Writer):
 
     def _table(self, rows: pa.Table, samples: Sequence[Mapping[str, Encoded]]) -> pa.Table:
         names = list(samples[0])
+        rows = light(rows, names)
         for sample in samples:
             if sample.keys() != samples[0].keys():
                 raise CacheError(f"Some samples hold {names}, others {list(sample)}: all must hold the same tensors.")

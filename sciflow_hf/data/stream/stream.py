@@ -20,6 +20,7 @@ from ...errors import CacheError, SciflowError
 from ..cache import CAPTION_COLUMNS, CacheIndex, LatentCache, check_inside, find_empty_prompt, find_index, row_shapes
 from ..layouts.base import Columns, Reader
 from ..layouts.inline import InlineReader
+from ..online import OnlineImages
 from ..split import check_eval_fraction, held_out_groups, is_held_out
 from .index import read_tables, stream_file
 from .order import EpochRows, Place, Row
@@ -58,12 +59,13 @@ class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
         files: of the index, in the order of the rows.
         metadata: as of `LatentCache`.
         dtype: of the floating tensors.
-        online_text: captions -> text tensors (B, ...); where it is set, stored embeddings are not read.
+        online_text, online_images: as of `LatentCache`.
         shuffle_buffer: rows.
         seed: of the order of `for sample in stream`.
     """
 
     online_text: Callable[[list[str]], dict[str, torch.Tensor]] | None = None
+    online_images: OnlineImages | None = None
 
     def __init__(
         self,
@@ -269,7 +271,7 @@ class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
             ),
         )
         view = LatentCache(index, dtype=self.dtype, rows=np.argsort(order, kind="stable"))
-        view.online_text = self.online_text
+        view.online_text, view.online_images = self.online_text, self.online_images
         return view
 
     def _table(self, part: int, rows: Sequence[Row]) -> pa.Table:

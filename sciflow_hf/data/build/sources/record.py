@@ -1,5 +1,6 @@
 """`Record`: one captioned image of a source, and `Stored`: the file that it comes from."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -17,7 +18,7 @@ class Stored:
     """An image file, on a disk or in a cell of a table.
 
     Attributes:
-        source: its path, or its bytes; an OSError where there is none.
+        source: its path, or its bytes; an OSError where there is none. Worker processes are sent it.
     """
 
     source: Callable[[], Path | bytes]
@@ -77,4 +78,4 @@ def _is_utf8(text: str) -> bool:
 
 def stored_file(file: Path) -> Stored:
     """An image file."""
-    return Stored(lambda: file)
+    return Stored(functools.partial(Path, file))

@@ -1,5 +1,6 @@
 """Captioned images in tables: parquet files, folders written by `save_to_disk`, data sets of the Hub."""
 
+import functools
 import glob
 import os
 import re
@@ -151,13 +152,13 @@ def with_images(data: "datasets.Dataset", column: str, *, paths: bool) -> "datas
 
 def _stored_row(images: "datasets.Dataset", row: int, column: str, folder: Path) -> Stored:
     """The image of a row; a relative path begins at the table's folder."""
+    return Stored(functools.partial(_source, images, row, column, folder))
 
-    def source() -> Path | bytes:
-        stored = images[row][column] or {}
-        if stored.get("bytes"):
-            return bytes(stored["bytes"])
-        if not stored.get("path"):
-            raise OSError("no image in this row")
-        return folder / stored["path"] if (folder / stored["path"]).is_file() else Path(stored["path"])
 
-    return Stored(source)
+def _source(images: "datasets.Dataset", row: int, column: str, folder: Path) -> Path | bytes:
+    stored = images[row][column] or {}
+    if stored.get("bytes"):
+        return bytes(stored["bytes"])
+    if not stored.get("path"):
+        raise OSError("no image in this row")
+    return folder / stored["path"] if (folder / stored["path"]).is_file() else Path(stored["path"])
