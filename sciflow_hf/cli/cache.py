@@ -61,6 +61,7 @@ def add_options(cache: argparse.ArgumentParser) -> None:
     add("--dtype", choices=_DTYPES, default="bf16", help="of the stored arrays (default bf16)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
     _add_layout(add)
+    add("--latents", choices=("stored", "none"), default="stored", help="none: encode images in training")
     add("--crops", type=int, default=0, help="windows of each image in addition to all of it (default 0)")
     add("--flip", action="store_true", help="add mirror images (which also mirror the text in them)")
     add(
@@ -117,6 +118,7 @@ def _build(args: argparse.Namespace) -> None:
     family = _family(args.family, **named(args, options))
     given = named(args, "resolution enlarge caption_column split batch_size strict dtype payload embeds codec crops")
     given |= named(args, "text_batch_size flip")
+    given |= {"latent_shape": family.latent_shape} if args.latents == "none" else {}
     with _processes(args.device) as (device, ranks):
         where = {"device": device, "encoder_dtype": inference_dtype(device), **ranks}
         report = build_cache_for(family, args.input_dir, args.output_dir, **where, **given)
