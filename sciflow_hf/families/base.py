@@ -5,6 +5,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
@@ -475,20 +476,17 @@ class PipelineFamily(ModelFamily):
         found = {"family": self.name} | {name: vars(self).get(name) for name in names} | self.text_settings
         return found | ({} if self.posterior == self.unnamed_posterior else {"posterior": self.posterior})
 
+    def bucket_step(self) -> int:
+        return self.patch * 2 ** (len(self.setting("vae", "block_out_channels")) - 1)
+
     @property
     def pixels_per_latent(self) -> int:
         """Side of a latent in pixels."""
-        return int(2 ** (len(self.setting("vae", "block_out_channels")) - 1))
-
-    latent_channels: ClassVar[str] = "latent_channels"
-    """What the configuration of the VAE calls the channels of its latents."""
-
-    def bucket_step(self) -> int:
-        return self.patch * self.pixels_per_latent
+        return self.bucket_step() // self.patch
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        side = self.pixels_per_latent
-        return int(self.setting("vae", self.latent_channels)), height // side, width // side
+        widths, side = self.widths(SimpleNamespace(**self.config(self.component))), self.pixels_per_latent
+        return widths["latents"], height // side, width // side
 
     @abstractmethod
     def widths(self, config: Any) -> dict[str, int]:

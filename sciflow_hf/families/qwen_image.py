@@ -156,11 +156,8 @@ class QwenImage(PipelineFamily):
         options |= {"max_sequence_length": self.max_sequence_length, "callback_on_step_end": None}
         return super().generate(pipeline, inputs, guidance_scale=guidance_scale, **options)
 
-    latent_channels: ClassVar[str] = "z_dim"
-
-    @property
-    def pixels_per_latent(self) -> int:
-        return int(2 ** len(self.setting("vae", "temperal_downsample")))
+    def bucket_step(self) -> int:
+        return PATCH * 2 ** len(self.setting("vae", "temperal_downsample"))
 
     def resolution_mu(self, image_seq_len: int) -> float:
         """The line of the pipeline's scheduler: from 0.5 at 256 to 0.9 at 8192 tokens in the published one."""

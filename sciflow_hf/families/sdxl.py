@@ -163,6 +163,10 @@ class SDXL(TimestepLevels, PipelineFamily):
             raise self._cannot("vae", "shift_factor", vae["shift_factor"], (None,))
         return vae | {"scaling_factor": self.setting("vae", "scaling_factor")}
 
+    @functools.cached_property
+    def pixels_per_latent(self) -> int:
+        return 2 ** (len(self.setting("vae", "block_out_channels")) - 1)
+
     def pipeline_class(self) -> Any:
         from diffusers import StableDiffusionXLPipeline
 
