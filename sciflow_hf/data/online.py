@@ -130,9 +130,7 @@ class OnlineImages:
 
     def encoded(self, batch: _Tensors, dtype: torch.dtype) -> _Tensors:
         """Latents in `dtype` of `pixel_values` (B, 3, H, W), which are taken from the batch; masks of their size."""
-        # As a build has them in memory: convolutions round otherwise in another format.
-        pixel_values = batch.pop("pixel_values").clone(memory_format=torch.channels_last)
-        parts = [self.encode(some) for some in pixel_values.split(self.batch_size)]
+        parts = [self.encode(some) for some in batch.pop("pixel_values").split(self.batch_size)]
         found = {name: torch.cat([part[name] for part in parts]).to(dtype) for name in parts[0]}
         if "loss_mask" in batch:
             size: Any = tuple(found["latents"].shape[-2:])
