@@ -392,6 +392,7 @@ class PipelineFamily(ModelFamily):
     # -- the step --------------------------------------------------------------------------------------------------
 
     def clean_latents(self, batch: dict[str, Any]) -> torch.Tensor:
+        """`normalise` of the batch's `latents`: (B, C, h, w), float32."""
         return self.normalise(batch["latents"].float())
 
     def normalise(self, latents: torch.Tensor) -> torch.Tensor:
@@ -399,6 +400,7 @@ class PipelineFamily(ModelFamily):
         return (latents - self.latents_shift) * self.latents_scale
 
     def latent_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of each channel, (1, C, 1, 1), float32: those of `normalise`."""
         if self.statistics:
             mean, std = self.statistics
             return mean.cpu(), std.cpu()
@@ -407,10 +409,12 @@ class PipelineFamily(ModelFamily):
 
     @property
     def latents_shift(self) -> float:
+        """What `normalise` takes off: `shift_factor` of the VAE, 0 where it has none."""
         return float(self.config("vae").get("shift_factor") or 0)
 
     @property
     def latents_scale(self) -> float:
+        """What `normalise` multiplies by: `scaling_factor` of the VAE."""
         return float(self.setting("vae", "scaling_factor"))
 
     @functools.cached_property
@@ -436,6 +440,11 @@ class PipelineFamily(ModelFamily):
     # -- the checkpoint --------------------------------------------------------------------------------------------
 
     def load_model(self, *, dtype: torch.dtype, meta: bool = False, quantize: str | None = None) -> torch.nn.Module:
+        """The network in `dtype`: without weights if `meta`, packed as `quantize` says (`--quantize_base`).
+
+        Raises:
+            SciflowError: another kind of model, weights that cannot be loaded, or a package that packing needs.
+        """
         path, found = self.pretrained_model_name_or_path, self.setting(self.component, "_class_name")
         check_kind(path, found, family=self.name, network=self.network_class().__name__)
         if meta:
@@ -455,6 +464,7 @@ class PipelineFamily(ModelFamily):
     def load_encoders(
         self, *, device: torch.device | str, dtype: torch.dtype, images: bool = True, text: bool = True
     ) -> Any:
+        """The pipeline without its network, frozen: VAE (with `images`), text encoders and tokenizers (with `text`)."""
         self.config()  # refuses another kind of pipeline
         without = [self.component, *(() if images else ("vae",)), *(self.unread_parts() if text else self.text_parts)]
         pipeline = self.read_pipeline("VAE and text encoder", dtype=dtype, **dict.fromkeys(without))
@@ -472,11 +482,13 @@ class PipelineFamily(ModelFamily):
     """How texts are encoded, where no field says it: a part of `encoder_settings`."""
 
     def encoder_settings(self) -> dict[str, Any]:
+        """Model, revision, text length and layers, and the posterior; training refuses a cache with others."""
         names = ("pretrained_model_name_or_path", "revision", "max_sequence_length")
         found = {"family": self.name} | {name: vars(self).get(name) for name in names} | self.text_settings
         return found | ({} if self.posterior == self.unnamed_posterior else {"posterior": self.posterior})
 
     def bucket_step(self) -> int:
+        """Pixels: `patch` times the VAE's halvings."""
         return self.patch * 2 ** (len(self.setting("vae", "block_out_channels")) - 1)
 
     @property
@@ -497,6 +509,11 @@ class PipelineFamily(ModelFamily):
         return None
 
     def check_sample(self, model: Any, sample: dict[str, torch.Tensor]) -> None:
+        """Compares one sample of a cache with the configuration of `model`: arrays, channels, widths, positions.
+
+        Raises:
+            SciflowError: an array that is missing or does not fit; names both shapes.
+        """
         widths = self.widths(model.config)
         missing = [key for key in widths if key not in sample]
         if missing:
@@ -527,6 +544,7 @@ class PipelineFamily(ModelFamily):
     """The part of the pipeline whose tokens `max_sequence_length` limits, if prompts have no template."""
 
     def count_tokens(self, prompts: Sequence[str]) -> tuple[list[int], int] | None:
+        """Tokens of each prompt by the `prompt_tokenizer`, and how many of them are read; None where none is named."""
         if not self.prompt_tokenizer:
             return None
         if (tokenizer := getattr(self.tokenizers, self.prompt_tokenizer)) is not None:
@@ -547,7 +565,8 @@ class PipelineFamily(ModelFamily):
         """Takes away the parts of the text encoder that `encode_prompts` does not need."""
 
     @abstractmethod
-    def encode_prompts(self, prompts: Sequence[str], encoders: Any) -> dict[str, torch.Tensor]: ...
+    def encode_prompts(self, prompts: Sequence[str], encoders: Any) -> dict[str, torch.Tensor]:
+        """Prompts -> `prompt_embeds` (B, L, D) and the family's extras, as the pipeline encodes them."""
 
     def load_pipeline(
         self,
@@ -556,6 +575,7 @@ class PipelineFamily(ModelFamily):
         device: torch.device | str = "cpu",
         with_text_encoder: bool = False,
     ) -> Any:
+        """The diffusers pipeline around `model` (no copy, its dtype); without one, all of it in float32."""
         self.config()  # refuses another kind of pipeline
         without: dict[str, Any] = {} if with_text_encoder else dict.fromkeys(self.text_parts)
         # One dtype for all parts: left alone, transformers takes that of the files and diffusers float32.
@@ -578,6 +598,15 @@ class PipelineFamily(ModelFamily):
         encoders: Any = None,
         negative_prompts: Sequence[str] | None = None,
     ) -> list[dict[str, torch.Tensor]]:
+        """One dict of `pipeline_inputs` a prompt, on the CPU. Each distinct text is encoded once.
+
+        Args:
+            prompts: what to draw.
+            device: of the text encoders, where they are loaded here.
+            dtype: of the text encoders, where they are loaded here.
+            encoders: those of `load_encoders`, if they are loaded already.
+            negative_prompts: one a prompt; None: guidance away from `no_prompt`.
+        """
         encoders = encoders or self.load_text_encoder(device=device, dtype=dtype)
         texts = list(dict.fromkeys([*prompts, *([self.no_prompt] if negative_prompts is None else negative_prompts)]))
         encoded = self.encode_prompts(texts, encoders)
@@ -593,6 +622,7 @@ class PipelineFamily(ModelFamily):
         return row
 
     def check_negative_prompt(self, guidance_scale: float) -> None:
+        """Raises SciflowError where guidance is off (at most 1), so that a negative prompt would change nothing."""
         if guidance_scale <= 1:
             raise SciflowError(
                 f"`validation_negative_prompt` does nothing at `validation_guidance_scale` {guidance_scale:g}: there "
@@ -646,6 +676,18 @@ class PipelineFamily(ModelFamily):
         generator: torch.Generator,
         **options: Any,
     ) -> list["Image"]:
+        """Images of one prompt by the pipeline's own call, in the dtype and on the device of its network.
+
+        Args:
+            pipeline: of `load_pipeline`.
+            prompt_inputs: one dict of `encode_validation_prompts`.
+            height: pixels, a multiple of `bucket_step`.
+            width: pixels, a multiple of `bucket_step`.
+            num_inference_steps: denoising steps.
+            guidance_scale: passed as `guidance_argument`.
+            generator: all randomness of the image.
+            options: further arguments of the call.
+        """
         network = getattr(pipeline, self.component)
         dtype, device = network_dtype(network), next(network.parameters()).device
         inputs = {

@@ -143,10 +143,12 @@ class DiT(ModelFamily):
 
     @classmethod
     def renamed_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """Options of an older checkpoint in today's words: velocity of DDPM is v_prediction."""
         return options | {"prediction_type": current_name(options["prediction_type"], options["objective"])}
 
     @property
     def from_scratch(self) -> bool:
+        """True unless a saved run is loaded (`pretrained_model_name_or_path`)."""
         return not self.pretrained_model_name_or_path
 
     # -- the step --------------------------------------------------------------------------------------------------
@@ -159,6 +161,7 @@ class DiT(ModelFamily):
         return (batch["latents"].float() - shift) * scale
 
     def latent_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of each channel of the VAE, (1, C, 1, 1); refused for pixels."""
         if not self.has_vae:
             return super().latent_statistics()
         shift, scale = self._shift_and_scale
@@ -169,6 +172,7 @@ class DiT(ModelFamily):
         return float(self._vae_config.get("shift_factor") or 0), float(self._vae_config["scaling_factor"])
 
     def image_seq_len(self, latents: torch.Tensor) -> int:
+        """Patches of (B, C, H, W): H W / patch_size^2."""
         return latents[0, 0].numel() // self.patch_size**2
 
     def dropped_labels(self, batch: dict[str, torch.Tensor], *, training: bool) -> torch.Tensor | None:
@@ -189,6 +193,7 @@ class DiT(ModelFamily):
     # -- the network -----------------------------------------------------------------------------------------------
 
     def load_model(self, *, dtype: torch.dtype, meta: bool = False) -> torch.nn.Module:
+        """A network of random weights in `dtype`, or that of a saved run, whose options then count."""
         from ..networks.dit import DiTForImageDiffusion
 
         if self.pretrained_model_name_or_path:
@@ -252,6 +257,7 @@ class DiT(ModelFamily):
             )
 
     def check_sample(self, model: Any, sample: dict[str, torch.Tensor]) -> None:
+        """Raises SciflowError where channels, sides or class labels of a sample do not fit the network."""
         key = "latents" if self.has_vae else "pixel_values"
         if key not in sample:
             raise SciflowError(f"a sample of `{self.name}` needs `{key}`; it has {sorted(sample)}.")
@@ -305,14 +311,17 @@ class DiT(ModelFamily):
         return SimpleNamespace(vae=load_vae(**self._vae_place, dtype=dtype).to(device))
 
     def encoder_settings(self) -> dict[str, Any]:
+        """VAE and posterior, on which a cache of latents depends."""
         return {"family": self.name, "vae_name_or_path": self.vae_name_or_path, "posterior": self.posterior}
 
     def bucket_step(self) -> int:
+        """Pixels: `patch_size`, times the VAE's halvings where there is one."""
         return self.patch_size * self._pixels_per_latent
 
     # -- sampling --------------------------------------------------------------------------------------------------
 
     def pipeline_class(self) -> Any:
+        """`DiTImagePipeline` of this package, whose code a saved run carries along."""
         from ..pipelines.dit import DiTImagePipeline
 
         return DiTImagePipeline
@@ -324,6 +333,7 @@ class DiT(ModelFamily):
         device: torch.device | str = "cpu",
         with_text_encoder: bool = False,
     ) -> Any:
+        """The sampling pipeline around `model`, with the VAE where there is one."""
         network = self.load_model(dtype=torch.float32) if model is None else model
         vae = load_vae(**self._vae_place) if self.has_vae else None
         return self._pipeline(network, vae).to(device)
@@ -346,6 +356,7 @@ class DiT(ModelFamily):
         self._pipeline(model, load_vae(**self._vae_place) if with_vae else None).save_pretrained(folder)
 
     def call_arguments(self, args: SamplingArguments) -> list[str]:
+        """Classes, steps and guidance of the pipeline's call, for the model card."""
         labels = [f"class_labels=[{self.num_classes - 1}]"] if self.num_classes else []
         steps, scale = f"num_inference_steps={args.num_inference_steps}", args.validation_guidance_scale
         return [*labels, steps, *([f"guidance_scale={scale}"] if labels else [])]
@@ -364,5 +375,6 @@ class DiT(ModelFamily):
             raise SciflowError(str(error)) from error
 
     def generate(self, pipeline: Any, prompt_inputs: dict[str, torch.Tensor], **options: Any) -> list["Image"]:
+        """Images of one class label."""
         images: list[Image] = pipeline(**prompt_inputs, **options).images
         return images

@@ -64,9 +64,11 @@ class Flux(PipelineFamily):
         return unpack(tokens.float(), height, width)
 
     def pack(self, latents: torch.Tensor) -> torch.Tensor:
+        """2x2 patches as tokens: (B, C, h, w) -> (B, h/2 * w/2, 4C)."""
         return pack(latents)
 
     def text_arguments(self, batch: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+        """T5's embeddings (B, L, D), CLIP's pooled one (B, P), and text ids of zeros (L, 3)."""
         prompt_embeds = batch["prompt_embeds"].to(dtype)
         return {
             "encoder_hidden_states": prompt_embeds,
@@ -93,6 +95,7 @@ class Flux(PipelineFamily):
 
     @property
     def latents_shift(self) -> float:
+        """`shift_factor` of the VAE, which FLUX.1 must have."""
         return float(self.setting("vae", "shift_factor"))
 
     @property
@@ -104,16 +107,19 @@ class Flux(PipelineFamily):
         return 0.00016927 * image_seq_len + 0.45666666
 
     def pipeline_class(self) -> Any:
+        """`FluxPipeline`."""
         from diffusers import FluxPipeline
 
         return FluxPipeline
 
     def network_class(self) -> Any:
+        """`FluxTransformer2DModel`."""
         from diffusers import FluxTransformer2DModel
 
         return FluxTransformer2DModel
 
     def load_model(self, *, dtype: torch.dtype, meta: bool = False, quantize: str | None = None) -> torch.nn.Module:
+        """Refuses networks that see a second image, and warns of schnell; see `PipelineFamily.load_model`."""
         path, config = self.pretrained_model_name_or_path, self.config(self.component)
         channels = config.get("out_channels") or config.get("in_channels")
         if channels != config.get("in_channels"):
@@ -144,9 +150,11 @@ class Flux(PipelineFamily):
         }
 
     def call_options(self) -> dict[str, Any]:
+        """`true_cfg_scale` where `--validation_true_cfg_scale` is above 1."""
         return {"true_cfg_scale": self.validation_true_cfg_scale} if self.validation_true_cfg_scale > 1 else {}
 
     def needs_negative_prompt(self) -> bool:
+        """True with true guidance: the pipeline has it only with a negative prompt."""
         return self.validation_true_cfg_scale > 1
 
     def check_negative_prompt(self, guidance_scale: float) -> None:
@@ -159,6 +167,7 @@ class Flux(PipelineFamily):
             )
 
     def widths(self, config: Any) -> dict[str, int]:
+        """Channels of the latents, widths of T5's and of CLIP's pooled embeddings."""
         return {
             "latents": config.in_channels // PATCH**2,
             "prompt_embeds": config.joint_attention_dim,
@@ -166,6 +175,7 @@ class Flux(PipelineFamily):
         }
 
     def check_sample(self, model: Any, sample: dict[str, torch.Tensor]) -> None:
+        """As `PipelineFamily.check_sample`; also refuses text ids other than zeros."""
         super().check_sample(model, sample)
         if "txt_ids" in sample and sample["txt_ids"].any():
             raise SciflowError("`text_ids`: FLUX.1 takes (0, 0, 0) for every text token; the cache stores other ids.")

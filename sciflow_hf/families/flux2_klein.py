@@ -56,9 +56,11 @@ class Flux2Klein(PipelineFamily):
         return self.normalise(patchify(batch["latents"].float()))
 
     def element_mask(self, mask: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """`loss_mask` (B, h, w) patchified as the latents are: (B, 128, h/2, w/2)."""
         return patchify(mask[:, None].expand(-1, latents.shape[1] // PATCH**2, -1, -1))
 
     def image_seq_len(self, latents: torch.Tensor) -> int:
+        """Image tokens of patchified latents (B, 128, h/2, w/2)."""
         return latents[0, 0].numel()  # 2x2 pixels are channels by now
 
     def pack(self, latents: torch.Tensor) -> torch.Tensor:
@@ -86,6 +88,7 @@ class Flux2Klein(PipelineFamily):
 
     @functools.cached_property
     def statistics(self) -> tuple[torch.Tensor, ...]:
+        """Mean and deviation of the VAE's batch norm, (1, 128, 1, 1), eps inside the root."""
         from diffusers import AutoencoderKLFlux2
 
         with explain_loading(self.pretrained_model_name_or_path, "VAE"):
@@ -95,16 +98,19 @@ class Flux2Klein(PipelineFamily):
         return mean, std
 
     def pipeline_class(self) -> Any:
+        """`Flux2KleinPipeline`."""
         from diffusers import Flux2KleinPipeline
 
         return Flux2KleinPipeline
 
     def network_class(self) -> Any:
+        """`Flux2Transformer2DModel`."""
         from diffusers import Flux2Transformer2DModel
 
         return Flux2Transformer2DModel
 
     def load_model(self, *, dtype: torch.dtype, meta: bool = False, quantize: str | None = None) -> torch.nn.Module:
+        """Warns of step-distilled weights; see `PipelineFamily.load_model`."""
         if self.config().get("is_distilled", False):
             logger.warning(
                 "`%s` is step-distilled: training moves it away from its few-step sampler. Train the base weights "
@@ -114,11 +120,13 @@ class Flux2Klein(PipelineFamily):
         return super().load_model(dtype=dtype, meta=meta, quantize=quantize)
 
     def shorten_text_encoder(self, pipeline: Any) -> None:
+        """Takes away what the deepest layer that is read does not need."""
         truncate(pipeline.text_encoder, max(TEXT_ENCODER_LAYERS))
 
     def pipeline_inputs(
         self, prompt: dict[str, torch.Tensor], negative: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        """Embeddings of the prompt and of the negative one, without text ids, which the pipeline makes."""
         return {"prompt_embeds": prompt["prompt_embeds"], "negative_prompt_embeds": negative["prompt_embeds"]}
 
     # The pipeline's call takes no text.
@@ -127,6 +135,7 @@ class Flux2Klein(PipelineFamily):
     )
 
     def check_negative_prompt(self, guidance_scale: float) -> None:
+        """Raises SciflowError for distilled weights, which draw without guidance, and where guidance is off."""
         if self.config().get("is_distilled", False):
             raise SciflowError(
                 f"`validation_negative_prompt`: {self.pretrained_model_name_or_path!r} is step-distilled and draws "
@@ -135,6 +144,7 @@ class Flux2Klein(PipelineFamily):
         super().check_negative_prompt(guidance_scale)
 
     def encode_prompts(self, prompts: Sequence[str], encoders: Any) -> dict[str, torch.Tensor]:
+        """`prompt_embeds` (B, L, D), Qwen3's hidden states 9, 18, 27 side by side, and `text_ids` (B, L, 4)."""
         with torch.no_grad():
             prompt_embeds, text_ids = encoders.encode_prompt(
                 list(prompts),
@@ -144,6 +154,7 @@ class Flux2Klein(PipelineFamily):
         return {"prompt_embeds": prompt_embeds, "text_ids": text_ids}
 
     def count_tokens(self, prompts: Sequence[str]) -> tuple[list[int], int]:
+        """Tokens of each prompt in the chat template, and how many of them are read."""
         tokenizer = self.tokenizers.tokenizer
         options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}  # as the pipeline
         texts = [tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **options) for prompt in prompts]
@@ -154,9 +165,11 @@ class Flux2Klein(PipelineFamily):
         return 0.00016927 * image_seq_len + 0.45666666
 
     def widths(self, config: Any) -> dict[str, int]:
+        """Channels of the latents before patches, and width of the text."""
         return {"latents": config.in_channels // PATCH**2, "prompt_embeds": config.joint_attention_dim}
 
     def check_sample(self, model: Any, sample: dict[str, torch.Tensor]) -> None:
+        """As `PipelineFamily.check_sample`; also refuses text ids other than (0, 0, 0, l)."""
         super().check_sample(model, sample)
         expected = position_ids(1, 1, len(sample["prompt_embeds"]), sample["latents"].device)
         if "txt_ids" in sample and not torch.equal(sample["txt_ids"], expected):

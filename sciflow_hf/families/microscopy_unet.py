@@ -163,6 +163,7 @@ class MicroscopyUNet(TimestepLevels, ModelFamily):
 
     @classmethod
     def renamed_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """Options of an older checkpoint, from before `hierarchical_weight`."""
         return {"hierarchical_weight": 0.0} | options
 
     # -- the step --------------------------------------------------------------------------------------------------
@@ -235,6 +236,7 @@ class MicroscopyUNet(TimestepLevels, ModelFamily):
 
     @functools.cached_property
     def process(self) -> GivenSchedule:
+        """DDPM by `beta_schedule` and `prediction_type`."""
         betas = objectives.beta_schedule(self.beta_schedule, self.num_train_timesteps)
         return GivenSchedule(objectives.alphas_cumprod(betas), self.prediction_type)
 
@@ -242,6 +244,7 @@ class MicroscopyUNet(TimestepLevels, ModelFamily):
 
     @property
     def from_scratch(self) -> bool:
+        """True unless a saved run is loaded (`pretrained_model_name_or_path`)."""
         return not self.pretrained_model_name_or_path
 
     def take_over(self) -> tuple[IntensityTransform, IntensityTransform]:
@@ -273,6 +276,7 @@ class MicroscopyUNet(TimestepLevels, ModelFamily):
         return sharp, measured
 
     def load_model(self, *, dtype: torch.dtype, meta: bool = False) -> torch.nn.Module:
+        """A UNet of random weights in `dtype`, or that of a saved run."""
         from diffusers import UNet2DModel
 
         path = self.pretrained_model_name_or_path
@@ -328,6 +332,7 @@ class MicroscopyUNet(TimestepLevels, ModelFamily):
         )
 
     def pipeline_class(self) -> Any:
+        """`MicroscopyRestorationPipeline` of this package, whose code a saved run carries along."""
         from ..pipelines.microscopy import MicroscopyRestorationPipeline
 
         return MicroscopyRestorationPipeline
@@ -339,6 +344,7 @@ class MicroscopyUNet(TimestepLevels, ModelFamily):
         device: torch.device | str = "cpu",
         with_text_encoder: bool = False,
     ) -> Any:
+        """The restoring pipeline around `model`: its schedule and intensity transforms."""
         model = self.load_model(dtype=torch.float32) if model is None else model
         self._channels()
         pipeline = self.pipeline_class()(
@@ -357,15 +363,19 @@ class MicroscopyUNet(TimestepLevels, ModelFamily):
         self.load_pipeline(model, device=model.device).save_pretrained(folder)
 
     def encoder_settings(self) -> dict[str, Any]:
+        """The name alone: images are not encoded."""
         return {"family": self.name}
 
     def bucket_step(self) -> int:
+        """Pixels: the UNet halves the sides that often."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     def call_arguments(self, args: SamplingArguments) -> list[str]:
+        """The measured images and the number of samples, for the model card."""
         return ["images", "num_samples=16"]  # images: (B, C, H, W), in their own intensities
 
     def check_sample(self, model: Any, sample: dict[str, torch.Tensor]) -> None:
+        """Raises SciflowError where channels or sides of a pair of images do not fit the network."""
         missing = [key for key in ("pixel_values", "conditioning_pixel_values") if key not in sample]
         if missing:
             raise SciflowError(f"a sample of `{self.name}` needs {missing}; it has {sorted(sample)}.")
@@ -390,7 +400,9 @@ class MicroscopyUNet(TimestepLevels, ModelFamily):
     def encode_validation_prompts(
         self, prompts: Sequence[str], *, device: torch.device | str, dtype: torch.dtype, encoders: Any = None
     ) -> list[dict[str, torch.Tensor]]:
+        """Refused: images are restored, not prompted for."""
         raise SciflowError(f"`validation_prompts`: `{self.name}` takes no prompts; its restorations are scored.")
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: images are restored by `MicroscopyRestorationPipeline`."""
         raise SciflowError(f"`{self.name}` restores images: use its pipeline.")

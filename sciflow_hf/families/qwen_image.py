@@ -54,6 +54,7 @@ class QwenImage(PipelineFamily):
         return unpack(tokens.float(), height, width)
 
     def pack(self, latents: torch.Tensor) -> torch.Tensor:
+        """2x2 patches as tokens: (B, C, h, w) -> (B, h/2 * w/2, 4C)."""
         return pack(latents)
 
     def clean_latents(self, batch: dict[str, Any]) -> torch.Tensor:
@@ -82,6 +83,7 @@ class QwenImage(PipelineFamily):
 
     @functools.cached_property
     def statistics(self) -> tuple[torch.Tensor, ...]:
+        """`latents_mean` and `latents_std` of the VAE's configuration, (1, 16, 1, 1)."""
         config = self.config("vae")
         for name in ("latents_mean", "latents_std"):
             if len(config.get(name) or []) != config.get("z_dim"):
@@ -93,16 +95,19 @@ class QwenImage(PipelineFamily):
         return tuple(torch.tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
 
     def pipeline_class(self) -> Any:
+        """`QwenImagePipeline`."""
         from diffusers import QwenImagePipeline
 
         return QwenImagePipeline
 
     def network_class(self) -> Any:
+        """`QwenImageTransformer2DModel`."""
         from diffusers import QwenImageTransformer2DModel
 
         return QwenImageTransformer2DModel
 
     def load_model(self, *, dtype: torch.dtype, meta: bool = False, quantize: str | None = None) -> torch.nn.Module:
+        """Refuses networks of other pipelines that take further inputs; see `PipelineFamily.load_model`."""
         config = self.config(self.component)
         where = f"`pretrained_model_name_or_path` {self.pretrained_model_name_or_path!r}"
         for name, what in _OTHER_NETWORKS.items():
@@ -131,15 +136,18 @@ class QwenImage(PipelineFamily):
         return {"prompt_embeds": prompt_embeds} | ({} if mask is None else {"prompt_embeds_mask": mask})
 
     def count_tokens(self, prompts: Sequence[str]) -> tuple[list[int], int]:
+        """Tokens of each prompt after those of the template, and how many of them are read."""
         pipe, texts = self.tokenizers, map(self.tokenizers.prompt_template_encode.format, prompts)
         return token_counts(texts, pipe.tokenizer, pipe.prompt_template_encode_start_idx), self.max_sequence_length
 
     def needs_negative_prompt(self) -> bool:
+        """True: the pipeline has guidance only with a negative prompt."""
         return True
 
     def pipeline_inputs(
         self, prompt: dict[str, torch.Tensor], negative: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        """Embeddings and masks of both prompts, (1, l, D) and (1, l), without padding."""
         (embeds, mask), (negative_embeds, negative_mask) = without_padding(prompt), without_padding(negative)
         return {
             "prompt_embeds": embeds,
@@ -157,6 +165,7 @@ class QwenImage(PipelineFamily):
         return super().generate(pipeline, inputs, guidance_scale=guidance_scale, **options)
 
     def bucket_step(self) -> int:
+        """Pixels: 2x2 patches of a VAE that halves three times, 16."""
         return PATCH * 2 ** len(self.setting("vae", "temperal_downsample"))
 
     def resolution_mu(self, image_seq_len: int) -> float:
@@ -168,9 +177,11 @@ class QwenImage(PipelineFamily):
         return slope * image_seq_len + (base_shift - slope * base_length)
 
     def widths(self, config: Any) -> dict[str, int]:
+        """Channels of the latents and width of the text."""
         return {"latents": config.in_channels // PATCH**2, "prompt_embeds": config.joint_attention_dim}
 
     def check_sample(self, model: Any, sample: dict[str, torch.Tensor]) -> None:
+        """As `PipelineFamily.check_sample`; latents may have the axis of frames, a mask one value a token."""
         framed = [name for name in ("latents", "latents_std") if name in sample and sample[name].shape[1:-2] == (1,)]
         super().check_sample(model, sample | {name: sample[name].squeeze(1) for name in framed})
         tokens, mask = len(sample["prompt_embeds"]), sample.get("prompt_embeds_mask")

@@ -78,6 +78,7 @@ class SD3(PipelineFamily):
         return super().compare(clean, noised._replace(target=noised.latents), batch, args)
 
     def text_arguments(self, batch: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+        """Embeddings (B, L, D) of both CLIPs and T5, and the pooled ones of the CLIPs (B, P)."""
         return {
             "encoder_hidden_states": batch["prompt_embeds"].to(dtype),
             "pooled_projections": batch["pooled_prompt_embeds"].to(dtype),
@@ -101,6 +102,7 @@ class SD3(PipelineFamily):
 
     @property
     def latents_shift(self) -> float:
+        """`shift_factor` of the VAE, which SD3 must have."""
         return float(self.setting("vae", "shift_factor"))
 
     def resolution_mu(self, image_seq_len: int) -> float:
@@ -108,16 +110,19 @@ class SD3(PipelineFamily):
         return math.log(self.setting("scheduler", "shift"))
 
     def pipeline_class(self) -> Any:
+        """`StableDiffusion3Pipeline`."""
         from diffusers import StableDiffusion3Pipeline
 
         return StableDiffusion3Pipeline
 
     def network_class(self) -> Any:
+        """`SD3Transformer2DModel`."""
         from diffusers import SD3Transformer2DModel
 
         return SD3Transformer2DModel
 
     def load_model(self, *, dtype: torch.dtype, meta: bool = False, quantize: str | None = None) -> torch.nn.Module:
+        """Warns of the distilled turbo; see `PipelineFamily.load_model`."""
         if "turbo" in self.pretrained_model_name_or_path.lower():  # its configuration does not say so
             logger.warning(
                 "`%s` is step-distilled: training moves it away from its few-step sampler. Train "
@@ -132,6 +137,7 @@ class SD3(PipelineFamily):
         return f"{last}.add_q_proj", f"{last}.norm_added_q"
 
     def unread_parts(self) -> tuple[str, ...]:
+        """T5 and its tokenizer with `--no_use_t5`."""
         if self.use_t5 and self.config().get(T5[0], [None])[0] is None:
             raise SciflowError(
                 f"`use_t5`: {self.pretrained_model_name_or_path!r} holds no `{T5[0]}`. Give `--no_use_t5`."
@@ -169,6 +175,7 @@ class SD3(PipelineFamily):
         return super().encoder_settings() | states | {"use_t5": self.use_t5}
 
     def widths(self, config: Any) -> dict[str, int]:
+        """Channels of the latents, widths of the text and of the pooled text."""
         return {
             "latents": config.in_channels,
             "prompt_embeds": config.joint_attention_dim,
@@ -176,4 +183,5 @@ class SD3(PipelineFamily):
         }
 
     def positions(self, config: Any) -> int | None:
+        """`pos_embed_max_size`: the table of positions has that many tokens on a side."""
         return int(config.pos_embed_max_size)

@@ -58,6 +58,7 @@ class SDXL(TimestepLevels, PipelineFamily):
         return prediction.float()
 
     def text_arguments(self, batch: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+        """Embeddings (B, L, D) of both CLIPs, the pooled one (B, P) and `time_ids` (B, 6), float32."""
         return {
             "encoder_hidden_states": batch["prompt_embeds"].to(dtype),
             "added_cond_kwargs": {
@@ -90,10 +91,12 @@ class SDXL(TimestepLevels, PipelineFamily):
 
     @functools.cached_property
     def statistics(self) -> tuple[torch.Tensor, ...]:
+        """`latents_mean` and `latents_std` of the VAE, (1, 4, 1, 1); () where it has none."""
         found = [self._vae_config.get(name) for name in ("latents_mean", "latents_std")]
         return () if None in found else tuple(torch.tensor(values).view(1, -1, 1, 1) for values in found)
 
     def latent_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of each channel, (1, 4, 1, 1), with the scaling factor."""
         mean, std = super().latent_statistics()
         return (mean, std / self._vae_config["scaling_factor"]) if self.statistics else (mean, std)
 
@@ -118,6 +121,7 @@ class SDXL(TimestepLevels, PipelineFamily):
         image_seq_len: int,
         batch: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
+        """Timesteps (B,), int64, uniform from the keys; refuses densities and shifts of flow matching."""
         check_density(args.weighting_scheme, args.timestep_shift)
         return super().sample_levels(keys, args, image_seq_len, batch)
 
@@ -168,11 +172,13 @@ class SDXL(TimestepLevels, PipelineFamily):
         return 2 ** (len(self.setting("vae", "block_out_channels")) - 1)
 
     def pipeline_class(self) -> Any:
+        """`StableDiffusionXLPipeline`."""
         from diffusers import StableDiffusionXLPipeline
 
         return StableDiffusionXLPipeline
 
     def network_class(self) -> Any:
+        """`UNet2DConditionModel`."""
         from diffusers import UNet2DConditionModel
 
         return UNet2DConditionModel
@@ -188,6 +194,7 @@ class SDXL(TimestepLevels, PipelineFamily):
                 raise self._cannot("unet", name, value, (allowed,))
 
     def load_model(self, *, dtype: torch.dtype, meta: bool = False, quantize: str | None = None) -> torch.nn.Module:
+        """Refuses relatives of SDXL, such as the refiner; see `PipelineFamily.load_model`."""
         self._check_kind()
         kind, steps = self.prediction_type, self.process.num_train_timesteps
         scale = self._vae_config["scaling_factor"]
@@ -197,6 +204,7 @@ class SDXL(TimestepLevels, PipelineFamily):
     def load_encoders(
         self, *, device: torch.device | str, dtype: torch.dtype, images: bool = True, text: bool = True
     ) -> Any:
+        """VAE, in float32 where its configuration says so, and both text encoders, frozen."""
         self._check_kind()
         dtypes: Any = dtype
         if images and self.config("vae").get("force_upcast", True):  # its activations overflow in float16
@@ -219,12 +227,14 @@ class SDXL(TimestepLevels, PipelineFamily):
             tokenizer.model_max_length = self.max_sequence_length
 
     def encode_prompts(self, prompts: Sequence[str], encoders: Any) -> dict[str, torch.Tensor]:
+        """`prompt_embeds` (B, L, D), both CLIPs side by side, and the second's `pooled_prompt_embeds` (B, P)."""
         prompt_embeds, _, pooled_prompt_embeds, _ = encoders.encode_prompt(
             list(prompts), do_classifier_free_guidance=False
         )
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
 
     def load_pipeline(self, model: torch.nn.Module | None = None, **options: Any) -> Any:
+        """As `PipelineFamily.load_pipeline`; the VAE decodes in its own dtype."""
         pipeline = super().load_pipeline(model, **options)
         vae, decode = pipeline.vae, pipeline.vae.decode
         # In mixed precision the network answers in float32, and the pipeline gives that to a bfloat16 VAE.
@@ -242,6 +252,7 @@ class SDXL(TimestepLevels, PipelineFamily):
         return max(self.pixels_per_latent * 2**halvings, PIPELINE_STEP)
 
     def widths(self, config: Any) -> dict[str, int]:
+        """Channels of the latents, widths of both text encoders together and of the pooled text."""
         pooled = config.projection_class_embeddings_input_dim - len(TIME_IDS) * config.addition_time_embed_dim
         return {
             "latents": config.in_channels,
@@ -250,6 +261,7 @@ class SDXL(TimestepLevels, PipelineFamily):
         }
 
     def check_sample(self, model: Any, sample: dict[str, torch.Tensor]) -> None:
+        """As `PipelineFamily.check_sample`; warns where `time_ids` are missing."""
         super().check_sample(model, sample)
         if "time_ids" not in sample:
             logger.warning(

@@ -339,6 +339,7 @@ class DiffusionTrainer(Trainer):
         )
 
     def call_model_init(self, trial: Any = None) -> torch.nn.Module:
+        """The model of a trial of `hyperparameter_search`, checked as the first one was."""
         model = super().call_model_init(trial)
         self._check_model(model, self.args)
         return model
@@ -906,6 +907,7 @@ class DiffusionTrainer(Trainer):
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
+        """Class and arguments of `--optim`: those of this package, else those of `Trainer`."""
         if args.optim in OPTIMIZERS:
             cls, kwargs = optimizer_class(args.optim, args.learning_rate, args.optim_args)
             return cls, kwargs

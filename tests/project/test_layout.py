@@ -47,7 +47,7 @@ MAY_IMPORT["cli"] = set(MAY_IMPORT)
 
 TOP_LEVEL = {
     *("sciflow_hf", "recipes", "tests", "notebooks", "docs", ".ci", ".github"),
-    *("setup.cfg", "pyproject.toml", "constraints.txt", "constraints-min.txt"),
+    *("setup.cfg", "pyproject.toml", "constraints.txt", "constraints-min.txt", "mkdocs.yml"),
     *("README.md", "LICENSE", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff"),
     *(".gitignore", ".pre-commit-config.yaml"),
 }
@@ -159,9 +159,16 @@ def family_faults(source: str, stem: str) -> list[str]:
     return faults
 
 
-def written_lines(source: str) -> int:
-    """Lines that are neither blank nor comments."""
-    return sum(bool(line.strip()) and not line.lstrip().startswith("#") for line in source.splitlines())
+def code_lines(source: str) -> int:
+    """Lines that are neither blank nor comments nor docstrings."""
+    documented = [
+        node.body[0]
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None
+    ]
+    prose = {line for text in documented for line in range(text.lineno, (text.end_lineno or 0) + 1)}
+    written = [number for number, line in enumerate(source.splitlines(), 1) if re.match(r"\s*[^\s#]", line)]
+    return len([number for number in written if number not in prose])
 
 
 def assert_lines(source: str) -> list[int]:
@@ -261,7 +268,7 @@ def test_the_step_is_short_and_stands_once() -> None:
     body = "\n".join(ast.unparse(node) for node in steps[0].body[1:])
     assert len(body.splitlines()) <= 20
     for stem in ("flux", "flux2_klein", "qwen_image", "sd3"):
-        assert written_lines((PACKAGE / "families" / f"{stem}.py").read_text(encoding="utf-8")) <= 150, stem
+        assert code_lines((PACKAGE / "families" / f"{stem}.py").read_text(encoding="utf-8")) <= 140, stem
 
 
 @pytest.mark.promise("C08", "C09")
@@ -391,7 +398,7 @@ def test_family_faults() -> None:
     late = FAMILY.replace("    def predict", "    def helper(self):\n        pass\n\n    def predict")
     assert family_faults(late, "tiny") == ["helper stands before predict"]
     assert family_faults(FAMILY + FAMILY.replace("Tiny", "Second"), "tiny") == ["2 classes with predict"]
-    assert written_lines("# a\n\nx = 1\n    # b\ny = 2  # c\n") == 2
+    assert code_lines('"""a\n\nb\n"""\n# c\n\nx = """\nd"""\n    # e\ndef f():\n    """g"""\n    return 1\n') == 4
 
 
 def test_small_checkers() -> None:

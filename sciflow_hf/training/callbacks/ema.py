@@ -55,6 +55,7 @@ class EMACallback(TrainerCallback):
         self._average: EMAModel | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Raises SciflowError under DeepSpeed and with a schedule-free optimizer."""
         if PartialState().distributed_type == DistributedType.DEEPSPEED:
             raise SciflowError(
                 f"`ema_decay` {self.decay} cannot work with DeepSpeed, which spreads the weights over the ranks in a "
@@ -76,6 +77,7 @@ class EMACallback(TrainerCallback):
         self._average.to(device=self._values[0].device)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Moves the average towards the weights, every `update_every` optimizer steps."""
         if self._average is not None and state.global_step % self.update_every == 0:
             self._average.step(self._values)
 
