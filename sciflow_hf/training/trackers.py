@@ -1,4 +1,4 @@
-"""Experiment trackers: W&B without a login logs offline."""
+"""Experiment trackers: W&B gets the project of `--project`, and without a login logs offline."""
 
 import logging
 import os
@@ -11,10 +11,15 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_wandb(args: TrainingArguments) -> None:
-    """Without a login W&B would stop the run and ask: log offline instead, and say so."""
-    if "wandb" not in args.report_to or os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+    """Without a login W&B would stop the run and ask: log offline instead, and say so.
+
+    Its callback in transformers (5.23) takes the project from the environment and passes over `--project`.
+    """
+    if "wandb" not in args.report_to:
         return
-    if not _has_wandb_login():
+    if args.project != TrainingArguments.project:
+        os.environ["WANDB_PROJECT"] = args.project
+    if os.environ.get("WANDB_MODE") not in ("offline", "disabled") and not _has_wandb_login():
         os.environ["WANDB_MODE"] = "offline"
         logger.warning("No W&B login found: logging offline. Run `wandb login` before, or `wandb sync` afterwards.")
 

@@ -259,7 +259,7 @@ def test_caches_are_drawn_in_the_ratio_of_their_weights(caches, weights, caplog)
     assert caches[0] in caplog.text and "20 samples" in caplog.text
 
 
-@pytest.mark.promise("A13")
+@pytest.mark.promise("A13", "B02")
 def test_weights_count_the_samples_that_are_trained_on(caches):
     """After the split and `--max_train_samples`: the ratio holds for what is left."""
     for options in ({"eval_fraction": 0.3}, {"eval_fraction": 0, "max_train_samples": 33}):

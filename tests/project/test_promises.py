@@ -183,6 +183,25 @@ def test_the_recommended_run():
     assert (options["per_device_train_batch_size"], options["gradient_accumulation_steps"]) == (2, 1)
 
 
+@pytest.mark.promise("D20", "D21")
+def test_the_recipes_of_published_data_sets():
+    cifar, imagenet = (
+        read_yaml(ROOT / "recipes" / "configs" / f"dit_{name}.yaml") for name in ("cifar10", "imagenet256")
+    )
+    family = sf.DiT(preset=cifar["preset"], image_size=cifar["image_size"], num_classes=10)
+    config = family.load_model(dtype=torch.float32, meta=True).config
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (384, 12, 6)
+    assert (cifar["per_device_train_batch_size"], cifar["learning_rate"], cifar["num_train_epochs"]) == (
+        128,
+        "1e-4",
+        100,
+    )
+    on_8_gpus = 8 * imagenet["per_device_train_batch_size"]
+    assert (imagenet["preset"], on_8_gpus, imagenet["gradient_accumulation_steps"]) == ("XL", 256, 2)
+    assert imagenet["vae_name_or_path"] == "stabilityai/sd-vae-ft-mse" and imagenet["flip"]
+    assert 2 * imagenet["num_train_epochs"] == 400  # mirror images are rows of their own
+
+
 @pytest.mark.promise("A41")
 def test_every_function_says_its_types():
     found = []

@@ -98,7 +98,7 @@ KINDS = {
 }
 
 
-@pytest.mark.promise("A02", "A18", "B02")
+@pytest.mark.promise("A02", "A18")
 @pytest.mark.parametrize("kind", KINDS)
 def test_raw_images_and_captions_train_resume_and_evaluate(tmp_path, family, encode, raw, kind):
     """4 steps of 4 samples of 10 = 3 steps, resume, 1 step, bit for bit; evaluation of the same rows is the same."""

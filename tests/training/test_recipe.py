@@ -20,7 +20,7 @@ def demo(tmp_path_factory):
     return out, done
 
 
-@pytest.mark.promise("A10")
+@pytest.mark.promise("A10", "B02")
 def test_demo_lowers_the_held_out_loss_and_says_so(demo):
     out, done = demo
     assert "better" in done.stdout and "not clearly" not in done.stdout

@@ -76,12 +76,16 @@ def test_wandb_without_login_logs_offline_and_says_so(tmp_path, family, even_cac
     monkeypatch.setenv("HOME", str(tmp_path))  # no ~/.netrc
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_PROJECT", "others")  # the flag wins
     import wandb
 
     wandb.teardown()
-    trainer = make_trainer(tmp_path / "run", family, even_cache, report_to="wandb")
+    trainer = make_trainer(
+        tmp_path / "run", family, even_cache, report_to="wandb", project="figures", run_name="night style"
+    )
     assert os.environ["WANDB_MODE"] == "offline" and "offline" in caplog.text
     trainer.train()
+    assert (wandb.run.project, wandb.run.name) == ("figures", "night style")
     wandb.finish()
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
