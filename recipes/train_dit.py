@@ -26,6 +26,7 @@ def main() -> None:
         description=__doc__,
     )
     train_dataset, eval_dataset = sf.prepare_class_images(data_args, family, args)
+    sf.fit_memory(args, family, train_dataset)
 
     model = family.load_model(dtype=args.load_dtype(trained=True), meta=args.dry_run)
     if args.dry_run:

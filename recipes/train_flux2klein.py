@@ -19,6 +19,7 @@ def main(family_class: type[sf.PipelineFamily] = sf.Flux2Klein, description: str
         family_class, sf.DataArguments, sf.AdapterArguments, sf.DiffusionTrainingArguments, description=description
     )
     train_dataset, eval_dataset = sf.prepare_data(data_args, family, args)
+    sf.fit_memory(args, family, train_dataset, adapter_args)
 
     dtype = args.load_dtype(trained=adapter_args.no_adapter)
     model = family.load_model(dtype=dtype, meta=args.dry_run, quantize=args.quantize_base)

@@ -28,6 +28,7 @@ def main() -> None:
         description=__doc__,
     )
     train_dataset, eval_dataset = sf.prepare_microscopy(data_args, optics, family, args)
+    sf.fit_memory(args, family, train_dataset)
 
     model = family.load_model(dtype=args.load_dtype(trained=True), meta=args.dry_run)
     if args.dry_run:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .training.callbacks.ema import EMACallback
     from .training.callbacks.progressive import ProgressiveResolution
     from .training.finish import finish
+    from .training.fit_memory import fit_memory
     from .training.prepare import build_cache_for, prepare_class_images, prepare_data, prepare_microscopy
     from .training.trainer import DiffusionTrainer
 

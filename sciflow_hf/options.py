@@ -105,6 +105,14 @@ def check_options(args: Any) -> None:
         check(args)
 
 
+def given_options(args: Any) -> set[str]:
+    """Names of the options that stand on the command line or in the YAML; without one, that differ from defaults."""
+    if (given := getattr(args, "given", None)) is not None:
+        return set(given)
+    fields = [field for field in dataclasses.fields(args) if field.init]
+    return {f.name for f in fields if (getattr(args, f.name) or None) != (_default(f) or None)}
+
+
 def check_range(name: str, value: float, within: str, advice: str = "") -> None:
     """Raises SciflowError where the value of an option is no number in the interval, such as "[0, 1)"; NaN never is."""
     if not _is_within(value, within):
@@ -191,7 +199,8 @@ class RecipeParser(HfArgumentParser):
             if action.dest not in ("help", "config"):
                 options.setdefault(action.dest, action)  # `--x` of a boolean stands before its `--no_x`
         hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
-        for name, value in (read_yaml(config) if config else {}).items():
+        written = read_yaml(config) if config else {}
+        for name, value in written.items():
             if name not in options:
                 self.error(f"{config}: unknown option `{name}`{_nearest(str(name), ['base', *options])}")
             try:
@@ -205,11 +214,15 @@ class RecipeParser(HfArgumentParser):
             known = [flag for action in self._actions for flag in action.option_strings]
             flag = next((u for u in unknown if u.startswith("--")), unknown[0]).split("=")[0]
             self.error(f"unknown argument {' '.join(unknown)}{_nearest(flag, known)}")
-        values = vars(namespace)
-        return tuple(
-            kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.init})
-            for kind in self.dataclass_types
-        )
+        unset = object()
+        flags = vars(self.parse_known_args(list(argv), argparse.Namespace(**dict.fromkeys(options, unset)))[0])
+        given = {*written, *(name for name in options if flags[name] is not unset)}
+        values, made = vars(namespace), []
+        for kind in self.dataclass_types:
+            names = {f.name for f in dataclasses.fields(kind) if f.init}
+            made.append(kind(**{name: values[name] for name in names}))
+            made[-1].given = given & names
+        return tuple(made)
 
     def _config_file(self, argv: Sequence[str]) -> str | None:
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)

@@ -12,15 +12,10 @@ from ..adapters.layers import adapter_facts, network_of, title
 from ..data.batches.loader import batch_keys_of, is_stream, training_sampler
 from ..data.batches.threads import release
 from ..data.prior import without_prior
-from ..engines.offload import held_bytes
+from ..engines.memory import USABLE, MemoryOptions, device_memory, estimate, fitting, in_words
 from ..engines.optimizers import rates_of, state_bytes
-from ..engines.quantisation import saved_bytes
 from ..errors import SciflowError
 from ..families.base import ModelFamily
-
-GIB = 2**30
-ACTIVATIONS_PER_BLOCK = 27  # 16-bit values kept per token and hidden unit; fits klein 9B's 51 GB at 1024 px
-ACTIVATIONS_PER_RESNET = 3  # per pixel and channel, in and out: two group norms and what they feed
 
 
 def plan(
@@ -38,9 +33,7 @@ def plan(
     steps_per_epoch = math.ceil(len(sampler) / args.gradient_accumulation_steps)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
     total_batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    keys = set(batch_keys_of(train_dataset))
-    tokens = max((_tokens(key, family) for key in keys), default=0)
-    image_tokens = max((_tokens(key[:2], family) for key in keys if isinstance(key, tuple)), default=0)
+    tokens, memory = tokens_of(train_dataset, family), device_memory(args)
     sections = {
         "Family": f"{family}",
         "Options that differ from the defaults": _lines(args.changed_options()),
@@ -52,9 +45,12 @@ def plan(
             f"{len(without_prior(train_dataset)):,} samples to train on, {len(eval_dataset or []):,} held out"
             f"{_prior(train_dataset)}{_images(train_dataset)}"
         ),
-        "Memory and disk, on paper": _estimate(model, args, tokens, image_tokens, steps, steps_per_epoch),
+        "Memory and disk, on paper": _needed(model, args, steps, steps_per_epoch, **tokens),
     }
-    return "\n\n".join(f"{title}\n{'-' * len(title)}\n{text}" for title, text in sections.items())
+    if memory is not None:
+        fits = f"Options that fit into {memory / 1e9:.1f} GB, of which {USABLE:.0%} are counted on"
+        sections[fits] = _fitting(model, args, memory, **tokens)
+    return "\n\n".join(f"{name}\n{'-' * len(name)}\n{text}" for name, text in sections.items())
 
 
 def _prior(train_dataset: Any) -> str:
@@ -83,12 +79,14 @@ def _trained(model: torch.nn.Module, args: TrainingArguments) -> str:
     return f"{title(facts)}:\n{layers}{groups}"
 
 
-def _tokens(key: Any, family: ModelFamily) -> int:
-    """Image and text tokens of a batch key (height, width, text length)."""
-    if not isinstance(key, tuple) or len(key) < 2:
-        return 0
-    step = family.bucket_step()
-    return (key[0] // step) * (key[1] // step) + (key[2] if len(key) > 2 else 0)
+def tokens_of(train_dataset: Any, family: ModelFamily) -> dict[str, int]:
+    """`tokens` of the largest sample with its text, and `image_tokens` of the largest image."""
+    keys = [key for key in set(batch_keys_of(train_dataset)) if isinstance(key, tuple) and len(key) >= 2]
+    step = family.bucket_step() if keys else 1
+    image = [(key[0] // step) * (key[1] // step) for key in keys]  # of (height, width) or (height, width, text length)
+    online = vars(family).get("max_sequence_length", 0)  # where the text is encoded in training
+    both = [size + (key[2] if len(key) > 2 else online) for size, key in zip(image, keys, strict=True)]
+    return {"tokens": max(both, default=0), "image_tokens": max(image, default=0)}
 
 
 def _described(values: Mapping[str, Any]) -> list[str]:
@@ -111,25 +109,11 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _estimate(
-    model: torch.nn.Module,
-    args: TrainingArguments,
-    tokens: int,
-    image_tokens: int,
-    steps: int,
-    steps_per_epoch: int,
-) -> str:
-    network = network_of(model)
-    held, block = held_bytes(network) if args.offload else (0, 0)
-    weights: float = sum(p.numel() * p.element_size() for p in model.parameters()) - (held - block)
-    weights -= saved_bytes(network, args.quantize_base) if args.quantize_base else 0
+def _needed(model: torch.nn.Module, args: TrainingArguments, steps: int, steps_per_epoch: int, **tokens: Any) -> str:
+    """Memory and disk."""
+    options = MemoryOptions.of(args)
+    found = estimate(model, network_of(model), args, options=options, **tokens)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    optimizer = trained * (4 + state_bytes(args.optim))  # gradients in float32, and states
-    blocks = _blocks(network, tokens, image_tokens) or [(0, 0)]
-    needed = sum(inner for _, inner in blocks)
-    if args.activation_checkpointing:  # what comes into each block, and one of them at a time
-        needed = sum(taken for taken, _ in blocks) + max(inner for _, inner in blocks)
-    kept = 2 * args.train_batch_size * needed
     per_checkpoint = trained * (4 + state_bytes(args.optim))
     every = args.save_steps if args.save_steps >= 1 else math.ceil(args.save_steps * steps)
     every = steps_per_epoch if args.save_strategy.value == "epoch" else every
@@ -137,48 +121,26 @@ def _estimate(
     # One more than `save_total_limit` for a while: an old one goes when the new one is whole.
     copies = min(saves, args.save_total_limit + 1 if args.save_total_limit else saves)
     return (
-        f"weights {_size(weights)}, gradients and optimizer {_size(optimizer)}, activations about "
-        f"{_size(kept)} for {tokens:,} tokens x batch {args.train_batch_size}: "
-        f"about {_size(weights + optimizer + kept)} per device"
-        f"{f', and {_size(held)} of weights on the host' if held else ''}\n"
-        f"at most {copies} checkpoints of {_size(per_checkpoint)} at once: {_size(copies * per_checkpoint)} of disk"
+        f"weights {in_words(found.weights)}, gradients and optimizer {in_words(found.optimizer)}, activations about "
+        f"{in_words(found.activations)} for {tokens['tokens']:,} tokens x batch {options.per_device_train_batch_size}: "
+        f"about {in_words(found.total)} per device"
+        f"{f', and {in_words(found.host)} of weights on the host' if found.host else ''}\n"
+        f"at most {copies} checkpoints of {in_words(per_checkpoint)} at once: "
+        f"{in_words(copies * per_checkpoint)} of disk"
     )
 
 
-def _blocks(network: Any, tokens: int, deepest: int) -> list[tuple[int, int]]:
-    """Of each block, how many numbers of a sample come in, and how many its backward pass needs.
-
-    Args:
-        tokens: of image and text.
-        deepest: of the image where a UNet is narrowest; each level above has four times as many.
-    """
-    unet = [
-        (n, m) for n, m in network.named_modules() if type(m).__name__ in ("BasicTransformerBlock", "ResnetBlock2D")
-    ]
-    if not unet:
-        names = getattr(network, "_no_split_modules", None) or []
-        inputs = [
-            m.out_features
-            for n, m in network.named_modules()
-            if n.endswith(("x_embedder", "context_embedder", "img_in"))
+def _fitting(model: torch.nn.Module, args: TrainingArguments, memory: float, **tokens: Any) -> str:
+    """The options that fit, the cheapest in time first, and why others are not among them."""
+    ways, smallest, refused = fitting(model, network_of(model), args, memory=memory, **tokens)
+    now = MemoryOptions.of(args)
+    lines = [f"{n}. {way.options.flags(now)}: about {in_words(way.estimate.total)}" for n, way in enumerate(ways, 1)]
+    if not ways:
+        least = in_words(smallest.estimate.total)
+        lines = [
+            f"none; {smallest.options.flags(now)} takes least, about {least}. See docs/memory.md for what is left."
         ]
-        taken = tokens * max(inputs, default=0)
-        return [(taken, ACTIVATIONS_PER_BLOCK * taken) for m in network.modules() if type(m).__name__ in names]
-    found, levels = [], len(network.down_blocks)
-    for name, block in unet:
-        part, number = name.split(".")[:2]  # down_blocks.0 and up_blocks.2 are the widest of three levels
-        above = int(number) if part == "up_blocks" else levels - 1 - int(number) if part == "down_blocks" else 0
-        size = deepest * 4**above
-        if type(block).__name__ == "ResnetBlock2D":
-            channels = block.in_channels + block.out_channels
-            found.append((size * block.in_channels, ACTIVATIONS_PER_RESNET * size * channels))
-        else:
-            found.append((size * block.dim, ACTIVATIONS_PER_BLOCK * size * block.dim))
-    return found
-
-
-def _size(num_bytes: float) -> str:
-    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.1f} MiB"
+    return "\n".join([*lines, *(f"left out: {why}" for why in refused)])
 
 
 def debug_batch(trainer: Trainer, *, largest: int = 20) -> str:

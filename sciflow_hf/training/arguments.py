@@ -15,6 +15,7 @@ from ..adapters.formats.names import FORMATS
 from ..diffusion.losses import LOSSES
 from ..diffusion.process import WEIGHTING_SCHEMES
 from ..engines.compilation import CompilationArguments
+from ..engines.memory import MemoryArguments
 from ..engines.offload import OffloadArguments
 from ..engines.optimizers import DEFAULT_LEARNING_RATE, OPTIMIZERS, OptimizerArguments
 from ..engines.quantisation import QuantisationArguments
@@ -238,6 +239,7 @@ class DiffusionTrainingArguments(
     OutputArguments,
     QuantisationArguments,
     OffloadArguments,
+    MemoryArguments,
     CompilationArguments,
     ProfilingArguments,
     TrainingArguments,
@@ -334,7 +336,7 @@ class DiffusionTrainingArguments(
         now = self.to_dict()
         hidden = ("output_dir", "hub_", "run_name", "resume_from_checkpoint", "overwrite_output_dir")
         derived: tuple[str, ...] = ("do_eval", "greater_is_better", "accelerator_config", "gradient_checkpointing")
-        derived += ("disable_tqdm", "dry_run", "debug_batch", "profile_steps")
+        derived += ("disable_tqdm", "dry_run", "debug_batch", "profile_steps", "memory_gb")
         return {
             name: now[name]
             for name, value in default.items()

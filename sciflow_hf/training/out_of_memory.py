@@ -17,7 +17,8 @@ from ..errors import SciflowError, counted, first_line
 
 logger = logging.getLogger(__name__)
 
-LADDER = """What makes a run smaller, in the order in which to try it (docs/memory.md says what each costs):
+LADDER = """What makes a run smaller, in the order in which to try it (docs/memory.md says what each costs, and
+--auto_memory chooses among 2, 3 and 5):
   1. --bf16: the frozen network in 2 bytes a weight
   2. --activation_checkpointing: the activations of one block at a time
   3. --per_device_train_batch_size 1, and as many more --gradient_accumulation_steps: the same samples a step

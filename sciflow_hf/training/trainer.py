@@ -180,6 +180,11 @@ class DiffusionTrainer(Trainer):
                 f"`args` is a `{type(args).__name__}`: give a `sciflow_hf.DiffusionTrainingArguments`, which takes all "
                 "options of `transformers.TrainingArguments` under the same names, and those of diffusion."
             )
+        if args.auto_memory and not args.memory_is_fitted:
+            raise SciflowError(
+                "`auto_memory` is for before the network is loaded: call `sciflow_hf.fit_memory(args, family, "
+                "train_dataset, adapter_args)` there, or leave it out."
+            )
         self.family, self.caption_dropout, self.dataset_names = family, caption_dropout, list(dataset_names)
         self.running_pushes: list[Future[Any]] = []
         self.pushed_checkpoint: Path | None = None

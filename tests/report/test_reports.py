@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import sciflow_hf as sf
 from sciflow_hf.adapters.layers import adapter_layers, adapter_parameters
 from sciflow_hf.data.batches.loader import collate
 from sciflow_hf.diffusion.randomness import noise_keys
+from sciflow_hf.report.plan import tokens_of
 from sciflow_hf.training.checkpoints import list_checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -145,6 +147,26 @@ def test_activation_checkpointing_and_batch_size_change_the_estimate(tmp_path, f
     plain = activations(per_device_train_batch_size=64)
     assert activations(per_device_train_batch_size=128) == pytest.approx(2 * plain, rel=0.02)
     assert activations(per_device_train_batch_size=64, activation_checkpointing=True) < 0.5 * plain
+
+
+def test_options_that_fit_a_given_size_are_listed(tmp_path, family, tiny_cache):
+    """The first is the plan's own estimate where that fits; without a size, on a CPU, there is no list."""
+    title = "Options that fit into 1.0 GB, of which 90% are counted on"
+    options = dict(per_device_train_batch_size=64)
+    sections, *_ = plan_of(tmp_path, family, tiny_cache, memory_gb=1, **options)
+    lines = sections[title].splitlines()
+    assert lines[0].startswith("1. as it is: about ") and lines[1].startswith("2. --")
+    assert sizes(lines[0])[0] == sizes(sections["Memory and disk, on paper"])[3]
+    assert [sizes(line)[0] for line in lines] == sorted((sizes(line)[0] for line in lines), reverse=True)
+    none, *_ = plan_of(tmp_path, family, tiny_cache, memory_gb=1e-5, **options)
+    assert re.search(
+        r"^none; --.* takes least, about ", none["Options that fit into 0.0 GB, of which 90% are counted on"]
+    )
+
+
+def test_text_that_is_encoded_in_training_counts(family):
+    data = SimpleNamespace(batch_keys=[(32, 64, 7), (32, 64), (64, 64)])
+    assert tokens_of(data, family) == {"tokens": 64 + 12, "image_tokens": 64}
 
 
 def test_a_plan_of_the_whole_network(tmp_path, family, tiny_cache):

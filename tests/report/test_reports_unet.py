@@ -4,11 +4,12 @@ import re
 
 import pytest
 import torch
+from kept import kept_bytes
 from plans import sizes
 
 import sciflow_hf as sf
 from sciflow_hf.demo import make_tiny
-from sciflow_hf.report.plan import _blocks
+from sciflow_hf.engines.memory import _blocks
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -19,20 +20,6 @@ SDXL = dict(
     attention_head_dim=(5, 10, 20), cross_attention_dim=2048, addition_embed_type="text_time",
     addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816, use_linear_projection=True,
 )  # fmt: skip
-
-
-class _FlashAttention(torch.autograd.Function):
-    """Keeps for its backward pass what fused attention keeps: no matrix of tokens by tokens."""
-
-    @staticmethod
-    def forward(ctx, query, key, value):
-        found = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, found)
-        return found
-
-    @staticmethod
-    def backward(ctx, gradient):
-        raise NotImplementedError
 
 
 @pytest.fixture(scope="module")
@@ -48,32 +35,17 @@ def unet():
     return network.train()
 
 
-def kept_bytes(network, height, width, monkeypatch):
-    """Memory that autograd holds between the two passes, parameters apart: counted on tensors without values."""
-    parameters = {p.untyped_storage()._cdata for p in network.parameters()}
-    storages = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in parameters:
-            storages[storage._cdata] = (storage.nbytes(), tensor)  # kept alive, so that no other gets its address
-        return tensor
-
-    monkeypatch.setattr(
-        torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, **options: _FlashAttention.apply(q, k, v)
-    )
+def forward(network, height, width):
     on_meta = {"device": "meta", "dtype": torch.bfloat16}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        network(
-            sample=torch.empty(1, 4, height, width, **on_meta),
-            timestep=torch.empty(1, device="meta"),
-            encoder_hidden_states=torch.empty(1, 77, 2048, **on_meta),
-            added_cond_kwargs={
-                "text_embeds": torch.empty(1, 1280, **on_meta),
-                "time_ids": torch.empty(1, 6, device="meta"),
-            },
-        )
-    return sum(size for size, _ in storages.values())
+    network(
+        sample=torch.empty(1, 4, height, width, **on_meta),
+        timestep=torch.empty(1, device="meta"),
+        encoder_hidden_states=torch.empty(1, 77, 2048, **on_meta),
+        added_cond_kwargs={
+            "text_embeds": torch.empty(1, 1280, **on_meta),
+            "time_ids": torch.empty(1, 6, device="meta"),
+        },
+    )
 
 
 @pytest.mark.parametrize("size", [(128, 128), (96, 160)])
@@ -81,11 +53,11 @@ def test_activations_of_sdxl_are_what_autograd_keeps(unet, size, monkeypatch):
     """Of 1024 x 1024 and 768 x 1280 pixels, to a fifth."""
     blocks = _blocks(unet, 10**9, size[0] // 4 * (size[1] // 4))
     estimate = 2 * sum(inner for _, inner in blocks)
-    assert estimate == pytest.approx(kept_bytes(unet, *size, monkeypatch), rel=0.2)
+    assert estimate == pytest.approx(kept_bytes(unet, lambda: forward(unet, *size), monkeypatch), rel=0.2)
     assert len(blocks) == 70 + 17 and 5e9 < estimate < 8e9
     taken = 2 * sum(inputs for inputs, _ in blocks)
     unet.enable_gradient_checkpointing()
-    checkpointed = kept_bytes(unet, *size, monkeypatch)
+    checkpointed = kept_bytes(unet, lambda: forward(unet, *size), monkeypatch)
     unet.disable_gradient_checkpointing()
     assert taken == pytest.approx(checkpointed, rel=0.4) and taken < 0.1 * estimate
 
