@@ -7,12 +7,13 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import cache, configs, env, export, push, sample, train
+from . import cache, configs, env, export, init, push, sample, train
 from .run import explained, outlast_readers
 
 COMMANDS = {
     "train": (train, "train a model family by its recipe"),
     "configs": (configs, "the configs that come with the package"),
+    "init": (init, "look at a folder of images, and write a config that trains on them"),
     "cache": (cache, "caches of latents and text embeddings"),
     "sample": (sample, "draw images of classes or prompts, or restore measured images"),
     "export": (export, "an adapter as a file of another program"),

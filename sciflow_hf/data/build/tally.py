@@ -92,12 +92,12 @@ class Tally:
 
     def __str__(self) -> str:
         rows = [("encoded now", f"{self.encoded}"), ("encoded before", f"{self.kept}")]
-        rows += _by_reason("skipped", self.skipped)
+        rows += by_reason("skipped", self.skipped)
         rows.append((f"{self.unit} together", f"{self.images}"))
-        rows += _by_reason("listed, but missing", self.missing)
+        rows += by_reason("listed, but missing", self.missing)
         if self.used or self.ignored:
             what = "captions, metadata, masks" if self.unit == "images" else "tables"
-            rows += [(what, f"{self.used}"), *_by_reason("not looked at", self.ignored)]
+            rows += [(what, f"{self.used}"), *by_reason("not looked at", self.ignored)]
             rows.append(("files together", f"{self.files}"))
         rows += [(what, _with_examples(names)) for what, names in self.remarks.items()]
         rows += self.measures.items()
@@ -105,7 +105,7 @@ class Tally:
         return "\n".join(f"  {name:<{width}}{text}" for name, text in rows)
 
 
-def _by_reason(title: str, found: Mapping[str, str]) -> Iterable[tuple[str, str]]:
+def by_reason(title: str, found: Mapping[str, str]) -> Iterable[tuple[str, str]]:
     if not found:
         return
     yield title, f"{len(found)}"
