@@ -591,6 +591,11 @@ class DiffusionTrainer(Trainer):
                 self._stream_state = json.loads((folder / STREAM).read_text(encoding="utf-8"))
             self._apply_options(folder)
             logger.info("Going on from %s.", folder)
+            if not (folder / OPTIMIZER_NAME).exists() and not self.is_deepspeed_enabled:
+                logger.warning(
+                    "%s holds weights alone (`--save_only_model`): the optimizer and the schedule of its learning rate "
+                    "begin anew, and the result is not that of an uninterrupted run.", folder.name,
+                )  # fmt: skip
         else:
             self._options_changed, self._loss_before = {}, 0.0
         self._losses.clear()  # of an earlier call that ended with an error

@@ -30,6 +30,16 @@ def test_save_total_limit_keeps_the_newest_and_the_best(tmp_path, family, even_c
     assert all(checkpoint_fault(tmp_path / name) is None for name in kept)
 
 
+@pytest.mark.promise("E20")
+def test_checkpoints_of_weights_alone_resume_with_a_warning(tmp_path, family, even_cache, caplog):
+    options = dict(max_steps=4, save_strategy="steps", save_steps=2, save_only_model=True)
+    make_trainer(tmp_path, family, even_cache, **options).train()
+    assert not list(tmp_path.glob("checkpoint-*/optimizer*")) and not list(tmp_path.glob("checkpoint-*/scheduler*"))
+    trainer = make_trainer(tmp_path, family, even_cache, resume_from_checkpoint="checkpoint-2", **options)
+    trainer.train()
+    assert "checkpoint-2 holds weights alone (`--save_only_model`)" in caplog.text and trainer.state.global_step == 4
+
+
 @pytest.mark.promise("E31")
 def test_load_best_model_at_end_puts_the_best_weights_back(tmp_path, family, even_cache):
     trainer = make_trainer(
