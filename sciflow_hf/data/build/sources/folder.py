@@ -64,7 +64,7 @@ class _Folder:
         self.num_files = len(files)
 
     def name(self, file: Path) -> str:
-        return utf8_name(Path(os.path.relpath(file, self.folder)).as_posix())
+        return utf8_name(os.path.relpath(file, self.folder).replace(os.sep, "/"))
 
     def _of_split(self, files: Sequence[Path], split: str | None) -> list[Path]:
         """The files of the chosen splits, if folders are called train and test; with what lies in neither."""
@@ -92,7 +92,7 @@ class _Folder:
         }
         only_masks = set(masks.values()) - rows.keys()
         self.others -= only_masks
-        images = [file for file in self.images if Path(os.path.normpath(file)) not in only_masks]
+        images = [file for file in self.images if file not in only_masks]
         records = [record for file in images for record in self._of(file, rows, masks)]
         self._count(images, rows)
         if not records:
@@ -102,7 +102,7 @@ class _Folder:
     def _of(self, file: Path, rows: dict[Path, list[Note]], masks: Mapping[str, Path]) -> Iterator[Record]:
         """The records of an image: one for each of its captions."""
         name = self.name(file)
-        notes = rows.pop(Path(os.path.normpath(file)), None) or [Note(str(file), {})]
+        notes = rows.pop(file, None) or [Note(str(file), {})]
         found: dict[str, Note] = {}
         for note in notes:
             for text in texts_of(note.columns.get(self.column), self.column, note.where):
