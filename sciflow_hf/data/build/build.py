@@ -450,8 +450,10 @@ class _Builder:
             good.append(view)
             self.touched.add(view.job.record.name)
         if good:
+            pixels = [view.pixels for view in good]
+            stacked = np.stack(pixels) if len(pixels) > 1 else pixels[0][None]  # of one no copy
             stored = self.staging.layout.latent_shape is None
-            images = self.encode_images(torch.from_numpy(np.stack([v.pixels for v in good]))) if stored else {}
+            images = self.encode_images(torch.from_numpy(stacked)) if stored else {}
             shown = [(view.job, view.mask) for view in good]
             self.behind.put(functools.partial(self._save, shown, images, self.texts))
 
