@@ -75,7 +75,7 @@ class BuildReport:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     bytes: int = 0
     tally: Tally = field(default_factory=Tally)
-    records: Sequence[Record] = ()
+    records: Sequence[Record] = field(default=(), repr=False, compare=False)
 
 
 def build_cache(
