@@ -497,6 +497,7 @@ class PipelineFamily(ModelFamily):
         return self.bucket_step() // self.patch
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of an image, by the network's channels and the VAE's halvings."""
         widths, side = self.widths(SimpleNamespace(**self.config(self.component))), self.pixels_per_latent
         return widths["latents"], height // side, width // side
 

@@ -169,6 +169,7 @@ class SDXL(TimestepLevels, PipelineFamily):
 
     @functools.cached_property
     def pixels_per_latent(self) -> int:
+        """Side of a latent in pixels: the VAE's halvings, without those of the UNet."""
         return 2 ** (len(self.setting("vae", "block_out_channels")) - 1)
 
     def pipeline_class(self) -> Any:

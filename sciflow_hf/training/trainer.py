@@ -124,16 +124,19 @@ class DiffusionTrainer(Trainer):
         model: the network, with adapters already added (`add_adapter`), or all of it trainable.
         args: training options.
         family: how this kind of network is stepped, saved and sampled.
-        train_dataset, eval_dataset: what `load_cache` returns, or any map-style data set of dicts, or an iterable one;
-            see docs/own_data.md. List attributes of a map-style one: `buckets` says which rows may share a batch,
+        train_dataset: what `load_cache` returns, or any map-style data set of dicts, or an iterable one; see
+            docs/own_data.md. List attributes of a map-style one: `buckets` says which rows may share a batch,
             `row_ids` and `groups` name them.
+        eval_dataset: the held-out rows, likewise, or a dict of several data sets.
         data_collator: list of samples -> batch (see `ModelFamily.compute_loss`); stacks by default. Samples hold
             `noise_key`, `row` and `position`, too; a batch without them gets them back.
         model_init: makes a model with adapters, for `hyperparameter_search`.
         compute_metrics: gets the losses (N, levels) and row numbers (N,) of an evaluation; its metrics are added.
         caption_dropout: share of samples trained with the empty prompt (chosen by sample key).
         dataset_names: what the model card calls the data.
-        callbacks, optimizers, optimizer_cls_and_kwargs: as in the parent.
+        callbacks: further `TrainerCallback`s.
+        optimizers: (optimizer, scheduler), each made from the options if it is None.
+        optimizer_cls_and_kwargs: another optimizer class and its arguments.
 
     Raises:
         SciflowError: nothing to train, trained weights in 16 bit, or data that does not fit the network.

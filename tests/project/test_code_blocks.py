@@ -1,5 +1,6 @@
 """The Python of README, docs and mini_klein's card runs as it is printed, with small models for those that it names."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from caches import encoder_settings, write_cache
 from dits import make_network
 from documents import DOCUMENTS, ROOT, read, relative
 from trainings import make_trainer
@@ -21,7 +23,9 @@ RUN_ELSEWHERE = {"docs/add_a_family.md", "docs/own_data.md"}  # by test_own_fami
 SMALLER = {
     "black-forest-labs/FLUX.2-klein-base-9B": "klein", "hf://datasets/user/name": "cache", '"cuda"': '"cpu"',
     "=1024": "=32", "=50": "=1", "=24": "=1", "guidance_scale=3.5": "guidance_scale=3.5, num_inference_steps=1",
-    "num_samples=16": "num_samples=2",
+    "num_samples=16": "num_samples=2", "my_figures_cache": "klein_cache",
+    "max_sequence_length=512": "max_sequence_length=12",
+    "max_steps=200": "use_cpu=True, max_steps=2", "eval_steps=100": "eval_steps=1",
 }  # fmt: skip
 """What is printed -> what is run."""
 
@@ -36,6 +40,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, tiny_klein: Path, tiny_cach
     folder = tmp_path_factory.mktemp("named")
     (folder / "klein").symlink_to(tiny_klein)
     (folder / "cache").symlink_to(tiny_cache)
+    write_cache(folder / "klein_cache", settings=encoder_settings("klein"))
     family = sf.Flux2Klein(str(tiny_klein), max_sequence_length=12)
     trainer = make_trainer(folder / "my_lora", family, tiny_cache, max_steps=1, save_strategy="steps", save_steps=1)
     trainer.train()
@@ -61,7 +66,10 @@ def run(page: Path, **given: Any) -> dict[str, Any]:
 
 def draws(page: str, found: dict[str, Any]) -> None:
     """What is to be seen of a page's code when it has run."""
-    if page in ("README.md", "docs/quickstart.md"):
+    if page == "docs/add_a_callback.md":
+        lines = [json.loads(line) for line in Path("my_run", "gains.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 2] and lines[1]["gain"] != 0
+    if page in ("README.md", "docs/publishing.md", "docs/quickstart.md"):
         assert any("lora_A" in name for name, _ in found["pipeline"].transformer.named_parameters())
     if page == "docs/quickstart.md":
         assert found["image"].size == (32, 32)
@@ -83,8 +91,8 @@ def draws(page: str, found: dict[str, Any]) -> None:
         assert found["trainer"].family.intensity["low"] == [0]
 
 
-PAGES = ["README.md", *(f"docs/{name}.md" for name in ("caches", "configuration", "dit", "microscopy", "quickstart")),
-         relative(CARD)]  # fmt: skip
+DOCS = ("add_a_callback", "add_a_loss", "caches", "configuration", "dit", "microscopy", "publishing", "quickstart")
+PAGES = ["README.md", *(f"docs/{name}.md" for name in DOCS), relative(CARD)]
 
 
 def test_every_page_with_code_is_run() -> None:

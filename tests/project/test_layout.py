@@ -294,7 +294,7 @@ def test_recipes_are_short(path: Path) -> None:
 
 
 def test_top_level() -> None:
-    ignored = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()]
+    ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()]
     names = {path.name for path in ROOT.iterdir()} - {".git"}
     names = {name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in ignored)}
     assert names - TOP_LEVEL == set()

@@ -257,7 +257,7 @@ def test_the_configuration_guide_lists_every_group_of_options():
 def test_the_versions_of_the_table():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
-    table = dict(re.findall(r"^\| (\w+) \| (.*?) \|$", read("docs/quickstart.md").partition(" Versions\n")[2], re.M))
+    table = dict(re.findall(r"^\| (\w+) \| (.*?) \|$", read("docs/install.md").partition("## Versions")[2], re.M))
     oldest = setup["options"]["python_requires"].removeprefix(">=")
     named = re.findall(r"Python :: (3\.\d+)", setup["metadata"]["classifiers"])
     assert table["Python"].startswith(f"{named[0]} to {named[-1]}") and named[0] == oldest

@@ -7,6 +7,7 @@ import itertools
 import re
 import runpy
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -17,7 +18,7 @@ from sciflow_hf.cli.main import _parser
 from sciflow_hf.options import RecipeParser, shipped_configs
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 RECIPES = sorted((ROOT / "recipes").glob("train_*.py"))
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
 
@@ -69,7 +70,8 @@ def parser_of(recipe: Path) -> RecipeParser:
         asked.append(classes)
         raise SystemExit
 
-    with mock.patch.object(sciflow_hf, "parse_args", parse_args), contextlib.suppress(SystemExit):
+    here = mock.patch.object(sys, "path", [str(recipe.parent), *sys.path])  # recipes import one another
+    with here, mock.patch.object(sciflow_hf, "parse_args", parse_args), contextlib.suppress(SystemExit):
         runpy.run_path(str(recipe), run_name="__main__")
     return RecipeParser(list(asked[0]))
 
@@ -77,7 +79,8 @@ def parser_of(recipe: Path) -> RecipeParser:
 def faults(words: list[str]) -> list[str]:
     """What is wrong with a command: a file that is not there, a flag that does not exist, a missing argument."""
     if words[:2] == ["sciflow-hf", "train"]:
-        return wrong_flags(ROOT / "recipes" / f"{train.RECIPES[words[2]]}.py", words[3:])
+        recipe = train.RECIPES.get(words[2], "train_flux2klein")  # that of families of one's own
+        return wrong_flags(ROOT / "recipes" / f"{recipe}.py", words[3:])
     if words[0] == "sciflow-hf":
         with_errors = io.StringIO()
         with contextlib.redirect_stderr(with_errors), contextlib.suppress(SystemExit):

@@ -101,7 +101,8 @@ def convert_cache(
         codec: "none", or "zstd" (lossless).
         payload_dir: where the payloads of `input_dir` are rooted, as for `load_cache`.
         shard_bytes: of one shard or inline file, about (before compression).
-        rank, world_size: this process writes the blocks rank, rank + world_size, ...
+        rank: number of this process: it writes the blocks rank, rank + world_size, ...
+        world_size: how many processes share the work.
         barrier: waits for the other processes.
 
     Raises:
