@@ -1,0 +1,63 @@
+"""Programmes that count what a drawn chart shows: right on what was drawn, and on masks counted in other ways."""
+
+import networkx
+import numpy as np
+import pytest
+
+from sciflow_hf.demo.mini_figures import COUNTS, KINDS, MiniFigure, mini_figures
+from sciflow_hf.errors import SciflowError
+from sciflow_hf.metrics.charts import coloured, components, count_things, runs
+
+
+@pytest.mark.parametrize("style", ["plain", "dark", "night"])
+def test_drawn_figures_are_counted(style: str) -> None:
+    """All, but of dark pages a pie whose gaps are nearly as colourful as its slices."""
+    wrong = [
+        figure
+        for figure in mini_figures(360, seed=11, style=style, held_out=None)
+        if count_things(figure.image(), figure.kind) != COUNTS[figure.count]
+    ]
+    assert len(wrong) <= 1 * (style == "dark"), wrong
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_count_is_seen(kind: str) -> None:
+    """The figures of one seed with two, three and four things."""
+    counts = [count_things(MiniFigure(kind, "blue", count, 64, 96, seed=5).image(), kind) for count in COUNTS]
+    assert counts == [2, 3, 4]
+
+
+def test_nothing_in_colour() -> None:
+    for page in (np.full((64, 96, 3), 250), np.zeros((64, 96, 3)), np.full((64, 96, 3), (20, 25, 60))):
+        assert [count_things(page, kind) for kind in KINDS] == [0] * len(KINDS)
+
+
+def test_what_is_coloured() -> None:
+    page = np.full((8, 10, 3), 240, dtype=np.uint8)
+    page[2:5, 3:6] = (210, 40, 45)
+    page[6] = 30  # ink
+    assert np.array_equal(np.argwhere(coloured(page)), [[y, x] for y in (2, 3, 4) for x in (3, 4, 5)])
+
+
+def test_runs_and_components_against_other_counts() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        mask = rng.random((9, 13)) < 0.4
+        text = "".join("x" if value else " " for value in mask[0])
+        assert runs(mask[0]) == len(text.split())
+        assert runs(mask[0], at_least=2) == sum(len(word) > 1 for word in text.split())
+        graph = networkx.Graph()
+        graph.add_nodes_from(map(tuple, np.argwhere(mask)))
+        graph.add_edges_from(
+            (a, b) for a in graph.nodes for b in graph.nodes if a < b and max(abs(a[0] - b[0]), abs(a[1] - b[1])) == 1
+        )
+        regions = [len(nodes) for nodes in networkx.connected_components(graph)]
+        assert components(mask) == len(regions)
+        assert components(mask, at_least=3) == sum(size >= 3 for size in regions)
+
+
+def test_mistakes() -> None:
+    with pytest.raises(SciflowError, match="`kind` 'radar chart': use one of bar chart, line plot"):
+        count_things(np.zeros((8, 8, 3)), "radar chart")
+    with pytest.raises(SciflowError, match=r"shape \(8, 8\), but is \(height, width, 3\)"):
+        count_things(np.zeros((8, 8)), "bar chart")
