@@ -167,15 +167,7 @@ def with_text_adapters(
 
 def _without_weights(family: PipelineFamily) -> Any:
     """The trained text encoders on the meta device, for `--dry_run`."""
-    import transformers
-
-    made: dict[str, Any] = {}
-    where = {"revision": family.revision}
-    for name in family.trained_text_parts:
-        encoder_class = getattr(transformers, family.config()[name][1])
-        config = encoder_class.config_class.from_pretrained(family.source, subfolder=name, **where)
-        with torch.device("meta"):
-            made[name] = encoder_class(config)
+    made = {name: family.empty_part(name) for name in family.trained_text_parts}
     return SimpleNamespace(**made, components=made)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.layouts import CODECS, EMBEDS, PAYLOADS
 from ..errors import SciflowError, counted
-from .devices import find_device, inference_dtype, named
+from .devices import add_parts, find_device, inference_dtype, named, named_parts
 
 if TYPE_CHECKING:
     from ..data.build.build import BuildReport
@@ -40,7 +40,7 @@ def add_options(cache: argparse.ArgumentParser) -> None:
     add = action("build", _build, "encode captioned images; the same command continues after a kill")
     add("--family", required=True, help="model family, such as flux2_klein, or a dotted path to a class")
     add("--pretrained_model_name_or_path", help="folder or Hub repository of the pipeline")
-    add("--vae_name_or_path", help="dit: folder or Hub repository of the VAE, instead of a pipeline")
+    add_parts(add)
     add("--revision", help="branch, tag or commit of the Hub repository")
     add("--input_dir", required=True, help="folder of captioned images, parquet files, or a data set")
     add("--output_dir", required=True, help="the cache")
@@ -95,6 +95,7 @@ def add_options(cache: argparse.ArgumentParser) -> None:
     add("--family", help="with --sample: default is what the cache says")
     add("--pretrained_model_name_or_path", help="with --sample: default is what the cache says")
     add("--revision", help="with --sample: default is what the cache says")
+    add_parts(add)
     add("--device", default="auto", help="with --sample: cpu, cuda, ...; auto takes a GPU if there is one")
 
 
@@ -115,7 +116,7 @@ def _build(args: argparse.Namespace) -> None:
     if not args.pretrained_model_name_or_path:
         raise SciflowError("`pretrained_model_name_or_path` is missing: the pipeline whose encoders make the cache.")
     options = "pretrained_model_name_or_path revision max_sequence_length posterior use_t5 trust_remote_code"
-    family = _family(args.family, **named(args, options))
+    family = _family(args.family, **named(args, options), **named_parts(args))
     given = named(args, "resolution enlarge caption_column split batch_size strict dtype payload embeds codec crops")
     given |= named(args, "text_batch_size flip")
     given |= {"latent_shape": family.latent_shape} if args.latents == "none" else {}
@@ -134,7 +135,7 @@ def _build_classes(args: argparse.Namespace) -> None:
     if not args.vae_name_or_path:
         raise SciflowError("`vae_name_or_path` is missing: `dit` needs a cache only for the latents of a VAE.")
     options = {"vae_name_or_path": args.vae_name_or_path, "image_size": args.resolution, "posterior": args.posterior}
-    family: Any = _family("dit", **options)
+    family: Any = _family("dit", **options | named_parts(args))
     data_args = ClassImageArguments(**named(args, "input_dir image_column label_column"))
     given = named(args, "split batch_size strict dtype payload codec flip")
     with _processes(args.device) as (device, ranks):
@@ -288,6 +289,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _comparison(args: argparse.Namespace, cache: "LatentCache") -> Any:
     """A function of a cache that encodes some of its samples afresh; checks the flags before the long scan."""
+    from ..data.cache import PARTS
     from ..data.inspect.recheck import compare_afresh
 
     if not args.input_dir:
@@ -300,6 +302,7 @@ def _comparison(args: argparse.Namespace, cache: "LatentCache") -> Any:
             "`sample`: the cache does not say which encoders made it. Name them by `--family` and "
             "`--pretrained_model_name_or_path`."
         )
+    parts = {option: facts[option] for option in PARTS if facts.get(option)} | named_parts(args)
     family = _family(
         name,
         named_in=None if args.family else f"the cache {args.dataset_dir[0]}",
@@ -308,6 +311,7 @@ def _comparison(args: argparse.Namespace, cache: "LatentCache") -> Any:
         max_sequence_length=facts.get("max_sequence_length"),
         posterior=facts.get("posterior"),
         use_t5=facts.get("use_t5"),
+        **parts,
     )
     cache.check_family(family.encoder_settings())
     device = find_device(args.device)

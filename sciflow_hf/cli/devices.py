@@ -28,6 +28,22 @@ def inference_dtype(device: Any) -> Any:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
+_PARTS = ("vae_name_or_path", "text_encoder_name_or_path", "text_encoder_2_name_or_path", "text_encoder_3_name_or_path")
+_NETWORK = "network_name_or_path"
+
+
+def add_parts(add: Any, *, network: bool = False) -> None:
+    """Adds the options of parts of a pipeline that have a path of their own."""
+    for name in (*_PARTS, *([_NETWORK] if network else [])):
+        part = name.removesuffix("_name_or_path").replace("_", " ")
+        add(f"--{name}", help=f"folder, Hub repository or safetensors file of the {part}, instead of the pipeline's")
+
+
+def named_parts(args: argparse.Namespace) -> dict[str, Any]:
+    """Those that are given."""
+    return {name: value for name in (*_PARTS, _NETWORK) if (value := getattr(args, name, None)) is not None}
+
+
 def named(args: argparse.Namespace, names: str) -> dict[str, Any]:
     """These options, their names between spaces, as keyword arguments."""
     return {name: getattr(args, name) for name in names.split()}

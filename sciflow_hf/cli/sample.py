@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import SciflowError, counted
 from ..files import atomic_file
-from .devices import find_device, inference_dtype, named
+from .devices import add_parts, find_device, inference_dtype, named, named_parts
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--width", type=int, help="pixels (default: the commonest of training)")
     add("--batch_size", type=int, default=16, help="images of classes drawn at once (default 16)")
     add("--base_model", help="folder or Hub repository of the pipeline that a LoRA or network belongs to")
+    add_parts(add, network=True)
     add("--family", help="its family, where the run does not say it")
     add("--trust_remote_code", action="store_true", help="run code that a pipeline of prompts brings along")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
@@ -71,6 +72,8 @@ def _sample(args: argparse.Namespace) -> None:
             check_range(name, value, within)
     args.device = find_device(args.device)
     kind = _pipeline_kind(args.model_path)
+    if kind in (DIT_PIPELINE, RESTORATION_PIPELINE) and (parts := named_parts(args)):
+        raise SciflowError(f"`{min(parts)}` is for pipelines that take prompts; {args.model_path!r} takes none.")
     if kind == RESTORATION_PIPELINE:
         return _restore(args)
     if args.input_dir:
@@ -210,7 +213,8 @@ def _text_family(args: argparse.Namespace, kind: str | None) -> "ModelFamily":
     trusted = {"trust_remote_code": True} if args.trust_remote_code else {}
     file = Path(args.model_path) / "run_facts.json"
     family: Any = load_family(name) if args.family else family_named_in(str(file), name)
-    return family(pretrained_model_name_or_path=base, **trusted)
+    parts = {own["option"]: own["path"] for own in facts.get("parts", [])} | named_parts(args)
+    return family(pretrained_model_name_or_path=base, **trusted, **parts)
 
 
 def _network(family: Any, args: argparse.Namespace, kind: str | None, dtype: Any) -> Any:

@@ -58,11 +58,15 @@ _KEPT = (*NAME_COLUMNS, "cache_path", "inline_row")  # in memory; shapes and pla
 _PathLike = str | os.PathLike[str]
 # What describes a build and not what was encoded: parts may differ in it, as caches of several resolutions do.
 _OF_THE_BUILD = ("version", "payload", "embeds", "dtype", "resolution")
+TEXT_PARTS = ("text_encoder_name_or_path", "text_encoder_2_name_or_path", "text_encoder_3_name_or_path")
+PARTS = ("vae_name_or_path", *TEXT_PARTS)
+"""Encoder settings that are noted where a part has a path of its own; else it is the pipeline's."""
 # What decides which numbers an encoder gives; everything else in the metadata is for people.
 ENCODER_KEYS = (
     "family",
     "pretrained_model_name_or_path",
     "vae_name_or_path",
+    *TEXT_PARTS,
     "revision",
     "max_sequence_length",
     "text_encoder_layers",
@@ -572,9 +576,10 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
             CacheError: naming both values where family, model, revision, text length, layers or padding side
             differ.
         """
-        known = {key: encoder_settings[key] for key in ENCODER_KEYS if key in encoder_settings and key in self.metadata}
-        mine = {key: self.metadata[key] for key in known}
-        differ = differences(mine, known, "`{}` is {!r} in the cache and {!r} in this run")
+        both = encoder_settings.keys() & self.metadata.keys()
+        known = [key for key in ENCODER_KEYS if key in both or (key in PARTS and "family" in both)]
+        mine, now = ({key: settings.get(key) for key in known} for settings in (self.metadata, encoder_settings))
+        differ = differences(mine, now, "`{}` is {!r} in the cache and {!r} in this run")
         if differ:
             raise CacheError(
                 f"The cache was made with other encoders: {'; '.join(differ)}. Train with the cache's "
@@ -803,9 +808,8 @@ def common_metadata(names: Sequence[str], found: Sequence[Mapping[str, Any]]) ->
 
 def portable(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that stay the same when a model folder is moved: of one only the name is kept."""
-    key = "pretrained_model_name_or_path"
-    moves = key in settings and _is_folder(settings[key])
-    return {**settings, key: PurePath(str(settings[key])).name} if moves else dict(settings)
+    moves = [key for key in ("pretrained_model_name_or_path", *TEXT_PARTS) if _is_folder(settings.get(key, ""))]
+    return {**settings} | {key: PurePath(str(settings[key])).name for key in moves}
 
 
 def same_setting(key: str, one: Any, other: Any) -> bool:

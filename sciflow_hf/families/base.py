@@ -18,9 +18,17 @@ from ..engines.quantisation import check_quantization, load_quantized
 from ..errors import SciflowError
 from ..options import Options, arguments, option
 from .loading import (
+    PIPELINE,
+    Place,
     check_kind,
+    check_part,
+    describe_part,
+    empty_part,
     explain_loading,
+    load_part,
     model_source,
+    part_class,
+    place_of,
     quiet_loading,
     read_config,
     refuse_code,
@@ -50,6 +58,15 @@ def posterior_option(default: str) -> Any:
         "Latents of training: `mode`, the mean of the VAE's posterior, or `sample`, a fresh draw in each step. For "
         "that a cache also stores the standard deviation, which doubles the bytes of its latents.",
         choices=POSTERIORS,
+    )
+
+
+def part_option(part: str, *, what: str = "") -> Any:
+    """The option of a part of the pipeline with a path of its own."""
+    return option(
+        None,
+        f"Folder or Hub repository of the {part}, or of a pipeline that has one, or a single safetensors file, instead "
+        f"of the pipeline's.{what}",
     )
 
 
@@ -210,6 +227,15 @@ class ModelFamily(NoiseLevels, Options, ABC):
         return model_source(self.pretrained_model_name_or_path)
 
     @property
+    def own_places(self) -> Mapping[str, Place]:
+        """The parts of the pipeline that have a path of their own, by name."""
+        return {}
+
+    def part_facts(self) -> list[dict[str, Any]]:
+        """The same for model cards, with what loads them."""
+        return []
+
+    @property
     def from_scratch(self) -> bool:
         """True where the initial weights are random, so that there is no base model to compare with."""
         return False
@@ -341,6 +367,9 @@ class PipelineFamily(ModelFamily):
     trust_remote_code: bool = option(
         False, "Load a model folder that brings code of its own for parts other than the network, and run that code."
     )
+    network_name_or_path: str | None = part_option("network to train", what=" A file is in its published form.")
+    vae_name_or_path: str | None = part_option("VAE")
+    text_encoder_name_or_path: str | None = part_option("text encoder", what=" Its tokenizer stays the pipeline's.")
 
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     """Parts of the pipeline that encode prompts."""
@@ -358,14 +387,56 @@ class PipelineFamily(ModelFamily):
         """
         found = self._configs
         if subfolder not in found:
-            found[subfolder] = read_config(self.pretrained_model_name_or_path, subfolder, revision=self.revision)
+            place = self.configured(subfolder)
+            config = read_config(place)
+            if place.option != PIPELINE:
+                check_part(place, config, self.part_class(subfolder))
+            found[subfolder] = config
         return found[subfolder]
+
+    @functools.cached_property
+    def own_places(self) -> Mapping[str, Place]:
+        names = {f"{part}_name_or_path": part for part in ("vae", *self.text_parts)}
+        names["network_name_or_path"] = self.component
+        given = [(part, vars(self).get(name), name) for name, part in names.items()]
+        return {part: place_of(part, path, name) for part, path, name in given if path}
+
+    def place(self, part: str) -> Place:
+        """Where the weights of a part are."""
+        base = Place(part, self.pretrained_model_name_or_path, part, self.revision)
+        return self.own_places.get(part, base)
+
+    def configured(self, part: str) -> Place:
+        """Where the configuration of a part is: that of a single file is the pipeline's."""
+        place = self.place(part)
+        return Place(part, self.pretrained_model_name_or_path, part, self.revision) if place.is_file else place
+
+    def part_class(self, part: str) -> Any:
+        """The class of a part; SciflowError where the pipeline has none."""
+        kind = self.network_class() if part == self.component else part_class(self.config(), part)
+        if kind is None:
+            raise SciflowError(f"`{self.place(part).option}`: {self.source!r} holds no {part}. Leave it out.")
+        return kind
+
+    def part_facts(self) -> list[dict[str, Any]]:
+        return [describe_part(place, self.part_class(part)) for part, place in self.own_places.items()]
+
+    def load_part(self, part: str, *, dtype: torch.dtype, **options: Any) -> Any:
+        """One part of the pipeline, from its own path where it has one."""
+        place = self.place(part)
+        if part in self.own_places and not place.is_file:
+            self.config(part)  # refuses another kind
+        return load_part(self.part_class(part), place, self.configured(part), dtype=dtype, **options)
+
+    def empty_part(self, part: str) -> torch.nn.Module:
+        """The same without weights, on the meta device."""
+        return empty_part(self.part_class(part), self.configured(part), self.config(part))
 
     @functools.cached_property
     def _configs(self) -> dict[str, dict[str, Any]]:
         """Those read by now, first that of the pipeline, "", which may be refused."""
         path = self.pretrained_model_name_or_path
-        index = read_config(path, revision=self.revision)
+        index = read_config(Place("", path, revision=self.revision))
         classes = [(index.get(part) or [None, None])[1] for part in (self.component, "transformer", "unet")]
         found = next(filter(None, classes), "pipeline without a network")
         check_kind(path, found, family=self.name, network=self.network_class().__name__)
@@ -373,19 +444,24 @@ class PipelineFamily(ModelFamily):
             refuse_code(path, index, revision=self.revision)
         return {"": index}
 
-    def read_pipeline(self, what: str, **parts: Any) -> Any:
+    def read_pipeline(self, what: str, *, dtype: Any = torch.float32, **parts: Any) -> Any:
         """The pipeline with these `parts` instead of its own, None for none; `what` is how errors call it."""
         path, options = self.pretrained_model_name_or_path, {"trust_remote_code": self.trust_remote_code}
+        dtypes: dict[str, torch.dtype] = dtype if isinstance(dtype, dict) else {"default": dtype}
+        options["dtype"] = dtype
         with explain_loading(path, what), quiet_loading():
+            for part in self.own_places.keys() - parts.keys():
+                parts[part] = self.load_part(part, dtype=dtypes.get(part) or dtypes["default"])
             return self.pipeline_class().from_pretrained(self.source, revision=self.revision, **options, **parts)
 
     def setting(self, part: str, name: str) -> Any:
         """A value of the configuration of one part; SciflowError where the checkpoint does not say it."""
         value = self.config(part).get(name)
         if value is None:
+            place = self.configured(part)
             raise SciflowError(
-                f"`pretrained_model_name_or_path` {self.pretrained_model_name_or_path!r}: the configuration of its "
-                f"{part} has no `{name}`, which `{self.name}` needs. Is it another kind of model?"
+                f"`{place.option}` {place.path!r}: the configuration of its {part} has no `{name}`, which "
+                f"`{self.name}` needs. Is it another kind of model?"
             )
         return value
 
@@ -445,15 +521,12 @@ class PipelineFamily(ModelFamily):
         Raises:
             SciflowError: another kind of model, weights that cannot be loaded, or a package that packing needs.
         """
-        path, found = self.pretrained_model_name_or_path, self.setting(self.component, "_class_name")
+        path, found = self.configured(self.component).path, self.setting(self.component, "_class_name")
         check_kind(path, found, family=self.name, network=self.network_class().__name__)
         if meta:
-            with torch.device("meta"):
-                network = self.network_class().from_config(self.config(self.component))
-                return torch.nn.Module.to(network, dtype)
+            return torch.nn.Module.to(self.empty_part(self.component), dtype)
         _ = self.statistics  # read with the weights, not in the first step
-        options = {"subfolder": self.component, "revision": self.revision}
-        load = functools.partial(self.network_class().from_pretrained, self.source, dtype=dtype, **options)
+        load = functools.partial(self.load_part, self.component, dtype=dtype)
         if quantize is not None:
             check_quantization(quantize)
             empty = PipelineFamily.load_model(self, dtype=dtype, meta=True)
@@ -485,6 +558,7 @@ class PipelineFamily(ModelFamily):
         """Model, revision, text length and layers, and the posterior; training refuses a cache with others."""
         names = ("pretrained_model_name_or_path", "revision", "max_sequence_length")
         found = {"family": self.name} | {name: vars(self).get(name) for name in names} | self.text_settings
+        found |= {place.option: place.identity for part, place in self.own_places.items() if part != self.component}
         return found | ({} if self.posterior == self.unnamed_posterior else {"posterior": self.posterior})
 
     def bucket_step(self) -> int:
@@ -580,7 +654,7 @@ class PipelineFamily(ModelFamily):
         self.config()  # refuses another kind of pipeline
         without: dict[str, Any] = {} if with_text_encoder else dict.fromkeys(self.text_parts)
         # One dtype for all parts: left alone, transformers takes that of the files and diffusers float32.
-        given: dict[str, Any] = {"dtype": torch.float32}
+        given: dict[str, Any] = {}
         if model is not None:
             given = {self.component: model, "dtype": network_dtype(model)}
         pipeline = self.read_pipeline("pipeline", **without, **given)

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import SciflowError
 from ..options import arguments, option
-from .base import PipelineFamily, network_dtype, posterior_option
+from .base import PipelineFamily, network_dtype, part_option, posterior_option
 from .tokens import PATCH, pack, token_ids, unpack
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ class Flux(PipelineFamily):
     heading: ClassVar[str] = "FLUX.1"
 
     posterior: str = posterior_option("sample")  # as in the published training
+    text_encoder_2_name_or_path: str | None = part_option("T5")
     max_sequence_length: int = option(
         512,
         "Tokens of a prompt that T5 reads. Padding is not masked: sample with the same length. CLIP reads the first 77 "

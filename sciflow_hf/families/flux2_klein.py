@@ -10,7 +10,6 @@ import torch
 from ..errors import SciflowError
 from ..options import arguments, option
 from .base import PipelineFamily, network_dtype
-from .loading import explain_loading
 from .tokens import PATCH, token_counts
 
 logger = logging.getLogger(__name__)
@@ -89,10 +88,7 @@ class Flux2Klein(PipelineFamily):
     @functools.cached_property
     def statistics(self) -> tuple[torch.Tensor, ...]:
         """Mean and deviation of the VAE's batch norm, (1, 128, 1, 1), eps inside the root."""
-        from diffusers import AutoencoderKLFlux2
-
-        with explain_loading(self.pretrained_model_name_or_path, "VAE"):
-            vae = AutoencoderKLFlux2.from_pretrained(self.source, subfolder="vae", revision=self.revision)
+        vae = self.load_part("vae", dtype=torch.float32)
         mean = vae.bn.running_mean.view(1, -1, 1, 1)
         std = (vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).sqrt()
         return mean, std

@@ -1,9 +1,14 @@
-"""Loading published weights: their configurations, errors that say what to do, and no progress bars."""
+"""Loading published weights: where their parts are, errors that say what to do, and no progress bars."""
 
+import functools
+import hashlib
+import importlib
 import importlib.util
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,9 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from ..errors import SciflowError, first_line
 
 MINI_KLEIN = "mini_klein"
+PIPELINE = "pretrained_model_name_or_path"
+SINGLE_FILE = ".safetensors"
+_SAMPLED = 256  # blocks of a file
 
 
 def model_source(name_or_path: str) -> str:
@@ -20,15 +28,188 @@ def model_source(name_or_path: str) -> str:
     return str(Path(__file__).parents[1] / "assets" / MINI_KLEIN) if name_or_path == MINI_KLEIN else name_or_path
 
 
-def read_config(path: str, part: str = "", *, revision: str | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Place:
+    """Where one part of a pipeline is.
+
+    Attributes:
+        part: its name in the pipeline ("vae"); "" is the pipeline itself.
+        path: a folder or Hub repository, or a single safetensors file.
+        subfolder: of it; "" where that is the part alone.
+        revision: branch, tag or commit of the repository.
+        option: that names the path.
+    """
+
+    part: str
+    path: str
+    subfolder: str = ""
+    revision: str | None = None
+    option: str = PIPELINE
+
+    @property
+    def is_file(self) -> bool:
+        return self.path.endswith(SINGLE_FILE)
+
+    @property
+    def source(self) -> str:
+        return model_source(self.path)
+
+    @property
+    def where(self) -> dict[str, Any]:
+        """Arguments of `from_pretrained` behind the path."""
+        return {"revision": self.revision} | ({"subfolder": self.subfolder} if self.subfolder else {})
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """What caches note of it: of a file its name, and a hash of its size and of blocks of it."""
+        if not self.is_file:
+            return self.path
+        size = os.path.getsize(self.path)
+        digest = hashlib.sha256(f"{size}".encode())
+        with open(self.path, "rb") as file:
+            for start in range(0, size, max(size // _SAMPLED, 1 << 16)):
+                file.seek(start)
+                digest.update(file.read(1 << 16))
+        return f"{Path(self.path).name}#{digest.hexdigest()[:8]}"
+
+    @property
+    def name(self) -> str:
+        """`identity`, the same wherever a folder lies."""
+        return Path(self.path).name if os.path.isdir(self.path) else self.identity
+
+
+def place_of(part: str, path: str, option: str) -> Place:
+    """The place of a part with a path of its own: of a pipeline that is the subfolder of its name.
+
+    Raises:
+        SciflowError: a file that is missing or of another kind.
+    """
+    if path.endswith(SINGLE_FILE) or os.path.isfile(path):
+        if not path.endswith(SINGLE_FILE) or not os.path.isfile(path):
+            what = "is no safetensors file, and no other is read" if os.path.isfile(path) else "is no file here"
+            raise SciflowError(
+                f"`{option}` {path!r} {what}. Give a folder, a Hub repository, or a single {SINGLE_FILE} file (`hf "
+                "download` fetches one from a repository)."
+            )
+        return Place(part, path, option=option)
+    from transformers.utils import cached_file
+
+    with explain_loading(path, part, option):
+        index = cached_file(model_source(path), "model_index.json", _raise_exceptions_for_missing_entries=False)
+    return Place(part, path, part if index is not None else "", option=option)
+
+
+def read_config(place: Place) -> dict[str, Any]:
     """The configuration of one part of a pipeline ("vae", "transformer", "scheduler"), or of the pipeline itself."""
     from diffusers import ConfigMixin
 
-    with explain_loading(path, f"{part or 'pipeline'} configuration"):
+    with explain_loading(place.path, f"{place.part or 'pipeline'} configuration", place.option):
         names = {"": "model_index.json", "scheduler": "scheduler_config.json"}
-        reader: Any = type("Reader", (ConfigMixin,), {"config_name": names.get(part, "config.json")})
-        found: dict[str, Any] = reader.load_config(model_source(path), subfolder=part or None, revision=revision)
+        reader: Any = type("Reader", (ConfigMixin,), {"config_name": names.get(place.part, "config.json")})
+        found: dict[str, Any] = reader.load_config(place.source, **place.where)
         return found
+
+
+def part_class(index: dict[str, Any], part: str) -> Any:
+    """The class of a part of diffusers or transformers, as `model_index.json` has it; None for none."""
+    library, kind = index.get(part) or ("", None)
+    return None if kind is None else getattr(importlib.import_module(library), kind)
+
+
+def check_part(place: Place, config: dict[str, Any], kind: Any) -> None:
+    """Raises SciflowError where a part with a path of its own is of another kind than the pipeline's."""
+    wanted, found = kind.__name__, config.get("_class_name")
+    if of := getattr(kind, "config_class", None):  # of transformers, where a larger model may hold it
+        wanted, found = of.model_type, config.get("model_type")
+        found = wanted if of.base_config_key and of.base_config_key in config else found
+    if found != wanted:
+        found = found or config.get("_class_name") or config.get("model_type") or "no part of a pipeline"
+        raise SciflowError(
+            f"`{place.option}` {place.path!r} holds {found}, but the {place.part} of this pipeline is {wanted}."
+        )
+
+
+def load_part(kind: Any, place: Place, base: Place, *, dtype: torch.dtype, **options: Any) -> Any:
+    """One part of a pipeline.
+
+    A file that is not in the layout of diffusers or transformers is read by diffusers' `from_single_file`, where that
+    knows the kind of part.
+
+    Args:
+        kind: its class, of diffusers or transformers.
+        place: where its weights are.
+        base: where its configuration is, if `place` is a file.
+        options: of `from_pretrained`.
+
+    Raises:
+        SciflowError: it cannot be loaded, or not all of its weights are there.
+    """
+    with explain_loading(place.path, place.part, place.option):
+        if place.is_file:
+            return _load_file(kind, place, base, dtype=dtype, **options)
+        if place.option == PIPELINE:
+            return kind.from_pretrained(place.source, dtype=dtype, **place.where, **options)
+        given = {"dtype": dtype, "output_loading_info": True, **place.where, **options}
+        module, info = kind.from_pretrained(place.source, **given)
+        _check_complete(place, kind, info["missing_keys"])
+        return module
+
+
+def describe_part(place: Place, kind: Any) -> dict[str, Any]:
+    """What loads a part that has a path of its own; see `CardFacts.parts`."""
+    found = {"part": place.part, "option": place.option, "path": place.path, "subfolder": place.subfolder}
+    found |= {"library": kind.__module__.partition(".")[0], "kind": kind.__name__}
+    return found | {"single_file": place.is_file and _reads_single_file(kind)}
+
+
+def _reads_single_file(kind: Any) -> bool:
+    """Whether diffusers' `from_single_file` knows the published files of this kind of part."""
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+    return any(parent.__name__ in SINGLE_FILE_LOADABLE_CLASSES for parent in kind.__mro__)
+
+
+def _load_file(kind: Any, place: Place, base: Place, *, dtype: torch.dtype, **options: Any) -> Any:
+    from safetensors.torch import load_file
+
+    if hasattr(kind, "config_class"):
+        given: dict[str, Any] = {"config": kind.config_class.from_pretrained(base.source, **base.where), **options}
+        given |= {"state_dict": load_file(place.path), "dtype": dtype, "output_loading_info": True}
+        module, info = kind.from_pretrained(None, **given)
+        _check_complete(place, kind, info["missing_keys"])
+        return module
+    if _reads_single_file(kind):
+        given = {"config": base.source, "subfolder": base.subfolder, "config_revision": base.revision}
+        try:
+            return kind.from_single_file(place.path, dtype=dtype, **given, **options)
+        except NotImplementedError as error:  # weights that are not there cannot be moved
+            raise SciflowError(
+                f"`{place.option}` {place.path!r} lacks weights of a {kind.__name__}. Is it of another model, or "
+                "another part?"
+            ) from error
+    module, state = kind.from_config(kind.load_config(base.source, **base.where)), load_file(place.path)
+    _check_complete(place, kind, module.state_dict().keys() - state.keys())
+    module.load_state_dict(state, strict=False)
+    return module.to(dtype).eval()
+
+
+def _check_complete(place: Place, kind: Any, missing: Collection[str]) -> None:
+    missing = sorted(name for name in missing if not name.startswith("lm_head"))  # which nothing reads
+    if missing:
+        raise SciflowError(
+            f"`{place.option}` {place.path!r} lacks {len(missing)} weights of a {kind.__name__}, the first "
+            f"{missing[0]!r}. Give a folder, a Hub repository or a {SINGLE_FILE} file in the layout of "
+            f"{kind.__module__.partition('.')[0]}, which reads no other of this part."
+        )
+
+
+def empty_part(kind: Any, place: Place, config: dict[str, Any]) -> torch.nn.Module:
+    """One part without weights, on the meta device; `config` is its configuration, in `place`."""
+    of = getattr(kind, "config_class", None)
+    made = config if of is None else of.from_pretrained(place.source, **place.where)
+    with torch.device("meta"):
+        empty: torch.nn.Module = kind.from_config(made) if of is None else kind(made)
+    return empty
 
 
 def check_kind(path: str, found: str, *, family: str, network: str) -> None:
@@ -81,16 +262,19 @@ def _auto_maps(path: str, parts: dict[str, Any], revision: str | None) -> Iterat
 
 
 @contextmanager
-def explain_loading(path: str, what: str) -> Iterator[None]:
+def explain_loading(path: str, what: str, option: str = PIPELINE) -> Iterator[None]:
     """Turns the many errors of a missing or gated repository into one that says what to do."""
     try:
         yield
+    except SciflowError:
+        raise
     except Exception as error:  # every layer below has errors of its own, the HTTP client's included
         if away := unreachable(error):
-            raise SciflowError(f"`pretrained_model_name_or_path` {path!r}: its {what} {away}") from error
+            raise SciflowError(f"`{option}` {path!r}: its {what} {away}") from error
+        file = "" if option == PIPELINE else f", or a single {SINGLE_FILE} file of this part"
         raise SciflowError(
-            f"`pretrained_model_name_or_path` {path!r}: cannot load its {what} ({first_line(error)}). It must be a "
-            "folder or a Hub repository in diffusers layout; for a gated one accept its licence and run "
+            f"`{option}` {path!r}: cannot load its {what} ({first_line(error)}). It must be a "
+            f"folder or a Hub repository in diffusers layout{file}; for a gated one accept its licence and run "
             "`hf auth login`."
         ) from error
 

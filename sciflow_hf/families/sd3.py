@@ -11,7 +11,7 @@ from ..diffusion.arguments import LossArguments
 from ..diffusion.process import Noised
 from ..errors import SciflowError
 from ..options import arguments, option
-from .base import PipelineFamily, network_dtype, posterior_option
+from .base import PipelineFamily, network_dtype, part_option, posterior_option
 from .tokens import PATCH, token_ids
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,8 @@ class SD3(PipelineFamily):
     heading: ClassVar[str] = "Stable Diffusion 3"
 
     posterior: str = posterior_option("sample")  # as in the published training
+    text_encoder_2_name_or_path: str | None = part_option("second text encoder")
+    text_encoder_3_name_or_path: str | None = part_option("T5")
     max_sequence_length: int = option(
         256,
         "Tokens of a prompt that T5 reads. Padding is not masked: sample with the same length. CLIP always reads the "

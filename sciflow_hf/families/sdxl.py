@@ -12,7 +12,7 @@ from ..diffusion.arguments import LevelArguments
 from ..diffusion.process import GivenSchedule, TimestepLevels
 from ..errors import SciflowError
 from ..options import arguments, option
-from .base import PipelineFamily, network_dtype, posterior_option
+from .base import PipelineFamily, network_dtype, part_option, posterior_option
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ class SDXL(TimestepLevels, PipelineFamily):
     heading: ClassVar[str] = "Stable Diffusion XL"
 
     posterior: str = posterior_option("sample")  # as in the published training
+    text_encoder_2_name_or_path: str | None = part_option("second text encoder")
     max_sequence_length: int = option(
         77,
         "Tokens of a prompt, at most the 77 that the text encoders read. Fewer mean less padding, which takes part in "

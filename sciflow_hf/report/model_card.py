@@ -47,6 +47,8 @@ class CardFacts:
         task: of the Hub's tasks.
         whole_pipeline: the folder loads by itself, with the code that it carries.
         revision: revision of the base model.
+        parts: those of the base model that came from paths of their own: `part`, `option`, `library`, `kind` (its
+            class), `path`, `subfolder`, and `single_file`, whether diffusers' `from_single_file` reads it.
         adapter: `type`, its options, `layers`, `matched`, `trainable_parameters` (see `adapter_facts`); None for full
             fine-tuning.
         dataset: `names` (or `name`), `samples` (trained on), `eval_samples`, `groups`, `buckets` as
@@ -76,6 +78,7 @@ class CardFacts:
     task: str = "text-to-image"
     whole_pipeline: bool = False
     revision: str | None = None
+    parts: list[dict[str, Any]] = field(default_factory=list)
     adapter: dict[str, Any] | None = None
     dataset: dict[str, Any] = field(default_factory=dict)
     non_default_args: dict[str, Any] = field(default_factory=dict)
@@ -283,13 +286,27 @@ def _usage(facts: CardFacts) -> str:
     else:
         classes, after, argument = f"AutoModel, {pipeline}", "", f", {part}=network"
         before = f'network = AutoModel.from_pretrained("{here}", subfolder="{part}", {dtype})\n'
+    imports = f"from diffusers import {classes}\n"
+    for own in (each for each in public_value(facts.parts) if facts.adapter is not None or each["part"] != part):
+        name, kind = own["part"], own["kind"]
+        path = own["path"] if is_hub_id(own["path"]) else f"path/to/{_inline(own['path'])}"
+        if path.endswith(".safetensors") and not own["single_file"]:
+            imports += "from safetensors.torch import load_file\n" * ("load_file" not in imports)
+            after = f'pipeline.{name}.load_state_dict(load_file("{path}"))\n{after}'
+            continue
+        imports += f"from {own['library']} import {kind}\n"
+        load = f'from_pretrained("{path}"' + (f', subfolder="{own["subfolder"]}"' if own["subfolder"] else "")
+        if own["single_file"]:
+            load = f'from_single_file("{path}", config="{base}", subfolder="{name}"'
+        before += f"{name} = {kind}.{load}, {dtype})\n"
+        argument += f", {name}={name}"
     size = _largest_bucket(facts)
     call = "prompt=prompt" + (f", height={size[0]}, width={size[1]}" if size else "")
     if "max_sequence_length" in facts.non_default_args:
         call += f", max_sequence_length={facts.non_default_args['max_sequence_length']}"
     call += "".join(f", {argument}" for argument in facts.call_arguments)
     return (
-        f"## Use\n\n```python\nimport torch\nfrom diffusers import {classes}\n\n{before}"
+        f"## Use\n\n```python\nimport torch\n{imports}\n{before}"
         f'pipeline = {pipeline}.from_pretrained("{base}"{revision}{argument}, {dtype}).to("cuda")\n'
         f'{after}prompt = "..."  # a caption in the style of the training data\n'
         f"image = pipeline({call}).images[0]\n```" + _files(facts, here)
@@ -386,6 +403,7 @@ def _training(facts: CardFacts) -> str:
         if value:
             text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else option_text(value)
             rows.append((label, f"{value:,}" if type(value) is int else f"`{_inline(text, 1000)}`"))
+    rows += [(f"{own['part']}, instead of the base model's", f"`{_inline(own['path'])}`") for own in facts.parts]
     if _data_names(facts):
         rows.append(("data", f"`{_data_names(facts)}`"))
     for key, label in (("samples", _samples_word(facts)), ("eval_samples", "held out"), ("groups", "groups (papers)")):

@@ -9,13 +9,16 @@ from transformers import Trainer, TrainingArguments
 
 from ..adapters.export import check_run
 from ..adapters.layers import adapter_facts, network_of, title
+from ..adapters.text_encoders import NetworkWithText
 from ..data.batches.loader import batch_keys_of, is_stream, training_sampler
 from ..data.batches.threads import release
 from ..data.prior import without_prior
 from ..engines.memory import USABLE, MemoryOptions, device_memory, estimate, fitting, in_words
 from ..engines.optimizers import rates_of, state_bytes
 from ..errors import SciflowError
-from ..families.base import ModelFamily
+from ..families.base import ModelFamily, PipelineFamily
+
+VALUES_OF_VAE = 5  # per pixel and channel of the first level, at the peak of FLUX's and SDXL's encoder, counted
 
 
 def plan(
@@ -34,6 +37,7 @@ def plan(
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
     total_batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
     tokens, memory = tokens_of(train_dataset, family), device_memory(args)
+    encoders = encoder_bytes(model, family, args, train_dataset)
     sections = {
         "Family": f"{family}",
         "Options that differ from the defaults": _lines(args.changed_options()),
@@ -45,11 +49,11 @@ def plan(
             f"{len(without_prior(train_dataset)):,} samples to train on, {len(eval_dataset or []):,} held out"
             f"{_prior(train_dataset)}{_images(train_dataset)}"
         ),
-        "Memory and disk, on paper": _needed(model, args, steps, steps_per_epoch, **tokens),
+        "Memory and disk, on paper": _needed(model, args, steps, steps_per_epoch, **tokens) + _frozen(encoders),
     }
     if memory is not None:
         fits = f"Options that fit into {memory / 1e9:.1f} GB, of which {USABLE:.0%} are counted on"
-        sections[fits] = _fitting(model, args, memory, **tokens)
+        sections[fits] = _fitting(model, args, memory - sum(encoders.values()), **tokens)
     return "\n\n".join(f"{name}\n{'-' * len(name)}\n{text}" for name, text in sections.items())
 
 
@@ -63,6 +67,32 @@ def _prior(train_dataset: Any) -> str:
 def _images(train_dataset: Any) -> str:
     images = getattr(train_dataset, "online_images", None)
     return "" if images is None else f"; images are encoded in training: {images}"
+
+
+def encoder_bytes(model: torch.nn.Module, family: ModelFamily, args: Any, train_dataset: Any) -> dict[str, float]:
+    """About what the frozen encoders take next to the network, where some encode in training: bytes by part."""
+    images, text = (getattr(train_dataset, name, None) for name in ("online_images", "online_text"))
+    if not isinstance(family, PipelineFamily) or (images is None and text is None):
+        return {}
+    parts, size = ["vae"] if images is not None else [], args.weight_dtype.itemsize
+    if text is not None:
+        trained = family.trained_text_parts if isinstance(model, NetworkWithText) else ()
+        left_out = (*trained, *family.unread_parts())
+        parts += [part for part in family.text_parts if "tokenizer" not in part and part not in left_out]
+    found: dict[str, float] = {
+        part: size * sum(p.numel() for p in family.empty_part(part).parameters()) for part in parts
+    }
+    if images is not None:
+        vae, keys = family.config("vae"), [key for key in batch_keys_of(train_dataset) if isinstance(key, tuple)]
+        widest = (vae.get("block_out_channels") or [vae.get("base_dim", 128)])[0]
+        pixels = max((key[0] * key[1] for key in keys), default=0)
+        found["encoding an image"] = size * VALUES_OF_VAE * widest * pixels * images.batch_size
+    return found
+
+
+def _frozen(encoders: Mapping[str, float]) -> str:
+    told = ", ".join(f"{name} {in_words(size)}" for name, size in encoders.items())
+    return f"\nfrozen encoders next to the network, about: {told}" if encoders else ""
 
 
 def _lines(options: dict[str, Any]) -> str:

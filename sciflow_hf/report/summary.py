@@ -45,6 +45,7 @@ def save_model_card(trainer: Trainer) -> None:
         family=family.name,
         base_model=family.pretrained_model_name_or_path,
         revision=family.revision,
+        parts=family.part_facts(),
         pipeline_class=family.pipeline_class().__name__,
         weight_name=weight_name(adapter["type"]) if adapter else None,
         component=family.component,

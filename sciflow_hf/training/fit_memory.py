@@ -14,7 +14,7 @@ from ..engines.memory import USABLE, MemoryOptions, device_memory, fitting, in_w
 from ..errors import SciflowError
 from ..families.base import ModelFamily
 from ..options import given_options
-from ..report.plan import tokens_of
+from ..report.plan import encoder_bytes, tokens_of
 from .arguments import DiffusionTrainingArguments
 from .checkpoints import resolve_checkpoint
 from .resume import saved_facts
@@ -82,6 +82,7 @@ def _that_fits(
     model: torch.nn.Module = family.load_model(dtype=args.load_dtype(trained=whole), meta=True)
     if adapter_args is not None:
         model = add_adapter(model, adapter_args, family=family, seed=args.seed)
+    memory -= sum(encoder_bytes(model, family, args, train_dataset).values())
     sizes: dict[str, Any] = {"memory": memory, **tokens_of(train_dataset, family)}
     network, before, size = network_of(model), MemoryOptions.of(args), f"{memory / 1e9:.1f} GB"
     ways, smallest, refused = fitting(model, network, args, given=given, **sizes)

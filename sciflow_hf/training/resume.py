@@ -112,6 +112,7 @@ def options_of(args: DiffusionTrainingArguments, family: Any) -> dict[str, Any]:
     """The options that a checkpoint remembers, as plain JSON values; those of the family as `family.NAME`."""
     options = {name: value for name, value in args.to_dict().items() if not name.startswith(_ELSEWHERE)}
     own = {field.name for field in dataclasses.fields(family)} - {"pretrained_model_name_or_path", "revision"}
+    own -= {place.option for place in family.own_places.values()}
     named = {f"family.{name}": getattr(family, name) for name in own - {"trust_remote_code"}}
     return json.loads(json.dumps(options | named, default=str))
 

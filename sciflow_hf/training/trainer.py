@@ -663,6 +663,7 @@ class DiffusionTrainer(Trainer):
             "lora_plus_ratio": args.lora_plus_ratio,
             "text_encoder_learning_rate": args.text_encoder_learning_rate,
             "quantize_base": args.quantize_base,
+            "parts": {place.option: place.name for place in family.own_places.values()},
         }
 
     def _options(self) -> dict[str, Any]:
