@@ -85,6 +85,7 @@ def same_pixels(one: dict[Any, np.ndarray], other: dict[Any, np.ndarray]) -> boo
     return one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.promise("E26")
 def test_a_window_of_own_pixels_at_a_place_of_its_key(folder: Path, images: Path) -> None:
     train, _ = load(folder, images, crop="original", time_ids=True)
     epochs = [batches(train, epoch) for epoch in (0, 1, 0)]
@@ -122,6 +123,7 @@ def test_resized_it_covers_the_bucket_and_moves_along_one_side(folder: Path, ima
     assert len(tops) > 3
 
 
+@pytest.mark.promise("E26")
 def test_half_are_mirrored(folder: Path, images: Path) -> None:
     train, _ = load(folder, images, flip=True)
     plain = pixels_of(batches(load(folder, images)[0]))

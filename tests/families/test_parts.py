@@ -74,6 +74,7 @@ def everything(family):
     return {name: part.state_dict() for name, part in parts.items()}
 
 
+@pytest.mark.promise("E08")
 @pytest.mark.parametrize("name", PARTS)
 def test_the_parts_of_each_family(pipelines, name):
     """All of them from a pipeline, from its folders (of one family) and from their files; and one alone."""
@@ -105,8 +106,11 @@ def test_published_files(pipelines, tmp_path):
     base, other = pipelines("flux")
     vae = load_file(other / VAE_FILE)
     save_file({name: value.contiguous() for name, value in published.vae(vae).items()}, tmp_path / "ae.safetensors")
-    family = sf.Flux(str(base), vae_name_or_path=str(tmp_path / "ae.safetensors"))
-    assert same(loaded(family, "vae"), vae)
+    inside = {f"first_stage_model.{name}": value.contiguous() for name, value in published.vae(vae).items()}
+    save_file(inside | {"model.diffusion_model.out.2.bias": torch.zeros(4)}, tmp_path / "whole.safetensors")
+    for file in ("ae", "whole"):
+        family = sf.Flux(str(base), vae_name_or_path=str(tmp_path / f"{file}.safetensors"))
+        assert same(loaded(family, "vae"), vae)
     clip = load_file(next((other / "text_encoder").glob("*.safetensors")))
     names = {name: name if name.startswith("text_model.") else f"text_model.{name}" for name in clip}
     save_file({names[name]: value for name, value in clip.items()}, tmp_path / "clip_l.safetensors")

@@ -86,6 +86,7 @@ def test_with_prior_preservation(tmp_path, family, prepared, figures, cached):
         prepared(**options)
 
 
+@pytest.mark.promise("E26")
 def test_two_ranks_equal_one(tmp_path, tiny_klein, figures):
     """1 x 4 and 2 x 2, from a folder of images, text encoded beforehand; the card and the checkpoint say it."""
     options = dict(input_dir=figures, resolution=32, random_crop=True, random_flip=True, image_encoding="online")
