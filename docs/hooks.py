@@ -111,9 +111,9 @@ def rows_of(actions: Iterable[argparse.Action]) -> Iterable[str]:
         if isinstance(action, argparse._HelpAction):
             continue
         names = [name for name in action.option_strings if "-" not in name.lstrip("-")]  # `--a-b` is `--a_b`
-        shown_names = " ".join(f"`{name}`" for name in names or [action.metavar or action.dest])
+        shown_names = " ".join(f"`{name}`{{ #{name} }}" for name in names) or f"`{action.metavar or action.dest}`"
         default = getattr(action.default, "value", action.default)
-        shown = "" if default is None or action.default == argparse.SUPPRESS else f"`{default!s}`"
+        shown = "" if default in (None, "", argparse.SUPPRESS) else f"`{default!s}`"
         text = " ".join((action.help or "").split()) % {**vars(action), "prog": ""}
         yield f"| {shown_names} | {cell(shown)} | {cell(text)} |"
 

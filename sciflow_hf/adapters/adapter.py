@@ -24,12 +24,16 @@ logger = logging.getLogger(__name__)
 def add_adapter(model: Any, args: AdapterArguments, *, family: ModelFamily, seed: int = 42) -> Any:
     """Freezes `model`, adds the adapter in place and returns it; with `no_adapter` leaves everything trainable.
 
-    With `train_text_encoder` a `NetworkWithText` is returned: the network and the text encoders.
-
     Adapter weights are float32 whatever the dtype of the base: in bfloat16 an AdamW step of 1e-4 rounds to zero.
 
     Args:
+        model: the network, of `family.load_model`.
+        args: type, rank, layers, and where to continue from.
+        family: its layer presets, and how its adapters are read.
         seed: seed of the adapter's initial weights; torch's generator keeps its state.
+
+    Returns:
+        `model`; with `train_text_encoder` a `NetworkWithText`, the network and the text encoders.
 
     Raises:
         SciflowError: no layer matches, or the file of `adapter_path` does not fit.

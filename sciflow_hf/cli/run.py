@@ -13,10 +13,13 @@ from ..files import is_disk_full
 
 
 def run(main: Callable[[], Any]) -> NoReturn:
-    """Runs a recipe's `main`.
+    """Runs a recipe's `main` and ends the process.
 
-    Exit status: 0; 2 after what `explained` has words for, with a message; 75 saved and stopped by a signal
+    Exit status: 0; 2 for a mistake or a fault that can be explained, with a message; 75 saved and stopped by a signal
     (`Preempted`); 130 Ctrl-C. torchrun and `accelerate launch` of several processes report 1 for any but 0.
+
+    Args:
+        main: the steps of the recipe, without arguments.
     """
     from ..training.run_lock import let_go_of_all
 

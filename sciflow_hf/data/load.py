@@ -63,6 +63,7 @@ def load_data(
     With `streaming` the training part is a `StreamingCache`.
 
     Args:
+        args: which caches, and what is held out of them.
         dtype: of the floating tensors; bfloat16 by default.
         online_text: captions -> text tensors (B, ...), for `text_encoding` "online".
         online_images: for `image_encoding` "online"; what is held out is shown without random crops and flips.

@@ -28,7 +28,18 @@ def plan(
     train_dataset: Any,
     eval_dataset: Any = None,
 ) -> str:
-    """Resolved options, matched layers, buckets, steps, and a paper estimate of memory and disk. Loads no weights."""
+    """Says what `--dry_run` prints: options, trained layers, buckets, steps, an estimate of memory and disk.
+
+    Args:
+        model: the network with its adapter; without weights (`load_model(..., meta=True)`) is enough.
+        family: of the network.
+        args: the options of the run.
+        train_dataset: what would be trained on.
+        eval_dataset: what would be held out.
+
+    Raises:
+        SciflowError: options that the run would refuse, or a stream of your own, which has no number of samples.
+    """
     check_run(model, args.export_formats, family)
     if is_stream(train_dataset) and not hasattr(train_dataset, "__len__"):
         raise SciflowError("a stream of your own has no number of samples to plan with; `debug_batch` shows a batch.")
@@ -174,7 +185,14 @@ def _fitting(model: torch.nn.Module, args: TrainingArguments, memory: float, **t
 
 
 def debug_batch(trainer: Trainer, *, largest: int = 20) -> str:
-    """Shapes, first position ids and gradient norms of one batch; weights and generators stay as they are."""
+    """Says what `--debug_batch` prints: shapes, first position ids and gradient norms of one batch.
+
+    Runs one forward and one backward pass; weights and generators stay as they are.
+
+    Args:
+        trainer: made, but not trained.
+        largest: how many gradient norms are listed.
+    """
     model, device = trainer.model.train(), trainer.args.device
     seen: dict[str, Any] = {}
     hook = network_of(model).register_forward_pre_hook(

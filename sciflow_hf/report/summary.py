@@ -130,7 +130,11 @@ def held_out_words(metrics: Mapping[str, float], prefix: str = "eval") -> str:
 
 
 def summary(trainer: Trainer) -> str:
-    """A few plain lines for the end of a run: what was learnt, and where it lies."""
+    """Says in a few lines what a finished run learned, where its files are, and the next commands.
+
+    Args:
+        trainer: after training.
+    """
     metrics, folder = last_metrics(trainer), Path(trainer.args.output_dir)
     lines = [f"Trained {counted(trainer.state.global_step, 'step')}."]
     if "eval_loss" in metrics:

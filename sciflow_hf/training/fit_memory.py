@@ -34,6 +34,9 @@ def fit_memory(
     takes the options of its checkpoint.
 
     Args:
+        args: the options of the run, changed in place.
+        family: its network is measured without weights.
+        train_dataset: its largest bucket decides.
         adapter_args: None: the whole network is trained.
 
     Raises:

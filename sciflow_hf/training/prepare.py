@@ -61,9 +61,20 @@ def build_cache_for(
     encoder_dtype: Any = None,
     **options: Any,
 ) -> BuildReport:
-    """Builds a cache of `input_dir` with the encoders of `family`; `options` are those of `build_cache`.
+    """Builds a cache of `input_dir` with the encoders of `family`, or continues one.
 
     The encoders are loaded at first use: where nothing is left to encode, they never are.
+
+    Args:
+        family: its VAE and text encoder are run.
+        input_dir: figures with captions, see `build_cache`.
+        output_dir: the cache.
+        device: where the encoders run.
+        encoder_dtype: theirs; float32 by default.
+        options: further options of `build_cache`.
+
+    Raises:
+        SciflowError: encoders that cannot be loaded, or as `build_cache`.
     """
 
     @functools.cache
@@ -136,7 +147,22 @@ def resolve_demo(family: ModelFamily, data_args: DataArguments, output_dir: str)
 def prepare_data(
     data_args: DataArguments, family: ModelFamily, args: DiffusionTrainingArguments
 ) -> tuple[LatentCache | StreamingCache, LatentCache | None]:
-    """The training and held-out data; with `--input_dir` the cache is built first, by all ranks, resumable."""
+    """The training and the held-out data of a run, from caches.
+
+    With `--input_dir` the cache is built first, by all ranks; the same call continues after a kill.
+
+    Args:
+        data_args: caches or figures, and what is held out.
+        family: encodes what is not cached.
+        args: the options of the run: device, dtype, ranks.
+
+    Returns:
+        The data to train on, and what is held out or None.
+
+    Raises:
+        SciflowError: an output folder with checkpoints and no word on them, a cache of another family or encoder, or
+            data that cannot be used.
+    """
     state = _processes(args, lambda: resolve_demo(family, data_args, args.output_dir))
     resolve_demo(family, data_args, args.output_dir)
     online, built = data_args.text_encoding == "online", bool(data_args.input_dir)
@@ -194,6 +220,14 @@ def prepare_class_images(
     data_args: ClassImageArguments, family: DiT, args: DiffusionTrainingArguments
 ) -> tuple[Any, Any]:
     """The training and the held-out images; tells `family` the number of channels and the names of the classes.
+
+    Args:
+        data_args: where the images are, and what is held out.
+        family: a DiT, on pixels or on latents.
+        args: the options of the run.
+
+    Returns:
+        The data to train on, and what is held out or None.
 
     Raises:
         SciflowError: an output folder with checkpoints and no word on them, or data that cannot be used.
@@ -316,6 +350,15 @@ def prepare_microscopy(
     """The training and held-out tiles; tells `family` their channels, intensities and optics.
 
     With `input_dir` "demo" the images of scikit-image's wheel are written below `output_dir` first.
+
+    Args:
+        data_args: where the images are, how they are cut, and what is held out.
+        optics: makes measured images of sharp ones, where there are no pairs.
+        family: the UNet that will see them.
+        args: the options of the run.
+
+    Returns:
+        The tiles to train on, and those held out or None.
 
     Raises:
         SciflowError: see `load_microscopy_images`; a `tile_size` that the network cannot halve often enough.

@@ -489,7 +489,7 @@ class DiffusionTrainer(Trainer):
         return BucketLoader(dataset, sampler, key_of=evaluation_keys(self._eval_rows), **self._loader_options())
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """As for evaluation."""
+        """Batches of `test_dataset` as for evaluation: in row order, noise keyed by the row's name."""
         return self.get_eval_dataloader(test_dataset)
 
     # -- evaluation ----------------------------------------------------------------------------------------------
@@ -548,7 +548,7 @@ class DiffusionTrainer(Trainer):
     def hyperparameter_search(
         self, hp_space: Any = None, compute_objective: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """The parent's; the objective is `eval_loss` unless given (the parent would add up all our metrics)."""
+        """Searches as `Trainer` does, for the smallest `eval_loss` unless `compute_objective` says otherwise."""
         objective = compute_objective or (lambda metrics: metrics["eval_loss"])
         return super().hyperparameter_search(hp_space, objective, *args, **kwargs)
 
@@ -789,7 +789,7 @@ class DiffusionTrainer(Trainer):
     # tests/training/test_trainer_hooks.py fails where one is renamed, no longer called, or changes its arguments.
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
-        """The parent's, of which epochs and steps are counted from the place in the epoch that was saved."""
+        """Counts epochs and steps from the place in the epoch that was saved."""
         epochs, per_epoch, *numbers, max_steps = super().set_initial_training_values(args, dataloader)
         if self._place is not None:
             by_steps = args.max_steps > 0
@@ -828,7 +828,7 @@ class DiffusionTrainer(Trainer):
             super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """The parent's, but the newest checkpoint stays: without it the same command would train its steps again."""
+        """Ends a training, but keeps the newest checkpoint: without it the same command would train its steps again."""
         self._check_finite()
         self._to_average()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -838,7 +838,7 @@ class DiffusionTrainer(Trainer):
             self.args.save_total_limit = limit
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
-        """The parent's, of the averaged weights where there are any; no reader thread outlives it."""
+        """Evaluates the averaged weights where there are any; no reader thread outlives it."""
         gathered = sharding.resharded(self.model) if self.is_fsdp_enabled else nullcontext()
         with _closed_after(dataloader), self.averaged_weights(), gathered:
             return super().evaluation_loop(dataloader, *args, **kwargs)
@@ -848,12 +848,12 @@ class DiffusionTrainer(Trainer):
         return {**moved, **{k: inputs[k] for k in HOST_KEYS if k in inputs}}
 
     def _prepare_input(self, data: Any) -> Any:
-        """The parent's, but the copy of page-locked memory is queued: its loader waits until it is done."""
+        """Copies to the device; from page-locked memory the copy is queued, and its loader waits for it."""
         pinned = isinstance(data, torch.Tensor) and data.is_pinned()
         return super()._prepare_input(data.to(self.args.device, non_blocking=True) if pinned else data)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        """The parent's, but accelerate compiles nothing: it would compile all of the network, `compile_blocks` less."""
+        """Keeps accelerate from compiling all of the network: `compile_blocks` compiles less."""
         built = super()._build_accelerator_args(**kwargs) | {"dynamo_plugin": TorchDynamoPlugin(backend="no")}
         if self.args.fp16:
             built["kwargs_handlers"].append(GradScalerKwargs(**self.args.loss_scaling))
@@ -892,7 +892,7 @@ class DiffusionTrainer(Trainer):
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """The parent's, without walking all modules for `train()` when they are in that mode already.
+        """Forward and backward pass of a micro-batch; modules that are in training mode already are not walked again.
 
         A batch that does not fit into memory is taken in parts. After the last one of an optimizer step all are given
         back to their loader, which empties them.
@@ -928,7 +928,7 @@ class DiffusionTrainer(Trainer):
         return Trainer.get_optimizer_cls_and_kwargs(args, model)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> Any:
-        """The parent's, its groups divided where `--lora_plus_ratio` or `--text_encoder_learning_rate` ask for it."""
+        """Makes the optimizer; `--lora_plus_ratio` and `--text_encoder_learning_rate` divide its groups."""
         is_new, trained = self.optimizer is None, self.model if model is None else model
         optimizer = super().create_optimizer(model)
         if is_new and (self.args.lora_plus_ratio or self.args.text_encoder_learning_rate):
@@ -938,12 +938,12 @@ class DiffusionTrainer(Trainer):
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def _get_output_dir(self, trial: Any) -> str:
-        """The parent's; while a checkpoint is written, the folder in it from which it is moved to its place."""
+        """The run's folder; while a checkpoint is written, the folder in it from which it is moved to its place."""
         run_dir = super()._get_output_dir(trial)
         return os.path.join(run_dir, STAGING) if self._saving else run_dir
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """The parent's, but a checkpoint appears once it is complete and on the disk, and old ones go only then.
+        """Writes a checkpoint, which appears once it is complete and on the disk; old ones go only then.
 
         A disk that is full, on any rank, costs this checkpoint, not the run.
         """
@@ -1003,7 +1003,7 @@ class DiffusionTrainer(Trainer):
             self._disk_full = self._disk_full or error
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The parent's; under FSDP, too, all ranks come to `_save`, and nothing else is gathered."""
+        """Writes what users load: the adapter, the network or the pipeline. All ranks call it, under FSDP too."""
         folder = output_dir or str(self.args.output_dir)
         check_held(folder)
         alone = sharding.as_one_process(self) if self.is_fsdp_enabled else nullcontext()
@@ -1011,7 +1011,7 @@ class DiffusionTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """The parent's; under FSDP the files that one process would write, in place of all weights and shards."""
+        """Under FSDP writes the files that one process would write, instead of all weights and shards."""
         if self._gathered is None:
             return super()._save_optimizer_and_scheduler(output_dir)
         state = sharding.gathered_state(self.optimizer)
@@ -1020,7 +1020,7 @@ class DiffusionTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """The parent's, but the learning rate and the like are those of the options now."""
+        """Restores their states, but with the learning rate and the like of the options now."""
         asked = rates(self.optimizer)
         if self._gathered is None or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)

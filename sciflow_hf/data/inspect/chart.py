@@ -28,9 +28,16 @@ def write_bucket_chart(buckets: Mapping[tuple[int, int], int], file: str | Path)
 
 
 def draw_bucket_chart(buckets: Mapping[tuple[int, int], int]) -> Image.Image:
-    """The chart as an RGB image: one line a bucket with its size, bar and number of samples.
+    """Draws how many samples each bucket has: one line a bucket with its size, bar and number.
 
-    Buckets beyond the `MAX_BARS` largest share the last line.
+    Args:
+        buckets: (height, width) in pixels -> number of samples. Those beyond the `MAX_BARS` largest share a line.
+
+    Returns:
+        An RGB image.
+
+    Raises:
+        SciflowError: there are no buckets.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -28,7 +28,12 @@ class StoredArrays:
 
 
 def describe_cache(cache: LatentCache, names: Sequence[str]) -> str:
-    """All that `cache info` says of a complete cache; `names` are the entries of `dataset_dir`."""
+    """Says of a cache what `sciflow-hf cache info` prints: samples, buckets, bytes, arrays, encoder settings.
+
+    Args:
+        cache: of `load_cache`, not a stream.
+        names: what to call its folders, the entries of `dataset_dir`.
+    """
     arrays, lengths = stored_arrays(cache), cache.text_lengths
     captions = any(cache.column(name) is not None for name in CAPTION_COLUMNS)
     low, high = min(lengths), max(lengths)
