@@ -107,10 +107,12 @@ def groups_of(parser: argparse.ArgumentParser) -> list[tuple[str, tuple[str, ...
 
 
 def rows_of(actions: Iterable[argparse.Action]) -> Iterable[str]:
-    for action in actions:
+    for _, group in itertools.groupby(actions, lambda action: action.dest):  # `--x` and `--no_x` are one option
+        action, *others = group
         if isinstance(action, argparse._HelpAction):
             continue
-        names = [name for name in action.option_strings if "-" not in name.lstrip("-")]  # `--a-b` is `--a_b`
+        written = [name for one in (action, *others) for name in one.option_strings]
+        names = [name for name in written if "-" not in name.lstrip("-")]  # `--a-b` is `--a_b`
         shown_names = " ".join(f"`{name}`{{ #{name} }}" for name in names) or f"`{action.metavar or action.dest}`"
         default = getattr(action.default, "value", action.default)
         shown = "" if default in (None, "", argparse.SUPPRESS) else f"`{default!s}`"

@@ -396,6 +396,7 @@ class PipelineFamily(ModelFamily):
 
     @functools.cached_property
     def own_places(self) -> Mapping[str, Place]:
+        """The parts whose `--<part>_name_or_path` is given: name of the part -> where its weights are."""
         names = {f"{part}_name_or_path": part for part in ("vae", *self.text_parts)}
         names["network_name_or_path"] = self.component
         given = [(part, vars(self).get(name), name) for name, part in names.items()]
@@ -419,6 +420,7 @@ class PipelineFamily(ModelFamily):
         return kind
 
     def part_facts(self) -> list[dict[str, Any]]:
+        """The parts with a path of their own for model cards, with what loads them."""
         return [describe_part(place, self.part_class(part)) for part, place in self.own_places.items()]
 
     def load_part(self, part: str, *, dtype: torch.dtype, **options: Any) -> Any:
