@@ -21,8 +21,8 @@ TEXT = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
 
 
 def table():
-    """Row -> (how it is known, {family: cell})."""
-    lines = [line for line in TEXT.splitlines() if line.startswith("|")]
+    """Row of the first table -> (how it is known, {family: cell})."""
+    lines = re.search(r"(^\|.*\n)+", TEXT, re.M).group().splitlines()
     names = [cell.strip() for cell in lines[0].split("|")[2:-1]]
     found = {}
     for line in lines[2:]:
