@@ -92,8 +92,8 @@ def sections_of(parser: argparse.ArgumentParser) -> Iterable[str]:
     below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     if not below:
         usage = " ".join(parser.format_usage().split()).removeprefix("usage: ")
-        yield f"## {parser.prog}\n\n{parser.description}\n\n```text\n{usage}\n```"
-        yield from (table(rows) for _, rows in groups_of(parser))
+        rows = [row for _, found in groups_of(parser) for row in found]
+        yield f"## {parser.prog}\n\n{parser.description}\n\n```text\n{usage}\n```\n\n{table(rows) if rows else ''}"
     for action in below:
         for command in dict.fromkeys(action.choices.values()):
             yield from sections_of(command)
