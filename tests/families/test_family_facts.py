@@ -332,7 +332,7 @@ def check_options(step):
     """The files are there, of the family's recipe, and name one of the checkpoints that are cited."""
     for file in re.findall(r"`(\S+\.yaml)`", cell("recommended options", step.family.name)):
         model = read_yaml(ROOT / file)["pretrained_model_name_or_path"]
-        assert f"recipes/train_{step.family.name.replace('2_', '2')}.py" in (ROOT / file).read_text()
+        assert f"sciflow-hf train {step.family.name} --config {Path(file).stem}" in (ROOT / file).read_text()
         assert model.split("/")[0] in ("black-forest-labs", "Qwen", "stabilityai")
 
 
