@@ -136,6 +136,12 @@ def test_a_flip_is_the_mirror_image(name: str) -> None:
     image, size = coordinates(90, 150), (32, 48)
     plain, flipped = (view_of(n, "a.png", (90, 150), size) for n in (name, f"{name}-flip".removeprefix("-")))
     assert np.array_equal(fit_pixels(image, plain), fit_pixels(image, flipped)[:, :, ::-1])
+
+
+def test_pixels_lie_in_memory_as_in_caches_of_earlier_versions() -> None:
+    """The layout of a batch decides which convolution runs, and so how its latents round."""
+    pixels = whole(picture(48, 32), (32, 32))
+    assert np.stack([pixels, pixels]).strides[1] == pixels.itemsize, "channels last"
     # The same window of the mirrored image, counted from its left.
     resized = 150 if name else round(150 * 32 / 90)
     assert flipped.crop == (plain.crop[0], resized - 48 - plain.crop[1]) and flipped.flipped and not plain.flipped

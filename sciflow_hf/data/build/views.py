@@ -125,8 +125,8 @@ def _view(
 def fit_pixels(image: Image.Image, view: View) -> np.ndarray:
     """The view of an RGB image: (3, H, W), float32 in [-1, 1]."""
     fitted = image.resize(view.size[::-1], Image.Resampling.LANCZOS, box=view.box)
-    levels = np.asarray(fitted).transpose(2, 0, 1)
-    pixels = np.ascontiguousarray(levels[:, :, ::-1] if view.flipped else levels) / np.float32(127.5)
+    levels = np.asarray(fitted).transpose(2, 0, 1)  # stays channels-last in memory, by which convolutions round
+    pixels = (np.ascontiguousarray(levels[:, :, ::-1]) if view.flipped else levels) / np.float32(127.5)
     pixels -= 1
     return pixels
 
