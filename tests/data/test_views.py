@@ -137,11 +137,6 @@ def test_a_flip_is_the_mirror_image(name: str) -> None:
     plain, flipped = (view_of(n, "a.png", (90, 150), size) for n in (name, f"{name}-flip".removeprefix("-")))
     assert np.array_equal(fit_pixels(image, plain), fit_pixels(image, flipped)[:, :, ::-1])
 
-
-def test_pixels_lie_in_memory_as_in_caches_of_earlier_versions() -> None:
-    """The layout of a batch decides which convolution runs, and so how its latents round."""
-    pixels = whole(picture(48, 32), (32, 32))
-    assert np.stack([pixels, pixels]).strides[1] == pixels.itemsize, "channels last"
     # The same window of the mirrored image, counted from its left.
     resized = 150 if name else round(150 * 32 / 90)
     assert flipped.crop == (plain.crop[0], resized - 48 - plain.crop[1]) and flipped.flipped and not plain.flipped
@@ -328,3 +323,9 @@ def test_another_mask_makes_the_sample_anew(tmp_path: Path) -> None:
     report = build(folder, tmp_path / "cache")
     cache = load_cache(tmp_path / "cache")
     assert report.encoded == 1 and (cache[cache.row_ids.index("1.png")]["loss_mask"] == 9).all()
+
+
+def test_pixels_lie_in_memory_as_in_caches_of_earlier_versions() -> None:
+    """The layout of a batch decides which convolution runs, and so how its latents round."""
+    pixels = whole(picture(48, 32), (32, 32))
+    assert np.stack([pixels, pixels]).strides[1] == pixels.itemsize, "channels last"
