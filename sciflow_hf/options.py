@@ -322,6 +322,8 @@ def parse_args(
     for noisy in ("httpx", "httpx2", "httpcore", "filelock", "fsspec", "datasets", "accelerate", "urllib3", "absl"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     transformers_logging.get_logger("transformers").propagate = False
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()  # "Loading weights", which a file would keep
     parser = RecipeParser(dataclass_types, description=description)
     words = sys.argv[1:] if argv is None else argv
     if argv is None:
