@@ -63,7 +63,7 @@ def plan(
         "Memory and disk, on paper": _needed(model, args, steps, steps_per_epoch, **tokens) + _frozen(encoders),
     }
     if memory is not None:
-        fits = f"Options that fit into {memory / 1e9:.1f} GB, of which {USABLE:.0%} are counted on"
+        fits = f"Options that fit into {memory / 1e9:.3g} GB, of which {USABLE:.0%} are counted on"
         sections[fits] = _fitting(model, args, memory - sum(encoders.values()), **tokens)
     return "\n\n".join(f"{name}\n{'-' * len(name)}\n{text}" for name, text in sections.items())
 

@@ -87,7 +87,7 @@ def _that_fits(
         model = add_adapter(model, adapter_args, family=family, seed=args.seed)
     memory -= sum(encoder_bytes(model, family, args, train_dataset).values())
     sizes: dict[str, Any] = {"memory": memory, **tokens_of(train_dataset, family)}
-    network, before, size = network_of(model), MemoryOptions.of(args), f"{memory / 1e9:.1f} GB"
+    network, before, size = network_of(model), MemoryOptions.of(args), f"{memory / 1e9:.3g} GB"
     ways, smallest, refused = fitting(model, network, args, given=given, **sizes)
     if not ways:
         least = f"{smallest.options.flags(before)} takes least, about {in_words(smallest.estimate.total)}"

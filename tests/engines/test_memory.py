@@ -250,7 +250,7 @@ def test_what_auto_memory_says_where_it_can_do_nothing(tmp_path, family, even_ca
     with caplog.at_level("INFO", logger="sciflow_hf"):
         plain = fitted_trainer(tmp_path, family, even_cache)
     assert "`auto_memory`: there is no GPU to fit into" in caplog.text and plain.args.per_device_train_batch_size == 4
-    with pytest.raises(sf.SciflowError, match=r"`auto_memory`: nothing fits into 90% of 0.0 GB; --.* takes least"):
+    with pytest.raises(sf.SciflowError, match=r"`auto_memory`: nothing fits into 90% of 1e-05 GB; --.* takes least"):
         fitted_trainer(tmp_path, family, even_cache, memory_gb=1e-5)
     size = size_for(tmp_path, family, even_cache, activation_checkpointing=True)
     given = {"gradient_accumulation_steps": 2, "activation_checkpointing": False}

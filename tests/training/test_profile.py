@@ -53,7 +53,7 @@ def test_the_split_of_a_step(tmp_path, family, tiny_cache, monkeypatch, caplog):
     assert told.startswith("Steps 1 to 2, 13000.00 ms a step:")
     parts = {name: float(ms) for ms, name in re.findall(r"([\d.]+) ms +[\d.]+% +(\w+)", told)}
     assert parts == {"wait": 1000, "forward": 2000, "backward": 2000, "optimizer": 1000, "other": 7000}
-    assert "Memory: resident set" in told and len(re.findall(r"ms a step in [\d,]+ calls: ", told)) == 5
+    assert "Memory: resident set" in told and len(re.findall(r"ms in [\d,]+ calls a step: ", told)) == 5
     assert (tmp_path / "profile/steps_1-2.txt").read_text().startswith(told[: told.index("Memory")])
 
 

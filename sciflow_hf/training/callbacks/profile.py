@@ -162,7 +162,10 @@ class ProfileCallback(TrainerCallback):
         split = self._split()
         dearest = sorted((o for o in operators if o.key not in PARTS), key=lambda o: -getattr(o, by))[:SHORT_ROWS]
         steps = len(self._traced)
-        lines = [f"  {getattr(o, by) / 1e3 / steps:10.2f} ms a step in {o.count:,} calls: {o.key}" for o in dearest]
+        lines = [
+            f"  {getattr(o, by) / 1e3 / steps:10.2f} ms in {o.count / steps:,.0f} calls a step: {o.key}"
+            for o in dearest
+        ]
         try:
             with atomic_file(self.folder / f"{name}.json", durable=False) as file:
                 profiler.export_chrome_trace(str(file))
@@ -192,12 +195,14 @@ class _Clock:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.on_cpu = device, device.type == "cpu"
+        self._counts_peak = device.type not in ("cpu", "mps")  # those take the memory of the host
         self._process, self._resident = psutil.Process(), 0
 
     def now(self) -> Any:
         """A moment: on a CPU seconds, else an event of the current stream."""
-        if self.on_cpu:
+        if not self._counts_peak:
             self._resident = max(self._resident, self._process.memory_info().rss)
+        if self.on_cpu:
             return time.perf_counter()
         event = torch.Event(self.device, enable_timing=True)
         event.record()
@@ -212,11 +217,11 @@ class _Clock:
 
     def reset_peak(self) -> None:
         self._resident = 0
-        if not self.on_cpu:
+        if self._counts_peak:
             torch.accelerator.reset_peak_memory_stats(self.device)
 
     def memory(self) -> str:
-        if self.on_cpu:
+        if not self._counts_peak:
             return f"resident set of the process at most {self._resident / 2**30:.2f} GiB between the parts"
         peak = torch.accelerator.max_memory_allocated(self.device)
         return f"at most {peak / 2**30:.2f} GiB allocated on {self.device}"
