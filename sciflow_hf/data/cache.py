@@ -574,7 +574,7 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
 
         Raises:
             CacheError: naming both values where family, model, revision, text length, layers or padding side
-            differ.
+                differ.
         """
         both = encoder_settings.keys() & self.metadata.keys()
         known = [key for key in ENCODER_KEYS if key in both or (key in PARTS and "family" in both)]

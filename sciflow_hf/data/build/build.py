@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ... import __version__
-from ...errors import SciflowError
+from ...errors import SciflowError, counted
 from ..batches.buckets import ladder
 from ..batches.loader import text_rows
 from ..cache import EMPTY_PROMPT_FILE
@@ -522,9 +522,9 @@ class _Builder:
             size = self.image_bytes * self.left + self._sizes().get("prompt_bytes", 0) * prompts
             free = shutil.disk_usage(self.output).free
             need, room = readable_bytes(size), readable_bytes(free)
-            buckets = len({job.bucket for job in self.jobs})
-            text = "%d images in %d buckets, %d to encode: about %s (%s free)."
-            logger.info(text, len(self.jobs), buckets, self.left, need, room)
+            images = counted(len(self.jobs), "image")
+            buckets = counted(len({job.bucket for job in self.jobs}), "bucket")
+            logger.info("%s in %s, %d to encode: about %s (%s free).", images, buckets, self.left, need, room)
             if size - self.image_bytes > free:
                 text = "The cache needs %s, but %s has %s free. Make room; finished samples are kept."
                 logger.warning(text, need, self.output, room)
