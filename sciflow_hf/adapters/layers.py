@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from ..errors import counted
 from .arguments import PIPELINE_TYPES, TAKEN_BY
 from .text_encoders import NetworkWithText
 
@@ -145,7 +144,8 @@ def title(facts: Mapping[str, Any]) -> str:
     kind = f"{facts['type']} rank {facts['rank']} alpha {facts['alpha']}" if "rank" in facts else facts["type"]
     options = (option for option in (*TAKEN_BY, "init") if option in facts and option != "rank")
     kind += "".join(f", {option} {option_text(facts[option])}" for option in options)
-    return f"{kind} on {counted(facts['matched'], 'layer')}, {facts['trainable_parameters']:,} parameters in float32"
+    layers = f"{facts['matched']} layer{'s' * (facts['matched'] != 1)}"
+    return f"{kind} on {layers}, {facts['trainable_parameters']:,} parameters in float32"
 
 
 def option_text(value: Any) -> str:
