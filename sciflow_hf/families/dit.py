@@ -16,7 +16,7 @@ from ..diffusion.randomness import sample_keys, uniform
 from ..errors import SciflowError
 from ..options import arguments, option
 from .base import ModelFamily, SamplingArguments, network_dtype
-from .loading import explain_loading, load_vae, vae_config
+from .loading import SINGLE_FILE, explain_loading, load_vae, vae_config
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -291,6 +291,11 @@ class DiT(ModelFamily):
 
     @property
     def _vae_place(self) -> dict[str, Any]:
+        if (self.vae_name_or_path or "").endswith(SINGLE_FILE):
+            raise SciflowError(
+                f"`vae_name_or_path` {self.vae_name_or_path!r}: a file does not say how its VAE is built. Give a "
+                "folder or a Hub repository in diffusers layout."
+            )
         own = {"path": self.pretrained_model_name_or_path, "subfolder": "vae", "revision": self.revision}
         return {"path": self.vae_name_or_path} if self.vae_name_or_path else own
 

@@ -95,7 +95,9 @@ def place_of(part: str, path: str, option: str) -> Place:
     from transformers.utils import cached_file
 
     with explain_loading(path, part, option):
-        index = cached_file(model_source(path), "model_index.json", _raise_exceptions_for_missing_entries=False)
+        # Without a network a part that is in the Hub's cache is taken to be the part alone.
+        lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+        index = cached_file(model_source(path), "model_index.json", **lenient)
     return Place(part, path, part if index is not None else "", option=option)
 
 

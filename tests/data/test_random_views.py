@@ -15,7 +15,7 @@ from PIL import Image
 
 from sciflow_hf.data.arguments import DataArguments
 from sciflow_hf.data.batches.buckets import BucketBatchSampler
-from sciflow_hf.data.batches.loader import BucketLoader, batch_keys_of, evaluation_keys
+from sciflow_hf.data.batches.loader import BucketLoader, batch_keys_of, collate, evaluation_keys
 from sciflow_hf.data.build.convert import convert_cache
 from sciflow_hf.data.cache import LatentCache
 from sciflow_hf.data.inspect.describe import describe_cache
@@ -186,6 +186,9 @@ def test_without_crops_the_batches_are_those_of_the_cache(
         assert one.keys() == other.keys() and {"latents", "prompt_embeds", "loss_mask", "time_ids"} <= one.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)
     assert sum((batch["loss_mask"] < 255).any() for batch in stored)
+    collated = batches(online, posterior=posterior, collate_fn=lambda samples: collate(samples))
+    for one, other in zip(encoded, collated, strict=True):
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_stream_shows_the_same(folder: Path, images: Path) -> None:

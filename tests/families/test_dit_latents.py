@@ -116,6 +116,11 @@ def test_cache_of_the_command_line(tmp_path, vae, capsys):
         prepare(tmp_path, vae, data=data, num_classes=1)
 
 
+def test_a_file_is_no_vae_by_itself():
+    with pytest.raises(sf.SciflowError, match=r"`vae_name_or_path` 'ae\.safetensors': a file does not say how"):
+        sf.DiT(vae_name_or_path="ae.safetensors").bucket_step()
+
+
 def test_another_vae_is_refused(tmp_path, vae):
     write_folder(tmp_path / "data", each=8, height=16, width=16)
     family, args, train, _ = prepare(tmp_path, vae)

@@ -137,6 +137,7 @@ def test_configurations_are_those_of_the_part(pipelines, tmp_path):
     [
         ("flux2_klein", "vae", "{tmp}/no.safetensors", r"`vae_name_or_path` .* is no file here.*single \.safetensors"),
         ("flux2_klein", "vae", "{base}/model_index.json", "is no safetensors file, and no other is read"),
+        ("flux2_klein", "vae", "nobody/nothing", "`vae_name_or_path` 'nobody/nothing'"),
         ("flux2_klein", "vae", "{tmp}/nothing", "`vae_name_or_path` .*cannot load its vae.*folder or a Hub repository"),
         (
             "flux2_klein",

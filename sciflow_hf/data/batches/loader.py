@@ -17,7 +17,6 @@ from ...diffusion.randomness import generator, hash64, noise_keys, randn, signed
 from ...errors import CacheError, SciflowError, printable
 from ..cache import TEXT_KEYS
 from ..layouts.base import Member, target_dtype
-from ..online import IMAGE_KEYS
 from .buckets import BucketBatchSampler
 from .threads import Carve, Index, Layout, Samples, ThreadedReader
 
@@ -162,7 +161,6 @@ class KeyedDataset(Dataset[dict[str, Any]]):
             everywhere = torch.ones(len(self.empty_prompt["prompt_embeds"]), dtype=torch.bool)
             self.empty_prompt = {MASK: everywhere} | self.empty_prompt
         self.left_out = {*IDS, *(TEXT_KEYS if self.online else ()), *(() if posterior else ("latents_std",))}
-        self.left_out |= {*(IMAGE_KEYS if self.images is not None else ())}
 
     def __len__(self) -> int:
         return len(self.dataset)
