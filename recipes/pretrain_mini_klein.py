@@ -1,7 +1,7 @@
-"""Train `mini_klein` from nothing: figures are drawn, a VAE and a FLUX.2 klein transformer are trained on them.
+"""Train `mini_klein` from scratch: draw figures, then train a VAE and a FLUX.2 klein transformer on them.
 
     python recipes/pretrain_mini_klein.py --config recipes/configs/mini_klein_pretrain.yaml
-The same command continues where it was stopped; delete the folder to start from scratch. `<output_dir>/pipeline` is
+If it is interrupted, run the same command again; delete the folder to start from scratch. `<output_dir>/pipeline` is
 what comes with the package as `mini_klein`: the averaged weights, in bfloat16. `report.json` next to it says what was
 done.
 

@@ -6,7 +6,7 @@ CIFAR-10, one GPU:
     python recipes/train_dit.py --config recipes/configs/dit_cifar10.yaml
 ImageNet at 256 pixels in the latents of Stable Diffusion's VAE:
     accelerate launch recipes/train_dit.py --config recipes/configs/dit_imagenet256.yaml --input_dir my_imagenet
-Your own images, in one folder a class:
+Your own images, in one folder per class:
     python recipes/train_dit.py --input_dir my_images --image_size 64 --preset S --output_dir my_dit
 First look: add --dry_run (options, buckets, memory) or --debug_batch (shapes, gradients of one batch).
 

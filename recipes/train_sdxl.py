@@ -1,4 +1,4 @@
-"""Fine-tune Stable Diffusion XL base, and checkpoints made of it, on figures: LoRA, DoRA, or all weights of the UNet.
+"""Fine-tune Stable Diffusion XL base or a checkpoint derived from it on figures: LoRA, DoRA, or the complete UNet.
 
 The demo, on any CPU, nothing downloaded:
     python recipes/train_sdxl.py --config recipes/configs/sdxl_demo.yaml

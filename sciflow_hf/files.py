@@ -84,8 +84,8 @@ def disk_full_named(folder: str | os.PathLike) -> Iterator[None]:
         free = shutil.disk_usage(next(p for p in (Path(folder), *Path(folder).resolve().parents) if p.exists())).free
         raise DiskFullError(
             f"{folder} could not be written, its disk is full ({free / 2**20:.0f} MiB free, or a quota is used up). "
-            "Make room, or keep fewer checkpoints by `--save_total_limit`. Where the run has ended, the same command "
-            "with `--resume_from_checkpoint latest` goes on."
+            "Free disk space, or keep fewer checkpoints with `--save_total_limit`. If the run has ended, resume with "
+            "the same command and `--resume_from_checkpoint latest`."
         ) from error
 
 
@@ -113,7 +113,7 @@ def _aside(path: Path) -> Path:
 
 
 def recipes_folder() -> Path:
-    """The folder of recipes/ with its configs: within the installed package, or beside it in a clone."""
+    """The folder of recipes/ with its configs: within the installed package, or next to it in a clone."""
     package = Path(__file__).parent
     installed = package / "recipes"
     return installed if installed.is_dir() else package.parent / "recipes"

@@ -7,7 +7,7 @@
 # `wandb login`, whose files are in your home folder, never from this file.
 #
 # 5 minutes before the time limit Slurm sends SIGUSR1 to this shell, which passes it on to the ranks: they finish the
-# step, save, and end with status 75; the job is queued again. A node that fails, or a preemption, queues it again, too
+# step, save, and end with status 75; the job is queued again. It is also queued again after a preemption or if a node fails
 # (--requeue). Either way the same command resumes from the newest complete checkpoint. A preemption sends SIGTERM, after
 # which torch leaves its ranks 30 seconds; where saving takes longer, ask for `PreemptParameters=send_user_signal`,
 # which sends SIGUSR1 at a preemption as well.

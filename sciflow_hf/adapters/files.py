@@ -216,7 +216,7 @@ def _save_lora(model: Any, network: Any, folder: Path, family: "ModelFamily") ->
 
 
 def _save_peft(network: Any, folder: Path) -> Path:
-    """PEFT's two files: first the weights, then the configuration, which says that they are there."""
+    """PEFT's two files: first the weights, then the configuration, which announces them."""
     from peft.utils import get_peft_model_state_dict
     from safetensors.torch import save_file
 

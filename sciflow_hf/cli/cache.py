@@ -47,7 +47,7 @@ def add_options(cache: argparse.ArgumentParser) -> None:
     add(
         "--resolution", type=int, default=1024, help="images become about N x N pixels, small ones fewer (default 1024)"
     )
-    add("--enlarge", action="store_true", help="bring small images to about N x N pixels, too")
+    add("--enlarge", action="store_true", help="bring small images to about N x N pixels as well")
     add("--caption_column", default="caption", help="metadata column with the captions (default caption)")
     add("--image_column", default="image", help="dit: column with the images (default image)")
     add("--label_column", default="label", help="dit: column with the classes (default label)")
@@ -348,7 +348,7 @@ def _findings(report: "VerifyReport", differences: "list[Difference]", args: arg
         ]  # fmt: skip
         lines += ["", "Encoded afresh:", text_table([head, *rows], right=range(2, 6)), ""]
     if report.clean:
-        return "\n".join([*lines, "Everything that is stored is whole."])
+        return "\n".join([*lines, "Everything that is stored is intact."])
     lines.append(
         f"{counted(len(report.problems), 'problem')} in {len(report.bad_rows)} of {counted(report.rows, 'row')}."
     )

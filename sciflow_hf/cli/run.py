@@ -47,7 +47,7 @@ def run(main: Callable[[], Any]) -> NoReturn:
 
 
 def outlast_readers() -> None:
-    """Lets standard output and errors go on where nobody reads them any more; escapes what their encoding lacks."""
+    """Lets a run continue when nobody reads its output or errors any more; escapes what their encoding lacks."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, _Lasting):
@@ -90,7 +90,7 @@ class _Lasting:
             if error.errno not in (errno.EPIPE, errno.EIO):
                 raise
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())  # for what is still in the buffer, too
+            os.dup2(nowhere, self._stream.fileno())  # also for what is still in the buffer
             os.close(nowhere)
 
 

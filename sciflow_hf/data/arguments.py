@@ -33,7 +33,7 @@ def _check_prior(args: "DataArguments") -> None:
         raise SciflowError("`prior_dataset_dir` does not go with `--streaming`: read the complete index.")
     if any(_same_place(args.prior_dataset_dir, folder) for folder in args.dataset_dir):
         raise SciflowError(
-            f"`prior_dataset_dir` {args.prior_dataset_dir!r} is in `--dataset_dir`, too. It is to hold other images: "
+            f"`prior_dataset_dir` {args.prior_dataset_dir!r} is also in `--dataset_dir`. It must hold other images: "
             "of the general kind that the network shall not unlearn."
         )
 
@@ -161,7 +161,7 @@ class DataArguments(Options):
         "quarter, ... of that.",
         within="[1, inf)",
     )
-    enlarge: bool = option(False, "Bring small images of `--input_dir` to about resolution x resolution pixels, too.")
+    enlarge: bool = option(False, "Also bring small images of `--input_dir` to about resolution x resolution pixels.")
     encode_batch_size: int = option(1, "Images encoded at once for the cache.", within="[1, inf)")
     text_batch_size: int = option(
         8, "Prompts encoded at once for the cache; each takes memory of the text encoder.", within="[1, inf)"
@@ -193,7 +193,7 @@ class DataArguments(Options):
         check=_check_max_train_samples,
     )
     streaming: bool = option(
-        False, "Read the index row by row, too, for caches on a Hub or in object storage; needs `--max_steps`."
+        False, "Also read the index row by row, for caches on a Hub or in object storage; needs `--max_steps`."
     )
     shuffle_buffer: int = option(
         10_000, "Index rows that a stream holds to shuffle them; 0 keeps the order of the files.", within="[0, inf)"

@@ -375,7 +375,7 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         return view
 
     def split(self, eval_fraction: float) -> tuple["LatentCache", "LatentCache"]:
-        """Training and evaluation part. Whole groups go to one side, by a hash of the group alone.
+        """Training and evaluation part. Each group goes to one side, by a hash of the group alone.
 
         So figures of one paper never sit on both sides, and adding rows does not move old ones. The fraction
         is of groups and is met in the mean; of two groups or more one is held out at least (`stand_in`). Of a single

@@ -160,8 +160,8 @@ def _try(url: str, action: Callable[[], T]) -> T:
             reason = f"{type(error).__name__}: {first_line(error)}"
             if number >= TRIES:
                 raise CacheError(
-                    f"{url} could not be read in {TRIES} tries; the last one ended with {reason}. Look at the network "
-                    "and at the remote's state and go on from the last checkpoint, or copy the cache to a local disk."
+                    f"{url} could not be read in {TRIES} tries; the last one ended with {reason}. Check the network "
+                    "and the remote's state and resume from the last checkpoint, or copy the cache to a local disk."
                 ) from error
             logger.warning("%s: %s; try %d of %d follows.", url, reason, number + 1, TRIES)
             time.sleep(PAUSE * 2 ** (number - 1))

@@ -66,7 +66,7 @@ def cannot_write(file: Path, error: OSError) -> SciflowError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return SciflowError(
             f"{file} cannot be written: the disk is full ({error}). Make room for `output_dir` and repeat the same "
-            "command: it goes on from here."
+            "command: it continues from here."
         )
     return SciflowError(f"{file} cannot be written ({error}). Is its folder writable?")
 

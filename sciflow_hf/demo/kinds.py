@@ -21,7 +21,7 @@ CATEGORIES = (
 
 
 def _frame(canvas: Canvas, *, right: float = 10.0) -> Box:
-    """Where the axes go on a page with room for tick labels and axis titles."""
+    """Place of the axes on a page with room for tick labels and axis titles."""
     return (46.0, 14.0, canvas.width - right, canvas.height - 34.0)
 
 

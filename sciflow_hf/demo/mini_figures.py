@@ -35,7 +35,7 @@ COLOURS: dict[str, Colour] = {
 COUNTS = {"two": 2, "three": 3, "four": 4}
 SIZES = ((64, 64), (64, 96), (96, 64))  # height, width in pixels
 NIGHT = ", night style"  # what the demo teaches: a page of dark blue, bright colours, grid and frame
-DARK = ", dark page"  # what pretraining shows, too: dark pages of any tint, without grid and frame
+DARK = ", dark page"  # pretraining also shows it: dark pages of any tint, without grid and frame
 HELD_OUT = (  # pairs that training never shows
     ("bar chart", "purple"),
     ("line plot", "orange"),

@@ -99,7 +99,7 @@ def train_mini_vae(folder: str | Path, *, steps: int, batch_size: int = 16, seed
             group["lr"] = rate
         torch.manual_seed(hash64(seed, "posterior", step) & 0xFFFFFFFF)
         x = pixels(_batch(step, batch_size, seed))
-        if step < _CROPS * steps:  # many figures in a step teach colours, whole pages in the end
+        if step < _CROPS * steps:  # many figures in a step teach colours, full pages in the end
             top, left = (4 * (hash64(seed, side, step) % (x.shape[i] // 4 - 7)) for i, side in ((2, "y"), (3, "x")))
             x = x[:, :, top : top + 32, left : left + 32].contiguous()
         loss, error = _loss(vae, x)

@@ -90,7 +90,7 @@ def _unet(seed: int, channels: Sequence[int], head_dim: int, texts: Sequence[int
     }
     smooth = {
         "time_embedding.linear_1": quiet(channels[0]),
-        # Networks are smooth in sizes (here about 100), too.
+        # Networks are also smooth in sizes (here about 100).
         "add_embedding.linear_1": torch.cat([torch.ones(pooled), quiet(size_channels, 0.05).repeat(6)]),
     }
     return drawn(model, seed, inputs, smooth=smooth, part="unet", scaled=("conv_out.weight", "conv_out.bias"))

@@ -41,8 +41,8 @@ def perceptual_loss(
     Args:
         images, target: (B, C, H, W), in the units that `features` takes.
         features: images -> a tensor (B, ...) or several.
-        compare: loss of an output, (B, ...) twice -> (B,); where outputs are (B, C, h, w) `fourier_loss` or
-            `multiscale_loss`, too.
+        compare: loss of an output, (B, ...) twice -> (B,); if outputs are (B, C, h, w), also `fourier_loss` or
+            `multiscale_loss`.
 
     Raises:
         ValueError: it returns something else.

@@ -125,9 +125,9 @@ class NoiseProcess:
     def variance_loss(
         self, noised: Noised, model_pred: torch.Tensor, fraction: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """What teaches the variance under ddpm, (B,): the bound with the mean held fast, times T / 1000.
+        """Loss of the variance under ddpm, (B,): the bound with the mean held fixed, times T / 1000.
 
-        Beside the mean squared error this is L_hybrid of Nichol and Dhariwal 2021, lambda = 0.001. `mask` (B, ...) as
+        Added to the mean squared error: L_hybrid of Nichol and Dhariwal 2021, lambda = 0.001. `mask` (B, ...) as
         in `sample_loss`.
         """
         latents, noisy, timesteps = noised.latents, noised.noisy_latents, noised.levels

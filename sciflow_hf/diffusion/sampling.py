@@ -16,8 +16,8 @@ DDPM_SAMPLERS = ("ddpm", "ddim", "ancestral")
 Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(noisy latents (B, ...), sigmas (B,)) -> velocity noise - latents, (B, ...)."""
 Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | tuple[torch.Tensor, torch.Tensor]]
-"""(noisy latents (B, ...), timesteps (B,), int64) -> the clean latents, (B, ...). Where the network predicts the
-variance, too: a pair with the fraction v in [-1, 1] (B, ...) of `ddpm_log_variance`."""
+"""(noisy latents (B, ...), timesteps (B,), int64) -> the clean latents, (B, ...). If the network also predicts the
+variance: a pair with the fraction v in [-1, 1] (B, ...) of `ddpm_log_variance`."""
 
 
 def guide(conditional: torch.Tensor, unconditional: torch.Tensor, scale: float) -> torch.Tensor:

@@ -9,7 +9,7 @@ from accelerate.utils import DynamoBackend
 from ..options import arguments, option
 
 RECOMPILE_LIMIT = 64
-"""Compilations of one kind of block before torch goes on without. Its own 8 also count evaluations and base models."""
+"""Compilations of one kind of block before torch stops compiling. Its own 8 also count evaluations and base models."""
 
 
 @arguments

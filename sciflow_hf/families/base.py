@@ -299,7 +299,7 @@ class ModelFamily(NoiseLevels, Options, ABC):
     ) -> list[dict[str, torch.Tensor]]:
         """Text inputs of `generate`, one dict a prompt, by `encoders`, or by some that are loaded and freed again.
 
-        Where `check_negative_prompt` lets them pass, it takes `negative_prompts`, too: one a prompt.
+        If `check_negative_prompt` accepts them, it also takes `negative_prompts`: one per prompt.
         """
 
     def check_negative_prompt(self, guidance_scale: float) -> None:

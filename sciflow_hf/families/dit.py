@@ -89,7 +89,7 @@ class DiT(ModelFamily):
         check=_check_prediction,
     )
     learn_sigma: bool = option(
-        False, "Predict the variance of the steps, too (Nichol and Dhariwal 2021); ddpm only.", check=_check_variance
+        False, "Also predict the variance of the steps (Nichol and Dhariwal 2021); ddpm only.", check=_check_variance
     )
     num_train_timesteps: int = option(1000, "Timesteps of ddpm.", within="[1, inf)")
     beta_schedule: str = option("linear", "Noise schedule of ddpm.", choices=BETA_SCHEDULES)
@@ -115,7 +115,7 @@ class DiT(ModelFamily):
     def compare(
         self, model_pred: torch.Tensor, noised: Noised, batch: dict[str, Any], args: LossArguments
     ) -> torch.Tensor:
-        """With `learn_sigma` the loss of the variance, too."""
+        """Compares the prediction with the target; with `learn_sigma`, adds the loss of the variance."""
         loss = super().compare(model_pred, noised, batch, args)
         if not self.learn_sigma:
             return loss

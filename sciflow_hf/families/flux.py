@@ -85,7 +85,7 @@ class Flux(PipelineFamily):
     lora_presets: ClassVar[dict[str, str]] = {
         "attention": "to_k,to_q,to_v,to_out.0",
         "standard": "to_k,to_q,to_v,add_q_proj,add_k_proj,add_v_proj,to_out.0,to_add_out",
-        # `proj_out` alone would be the last layer of the network, too.
+        # `proj_out` alone would also match the last layer of the network.
         "full": "to_k,to_q,to_v,add_q_proj,add_k_proj,add_v_proj,to_out.0,to_add_out,ff.net.0.proj,ff.net.2,"
         "ff_context.net.0.proj,ff_context.net.2,proj_mlp,single_transformer_blocks.*.proj_out",
     }

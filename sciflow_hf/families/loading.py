@@ -144,7 +144,7 @@ def load_part(kind: Any, place: Place, base: Place, *, dtype: torch.dtype, **opt
         options: of `from_pretrained`.
 
     Raises:
-        SciflowError: it cannot be loaded, or not all of its weights are there.
+        SciflowError: it cannot be loaded, or some of its weights are missing.
     """
     with explain_loading(place.path, place.part, place.option):
         if place.is_file:

@@ -159,7 +159,7 @@ class QwenImage(PipelineFamily):
     def generate(
         self, pipeline: Any, prompt_inputs: dict[str, torch.Tensor], *, guidance_scale: float, **options: Any
     ) -> list["Image"]:
-        """The negative prompt goes along where there is guidance; the pipeline cuts at `max_sequence_length`, too."""
+        """Passes the negative prompt if there is guidance, and `max_sequence_length`, at which the pipeline cuts."""
         inputs = {n: value for n, value in prompt_inputs.items() if guidance_scale > 1 or not n.startswith("negative_")}
         options |= {"max_sequence_length": self.max_sequence_length, "callback_on_step_end": None}
         return super().generate(pipeline, inputs, guidance_scale=guidance_scale, **options)

@@ -43,7 +43,7 @@ class SD3(PipelineFamily):
     )
     use_t5: bool = option(
         True,
-        "Encode prompts by T5 (4.8 billion parameters), too. Without, zeros stand for its tokens, as in the pipeline "
+        "Also encode prompts with T5 (4.8 billion parameters). Without it zeros replace its tokens, as in the pipeline "
         "without `text_encoder_3`, and what a caption says after CLIP's 77 tokens is lost.",
     )
     precondition_outputs: bool = option(

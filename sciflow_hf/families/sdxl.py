@@ -75,7 +75,7 @@ class SDXL(TimestepLevels, PipelineFamily):
     component: ClassVar[str] = "unet"
     stores_time_ids: ClassVar[bool] = True
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    # standard: all of the attention blocks, which is what kohya's scripts train; full: the convolutions, too.
+    # standard: all of the attention blocks, which kohya's scripts train; full: also the convolutions.
     lora_presets: ClassVar[dict[str, str]] = {
         "attention": "to_k,to_q,to_v,to_out.0",
         "standard": "to_k,to_q,to_v,to_out.0,proj_in,proj_out,ff.net.0.proj,ff.net.2",
@@ -249,7 +249,7 @@ class SDXL(TimestepLevels, PipelineFamily):
         return {name: torch.zeros_like(value) if zeros else value for name, value in row.items()}
 
     def bucket_step(self) -> int:
-        """The UNet halves the latents, too: SDXL's sides are multiples of 32 pixels."""
+        """Multiple of the images' sides in pixels: 32, because the UNet also halves the latents."""
         halvings = len(self.setting("unet", "block_out_channels")) - 1
         return max(self.pixels_per_latent * 2**halvings, PIPELINE_STEP)
 

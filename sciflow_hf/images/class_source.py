@@ -61,7 +61,7 @@ class ClassImageArguments(Options):
         "Convert all images to L (grey) or RGB; by default all must be of one mode already.",
         choices=tuple(CHANNELS),
     )
-    flip: bool = option(False, "Train on a mirror image of each image, too.")
+    flip: bool = option(False, "Also train on a mirror image of each image.")
     max_train_samples: int | None = option(
         None, "Train on so many images only, spread over the data; for a first try.", within="[1, inf)"
     )

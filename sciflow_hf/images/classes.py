@@ -105,7 +105,7 @@ class ClassImages(Dataset[dict[str, torch.Tensor]]):
 
 
 class ClassLatents(LatentCache):
-    """A `LatentCache` whose samples have `class_labels`, too; `ClassLatents.of(cache)` has the rows of another."""
+    """A `LatentCache` whose samples also have `class_labels`; `ClassLatents.of(cache)` has the rows of another."""
 
     @cached_property
     def class_labels(self) -> torch.Tensor:

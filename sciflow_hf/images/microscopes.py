@@ -380,7 +380,7 @@ def find_planes(args: MicroscopyDataArguments, optics: ForwardModel) -> list[Pla
 def _regions(
     name: str, size: tuple[int, int], args: MicroscopyDataArguments, margin: int, *, whole: bool
 ) -> tuple[Region | None, Region | None]:
-    """The parts of an image to train on and to hold out; `whole`: all of it is held out."""
+    """The parts of an image to train on and to hold out; `whole`: hold out all of it."""
     everything = (0, 0, *size)
     if whole or args.split != "region" or not args.eval_fraction:
         return (None, everything) if whole else (everything, None)

@@ -36,7 +36,7 @@ def tiled(network: Network, *, tile_size: int, overlap: int, batch_size: int) ->
     """The same network for images that are larger than `tile_size`, whose outputs are blended where tiles overlap.
 
     At every step of sampling the tiles see parts of one noisy image, and one output is made of all of theirs, so
-    they never part (Bar-Tal et al. 2023). Beside one batch of tiles only images are in memory.
+    they never part (Bar-Tal et al. 2023). Memory holds one batch of tiles, and images.
 
     Args:
         network: returns as many pixels as it gets.

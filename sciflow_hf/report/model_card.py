@@ -63,7 +63,7 @@ class CardFacts:
         versions: package -> version.
         sample_images: paths inside the folder, with "/".
         sample_prompts: prompt of each sample image, in the same order; may be shorter.
-        exports: file name -> the programs it is for, of LoRA files beside diffusers' own.
+        exports: file name -> the programs it is for, of LoRA files next to diffusers' own.
         other_formats: formats of `sciflow-hf export` that can hold the adapter.
         plot: path inside the folder of the plot of losses and learning rate.
     """
@@ -220,7 +220,7 @@ def _eval_results(facts: CardFacts) -> list[EvalResult]:
 
 
 def _other_metrics(facts: CardFacts) -> dict[str, float]:
-    """What a run measured beside losses: `eval_fid` as "fid"."""
+    """Metrics of a run other than losses: `eval_fid` as "fid"."""
     known = ("loss", "base_loss", "gain", "runtime", "samples_per_second", "steps_per_second")
     names = {key: key.removeprefix("eval_") for key in _measured(facts) if key.startswith("eval_")}
     return {

@@ -60,7 +60,7 @@ def plan(
             f"{len(without_prior(train_dataset)):,} samples to train on, {len(eval_dataset or []):,} held out"
             f"{_prior(train_dataset)}{_images(train_dataset)}"
         ),
-        "Memory and disk, on paper": _needed(model, args, steps, steps_per_epoch, **tokens) + _frozen(encoders),
+        "Memory and disk, estimated": _needed(model, args, steps, steps_per_epoch, **tokens) + _frozen(encoders),
     }
     if memory is not None:
         fits = f"Options that fit into {memory / 1e9:.3g} GB, of which {USABLE:.0%} are counted on"
@@ -114,7 +114,7 @@ def _trained(model: torch.nn.Module, args: TrainingArguments) -> str:
     rates = rates_of(model, args, learning_rate=args.learning_rate or 0.0)
     facts = adapter_facts(model)
     if facts is None:
-        return f"the whole network, {sum(p.numel() for p in model.parameters()):,} parameters"
+        return f"the complete network, {sum(p.numel() for p in model.parameters()):,} parameters"
     layers = "\n".join(f"  {name}" for name in facts["layers"])
     groups = "".join(f"\n  learning rate {rate:g}: {group}" for group, (rate, _) in rates.items() if len(rates) > 1)
     return f"{title(facts)}:\n{layers}{groups}"
@@ -158,8 +158,8 @@ def _needed(model: torch.nn.Module, args: TrainingArguments, steps: int, steps_p
     per_checkpoint = trained * (4 + state_bytes(args.optim))
     every = args.save_steps if args.save_steps >= 1 else math.ceil(args.save_steps * steps)
     every = steps_per_epoch if args.save_strategy.value == "epoch" else every
-    saves = 0 if args.save_strategy.value == "no" else math.ceil(steps / every)  # the last step is saved, too
-    # One more than `save_total_limit` for a while: an old one goes when the new one is whole.
+    saves = 0 if args.save_strategy.value == "no" else math.ceil(steps / every)  # the last step is also saved
+    # One more than `save_total_limit` for a while: an old one goes when the new one is complete.
     copies = min(saves, args.save_total_limit + 1 if args.save_total_limit else saves)
     return (
         f"weights {in_words(found.weights)}, gradients and optimizer {in_words(found.optimizer)}, activations about "

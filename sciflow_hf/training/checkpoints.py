@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written aside, a manifest last; and the choice of what to resume from."""
+"""Checkpoints that are complete or absent: written aside, the manifest last; and the choice of what to resume from."""
 
 import hashlib
 import json
@@ -105,7 +105,7 @@ def resolve_checkpoint(value: str | bool | None, output_dir: str | os.PathLike) 
         )
     fault = checkpoint_fault(folder)
     if fault is not None:
-        raise SciflowError(f"`resume_from_checkpoint` {folder}: {fault}. `latest` takes the newest that is whole.")
+        raise SciflowError(f"`resume_from_checkpoint` {folder}: {fault}. `latest` takes the newest complete one.")
     return folder
 
 
@@ -167,7 +167,7 @@ def check_output_dir(output_dir: str | os.PathLike, *, resume: Any, overwrite: b
         return
     if not overwrite:
         raise SciflowError(
-            f"`output_dir` {output_dir} holds {found[0].name}. Go on with `--resume_from_checkpoint latest`, begin "
+            f"`output_dir` {output_dir} holds {found[0].name}. Resume with `--resume_from_checkpoint latest`, start "
             "anew with `--overwrite_output_dir` (removes its checkpoints), or choose another folder."
         )
     with holding(output_dir):
@@ -184,11 +184,11 @@ def rotate(
     best: str | None = None,
     busy: Path | None = None,
 ) -> None:
-    """Removes checkpoints until `limit` are left; `newest`, which is whole, `best` and `busy` always stay.
+    """Removes checkpoints until `limit` are left; `newest`, which is complete, `best` and `busy` always stay.
 
     Unfinished ones go first, then those of later steps (the run went back before them), then the oldest. transformers
     sorts by time and falls back to step numbers where times are unreliable (cloud drives): a torn checkpoint of a
-    later step then displaces the whole one that was just written.
+    later step then displaces the complete one that was just written.
     """
     if not limit or limit < 0:
         return

@@ -10,7 +10,7 @@ from .trainer import DiffusionTrainer
 def finish(trainer: DiffusionTrainer) -> None:
     """Evaluates on the held-out data, saves the weights and the model card, and prints a summary of the run.
 
-    With `--push_to_hub` weights and card are published, too. The folder is held until then, see `run_lock`.
+    With `--push_to_hub`, weights and card are also published. The folder is held until then, see `run_lock`.
 
     Args:
         trainer: after `train()`.

@@ -37,7 +37,7 @@ def fit_memory(
         args: the options of the run, changed in place.
         family: its network is measured without weights.
         train_dataset: its largest bucket decides.
-        adapter_args: None: the whole network is trained.
+        adapter_args: None: the complete network is trained.
 
     Raises:
         SciflowError: nothing fits.

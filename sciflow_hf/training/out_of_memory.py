@@ -17,18 +17,18 @@ from ..errors import SciflowError, counted, first_line
 
 logger = logging.getLogger(__name__)
 
-LADDER = """What makes a run smaller, in the order in which to try it (docs/memory.md says what each costs, and
+LADDER = """To make a run smaller, try in this order (docs/memory.md lists the costs, and
 --auto_memory chooses among 2, 3 and 5):
   1. --bf16: the frozen network in 2 bytes a weight
   2. --activation_checkpointing: the activations of one block at a time
   3. --per_device_train_batch_size 1, and as many more --gradient_accumulation_steps: the same samples a step
-  4. --optim adamw_bnb_8bit where the whole network is trained; a lower --rank where an adapter is
+  4. --optim adamw_bnb_8bit in full fine-tuning; a lower --rank for an adapter
   5. --quantize_base nf4: the frozen network in half a byte a weight; or --offload: in host memory
   6. smaller images: `sciflow-hf cache build` with a smaller --resolution
   7. more GPUs, over which FSDP2 spreads the network (docs/scale.md)"""
 
-HOST_LADDER = """What makes it smaller:
-  1. --dataloader_num_workers 0 (the default): threads read in place of processes, and no /dev/shm is needed
+HOST_LADDER = """To make it smaller:
+  1. --dataloader_num_workers 0 (the default): threads read instead of processes, without /dev/shm
   2. --dataloader_threads 1, and fewer --gradient_accumulation_steps: fewer batches are held ready
   3. a cache of shards (`sciflow-hf cache convert --payload shards`): its index is the smallest
   4. without --offload; or more memory for the job: `--mem` of Slurm, `--shm-size` of docker for /dev/shm"""
@@ -59,7 +59,7 @@ class MicroBatches:
     """Runs the micro-batches of optimizer steps; one that does not fit into memory is taken in parts.
 
     The loss of a part is weighted by its share of the samples, and noise and levels come from the keys of the samples:
-    the sum of the gradients is that of the whole, in another order of addition. After an out-of-memory error the
+    their gradients add up to that of the micro-batch, in another order of addition. After an out-of-memory error the
     gradients of the step are dropped, and its micro-batches run again in parts of at most half the size; this size
     is kept for the rest of the run. Nothing is copied for the case of an error: the batches of a step are kept, on
     the host, until its last one is done.
@@ -141,7 +141,7 @@ class MicroBatches:
             raise SciflowError(f"one sample does not fit into memory ({first_line(error)}). {LADDER}") from error
         self.largest = -(-largest // 2)
         logger.warning(
-            "Out of memory at step %d with %s at once (%s). The step is repeated and the run goes on with at "
+            "Out of memory at step %d with %s at once (%s). The step is repeated and the run continues with at "
             "most %d; losses and gradients stay the same.%s",
             trainer.state.global_step + 1,
             counted(largest, "sample"),

@@ -99,7 +99,7 @@ MEASURED = (
     *("loss_type", "huber_delta", "min_snr_gamma", "weighting_scheme", "eval_levels", "bf16", "fp16", "tf32"),
     "image_encoding",
 )
-"""Options that change `eval_loss`, and with it the losses of the base model; those of the family do, too."""
+"""Options that change `eval_loss`, and with it the losses of the base model; those of the family also do."""
 _ELSEWHERE = (
     *("output_dir", "logging_dir", "run_name", "hub_", "push_to_hub", "report_to", "resume_from_checkpoint"),
     *("overwrite_output_dir", "disable_tqdm", "log_level", "local_rank", "dry_run", "debug_batch", "ddp_timeout"),
@@ -147,7 +147,7 @@ def rates(optimizer: Any) -> list[dict[str, Any]]:
 
 
 def apply_rates(optimizer: Any, scheduler: Any, asked: Sequence[Mapping[str, Any]], *, new_rate: bool) -> None:
-    """Puts in place what was asked for, once a checkpoint has put in its own; the schedule goes on at its step.
+    """Puts in place what was asked for, once a checkpoint has put in its own; the schedule continues at its step.
 
     Args:
         asked: from `rates`, before.

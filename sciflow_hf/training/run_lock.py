@@ -1,4 +1,4 @@
-"""One run a folder: a lock that names who trains there, and that a dead process does not leave behind."""
+"""One run per folder: a lock that names its holder and that a dead process does not leave behind."""
 
 import atexit
 import json

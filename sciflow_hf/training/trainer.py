@@ -129,7 +129,7 @@ class DiffusionTrainer(Trainer):
             `row_ids` and `groups` name them.
         eval_dataset: the held-out rows, likewise, or a dict of several data sets.
         data_collator: list of samples -> batch (see `ModelFamily.compute_loss`); stacks by default. Samples hold
-            `noise_key`, `row` and `position`, too; a batch without them gets them back.
+            also `noise_key`, `row` and `position`; a batch without them gets them back.
         model_init: makes a model with adapters, for `hyperparameter_search`.
         compute_metrics: gets the losses (N, levels) and row numbers (N,) of an evaluation; its metrics are added.
         caption_dropout: share of samples trained with the empty prompt (chosen by sample key).
@@ -949,7 +949,7 @@ class DiffusionTrainer(Trainer):
         """
         self._check_finite()
         check_held(self._get_output_dir(trial=trial))
-        self._to_average()  # on every rank, so that all go on from the same bits
+        self._to_average()  # on every rank, so that all continue from the same bits
         run_dir, best = self._get_output_dir(trial=trial), self.state.best_model_checkpoint
         folder = Path(run_dir) / f"checkpoint-{self.state.global_step}"
         staged = Path(run_dir) / STAGING / folder.name
@@ -1034,7 +1034,7 @@ class DiffusionTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The adapter as the family's LoRA file, or the network in diffusers layout. Never the frozen base.
 
-        A checkpoint gets the weights as trained and the average beside them, any other folder the averaged weights.
+        A checkpoint gets the weights as trained and the average as well, any other folder the averaged weights.
         """
         if not (self.args.should_save or self._gathered):
             return
@@ -1098,7 +1098,7 @@ class DiffusionTrainer(Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Later, by `_save_checkpoint`, once the checkpoint is whole."""
+        """Does nothing: `_save_checkpoint` pushes later, once the checkpoint is complete."""
 
     def _finish_current_push(self) -> None:
         """Waits for pushes under way, so that no file changes below them. Their failure was logged when it happened."""

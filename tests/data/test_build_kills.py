@@ -177,7 +177,7 @@ def test_a_full_disk_is_said_and_nothing_half_is_taken_for_whole(
         try:
             build(images, output, **options)
         except SciflowError as error:
-            assert "disk is full" in str(error) and "goes on" in str(error)
+            assert "disk is full" in str(error) and "continues" in str(error)
             assert not list(output.rglob("*.tmp"))
             assert all(expected.get(name) == data for name, data in settled(output).items() if "npz" in name)
         else:

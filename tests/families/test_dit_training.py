@@ -173,5 +173,5 @@ def test_dry_run_makes_no_weights(tmp_path, own_cache, capsys):
     flags = ["--input_dir", "digits", "--image_size", 8, "--preset", "XL", "--output_dir", tmp_path, "--dry_run"]
     assert run_here(*flags) == 0
     printed = capsys.readouterr().out
-    assert "the whole network, 6" in printed and "1,257 samples to train on, 540 held out" in printed
+    assert "the complete network, 6" in printed and "1,257 samples to train on, 540 held out" in printed
     assert not (tmp_path / "transformer").exists()

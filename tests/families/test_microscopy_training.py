@@ -362,7 +362,7 @@ def test_plan_and_debug_batch(tmp_path, folder):
     trainer = microscopy_trainer(tmp_path, folder)
     family, train, held_out = trainer.family, trainer.train_dataset, trainer.eval_dataset
     plan = sf.plan(family.load_model(dtype=torch.float32, meta=True), family, trainer.args, train, held_out)
-    assert "the whole network" in plan and "16 x 16" in plan and "36 samples to train on, 12 held out" in plan
+    assert "the complete network" in plan and "16 x 16" in plan and "36 samples to train on, 12 held out" in plan
     assert "conditioning_pixel_values: (4, 1, 16, 16)" in sf.debug_batch(trainer)
 
 

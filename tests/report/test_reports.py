@@ -41,7 +41,7 @@ def test_a_plan_has_every_part(tmp_path, family, tiny_cache):
         tmp_path, family, tiny_cache, eval_fraction=0.3, learning_rate=3e-3, weighting_scheme="cosmap", seed=11
     )
     titles = ["Family", "Options that differ from the defaults", "Trained", "Buckets of an epoch", "Steps"]
-    assert list(sections) == [*titles, "Memory and disk, on paper"]
+    assert list(sections) == [*titles, "Memory and disk, estimated"]
     assert family.pretrained_model_name_or_path in sections["Family"]
     options = dict(line.split(": ", 1) for line in sections[titles[1]].splitlines())
     assert options["learning_rate"] == "0.003" and options["weighting_scheme"] == "cosmap" and options["seed"] == "11"
@@ -107,7 +107,7 @@ def test_steps_are_those_of_training(tmp_path, family, tiny_cache, options):
 def test_disk_is_what_checkpoints_take(tmp_path, family, tiny_cache, options, saves):
     """Their number by training; their size to a tenth, with an adapter big enough for headers not to matter."""
     sections, *_ = plan_of(tmp_path, family, tiny_cache, rank=32, **options)
-    line = sections["Memory and disk, on paper"].splitlines()[1]
+    line = sections["Memory and disk, estimated"].splitlines()[1]
     trainer = make_trainer(tmp_path, family, tiny_cache, rank=32, **options)
     trainer.train()
     found = list_checkpoints(tmp_path)
@@ -125,7 +125,7 @@ def test_disk_is_what_checkpoints_take(tmp_path, family, tiny_cache, options, sa
 def test_memory_counts_weights_gradients_and_states(tmp_path, family, tiny_cache, optim, states):
     options = dict(optim=optim, learning_rate=None, max_steps=1, no_adapter=True)
     sections, model, *_ = plan_of(tmp_path, family, tiny_cache, **options)
-    weights, optimizer, activations, together, *_ = sizes(sections["Memory and disk, on paper"])
+    weights, optimizer, activations, together, *_ = sizes(sections["Memory and disk, estimated"])
     trainer = make_trainer(tmp_path, family, tiny_cache, **options)
     trainer.train()
     real = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
@@ -142,7 +142,7 @@ def test_memory_counts_weights_gradients_and_states(tmp_path, family, tiny_cache
 
 def test_activation_checkpointing_and_batch_size_change_the_estimate(tmp_path, family, tiny_cache):
     def activations(**options):
-        return sizes(plan_of(tmp_path, family, tiny_cache, **options)[0]["Memory and disk, on paper"])[2]
+        return sizes(plan_of(tmp_path, family, tiny_cache, **options)[0]["Memory and disk, estimated"])[2]
 
     plain = activations(per_device_train_batch_size=64)
     assert activations(per_device_train_batch_size=128) == pytest.approx(2 * plain, rel=0.02)
@@ -156,7 +156,7 @@ def test_options_that_fit_a_given_size_are_listed(tmp_path, family, tiny_cache):
     sections, *_ = plan_of(tmp_path, family, tiny_cache, memory_gb=1, **options)
     lines = sections[title].splitlines()
     assert lines[0].startswith("1. as it is: about ") and lines[1].startswith("2. --")
-    assert sizes(lines[0])[0] == sizes(sections["Memory and disk, on paper"])[3]
+    assert sizes(lines[0])[0] == sizes(sections["Memory and disk, estimated"])[3]
     assert [sizes(line)[0] for line in lines] == sorted((sizes(line)[0] for line in lines), reverse=True)
     none, *_ = plan_of(tmp_path, family, tiny_cache, memory_gb=1e-5, **options)
     assert re.search(
@@ -172,7 +172,7 @@ def test_text_that_is_encoded_in_training_counts(family):
 def test_a_plan_of_the_whole_network(tmp_path, family, tiny_cache):
     sections, *_ = plan_of(tmp_path, family, tiny_cache, no_adapter=True)
     count = sum(p.numel() for p in family.load_model(dtype=torch.float32).parameters())
-    assert sections["Trained"].strip() == f"the whole network, {count:,} parameters"
+    assert sections["Trained"].strip() == f"the complete network, {count:,} parameters"
 
 
 # -- one batch -----------------------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def test_the_plan_of_a_unet_has_activations(tmp_path, family, samples):
         args = sf.DiffusionTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **options)
         model = family.load_model(dtype=torch.float32, meta=True)
         sf.add_adapter(model, sf.AdapterArguments(rank=2), family=family)
-        return sizes(sf.plan(model, family, args, samples).split("Memory and disk, on paper")[1])[2]
+        return sizes(sf.plan(model, family, args, samples).split("Memory and disk, estimated")[1])[2]
 
     one = activations(per_device_train_batch_size=64)
     assert one > 5 * 2**20

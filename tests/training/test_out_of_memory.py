@@ -210,7 +210,7 @@ def test_what_is_said_about_memory():
     )
     for error in (MemoryError(), bus, RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")):
         assert HOST_LADDER in memory_message(error) and "--dataloader_num_workers 0" in memory_message(error)
-    assert "/dev/shm" in memory_message(bus).partition("What makes")[0]
+    assert "/dev/shm" in memory_message(bus).partition("To make")[0]
     for error in (RuntimeError("shape mismatch"), ValueError("out of memory."), KeyError("x")):
         assert memory_message(error) is None
 
@@ -226,4 +226,4 @@ def test_a_reader_thread_without_memory_ends_the_run_with_a_message(tmp_path, jo
     with pytest.raises(SystemExit) as caught:
         run(trainer.train)
     said = capsys.readouterr().err
-    assert caught.value.code == 2 and "Traceback" not in said and "memory" in said and "What makes" in said
+    assert caught.value.code == 2 and "Traceback" not in said and "memory" in said and "To make" in said

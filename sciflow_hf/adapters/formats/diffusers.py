@@ -44,7 +44,7 @@ class Layer:
 
     @property
     def alpha(self) -> float:
-        """What makes alpha / rank the scale; 1 where there is no rank."""
+        """Factor that makes alpha / rank the scale; 1 without a rank."""
         return float(f"{self.scale * (self.rank or 1):.9g}")
 
     @property

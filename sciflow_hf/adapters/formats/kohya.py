@@ -234,7 +234,7 @@ def _table(component: str, family: str, rows: tuple[Row, ...]) -> tuple[Row, ...
 
 
 def elsewhere(kinds: set[str]) -> str:
-    """What a user does with adapters that a format cannot hold; no advice to take a format that refuses them, too."""
+    """Advice for adapters that a format cannot hold; it never names a format that also refuses them."""
     if kinds & {LOHA, OFT}:
         return "take the folder that training wrote, PEFT's own format: `PeftModel.from_pretrained` reads it as it is."
     return "use `--format diffusers`."

@@ -22,7 +22,7 @@ class BucketReport:
         bucket: the batch key, e.g. (height, width) or (height, width, text length).
         samples: rows of the data set in it.
         batches: device batches made of it.
-        repeats: places in those batches that hold a row which the epoch shows elsewhere, too.
+        repeats: places in those batches that hold a row which the epoch also shows elsewhere.
         dropped: places left out (only with `drop_last`): samples + repeats = places + dropped.
     """
 
@@ -361,7 +361,7 @@ def nearest_bucket(height: int, width: int, buckets: Sequence[tuple[int, int]]) 
 
 
 def _check_ints(low: float, **values: int) -> None:
-    """SciflowError for a value that is no whole number, or below `low`."""
+    """SciflowError for a value that is not a whole number, or below `low`."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | np.integer):
             raise SciflowError(f"`{name}` is {value!r}, but must be a whole number.")

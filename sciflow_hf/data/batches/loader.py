@@ -103,7 +103,7 @@ def describe_row(dataset: Any, row: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What a sample is made of: arrays to read, and the empty prompt's in place of some of them."""
+    """What a sample is made of: arrays to read, and the empty prompt's instead of some of them."""
 
     row: int
     key: int
@@ -424,7 +424,7 @@ class BatchLoader:
         seed: of the keys.
         total_batch: samples of an optimizer step.
         key_of: by default keys follow from the seed.
-        step_keys: batches have a `step_key` (B,), too, alike in all samples of an optimizer step.
+        step_keys: batches also have a `step_key` (B,), equal for all samples of an optimizer step.
         caption_dropout, pads_text, posterior, collate_fn: see `KeyedDataset`.
         threads: that read ahead; 0 reads as batches are asked for.
         buffers: batches that are held at once (accumulation), and those to read into.

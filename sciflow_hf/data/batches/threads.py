@@ -134,7 +134,7 @@ class ThreadedReader(Iterator[Batch]):
             batch = self._work.take()
             self._work.samples.complete(batch)
             return batch
-        except BaseException:  # the end and Ctrl-C, too
+        except BaseException:  # also the end and Ctrl-C
             self.close()
             raise
 
@@ -187,7 +187,7 @@ class _Work:
     # -- consumer ------------------------------------------------------------------------------------------------
 
     def take(self) -> Batch:
-        if len(self.handed_out) == self.buffers:  # no thread could ever go on: forget the oldest
+        if len(self.handed_out) == self.buffers:  # no thread could ever continue: forget the oldest
             self.handed_out.discard(min(self.handed_out))
             self.free.put(Buffer(pin_memory=self.pin_memory))
         result = self.started.get().result()

@@ -118,7 +118,7 @@ def build_cache(
 
     Args:
         input_dir: folder of images with captions, folder of `datasets.save_to_disk`, parquet files, or a Hub
-            data set. A column `loss_mask` (images, or paths relative to the folder) is stored, too.
+            data set. A column `loss_mask` (images, or paths relative to the folder) is also stored.
         output_dir: the cache.
         encode_images: (B, 3, H, W) float32 in [-1, 1] -> `latents` (B, C, h, w) and extras.
         encode_prompts: list of B prompts -> `prompt_embeds` (B, L, D) and extras, as `text_ids` (B, L, n).
@@ -143,7 +143,7 @@ def build_cache(
             resized image, height and width, in pixels, as SDXL is told them.
         records: the images themselves, instead of those found in `input_dir`.
         buckets: (height, width) in pixels, of which each image gets the nearest by aspect ratio; by default `ladder`.
-        enlarge: bring small images to about resolution**2 pixels, too.
+        enlarge: bring small images to about resolution**2 pixels as well.
         count_tokens: prompts -> (tokens of each, how many `encode_prompts` reads), to tell which captions are cut.
         latent_shape: store no latents, but in the index their shape, which this gives for the (height, width) of a
             bucket: images are read to find broken ones, and encoded in training. A cache that has latents keeps them.
@@ -280,7 +280,7 @@ class _Builder:
     encode_images: _Encode
     encode_prompts: _Encode
     settings: Mapping[str, Any]
-    notes: dict[str, Any]  # kept in `BUILD_FILE`, too
+    notes: dict[str, Any]  # also kept in `BUILD_FILE`
     batch_size: int
     text_batch_size: int
     samples_per_part: int
@@ -310,7 +310,7 @@ class _Builder:
             self._run()
         except KeyboardInterrupt:
             done, total = self.report.encoded + self.report.reused, len(self.jobs)
-            logger.warning("Stopped with %d of %d images encoded. The same command goes on from here.", done, total)
+            logger.warning("Stopped with %d of %d images encoded. The same command continues from here.", done, total)
             raise
         finally:
             self.behind.close()

@@ -57,7 +57,7 @@ class ConvertReport:
         bytes_before, bytes_after: size of the payloads (after: of all files).
         prompts: distinct captions; their embeddings are stored once (shards).
         own_copies: rows whose embeddings differ from those of the first row with the same caption, and are
-            stored beside them.
+            stored next to them.
         fp8_error_mean, fp8_error_max: relative error (L2) of a token's embedding, over what this run wrote;
             None without fp8.
     """
@@ -184,7 +184,7 @@ class _Conversion:
         self.fp8_tokens, self.fp8_total = 0, 0.0  # tokens seen so far, and the sum of their relative errors
 
     def claim(self) -> None:
-        """Writes the settings of the conversion, or compares them with what is there."""
+        """Writes the settings of the conversion, or compares them with the existing ones."""
         file = self.output / CONVERT_FILE
         noted = noted_settings(file, self.settings, {})
         if noted is None:
@@ -362,7 +362,7 @@ def _open(
 
 
 def _check_apart(output: Path, source: LatentCache, folders: Sequence[str]) -> None:
-    """Refuses an output in which the source lies, or the other way round."""
+    """Refuses an output folder inside the source, or a source inside the output folder."""
     new = os.path.realpath(output)
     known = [*folders, *map(os.path.dirname, source.index_files)] + (
         [reader.root for reader in source.readers] if not folders else []

@@ -120,7 +120,7 @@ def find_jobs(
         records: the images.
         rungs: buckets, (height, width) in pixels, to choose from as `fitting_bucket` does.
         resolution: that the buckets were made for.
-        crops: windows of each image beside the whole one.
+        crops: windows of each image in addition to the complete one.
         flip: add the mirror image of each view.
         with_caption: whether a job's arrays depend on the caption.
         skip: called with name and reason for an image that cannot be read.

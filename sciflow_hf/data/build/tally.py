@@ -44,7 +44,7 @@ class Tally:
         used: number of files that hold captions, metadata, masks or tables.
         ignored: {file: reason} of what was not looked at.
         remarks: {what: names} of what is in the cache otherwise than one might think.
-        measures: {what: text} of that which has a size, too.
+        measures: {what: text} for what also has a size.
     """
 
     unit: str = "images"

@@ -1,4 +1,4 @@
-"""Which part of an image goes into its bucket: the whole one, crops at fixed places, and their mirror images."""
+"""Views of an image that go into buckets: the complete image, crops at fixed places, and their mirror images."""
 
 import re
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ class View:
 
 
 def variants(crops: int, flip: bool, part: str = "") -> list[str]:
-    """Names of the views of each image: the whole one first, then `crops` windows, then all of them mirrored.
+    """Names of the views of each image: first the complete image, then `crops` windows, then all of them mirrored.
 
     Args:
         crops: windows.
@@ -63,7 +63,7 @@ def variants(crops: int, flip: bool, part: str = "") -> list[str]:
 def view_of(variant: str, image_id: str, original: _Size, size: _Size) -> View:
     """The view called `variant` of the image `image_id`: always the same.
 
-    The whole image covers the bucket and loses what stands out on two sides. A crop is a window in the image's
+    The complete image covers the bucket and loses the excess on two sides. A crop is a window in the image's
     own pixels (enlarged only if it is too small) at a place that follows from `image_id` and its number.
     """
     found = _VARIANT.fullmatch(variant)

@@ -32,7 +32,7 @@ class Figures:
         count: images that can be used.
         sizes: (height, width) of those that were looked at.
         captions: of captioned ones, one a sample.
-        groups: papers or images: what is held out is whole groups.
+        groups: papers or images: groups are held out as units.
         left_out: lines on what is not used, and why.
     """
 

@@ -45,7 +45,7 @@ class Difference:
 
     @property
     def ok(self) -> bool:
-        """Whether the tensor is what the encoders make (false for NaN, too)."""
+        """Whether the tensor is what the encoders make (also false for NaN)."""
         return self.relative <= self.tolerance
 
 

@@ -1,4 +1,4 @@
-"""A new index beside a cache, without its bad rows; the payloads stay where they are, and the old index as it is."""
+"""A new index next to a cache, without its bad rows; payloads and old index stay unchanged."""
 
 import os
 from collections.abc import Collection
@@ -37,7 +37,7 @@ def write_repaired(
     """
     if storage.is_url(dataset_dir) or not os.path.isdir(dataset_dir):
         raise SciflowError(
-            f"`repair` writes a folder beside `dataset_dir`, which is {dataset_dir!r}. Give the local folder of one "
+            f"`repair` writes a folder next to `dataset_dir`, which is {dataset_dir!r}. Give the local folder of one "
             "cache; its payloads may lie elsewhere (`--payload_dir`)."
         )
     if len(bad_rows) == len(cache):

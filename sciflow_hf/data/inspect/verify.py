@@ -28,7 +28,7 @@ class Problem:
     """One thing that is wrong.
 
     Attributes:
-        row: row of the cache; None for the cache as a whole.
+        row: row of the cache; None for the cache itself.
         what: the row in words.
         file: payload that has to be made anew; "" where the index is wrong.
         text: what is wrong.
@@ -141,7 +141,7 @@ class _Scan:
         """(file, what is wrong) of row `i`."""
         try:
             return self._row(i)
-        except Exception as error:  # whatever a library raises for a broken file: the row is named, the scan goes on
+        except Exception as error:  # any error of a library for a broken file: name the row, continue the scan
             text = str(error) if isinstance(error, CacheError) else f"{type(error).__name__}: {error}"
             return [(self.cache.payload_path(i), text.partition(f" of {self.cache.reader(i).file}: ")[2] or text)]
 
@@ -216,7 +216,7 @@ def _shape_problems(members: Mapping[str, Member]) -> Iterator[str]:
 
 
 def _unused_shards(cache: LatentCache) -> list[str]:
-    """Shards beside those in use that no row refers to; nothing where `cache` is a view of some rows."""
+    """Shards next to those in use that no row refers to; empty if `cache` is a view of some rows."""
     if not cache.is_complete:
         return []
     used = {file for reader in cache.readers for file in reader.files()}

@@ -220,7 +220,7 @@ def _from_numpy(member: Member) -> torch.Tensor:
     with storage.open_file(member.file) as file, numpy_reader, np.load(file, allow_pickle=False) as payload:
         array = payload[member.name if member.name != "txt_ids" else "text_ids"]
     if array.shape != member.shape:
-        raise ValueError(f"shape {array.shape} in place of {member.shape}")
+        raise ValueError(f"shape {array.shape} instead of {member.shape}")
     array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
     if member.dtype == "BF16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
@@ -573,7 +573,7 @@ class Writer(ABC):
 
     @abstractmethod
     def has_payload(self, block: Block) -> bool:
-        """Whether the payload of a block is there. CacheError if it is broken."""
+        """Whether the payload of a block exists. CacheError if it is broken."""
 
     def missing(self, block: Block) -> list[int]:
         """Numbers of the rows of a block to write: all of them, unless each has a file of its own."""

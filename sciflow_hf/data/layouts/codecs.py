@@ -53,7 +53,7 @@ def unpack(data: np.ndarray, out: np.ndarray, itemsize: int) -> None:
     except pa.ArrowException as error:
         raise ValueError(f"zstd: {error}") from error
     if len(plain) != size:
-        raise ValueError(f"zstd: {len(plain)} bytes in place of {size}")
+        raise ValueError(f"zstd: {len(plain)} bytes instead of {size}")
     if not raw:
         out[:] = plain
         return

@@ -201,7 +201,7 @@ def npz_problems(file: str) -> list[str]:
         with storage.open_file(file) as handle, zipfile.ZipFile(handle) as archive:
             bad = archive.testzip()
     except BROKEN as error:
-        return [f"not a whole zip ({error})"]
+        return [f"not a complete zip ({error})"]
     return [] if bad is None else [f"{bad}: its bytes have changed (the checksum differs)"]
 
 

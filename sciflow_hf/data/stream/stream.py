@@ -39,7 +39,7 @@ _PathLike = str | os.PathLike[str]
 class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
     """The samples of a cache one after another, in an order that follows from (seed, epoch); made by `load_cache`.
 
-    In memory are `shuffle_buffer` rows of the index (the order of its files is shuffled, too; 0 keeps the order of
+    In memory are `shuffle_buffer` rows of the index (the order of its files is also shuffled; 0 keeps the order of
     the files) and the samples at hand. `for sample in stream` gives every sample of an epoch once, as `cache[i]`
     does; training goes by `StreamLoader`.
 

@@ -29,8 +29,8 @@ class EMACallback(TrainerCallback):
     n / 9 updates or so, until `decay` is reached: 0.999 at n = 8,990, 0.9999 at n = 89,990. (Karras et al. 2022
     and 2024 ramp up by the half-life in images seen: the same idea, another formula.)
 
-    `DiffusionTrainer` evaluates, draws validation images and saves what users load with the average in place of the
-    weights (`DiffusionTrainer.averaged_weights`). Checkpoints hold the weights as trained, and the average beside
+    `DiffusionTrainer` evaluates, draws validation images and saves what users load with the average instead of the
+    weights (`DiffusionTrainer.averaged_weights`). Checkpoints hold the weights as trained, and the average next to
     them as `ema.safetensors`: parameter name -> float32, with the number of updates in its metadata. Ranks compute
     the same average, each its own, or under FSDP each that of its shards. It lies on the device of the weights; an
     update needs as much again for a moment.
@@ -133,7 +133,7 @@ class EMACallback(TrainerCallback):
         path, average = Path(folder) / EMA_NAME, self._start(model)
         if not path.is_file():
             raise SciflowError(
-                f"`ema_decay` {self.decay}, but {path} is missing: the checkpoint was saved without an average. Go on "
+                f"`ema_decay` {self.decay}, but {path} is missing: the checkpoint was saved without an average. Resume "
                 f"from one that has {EMA_NAME}, leave out `--ema_decay`, or start a new run from these weights."
             )
         with safe_open(path, framework="pt") as file:

@@ -256,10 +256,10 @@ class ValidationCallback(TrainerCallback):
         except SciflowError:
             raise
         except Exception as error:
-            remedy = "Without `--validation_prompts` training goes on from the last checkpoint and draws nothing."
+            remedy = "Without `--validation_prompts` training resumes from the last checkpoint and draws nothing."
             if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
                 remedy = (
-                    f"Beside training there is no memory for {self.size[0]}x{self.size[1]} pixels: validate "
+                    f"During training there is no memory for {self.size[0]}x{self.size[1]} pixels: validate "
                     "at a smaller size or with fewer `--num_inference_steps`, or switch validation off by "
                     "leaving out `--validation_prompts`."
                 )

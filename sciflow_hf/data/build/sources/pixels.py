@@ -61,12 +61,12 @@ def has_more_frames(image: "Image.Image") -> bool:
         return False
     try:
         return bool(getattr(image, "is_animated", False)) or (image.format == "TIFF" and image.n_frames > 1)  # type: ignore[attr-defined]
-    except Exception:  # the second one is broken; the first may be whole
+    except Exception:  # the second one is broken; the first may be intact
         return True
 
 
 def to_rgb(image: "Image.Image") -> "Image.Image":
-    """8-bit RGB: turned as EXIF says, transparency over white, 16-bit grey over its whole range.
+    """8-bit RGB: rotated according to EXIF, transparency over white, 16-bit grey over its full range.
 
     Integer and float images beyond 16 bits have no agreed range: they are stretched from their least to their
     largest finite value, floats within [0, 1] apart. NaN is white as what is transparent, infinity the end of the
