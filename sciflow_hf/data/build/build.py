@@ -244,8 +244,8 @@ def build_cache(
         if not report.samples:
             raise SciflowError(f"`input_dir` is {str(input_dir)!r}: no image could be used. First: {skips.first()}.")
         logger.info(
-            "%s: %d samples (%d encoded now, %d before), %d skipped, %s.",
-            output, report.samples, report.encoded, report.reused, len(report.skipped),
+            "%s: %s (%d encoded now, %d before), %d skipped, %s.",
+            output, counted(report.samples, "sample"), report.encoded, report.reused, len(report.skipped),
             readable_bytes(report.bytes),
         )  # fmt: skip
     return report
