@@ -24,7 +24,7 @@ PADDING = (0,) * 44 + (8,) * 6 + (16,) * 6 + (48,) * 4 + (112,) * 3 + (496,)
 
 @dataclass
 class PretrainArguments:
-    """What is drawn, and how long the VAE is trained."""
+    """Number and kinds of figures, and the length of the VAE's training."""
 
     vae_steps: int = field(default=4000, metadata={"help": "Steps of the VAE, 16 figures each."})
     num_figures: int = field(default=28_000, metadata={"help": "Figures for the transformer."})

@@ -3,7 +3,7 @@
 import re
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-"""What would rule a terminal, or the direction of the text after it."""
+"""Characters that would control a terminal, or the direction of the text after them."""
 
 
 def printable(text: str) -> str:
@@ -12,7 +12,7 @@ def printable(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line without a full stop; its class where it says nothing."""
+    """The message of an error, in one line without a full stop; its class if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 

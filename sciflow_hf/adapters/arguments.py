@@ -101,7 +101,7 @@ def _parse_pattern(name: str, value: Mapping[str, Any] | str | None) -> dict[str
     for layers, number in given.items():
         if not layers or isinstance(number, bool) or not re.fullmatch(r"[1-9]\d*", str(number).strip()):
             raise SciflowError(
-                f"`{name}` {value!r}: write name=number, the numbers whole and at least 1, with commas between: "
+                f"`{name}` {value!r}: write name=number, with whole numbers of at least 1, separated by commas: "
                 "'single_transformer_blocks.*=8,ff=4'."
             )
         found[str(layers)] = int(number)

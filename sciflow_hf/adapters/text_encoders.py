@@ -44,7 +44,7 @@ class NetworkWithText(torch.nn.Module):
         return self.network.config
 
     def encode(self, captions: list[str]) -> dict[str, torch.Tensor]:
-        """What `family.encode_prompts` makes of the captions, with gradients of what is trained."""
+        """The output of `family.encode_prompts` for the captions, with gradients of trained weights."""
         device = next(self.network.parameters()).device
         for part in self.encoders.components.values():  # what is frozen is no part of this module, which was moved
             if isinstance(part, torch.nn.Module) and part.device != device:

@@ -38,6 +38,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def header(file: Path) -> str:
-    """What a config trains, hardware and time: the first paragraph of the comment on its top."""
+    """Purpose, hardware and time of a config: the first paragraph of the comment on its top."""
     lines = file.read_text(encoding="utf-8").splitlines()
     return " ".join(line[2:] for line in itertools.takewhile(lambda line: line.startswith("# "), lines))

@@ -1,4 +1,4 @@
-"""What commands share: their device, the dtype that they compute in, and options handed on by name."""
+"""Shared by commands: their device, the dtype that they compute in, and options handed on by name."""
 
 import argparse
 from typing import Any

@@ -101,7 +101,7 @@ def _init(args: argparse.Namespace) -> None:
 
 
 def _ask(question: str, answer: str) -> str:
-    """What the user says; `answer` for a line without a word, or the end of the input."""
+    """The user's answer; `answer` for a line without a word, or the end of the input."""
     sys.stdout.write(f"{question} [{answer}] ")
     sys.stdout.flush()
     return sys.stdin.readline().strip() or answer

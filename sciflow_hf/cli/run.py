@@ -95,7 +95,7 @@ class _Lasting:
 
 
 def explained(error: Exception) -> str | None:
-    """What to tell a user about a mistake, a full disk, used-up memory or a lost process; None for other errors."""
+    """The message for a user's mistake, a full disk, used-up memory or a lost process; None for other errors."""
     from ..training.out_of_memory import memory_message  # torch, which is not needed before
 
     if isinstance(error, SciflowError):
@@ -112,7 +112,7 @@ def explained(error: Exception) -> str | None:
 
 
 def _is_lost(error: Exception) -> bool:
-    """What gloo, NCCL and their store raise where a rank is gone."""
+    """Whether gloo, NCCL or their store raise this when a rank is gone."""
     import torch.distributed as dist
 
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

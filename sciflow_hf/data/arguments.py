@@ -127,7 +127,7 @@ class DataArguments(Options):
     )
     crop_from: str = option(
         "resized",
-        "What --random_crop cuts from: resized, the image resized until it covers its bucket, as kohya's and "
+        "Source of --random_crop: resized, the image resized until it covers its bucket, as kohya's and "
         "diffusers' scripts; original, its own pixels, as torchvision's RandomCrop, unless they are too few.",
         choices=CROP_FROM,
         check=_check_crop_from,
@@ -141,7 +141,7 @@ class DataArguments(Options):
     input_dir: str | None = option(
         None,
         "Folder of captioned images, or a data set; a cache is built from it first in `--dataset_dir` (by default "
-        "<output_dir>/cache). What an earlier run has built is not built again.",
+        "<output_dir>/cache). Samples of an earlier run are not built again.",
         check=_check_input,
     )
     payload: str = option(

@@ -94,7 +94,7 @@ class IndexFile:
         return self.payload.get("layout") == "inline" and "inline_row" not in self.columns
 
     def reader(self, columns: Columns, root: str, *shapes: np.ndarray) -> Reader:
-        """Of the rows of `columns`, of which these are the shapes of latents and embeddings."""
+        """Reader of the rows of `columns`; `shapes` are those of their latents and embeddings."""
         return READERS[self.payload.get("layout", "npz")](columns, root, self.payload, *shapes)
 
     def root(self, columns: Columns, payload_dir: _PathLike | None) -> str:
@@ -128,7 +128,7 @@ class IndexFile:
 
 @dataclass(frozen=True)
 class CacheIndex:
-    """The files of an index, joined; N rows. What every view of a cache shares.
+    """The files of an index, joined; N rows. Shared by all views of a cache.
 
     Only the columns that are needed to find, name and batch samples are in memory: 1,000,000 rows are about
     150 MB. `read_columns` reads the others when they are asked for.
@@ -155,7 +155,7 @@ class CacheIndex:
         return int(self.sources[np.searchsorted(self.starts, row, side="right") - 1])
 
     def number(self, row: int) -> int:
-        """What a row is called in messages: its number in the complete index."""
+        """Name of a row in messages: its number in the complete index."""
         return row
 
     def value(self, name: str, row: int) -> Any:
@@ -287,7 +287,7 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         return members
 
     def image(self, i: int, key: int | None = None) -> dict[str, torch.Tensor]:
-        """What `online_images` reads of row `i`: `pixel_values` (3, H, W) and the like; without a key always the same.
+        """The image of row `i` from `online_images`: `pixel_values` (3, H, W) and the like; fixed without a key.
 
         Raises:
             CacheError: the image is missing or cannot be read.
@@ -430,12 +430,12 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
 
     @property
     def file_sources(self) -> list[int]:
-        """Of each index file of the complete cache the number of its entry of `dataset_dir`."""
+        """For each index file of the complete cache, the number of its entry of `dataset_dir`."""
         return self._index.sources.tolist()
 
     @property
     def readers(self) -> list[Reader]:
-        """Of each index file of the complete cache, in the order of their rows."""
+        """The reader of each index file of the complete cache, in the order of their rows."""
         return self._index.readers
 
     @property
@@ -464,7 +464,7 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         return self._index.text_shapes[self._rows].astype(np.int64)
 
     def reader(self, i: int) -> Reader:
-        """Of the index file of row `i`."""
+        """Settings noted in the index file of row `i`."""
         return self._index.find(int(self._rows[i]))[0]
 
     def column(self, name: str) -> pa.ChunkedArray | None:
@@ -637,7 +637,7 @@ def open_index(dataset_dir: _PathLike | Sequence[_PathLike], *, payload_dir: _Pa
 
 
 def row_shapes(columns: Columns) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each row the shapes of `latents` (N, 3) and `prompt_embeds` (N, 2; 0: none), and the bucket (N, 2); int32."""
+    """For each row the shapes of `latents` (N, 3) and `prompt_embeds` (N, 2; 0: none), and the bucket (N, 2); int32."""
     latents = columns.shapes("latent_shape", "(C, h, w)")
     with_text = "prompt_embeds_shape" in columns.names
     texts = columns.shapes("prompt_embeds_shape", "(L, D)") if with_text else np.zeros((len(latents), 2), np.int32)
@@ -762,7 +762,7 @@ def read_table(file: str, columns: Sequence[str]) -> pa.Table:
 
 
 def check_schemas(files: Sequence[tuple[int, str]], schemas: Sequence[pa.Schema]) -> list[dict[str, Any]]:
-    """What the schema of each index file, (number of its entry, name), says about its build; {} if nothing.
+    """Facts about the build in the schema of each index file, (number of its entry, name); {} if none.
 
     The files of one entry have the same columns; those of different entries, the same types where they share one.
     """

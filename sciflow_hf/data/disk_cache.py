@@ -20,7 +20,7 @@ _LOOK_AGAIN = 0.05  # of the allowed size: written between two looks at what oth
 class DiskCache:
     """Ranges of bytes by name. Several threads and processes may share the folder.
 
-    Files appear complete or not at all; one that is damaged is removed and counts as missing. What was not used for
+    Files appear complete or not at all; one that is damaged is removed and counts as missing. The entry not used for
     longest goes first.
 
     Args:
@@ -40,7 +40,7 @@ class DiskCache:
         self._unseen = max_bytes  # bytes written since the last look: the first look is at the first write
 
     def get(self, key: str, nbytes: int) -> bytes | None:
-        """What was put under `key`, if it is there and complete."""
+        """The entry under `key`, if it exists and is complete."""
         file = self._file(key)
         try:
             stored = file.read_bytes()

@@ -107,7 +107,7 @@ def load_data(
 
 
 def _chosen(train: LatentCache, args: DataArguments) -> LatentCache:
-    """What `max_train_samples` and `dataset_weights` make of the training part."""
+    """Applies `max_train_samples` and `dataset_weights` to the training part."""
     if args.max_train_samples and args.max_train_samples < len(train):
         train = train.select(spread(len(train), args.max_train_samples))
     if args.dataset_weights:

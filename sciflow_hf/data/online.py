@@ -17,7 +17,7 @@ from .build.sources.record import Record, Stored
 from .build.views import average_mask, fit_mask, fit_pixels, random_view, view_of
 
 IMAGE_KEYS = ("latents", "latents_std", "loss_mask", "time_ids")
-"""What a cache stores of an image."""
+"""Stored by a cache for an image."""
 _Tensors = dict[str, torch.Tensor]
 
 
@@ -72,7 +72,7 @@ class OnlineImages:
     def read(
         self, name: str, variant: str, size: tuple[int, int], key: int | None, *, source: int, root: str, where: object
     ) -> _Tensors:
-        """What is shown of an image.
+        """The view of an image.
 
         Args:
             name, variant: the image and which view of it, as in the index.

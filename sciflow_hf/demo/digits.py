@@ -11,7 +11,7 @@ SPLIT_SEED = 0
 
 
 def write_digits(folder: Path) -> Path:
-    """Writes `train/<digit>/<number>.png` and `test/<digit>/<number>.png`, unless they are there; returns `folder`.
+    """Writes `train/<digit>/<number>.png` and `test/<digit>/<number>.png`, unless they exist; returns `folder`.
 
     The split is stratified: 1,257 to train on, 540 held out.
 

@@ -48,7 +48,7 @@ _OVERSAMPLING = 4
 
 @dataclass(frozen=True)
 class MiniFigure:
-    """What a figure shows.
+    """Content of a figure.
 
     Args:
         kind, colour, count: keys of `KINDS`, `COLOURS` and `COUNTS`.
@@ -107,7 +107,7 @@ def mini_figures(
 def pretraining_figures(
     number: int, dark_fraction: float, seed: int, sizes: Sequence[tuple[int, int]] = SIZES
 ) -> list[MiniFigure]:
-    """What `mini_klein` is trained on: plain figures, and a share of them on dark pages, which their captions say."""
+    """Training data of `mini_klein`: plain figures, and a share of them on dark pages, which their captions say."""
     dark = round(number * dark_fraction)
     parts = {"plain": number - dark, "dark": dark}
     return [f for style, n in parts.items() for f in mini_figures(n, seed=seed, style=style, sizes=sizes)]

@@ -68,7 +68,7 @@ def convert_prediction(
     source: str,
     target: str,
 ) -> torch.Tensor:
-    """What a network says of `noisy = signal latents + noise_scale noise`, in other words: (B, ...) -> (B, ...).
+    """Converts a prediction for `noisy = signal latents + noise_scale noise` to another type: (B, ...) -> (B, ...).
 
     "epsilon" is the noise and "sample" the latents; "v_prediction" = signal noise - noise_scale latents;
     "velocity" = noise - latents, of flow matching. Where the mix has nothing of what is asked for (the latents at

@@ -71,7 +71,7 @@ class NoiseProcess:
         return (sigmas * self.num_train_timesteps).long().clamp_max(self.num_train_timesteps - 1)
 
     def timestep(self, levels: torch.Tensor) -> torch.Tensor:
-        """What the network is told of a level: 1000 sigma, or the timestep."""
+        """The network's input for a level: 1000 sigma, or the timestep."""
         return 1000 * levels if self.objective == "flow" else levels
 
     def mixture(self, levels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,7 +93,7 @@ class NoiseProcess:
         return signal * latents + noise_scale * noise
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-        """What the network is to predict, (B, ...): "v_prediction" as Salimans and Ho 2022, appendix D."""
+        """The target of the network, (B, ...): "v_prediction" as Salimans and Ho 2022, appendix D."""
         if self.prediction_type == "velocity":
             return noise - latents
         if self.prediction_type == "v_prediction":

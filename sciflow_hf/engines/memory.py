@@ -135,8 +135,7 @@ def fitting(
     Args:
         model, network, args, tokens, image_tokens: see `estimate`.
         memory: of the device; `USABLE` of it is counted on.
-        given: names of options to be left as they are. The samples of a micro-batch stay where accumulation is given,
-            too.
+        given: names of options to leave unchanged. The samples of a micro-batch stay if accumulation is also given.
 
     Returns:
         ways: that fit.
@@ -208,7 +207,7 @@ def device_memory(args: Any) -> float | None:
 
 
 def _blocks(network: Any, tokens: int, deepest: int) -> list[tuple[int, int]]:
-    """Of each block, how many numbers of a sample come in, and how many its backward pass needs.
+    """For each block, how many numbers of a sample come in, and how many its backward pass needs.
 
     Args:
         tokens: of image and text.

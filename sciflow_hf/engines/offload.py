@@ -39,8 +39,8 @@ class OffloadArguments:
 def offload_blocks(network: Any, device: torch.device | str) -> None:
     """Moves the frozen matrices and kernels in the blocks of `network` to the host, and the rest to `device`.
 
-    A layer gets a copy on `device` before its forward and lets go of it afterwards. What autograd needs of the copy
-    in the backward pass it keeps itself, so gradients are exact with any layout of checkpointing; with activation
+    A layer gets a copy on `device` before its forward and drops it afterwards. Autograd itself keeps the part that
+    the backward pass needs, so gradients are exact with any layout of checkpointing; with activation
     checkpointing the copies of a block live while this block is computed again and differentiated, and no longer.
     Between layers the parameter is None, so nothing (`Module.to`, `state_dict`) can move or copy it by mistake.
 

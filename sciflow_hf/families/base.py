@@ -149,7 +149,7 @@ class ModelFamily(NoiseLevels, Options, ABC):
 
     @abstractmethod
     def clean_latents(self, batch: dict[str, Any]) -> torch.Tensor:
-        """What is mixed with noise: (B, C, h, w), float32, normalised."""
+        """The latents to mix with noise: (B, C, h, w), float32, normalised."""
 
     def latent_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of each channel, as the checkpoint says them: (1, C, 1, 1), float32.
@@ -170,7 +170,7 @@ class ModelFamily(NoiseLevels, Options, ABC):
     def predict(
         self, model: torch.nn.Module, batch: dict[str, Any], noisy_latents: torch.Tensor, levels: torch.Tensor
     ) -> torch.Tensor:
-        """What the network predicts of `noisy_latents`: their shape, float32. Calls `model` exactly once.
+        """The network's prediction for `noisy_latents`: same shape, float32. Calls `model` exactly once.
 
         Of a flow that is the velocity noise - latents, else what `process.prediction_type` says. Gradients flow where
         they are enabled.
@@ -247,7 +247,7 @@ class ModelFamily(NoiseLevels, Options, ABC):
         raise SciflowError(f"`{self.name}` trains on images as they are: it takes no cache of latents.")
 
     def load_text_encoder(self, *, device: torch.device | str, dtype: torch.dtype) -> Any:
-        """What `encode_prompts` needs and no more, for encoding prompts in training."""
+        """Only the parts that `encode_prompts` needs, for encoding prompts in training."""
         return self.load_encoders(device=device, dtype=dtype, images=False)
 
     def encode_images(self, pixel_values: torch.Tensor, encoders: Any) -> dict[str, torch.Tensor]:
@@ -266,7 +266,7 @@ class ModelFamily(NoiseLevels, Options, ABC):
 
     @abstractmethod
     def encoder_settings(self) -> dict[str, Any]:
-        """What the content of a cache depends on, as plain JSON values."""
+        """Settings that determine the content of a cache, as plain JSON values."""
 
     @abstractmethod
     def bucket_step(self) -> int:
@@ -337,7 +337,7 @@ class ModelFamily(NoiseLevels, Options, ABC):
         return ()
 
     def posterior_tensors(self, distribution: Any) -> dict[str, torch.Tensor]:
-        """What a cache stores of diffusers' `DiagonalGaussianDistribution`: (B, C, h, w) each.
+        """Arrays that a cache stores for diffusers' `DiagonalGaussianDistribution`: (B, C, h, w) each.
 
         `latents`, its mean, and with `posterior="sample"` `latents_std`, its standard deviation.
         """
@@ -487,12 +487,12 @@ class PipelineFamily(ModelFamily):
 
     @property
     def latents_shift(self) -> float:
-        """What `normalise` takes off: `shift_factor` of the VAE, 0 where it has none."""
+        """Subtracted by `normalise`: `shift_factor` of the VAE, 0 where it has none."""
         return float(self.config("vae").get("shift_factor") or 0)
 
     @property
     def latents_scale(self) -> float:
-        """What `normalise` multiplies by: `scaling_factor` of the VAE."""
+        """Factor of `normalise`: `scaling_factor` of the VAE."""
         return float(self.setting("vae", "scaling_factor"))
 
     @functools.cached_property
@@ -579,7 +579,7 @@ class PipelineFamily(ModelFamily):
 
     @abstractmethod
     def widths(self, config: Any) -> dict[str, int]:
-        """What a network of this configuration takes: channels of `latents`, width of `prompt_embeds` and the like."""
+        """Sizes that a network of this configuration takes: channels of `latents`, width of `prompt_embeds` etc."""
 
     def positions(self, config: Any) -> int | None:
         """Image tokens on a side that a network of this configuration has positions for, where that is limited."""
@@ -664,7 +664,7 @@ class PipelineFamily(ModelFamily):
         return pipeline.to(device)
 
     no_prompt: ClassVar[str] = ""
-    """What guidance leads away from where there is no `--validation_negative_prompt`."""
+    """Guidance leads away from this if there is no `--validation_negative_prompt`."""
 
     def encode_validation_prompts(
         self,
@@ -695,7 +695,7 @@ class PipelineFamily(ModelFamily):
         return [self.pipeline_inputs(rows[text], row) for text, row in zip(prompts, negatives, strict=True)]
 
     def unconditional(self, row: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What guidance leads away from without a negative prompt, of the row (1, ...) of `no_prompt`."""
+        """Inputs that guidance leads away from without a negative prompt, from the row (1, ...) of `no_prompt`."""
         return row
 
     def check_negative_prompt(self, guidance_scale: float) -> None:
@@ -718,7 +718,7 @@ class PipelineFamily(ModelFamily):
         return prompt | {f"negative_{name}": value for name, value in negative.items()}
 
     guidance_argument: ClassVar[str] = "guidance_scale"
-    """What the pipeline's call names the guidance of `--validation_guidance_scale`."""
+    """The pipeline's argument for the guidance of `--validation_guidance_scale`."""
     negative_argument: ClassVar[str] = "negative_prompt={!r}"
     """How a user gives the pipeline's call a negative prompt; `length` is that of the prompts."""
 

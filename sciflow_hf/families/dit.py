@@ -83,7 +83,7 @@ class DiT(ModelFamily):
     )
     prediction_type: str = option(
         "velocity",
-        "What the network predicts: velocity (noise - data), under ddpm v_prediction (sqrt(a) noise - sqrt(1 - a) "
+        "Prediction of the network: velocity (noise - data), under ddpm v_prediction (sqrt(a) noise - sqrt(1 - a) "
         "data), epsilon (the noise) or sample (the data). Under ddpm, velocity means v_prediction.",
         choices=PREDICTIONS,
         check=_check_prediction,
@@ -98,7 +98,7 @@ class DiT(ModelFamily):
     def predict(
         self, model: torch.nn.Module, batch: dict[str, Any], noisy_latents: torch.Tensor, levels: torch.Tensor
     ) -> torch.Tensor:
-        """What `prediction_type` says, (B, C, h, w). Batch: `class_labels` (B,) where there are classes.
+        """The prediction of type `prediction_type`, (B, C, h, w). Batch: `class_labels` (B,) where there are classes.
 
         With `learn_sigma` it puts `variance_fraction` (B, C, h, w) into the batch: what the network says of that.
         """

@@ -61,7 +61,7 @@ class Place:
 
     @functools.cached_property
     def identity(self) -> str:
-        """What caches note of it: of a file its name, and a hash of its size and of blocks of it."""
+        """Identity for caches: for a file its name and a hash of its size and of blocks of it."""
         if not self.is_file:
             return self.path
         size = os.path.getsize(self.path)
@@ -158,7 +158,7 @@ def load_part(kind: Any, place: Place, base: Place, *, dtype: torch.dtype, **opt
 
 
 def describe_part(place: Place, kind: Any) -> dict[str, Any]:
-    """What loads a part that has a path of its own; see `CardFacts.parts`."""
+    """Facts to load a part with its own path; see `CardFacts.parts`."""
     found = {"part": place.part, "option": place.option, "path": place.path, "subfolder": place.subfolder}
     found |= {"library": kind.__module__.partition(".")[0], "kind": kind.__name__}
     return found | {"single_file": place.is_file and _reads_single_file(kind)}
@@ -282,7 +282,7 @@ def explain_loading(path: str, what: str, option: str = PIPELINE) -> Iterator[No
 
 
 def unreachable(error: BaseException) -> str:
-    """What to say where the Hub gave no answer, which diffusers calls a missing file; "" for another error."""
+    """The message if the Hub gave no answer, which diffusers calls a missing file; "" for another error."""
     reason: BaseException | None = error
     while reason is not None and not isinstance(reason, LocalEntryNotFoundError):
         reason = reason.__cause__ or reason.__context__

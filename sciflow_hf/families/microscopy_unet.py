@@ -74,7 +74,7 @@ class MicroscopyUNet(TimestepLevels, ModelFamily):
     init_seed: int = option(0, "Seed of the weights of a new network.", within="[0, inf)")
     beta_schedule: str = option("cosine", "Noise schedule.", choices=SCHEDULES)
     num_train_timesteps: int = option(1000, "Noise levels of the schedule.", within="[2, inf)")
-    prediction_type: str = option("v_prediction", "What the network predicts.", choices=objectives.PREDICTION_TYPES)
+    prediction_type: str = option("v_prediction", "Prediction of the network.", choices=objectives.PREDICTION_TYPES)
     fourier_weight: float = option(0.0, "Weight of the loss in Fourier space.", within="[0, inf)")
     multiscale_weight: float = option(0.0, "Weight of the loss over several scales.", within="[0, inf)")
     perceptual_weight: float = option(
@@ -95,7 +95,7 @@ class MicroscopyUNet(TimestepLevels, ModelFamily):
     def predict(
         self, model: torch.nn.Module, batch: dict[str, Any], noisy_latents: torch.Tensor, levels: torch.Tensor
     ) -> torch.Tensor:
-        """What `prediction_type` says of the sharp image, (B, C, H, W).
+        """The prediction of type `prediction_type` for the sharp image, (B, C, H, W).
 
         Batch: `conditioning_pixel_values` (B, C', H, W), the measured image, in about [-1, 1].
         """
@@ -147,7 +147,7 @@ class MicroscopyUNet(TimestepLevels, ModelFamily):
 
     @property
     def _transforms(self) -> list[IntensityTransform]:
-        """Of the sharp and of the measured images."""
+        """The transforms of the sharp and of the measured images."""
         self._channels()
         return [IntensityTransform.from_dict(found) for found in (self.intensity, self.conditioning_intensity) if found]
 

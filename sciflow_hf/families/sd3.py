@@ -134,7 +134,7 @@ class SD3(PipelineFamily):
         return super().load_model(dtype=dtype, meta=meta, quantize=quantize)
 
     def idle_layers(self, model: Any) -> tuple[str, ...]:
-        """Of the last block the queries of the text: what they find is thrown away."""
+        """The queries of the text in the last block: their output is discarded."""
         last = f"transformer_blocks.{len(model.transformer_blocks) - 1}.attn"
         return f"{last}.add_q_proj", f"{last}.norm_added_q"
 

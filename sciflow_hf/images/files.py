@@ -22,7 +22,7 @@ _PNG_MODES = {"L": np.uint8, "RGB": np.uint8, "I;16": np.uint16}
 
 @dataclass(frozen=True)
 class ImageFile:
-    """What one file holds.
+    """Content of one file.
 
     Attributes:
         path: the file.

@@ -70,7 +70,7 @@ class MicroscopyDataArguments(Options):
     augment: bool = option(True, "Move tiles by up to half their size, mirror and turn them, anew in every epoch.")
     split: str = option(
         "specimen",
-        "What `--eval_fraction` or `--fold` holds out: complete specimens (specimen; fold: cross-validation), or a "
+        "Part held out by `--eval_fraction` or `--fold`: complete specimens (specimen; fold: cross-validation), or a "
         "strip of every image (region: self-validation), with a margin between.",
         choices=SPLITS,
     )

@@ -1,4 +1,4 @@
-"""What a microscope makes of a sharp image: point-spread function, background, photons, read noise."""
+"""A microscope's image of a sharp one: point-spread function, background, photons, read noise."""
 
 import functools
 import math
@@ -147,7 +147,7 @@ class ForwardModel:
         return intensities * (self.photons / self.white) + self.background
 
     def detect(self, expected: torch.Tensor, keys: torch.Tensor | Sequence[int]) -> torch.Tensor:
-        """What a camera reads where `expected` photons (B, C, H, W) fall, in photons; one key a sample, on the CPU."""
+        """A camera's reading for `expected` photons (B, C, H, W), in photons; one key per sample, on the CPU."""
         rows = []
         for rate, key in zip(expected, keys, strict=True):
             source = generator(int(key), "photons")

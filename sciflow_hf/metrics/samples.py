@@ -59,7 +59,7 @@ class SampleMetrics(Options):
     def of(
         self, family: "DiT", model: torch.nn.Module, train: Any, held_out: Any, args: "SamplingArguments"
     ) -> Callable[[Any], dict[str, float]] | None:
-        """What a trainer takes as `compute_metrics`: draws with `model` as it is then (averaged, where it is)."""
+        """`compute_metrics` for a trainer: draws with `model` as it is then (averaged, where it is)."""
         if not self.metric_images or held_out is None:
             return None
         if "pixel_values" not in held_out[0]:
@@ -93,7 +93,7 @@ class SampleMetrics(Options):
 
 
 def made(path: str | None) -> Any:
-    """What the function at a dotted path makes; None for None."""
+    """The result of the function at a dotted path; None for None."""
     if path is None:
         return None
     module, _, name = path.rpartition(".")

@@ -199,12 +199,12 @@ class MicroscopyRestorationPipeline(DiffusionPipeline):
 
     @property
     def intensity(self) -> IntensityTransform:
-        """Of the sharp images."""
+        """The transform of the sharp images."""
         return IntensityTransform.from_dict(self.config.intensity)
 
     @property
     def conditioning_intensity(self) -> IntensityTransform:
-        """Of the measured images."""
+        """The transform of the measured images."""
         return IntensityTransform.from_dict(self.config.conditioning_intensity)
 
     @contextlib.contextmanager
@@ -275,7 +275,7 @@ class _Sampling:
 
     @functools.cached_property
     def optics(self) -> ForwardModel:
-        """What made the measured images."""
+        """The forward model of the measured images."""
         if self.pipeline.config.optics is None:
             raise SciflowError("`data_consistency`: this network learned from pairs, and knows no optics. Use 0.")
         return ForwardModel(**self.pipeline.config.optics)

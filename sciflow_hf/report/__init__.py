@@ -1,1 +1,1 @@
-"""What a run tells people: plan, plots, contact sheet, model card. May import `adapters`, `data` and below."""
+"""Reports of a run: plan, plots, contact sheet, model card. May import `adapters`, `data` and below."""

@@ -34,7 +34,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass
 class CardFacts:
-    """What a run knows about itself. What was not measured stays out.
+    """Facts of a run. Values that were not measured are absent.
 
     Args:
         repo_name: `user/name` on the Hub, or the bare name of the folder where nothing is pushed.
@@ -144,7 +144,7 @@ def save_card(facts: CardFacts, folder: str | Path) -> Path:
 
 
 def read_facts(folder: str | Path) -> CardFacts | None:
-    """What `save_card` wrote into `folder`; None where it wrote nothing. SciflowError where it cannot be read."""
+    """The facts that `save_card` wrote into `folder`; None if it wrote nothing. SciflowError if unreadable."""
     file = Path(folder) / RUN_FACTS_NAME
     if not file.is_file():
         return None
@@ -314,7 +314,7 @@ def _usage(facts: CardFacts) -> str:
 
 
 def own_reader(adapter_type: str) -> str:
-    """What reads the file that a run writes for an adapter of this type."""
+    """Reader of the file that a run writes for an adapter of this type."""
     if adapter_type in PIPELINE_TYPES:
         return "diffusers (`load_lora_weights`)"
     return "PEFT (`PeftModel.from_pretrained`)"

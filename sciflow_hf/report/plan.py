@@ -1,4 +1,4 @@
-"""What a run would do (`--dry_run`) and what one batch looks like (`--debug_batch`), as text."""
+"""The plan of a run (`--dry_run`) and the contents of one batch (`--debug_batch`), as text."""
 
 import math
 from collections.abc import Mapping

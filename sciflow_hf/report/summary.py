@@ -1,4 +1,4 @@
-"""What a finished run tells people: its model card, and a few lines for the console."""
+"""Reports of a finished run: its model card, and a few lines for the console."""
 
 import importlib.metadata
 import math
@@ -162,7 +162,7 @@ def summary(trainer: Trainer) -> str:
 
 
 def _next_commands(trainer: Trainer, other_formats: Sequence[str]) -> Iterator[str]:
-    """What to do with a finished run: use it, convert it, publish it."""
+    """Next steps after a run: use it, convert it, publish it."""
     args, here = trainer.args, shlex.quote(str(trainer.args.output_dir))
     prompt = shlex.quote((args.validation_prompts or ["..."])[0])
     what = {"text-to-image": f"--prompts {prompt} ", "image-to-image": "--input_dir measured "}.get(

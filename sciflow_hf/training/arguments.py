@@ -151,7 +151,7 @@ class ValidationArguments:
     validation_prompts: list[str] = option([], "Prompts drawn at the start, every --validation_steps, and at the end.")
     validation_negative_prompt: list[str] = option(
         [],
-        "What guidance leads away from in those images: one for all --validation_prompts, or one for each.",
+        "Prompt that guidance leads away from in validation images: one for all --validation_prompts, or one for each.",
         check=_check_negative_prompt,
     )
     validation_class_labels: list[str] = option(
@@ -171,7 +171,7 @@ class ValidationArguments:
 
 @arguments
 class LossScaleArguments:
-    """What keeps small gradients from vanishing in 16 bit floats, see `torch.amp.GradScaler`."""
+    """Loss scale, which keeps small gradients from vanishing in 16 bit floats, see `torch.amp.GradScaler`."""
 
     heading: ClassVar[str] = "Loss scale of --fp16"
 

@@ -52,7 +52,7 @@ def remove_unfinished(run_dir: str | os.PathLike) -> None:
 
 
 def checkpoint_fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None where every file of its manifest is there and unchanged."""
+    """The fault of a checkpoint, or None if every file of its manifest exists unchanged."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         entries = [(name, entry["size"], entry["sha256"]) for name, entry in files.items()]

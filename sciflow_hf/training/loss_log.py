@@ -15,7 +15,7 @@ class NotFinite(NamedTuple):
 
     step: int
     rows: list[int] | None
-    """Of this rank, whose loss was not; None where only the gradient was not."""
+    """Rows of this rank whose loss was not finite; None if only the gradient was not."""
 
 
 class LossLog:
@@ -53,7 +53,7 @@ class LossLog:
         return torch.cat(losses), torch.cat(levels), None if rows[0] is None else torch.cat(rows), torch.cat(steps)
 
     def not_finite(self, accelerator: Any) -> NotFinite | None:
-        """What was not finite first since the last log, on any rank. Called on all of them."""
+        """The first value since the last log that was not finite, on any rank. Called on all of them."""
         bad_norm = torch.inf if self._bad_norm is None else self._bad_norm.item()
         rows, steps, first = None, torch.empty(0, dtype=torch.int64), torch.inf
         if self.notes:

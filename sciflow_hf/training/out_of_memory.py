@@ -46,7 +46,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def memory_message(error: BaseException) -> str | None:
-    """What to tell a user about an error that means too little memory; None for any other error."""
+    """The message for an error that means too little memory; None for any other error."""
     text = str(error).strip() or repr(error)
     shared = isinstance(error, RuntimeError) and ("shared memory" in text or "DataLoader worker" in text)
     beside = is_out_of_memory(error) and "DefaultCPUAllocator" in text and torch.accelerator.is_available()
@@ -193,7 +193,7 @@ def _parts(batch: Mapping[str, Any], size: int, largest: int) -> Iterator[Mappin
 
 
 def _rows(value: Any, rows: slice, size: int) -> Any:
-    """Of tensors and lists with an entry for each sample those rows; anything else is shared by all samples."""
+    """The given rows of tensors and lists with an entry for each sample; anything else is shared by all samples."""
     if isinstance(value, Mapping):
         return {name: _rows(entry, rows, size) for name, entry in value.items()}
     has_rows = (isinstance(value, torch.Tensor) and value.ndim > 0) or isinstance(value, list | tuple)

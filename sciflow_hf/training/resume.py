@@ -23,11 +23,11 @@ logger = logging.getLogger(__name__)
 IDENTITY_NAME = "run.json"
 """File of a checkpoint that holds the identity of its run, its `Place`, its format and the versions that wrote it."""
 FORMAT = 1
-"""Of a checkpoint. A larger one is for what this version could not read; those without a number are older."""
+"""Format of a checkpoint. This version cannot read a larger one; checkpoints without a number are older."""
 
 
 def saved_facts(folder: Path) -> dict[str, Any]:
-    """What the file `IDENTITY_NAME` of a checkpoint holds."""
+    """Content of the file `IDENTITY_NAME` of a checkpoint."""
     facts: dict[str, Any] = json.loads((folder / IDENTITY_NAME).read_text(encoding="utf-8"))
     return facts
 
@@ -207,7 +207,7 @@ class Place(NamedTuple):
 
     @classmethod
     def saved_in(cls, folder: Path) -> "Place | None":
-        """What `of` gave when a checkpoint was written."""
+        """The result of `of` when a checkpoint was written."""
         saved = saved_facts(folder).get("place")
         return saved and cls(*saved)
 

@@ -118,7 +118,7 @@ HOST_KEYS = ("noise_key", "step_key", "position", "row")
 
 
 class DiffusionTrainer(Trainer):
-    """Trains a diffusion network of one family. What `transformers.Trainer` does, it does unchanged.
+    """Trains a diffusion network of one family. The features of `transformers.Trainer` work unchanged.
 
     Args:
         model: the network, with adapters already added (`add_adapter`), or all of it trainable.
@@ -253,7 +253,7 @@ class DiffusionTrainer(Trainer):
             )
 
         def activation_checkpointing_enable(**options: Any) -> None:
-            """What the parent calls for `--activation_checkpointing`, in diffusers' words."""
+            """`Trainer` calls `gradient_checkpointing_enable`; diffusers names it `enable_gradient_checkpointing`."""
             model.enable_gradient_checkpointing()
 
         model.activation_checkpointing_enable = activation_checkpointing_enable
@@ -646,7 +646,7 @@ class DiffusionTrainer(Trainer):
             logger.warning("Other options than in %s apply from here on: %s.", folder.name, told)
 
     def _identity(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint of this run to be resumed; plain JSON values."""
+        """The facts that must be the same to resume a checkpoint of this run; plain JSON values."""
         if self._fingerprint[0] is not self.train_dataset:
             self._fingerprint = (self.train_dataset, data_fingerprint(self.train_dataset))
         family, args, path = self.family, self.args, self.family.pretrained_model_name_or_path
@@ -667,7 +667,7 @@ class DiffusionTrainer(Trainer):
         }
 
     def _options(self) -> dict[str, Any]:
-        """What a checkpoint remembers of the options, those of the data that change a step included."""
+        """Options that a checkpoint records, including those of the data that change a step."""
         prior = getattr(self.train_dataset, "prior", None)
         weight = None if prior is None else prior.loss_weight
         images = getattr(self.train_dataset, "online_images", None)
@@ -724,7 +724,7 @@ class DiffusionTrainer(Trainer):
     def _upload(
         self, message: str | None, *, token: str | None = None, revision: str | None = None, blocking: bool = False
     ) -> Any:
-        """What a user needs of the output folder, in one commit."""
+        """Uploads the files of the output folder that users need, in one commit."""
         return upload(
             str(self.hub_model_id),
             self.args.output_dir,

@@ -251,7 +251,7 @@ def test_samples_encoded_afresh(cli: Cli, images: Path, tmp_path: Path, tiny_kle
         arrays["latents"] = (values * 1.05).view(torch.int16).numpy().view(np.uint16)
         np.savez(opened.payload_path(i), **arrays)
     status, out, _ = cli(*verify, "--json", tmp_path / "r.json")
-    assert status == 1 and field(out, "latents").split()[5] == "DIFFERS" and "whole" in out
+    assert status == 1 and field(out, "latents").split()[5] == "DIFFERS" and "intact" in out
     assert float(field(out, "latents").split()[3]) == pytest.approx(0.05, abs=0.005)
     found = {d["name"]: d["ok"] for d in json.loads((tmp_path / "r.json").read_text())["afresh"]}
     assert found["latents"] is False and found["prompt_embeds"] is True

@@ -57,7 +57,7 @@ class Layer:
         return len(self.weights[up]), self.weights[down].shape[1]
 
     def turned(self) -> "Layer":
-        """Of a modulation of two parts, scale and shift, the same with the lower one above; others as they are."""
+        """A modulation of two parts, scale and shift, with these swapped; other layers unchanged."""
         if self.shape[0] != 2 * self.shape[1]:
             return self
         weights = dict(self.weights)

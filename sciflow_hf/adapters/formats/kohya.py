@@ -114,7 +114,7 @@ def rows_of(family: str, config: Mapping[str, Any] | None = None) -> tuple[Row, 
     if family not in TABLES:
         raise SciflowError(
             f"`family` {family!r}: kohya's tools and ComfyUI have no names for its layers, only for those of "
-            f"{', '.join(FAMILIES)}. What the run wrote is for diffusers and PEFT."
+            f"{', '.join(FAMILIES)}. The files of the run are for diffusers and PEFT."
         )
     return TABLES[family]
 
@@ -255,7 +255,7 @@ def _refuse_kinds(kinds: set[str], file_format: str) -> None:
 
 
 def _refuse_fusing(target: Target, kinds: Mapping[str, str], idle: tuple[str, ...]) -> None:
-    """What cannot be written as rows of one matrix."""
+    """Refuses adapters that cannot be written as rows of one matrix."""
     there = [part for part in target.parts if part in kinds]
     if len(target.parts) == 1:
         return

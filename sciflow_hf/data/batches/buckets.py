@@ -16,7 +16,7 @@ from ..writing import text_table
 
 @dataclass(frozen=True)
 class BucketReport:
-    """What an epoch does with one bucket, over all ranks.
+    """One bucket's part in an epoch, over all ranks.
 
     Attributes:
         bucket: the batch key, e.g. (height, width) or (height, width, text length).
@@ -38,7 +38,7 @@ class BucketBatchSampler(Sampler[list[int]]):
 
     Rows are shuffled inside their bucket and cut into optimizer steps of `batch_size * num_replicas *
     accumulation_steps` rows. A step holds one bucket; ranks and micro-batches are slices of it, so the steps do not
-    depend on how the product splits into its three factors. What is left of all buckets comes last, in device batches
+    depend on how the product splits into its three factors. The remainders of all buckets come last, in device batches
     of one bucket each: the last one of a bucket is filled up with other rows of that bucket, and complete batches of
     the largest bucket are added until every rank has the same number. The last step of an epoch may therefore have
     fewer micro-batches than `accumulation_steps`.
@@ -138,7 +138,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         return range(start, start + self.batch_size)
 
     def report(self) -> list[BucketReport]:
-        """What an epoch does with each bucket, in order of first appearance; the same for all ranks."""
+        """Each bucket's part in an epoch, in order of first appearance; the same for all ranks."""
         per_step = self.num_replicas * self.accumulation_steps
         rows = []
         for i, name in enumerate(self._names):
@@ -199,7 +199,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         return np.concatenate([mine, batches[:, self.rank]])
 
     def _tail_rows(self, order: np.ndarray, steps: int, batches: int) -> np.ndarray:
-        """What full `steps` leave of a bucket's `order`, filled up to `batches` with its other rows: (batches * B,)."""
+        """The remainder of a bucket's `order` after full `steps`, filled up with its other rows: (batches * B,)."""
         full, left = np.split(order, [steps * self.total_batch])
         fill = order
         if self._repeats is not None:  # a row of the tail is the last to be shown in it again
@@ -250,7 +250,7 @@ def _deal(rows: np.ndarray, size: int, rng: np.random.Generator | None) -> np.nd
     """`rows`, with equal ones side by side, ordered so that consecutive hands of `size` hold no row twice.
 
     As cards are dealt: one to every hand, round by round, in a random order of the hands (without `rng` from the
-    first to the last). What does not fill a hand comes last. A row of more copies than hands must repeat.
+    first to the last). Rows that do not fill a hand come last. A row of more copies than hands must repeat.
     """
     hands, left = divmod(len(rows), size)
     if not hands:

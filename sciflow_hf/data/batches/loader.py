@@ -23,7 +23,7 @@ from .threads import Carve, Index, Layout, Samples, ThreadedReader
 MASK = "prompt_embeds_mask"
 IDS = ("txt_ids", "text_ids")
 INDEX = ("row", "position", "noise_key", "step_key")
-"""What an `Index` is called in a batch."""
+"""Names of the fields of an `Index` in a batch."""
 BATCHED = (*INDEX, "latents", "latents_std", "pixel_values", "class_labels", *sorted({*TEXT_KEYS} - {*IDS}))
 """Entries of a batch that have one row for each sample."""
 Collate = Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]
@@ -103,7 +103,7 @@ def describe_row(dataset: Any, row: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What a sample is made of: arrays to read, and the empty prompt's instead of some of them."""
+    """The parts of a sample: arrays to read, and the empty prompt's instead of some of them."""
 
     row: int
     key: int
@@ -172,7 +172,7 @@ class KeyedDataset(Dataset[dict[str, Any]]):
         return self.drawn(self.collated([self._stored(index) for index in indices], indices))
 
     def _stored(self, index: Index) -> Any:
-        """What the data set gives for a row."""
+        """The data set's sample for a row."""
         row, _, key, *_ = index
         if hasattr(self.dataset, "read_into"):
             return {name: values[0] for name, values in self.read_batch([index], new_tensors).items()}
@@ -283,7 +283,7 @@ class KeyedDataset(Dataset[dict[str, Any]]):
         return _Plan(row, key, members, text, layout)
 
     def _empty_text(self, row: int, key: int, stored: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """What replaces arrays of a sample whose caption is dropped; else nothing."""
+        """Replacements for arrays of a sample whose caption is dropped; empty otherwise."""
         if self.empty_prompt is None or uniform([key], stream="caption_dropout").item() >= self.caption_dropout:
             return {}
         text = {name: value for name, value in self.empty_prompt.items() if name in stored}
@@ -317,7 +317,7 @@ def _draw(mean: torch.Tensor, std: torch.Tensor, key: int) -> torch.Tensor:
 
 @contextmanager
 def seeded(key: int) -> Iterator[None]:
-    """What the global generators of Python, NumPy and torch draw follows from `key`; then they are as before."""
+    """Draws of the global generators of Python, NumPy and torch follow from `key`; then they are as before."""
     python, numpy, seed = random.getstate(), np.random.get_state(), hash64(key, "sample")
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):

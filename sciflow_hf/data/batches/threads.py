@@ -21,7 +21,7 @@ _ALIGNMENT = 64  # bytes
 
 
 class Samples(Protocol):
-    """What a `ThreadedReader` reads from; `loader.KeyedDataset` is one."""
+    """Source of a `ThreadedReader`; `loader.KeyedDataset` is one."""
 
     def read_batch(self, indices: Sequence[Index], carve: Carve) -> dict[str, torch.Tensor]:
         """A batch whose large tensors `carve` made, filled. Called in a reader thread, several at a time."""
@@ -144,7 +144,7 @@ class ThreadedReader(Iterator[Batch]):
 
 
 class _Work:
-    """What the threads and the consumer share. Knows nothing of the `ThreadedReader`, so that can be collected."""
+    """State shared by the threads and the consumer. Knows nothing of the `ThreadedReader`, so that can be collected."""
 
     def __init__(self, samples: Samples, batches: Iterator[Sequence[Index]], buffers: int, pin_memory: bool) -> None:
         self.samples, self.batches, self.pin_memory = samples, batches, pin_memory

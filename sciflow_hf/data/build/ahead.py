@@ -17,7 +17,7 @@ def in_order(
 ) -> Generator[tuple[Item, Result], None, None]:
     """Each of `items` with what `work` makes of it, in their order; at most `ahead` are worked on before their turn.
 
-    What `work` raises is raised when it is the item's turn.
+    An error of `work` is raised when it is the item's turn.
     """
     with ThreadPoolExecutor(THREADS) as pool:
         waiting: deque[tuple[Item, Future[Result]]] = deque()
@@ -37,7 +37,7 @@ class Behind:
     """A thread that works behind its caller, in order, at most `late` pieces late.
 
     A piece of work returns the calls that its caller makes then, in its own thread and in order, so that only timing
-    depends on the thread. What the work raises is raised in the caller, when its turn comes.
+    depends on the thread. An error of the work is raised in the caller, when its turn comes.
     """
 
     def __init__(self, late: int) -> None:

@@ -70,7 +70,7 @@ class OldBlock:
 
 
 class BlockStaging(Staging):
-    """What shards and inline files have in common.
+    """Common to shards and inline files.
 
     A block that exists stays as it is while all of its samples are wanted; the index may say new things about them.
     Other blocks are taken apart: what is wanted of them goes back to the staged samples, and from there into new
@@ -221,7 +221,7 @@ class BlockStaging(Staging):
         return file.stat().st_size
 
     def _file(self, kind: str, name: str) -> Path:
-        """Of a staged image, which is row 0 of a small shard, or of a prompt; empty where that has no embedding."""
+        """File of a staged image, row 0 of a small shard, or of a prompt; empty if that has no embedding."""
         return self.folder / "members" / kind / (name + _SUFFIX)
 
     def _staged(self, kind: str) -> set[str]:

@@ -1,4 +1,4 @@
-"""What `build` and `convert` share: rows cut into blocks, and that one command at a time writes into a folder."""
+"""Shared by `build` and `convert`: rows cut into blocks, and that one command at a time writes into a folder."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ def writer_of(output: Path, layout: Layout) -> Writer:
 
 
 def noted_settings(file: Path, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What an earlier run on the folder of `file` noted there, and how its settings `differ`; None for a new folder.
+    """Notes of an earlier run on the folder of `file`, and how its settings `differ`; None for a new folder.
 
     Args:
         file: `BUILD_FILE` or `CONVERT_FILE` of `output_dir`.

@@ -55,7 +55,7 @@ _Encode = Callable[[Any], _Tensors]
 
 @dataclass
 class BuildReport:
-    """What a build did, on all ranks together (on rank 0; the others know of their own work only).
+    """Report of a build, on all ranks together (on rank 0; the others know of their own work only).
 
     Attributes:
         output_dir: the cache.
@@ -385,7 +385,7 @@ class _Builder:
         return [functools.partial(self.skip, job.name, reason) for job in self.staging.finish(number)]
 
     def _begin(self) -> None:
-        """What one rank does before the others start."""
+        """Work of one rank before the others start."""
         known = self._sizes()
         self._write_settings(known)
         remove_temporaries(self.output)

@@ -48,7 +48,7 @@ _PathLike = str | os.PathLike[str]
 
 @dataclass
 class ConvertReport:
-    """What a conversion did.
+    """Report of a conversion.
 
     Attributes:
         output_dir: the new cache.
@@ -108,7 +108,7 @@ def convert_cache(
     Raises:
         SciflowError: for options that do not go together, an `output_dir` that holds something else or is being
             written by another process, or a full disk.
-        CacheError: for a source that cannot be read, naming row and file. What was written is kept.
+        CacheError: for a source that cannot be read, naming row and file. Written files are kept.
     """
     layout = Layout(payload, embeds, codec)
     if shard_bytes < 1:
@@ -246,7 +246,7 @@ class _Conversion:
         return self._finish()
 
     def _is_there(self, block: Block) -> bool:
-        """Whether the payload of a block is there; a broken one is named."""
+        """Whether the payload of a block exists; names a broken one."""
         try:
             return self.writer.has_payload(block)
         except CacheError as error:
@@ -277,7 +277,7 @@ class _Conversion:
                 sample = self._sample(row)
             except CacheError as error:
                 raise CacheError(
-                    f"{error} What is converted so far is kept: mend that payload, or leave its row out by `sciflow-hf "
+                    f"{error} Rows converted so far are kept: repair that payload, or leave its row out by `sciflow-hf "
                     "cache verify --repair`, and repeat."
                 ) from error
             if self.layout.embeds == "fp8" and "prompt_embeds" in sample:

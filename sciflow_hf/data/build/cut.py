@@ -19,7 +19,7 @@ _AT_ONCE = 1000
 
 
 def find_cut(captions: Iterable[tuple[str, str]], count_tokens: CountTokens) -> dict[str, Any] | None:
-    """What is to be noted of the captions, (name, text) each: each text is counted once. None: unknown."""
+    """Notes on the captions, (name, text) each; each text is counted once. None: unknown."""
     names: dict[str, list[str]] = {}
     for name, text in captions:
         names.setdefault(text, []).append(name)
@@ -50,12 +50,12 @@ def cut_text(found: dict[str, Any]) -> str:
 def warn_of_cut(found: dict[str, Any] | None, captions: int) -> None:
     """Says so if any of that many captions is cut."""
     if found and found["count"]:
-        text = "Captions that are cut, of %d: %s. What stands behind is not read; `--max_sequence_length` is the limit."
+        text = "Captions that are cut, of %d: %s. The rest of each is not read; `--max_sequence_length` is the limit."
         logger.warning(text, captions, cut_text(found))
 
 
 def noted_cut(folders: Iterable[str]) -> dict[str, Any] | None:
-    """What is noted of the captions of several caches together; None where one of them notes nothing."""
+    """Notes on the captions of several caches together; None if one of them has no notes."""
     notes: list[dict[str, Any] | None] = []
     for folder in folders:
         for file in (storage.join(folder, name) for name in (BUILD_FILE, CONVERT_FILE)):

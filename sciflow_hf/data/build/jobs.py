@@ -1,4 +1,4 @@
-"""What a build has to do: the views of each image with their buckets, in batches that are dealt to the ranks."""
+"""The work of a build: the views of each image with their buckets, in batches that are dealt to the ranks."""
 
 import functools
 import hashlib
@@ -70,7 +70,7 @@ class Job:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a look at an image tells: (height, width), whether there are more frames, and what stands for its bytes."""
+    """Facts of an image: (height, width), whether there are more frames, and what stands for its bytes."""
 
     size: tuple[int, int]
     more_frames: bool

@@ -1,4 +1,4 @@
-"""What a build keeps until a block is complete: the interface, and that of npz, whose files are the cache itself."""
+"""Samples kept until a block is complete: the interface, and that of npz, whose files are the cache itself."""
 
 import logging
 import re
@@ -47,7 +47,7 @@ class Skips:
             self.found[name] = reason
 
     def on_every_rank(self, name: str, reason: str) -> None:
-        """Of an image that every rank leaves out: named once."""
+        """Names an image that every rank leaves out, once."""
         if self.strict or self.first_rank:
             self(name, reason)
 
@@ -83,7 +83,7 @@ class Staging(ABC):
 
     @abstractmethod
     def look(self) -> None:
-        """Reads what is there; changes nothing.
+        """Only reads; changes nothing.
 
         Raises:
             SciflowError: if it is a cache of other images.

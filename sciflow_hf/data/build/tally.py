@@ -1,4 +1,4 @@
-"""What became of everything in the input of a build: the table at its end."""
+"""Accounts for everything in the input of a build: the table at its end."""
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field

@@ -81,7 +81,7 @@ def view_of(variant: str, image_id: str, original: _Size, size: _Size) -> View:
 
 
 def random_view(variant: str, image_id: str, key: int, original: _Size, size: _Size, crop: str, flip: bool) -> View:
-    """What is shown of an image in one step of training; it follows from the sample's `noise_key`.
+    """The view of an image in one step of training; it follows from the sample's `noise_key`.
 
     Args:
         crop: the view called `variant` (""), or a window at a random place of the image: resized until it covers the

@@ -1,4 +1,4 @@
-"""What a cache holds, as text tables: `sciflow-hf cache info`."""
+"""Contents of a cache, as text tables: `sciflow-hf cache info`."""
 
 from collections import Counter
 from collections.abc import Sequence

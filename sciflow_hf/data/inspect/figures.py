@@ -24,7 +24,7 @@ _MEASURING = ("I", "F")  # modes of Pillow with more than 8 bits a channel: what
 
 @dataclass
 class Figures:
-    """What lies in a folder.
+    """The figures of a folder.
 
     Attributes:
         folder: its path.

@@ -40,7 +40,7 @@ class Difference:
 
     @property
     def tolerance(self) -> float:
-        """What rounding to the stored dtype, and encoding on another device, may cost."""
+        """Tolerance for rounding to the stored dtype and encoding on another device."""
         return FP8_TOLERANCE if self.stored == "F8_E4M3" else TOLERANCE
 
     @property

@@ -45,7 +45,7 @@ class Problem:
 
 @dataclass
 class VerifyReport:
-    """What `verify_cache` saw.
+    """Findings of `verify_cache`.
 
     Attributes:
         rows: samples that were looked at.
@@ -161,7 +161,7 @@ class _Scan:
         return found
 
     def _member(self, i: int, member: Member, reader: Reader) -> str:
-        """What is wrong with a stored tensor, or ""."""
+        """The fault of a stored tensor, or ""."""
         checksums = self.checksums.get(f"{member.name}_crc32")
         crc = -1 if checksums is None else int(checksums[i])
         key = hash((member, crc))
@@ -200,7 +200,7 @@ def _value_problem(member: Member) -> str:
 
 
 def _shape_problems(members: Mapping[str, Member]) -> Iterator[str]:
-    """What the shapes of one row say about each other."""
+    """Shapes and dtypes of one row that do not fit each other."""
     latents = members["latents"].shape if "latents" in members else ()
     for name, shape in {"latents_std": latents, "loss_mask": latents[1:]}.items():
         if name in members and members[name].shape != shape:

@@ -1,4 +1,4 @@
-"""What the layouts share: `Member`, a stored tensor; `Reader`, which finds those of a row; `Writer` of blocks."""
+"""Shared by the layouts: `Member`, a stored tensor; `Reader`, which finds those of a row; `Writer` of blocks."""
 
 import contextlib
 import json
@@ -28,13 +28,13 @@ from . import CODECS, EMBEDS, PAYLOADS
 from .codecs import PIECE, dequantise, pack, quantise, unpack
 
 METADATA_KEY = b"sciflow_hf"
-"""Of the schema metadata of an index file: encoder settings and `payload`, what the columns do not say of it."""
+"""Schema metadata of an index file: encoder settings and `payload`, its facts beyond the columns."""
 NO_LATENTS = "none"
-"""What a payload notes as `latents` where its rows hold none: images are encoded in training."""
+"""Noted by a payload as `latents` if its rows hold none: images are encoded in training."""
 MADE_COLUMNS = ("cache_path", "inline_row", "latent_shape", "prompt_embeds_shape")
-"""What writers add to the rows of a block, but for single tensors."""
+"""Columns that writers add to the rows of a block, except those of single tensors."""
 TEXT_TENSORS = ("prompt_embeds", "prompt_embeds_scale", "pooled_prompt_embeds", "prompt_embeds_mask", "txt_ids")
-"""What follows from the prompt alone."""
+"""Arrays that follow from the prompt alone."""
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -48,7 +48,7 @@ BROKEN = (
     OSError, EOFError, ValueError, OverflowError, MemoryError, KeyError, RuntimeError, SyntaxError,
     NotImplementedError, struct.error, zlib.error, zipfile.BadZipFile, pa.ArrowException,
 )  # fmt: skip
-"""What the libraries below raise for a file that is not what it should be."""
+"""Errors of the libraries below for a file that is not as it should be."""
 numpy_reader = threading.Lock()
 """numpy reads the headers of arrays by `ast`, which in Python 3.11 may fail in two threads at once."""
 REBUILD = "Run `sciflow-hf cache build` again"
@@ -89,7 +89,7 @@ class Member:
 
 
 def target_dtype(member: Member, dtype: torch.dtype) -> torch.dtype:
-    """What an array becomes: floats `dtype`; truth values and `loss_mask` stay; other whole numbers int64."""
+    """The stored form of an array: floats `dtype`; truth values and `loss_mask` stay; other whole numbers int64."""
     stored = DTYPES[member.dtype]
     if member.name == "txt_ids":
         return torch.int64
@@ -207,7 +207,7 @@ def _read_converted(member: Member, out: torch.Tensor) -> None:
 
 
 def _cast(piece: torch.Tensor, out: torch.Tensor) -> None:
-    """Of at most `PIECE` values. float16 to bfloat16 goes through float32: 3 times faster, equal."""
+    """Casts at most `PIECE` values. float16 to bfloat16 goes through float32: 3 times faster, equal."""
     if piece.dtype == torch.float16 and out.dtype == torch.bfloat16:
         floats = _scratch.floats
         out.copy_((floats if len(piece) == PIECE else floats[: len(piece)]).copy_(piece))
@@ -349,11 +349,11 @@ class Reader(ABC):
         return set()
 
     def check_file(self, members: Mapping[str, Member]) -> list[str]:
-        """What is wrong with the payload file of one row alone."""
+        """The fault of the payload file of one row alone."""
         return []
 
     def check(self, member: Member, crc32: int) -> str:
-        """What is wrong with the stored bytes of a member whose checksum this should be (-1: none), or ""."""
+        """The fault of the stored bytes of a member whose checksum this should be (-1: none), or ""."""
         return ""
 
 

@@ -196,7 +196,7 @@ def _decoded_header(file: str, key: str) -> tuple[str, tuple[int, ...]] | None:
 
 
 def npz_problems(file: str) -> list[str]:
-    """What is wrong with a zip by the checksums of its files."""
+    """Faults of a zip, by the checksums of its files."""
     try:
         with storage.open_file(file) as handle, zipfile.ZipFile(handle) as archive:
             bad = archive.testzip()

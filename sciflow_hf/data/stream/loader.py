@@ -21,7 +21,7 @@ class StreamLoader(BatchLoader):
     """Endless batches of a stream, in the form of `BucketLoader`: one bucket each, steps and keys from positions.
 
     All ranks read all light rows and form the same steps of batch_size x num_replicas x accumulation_steps rows of
-    one bucket; of their payloads each reads its own only. What is left at the end of an epoch comes in batches of one
+    one bucket; of their payloads each reads its own only. The remainder at the end of an epoch comes in batches of one
     bucket each, filled up with rows of the same bucket, in complete steps (`BucketBatchSampler` makes the same batches,
     but lets the last step of an epoch be shorter). Then the next epoch begins.
 

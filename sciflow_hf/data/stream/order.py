@@ -30,7 +30,7 @@ Place = tuple[int, Any]
 
 
 class Rows(Protocol):
-    """What the order is made from; `StreamingCache` is one."""
+    """Source of the order; `StreamingCache` is one."""
 
     shuffle_buffer: int
 
@@ -72,7 +72,7 @@ class EpochRows(Iterator[Row]):
             self._open = list(state["open"])
 
     def state_dict(self) -> dict[str, Any]:
-        """What `state` takes to continue after the last row that was given: plain values and `Row`s."""
+        """The argument `state` that continues after the last row that was given: plain values and `Row`s."""
         return {
             "sources": [source.cursor() for source in self._sources],
             "open": list(self._open),

@@ -1,4 +1,4 @@
-"""What a training says while it runs: one bar, and one line an evaluation."""
+"""Console output during a training: one bar, and one line per evaluation."""
 
 import sys
 import time

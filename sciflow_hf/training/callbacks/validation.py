@@ -323,7 +323,7 @@ def _is_sharded(model: torch.nn.Module) -> bool:
 
 
 def _share(pairs: list[tuple[int, int]], sharded: bool) -> list[tuple[int, int]]:
-    """What this rank draws. A sharded network's forward needs all ranks, so there all draw everything."""
+    """The images that this rank draws. A sharded network's forward needs all ranks, so there all draw everything."""
     ranks = PartialState()
     return pairs if sharded else pairs[ranks.process_index :: ranks.num_processes]
 

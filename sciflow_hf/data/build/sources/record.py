@@ -58,12 +58,12 @@ class Record:
 
 
 def part_name(number: int) -> str:
-    """Of the caption `number` of an image, from 0."""
+    """Name of the part of `variant` for caption `number` of an image, from 0."""
     return f"caption{number + 1}" if number else ""
 
 
 def not_storable(record: Record) -> str:
-    """What of a record has no form in UTF-8, and so none in an index; "" if all has."""
+    """Name of a text of a record that has no form in UTF-8, and so none in an index; "" if all have one."""
     texts = {"caption": record.caption} | {n: v for n, v in record.columns.items() if isinstance(v, str)}
     return next((name for name, text in texts.items() if not _is_utf8(text)), "")
 
