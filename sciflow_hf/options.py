@@ -165,7 +165,7 @@ class RecipeParser(HfArgumentParser):
         # argparse's own usage would list every option before the first of them is explained
         kwargs = {"usage": "%(prog)s [--config NAME_OR_FILE] [--OPTION VALUE ...]"} | kwargs
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
-        help = "YAML of options, a file or a name of `sciflow-hf configs`; flags win over it."
+        help = "YAML of options, a file or a name of `sciflow-hf configs`; flags override it."
         self.add_argument("--config", metavar="NAME_OR_FILE", help=help)
 
     def _add_dataclass_arguments(self, dtype: Any) -> None:

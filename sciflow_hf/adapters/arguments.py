@@ -177,8 +177,8 @@ class AdapterArguments(Options):
     )
     lora_layers: str = option(
         "full",
-        "Layers that get an adapter: a preset of the family (attention, standard, full) or a comma list of layer "
-        "names, each matching the end of a layer's path.",
+        "Layers that get an adapter: a preset of the family (attention, standard, full) or a comma-separated list of "
+        "layer names, each matching the end of a layer's path.",
     )
     adapter_path: str | None = option(
         None,
@@ -188,8 +188,8 @@ class AdapterArguments(Options):
     no_adapter: bool = option(False, "Train the complete network, without an adapter.", check=_check_no_adapter)
     train_text_encoder: bool = option(
         False,
-        "Train a LoRA of the text encoders too (the CLIP encoders of sdxl, sd3 and flux), of the same rank and alpha; "
-        "needs --text_encoding online.",
+        "Also train a LoRA of the text encoders (the CLIP encoders of sdxl, sd3 and flux), with the same rank and "
+        "alpha; needs --text_encoding online.",
     )
     text_encoder_layers: str = option(
         "q_proj,k_proj,v_proj,out_proj", "Comma list of the layers of a text encoder that get one."

@@ -54,20 +54,20 @@ def add_options(cache: argparse.ArgumentParser) -> None:
     add("--split", help="split of the input: a name, several as in train+validation, or all (default train)")
     add("--max_sequence_length", type=int, help="text tokens per prompt (default: the family's)")
     add("--no_use_t5", dest="use_t5", action="store_const", const=False, help="sd3: without its third text encoder")
-    add("--trust_remote_code", action="store_true", default=None, help="run code that the model folder brings along")
+    add("--trust_remote_code", action="store_true", default=None, help="run the code of the model folder")
     add("--posterior", choices=("mode", "sample"), help="sample: also store the VAE's standard deviation")
     add("--batch_size", type=int, default=1, help="images encoded at once (default 1)")
     add("--text_batch_size", type=int, default=8, help="prompts encoded at once (default 8)")
-    add("--dtype", choices=_DTYPES, default="bf16", help="of the stored arrays (default bf16)")
+    add("--dtype", choices=_DTYPES, default="bf16", help="dtype of the stored arrays (default bf16)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
     _add_layout(add)
     add("--latents", choices=("stored", "none"), default="stored", help="none: encode images in training")
-    add("--crops", type=int, default=0, help="windows of each image in addition to all of it (default 0)")
+    add("--crops", type=int, default=0, help="windows of each image in addition to the complete one (default 0)")
     add("--flip", action="store_true", help="add mirror images (which also mirror the text in them)")
     add(
         "--strict",
         action="store_true",
-        help="stop at what cannot be used (a broken image, say) instead of skipping it",
+        help="stop at unusable input (such as a broken image) instead of skipping it",
     )
 
     add = action("convert", _convert, "write a cache in another layout; the same command continues after a kill")
@@ -89,12 +89,12 @@ def add_options(cache: argparse.ArgumentParser) -> None:
     add("--json", help="file for the complete report")
     add("--repair", action="store_true", help="write an index without the bad rows to DATASET_DIR-repaired")
     add("--sample", type=int, default=0, help="encode N samples afresh and compare")
-    add("--input_dir", help="with --sample: what the cache was built from")
+    add("--input_dir", help="with --sample: the input of the cache")
     add("--caption_column", default="caption", help="with --sample: as in `cache build` (default caption)")
     add("--split", help="with --sample: as in `cache build` (default train)")
-    add("--family", help="with --sample: default is what the cache says")
-    add("--pretrained_model_name_or_path", help="with --sample: default is what the cache says")
-    add("--revision", help="with --sample: default is what the cache says")
+    add("--family", help="with --sample (default: as the cache notes)")
+    add("--pretrained_model_name_or_path", help="with --sample (default: as the cache notes)")
+    add("--revision", help="with --sample (default: as the cache notes)")
     add_parts(add)
     add("--device", default="auto", help="with --sample: cpu, cuda, ...; auto takes a GPU if there is one")
 

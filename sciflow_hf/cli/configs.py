@@ -10,8 +10,8 @@ from ..errors import SciflowError
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--copy", metavar="NAME", help="Write this config into --output_dir, to be changed.")
-    parser.add_argument("--output_dir", type=Path, default=Path(), help="Where to (default: here).")
+    parser.add_argument("--copy", metavar="NAME", help="Copy this config into --output_dir, to edit it.")
+    parser.add_argument("--output_dir", type=Path, default=Path(), help="Folder of the copy (default: here).")
     parser.set_defaults(run=run)
 
 
@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> None:
         for name, file in configs.items():
             print(name)
             print(textwrap.indent(textwrap.fill(header(file), width - 2, break_on_hyphens=False), "  "))
-        print("\nsciflow-hf train FAMILY --config NAME; `--copy NAME` writes one here, to be changed.")
+        print("\nsciflow-hf train FAMILY --config NAME; `--copy NAME` copies one here, to edit it.")
         return
     if args.copy not in configs:
         raise SciflowError(f"`copy` {args.copy!r}: use one of {', '.join(configs)}.")

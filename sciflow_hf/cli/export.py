@@ -14,10 +14,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_export)
     add = parser.add_argument
     add("--adapter_path", required=True, help="file, folder of a run or checkpoint, Hub repository or fsspec URL")
-    add("--format", required=True, choices=FORMATS, help="of the new file")
+    add("--format", required=True, choices=FORMATS, help="format of the new file")
     add("--output_file", required=True, help="the new file, ending in .safetensors")
     add("--family", help="model family, such as flux2_klein (default: as the run's facts or the layers' names say)")
-    add("--dtype", choices=DTYPES, help="of the stored weights (default: as they are)")
+    add("--dtype", choices=DTYPES, help="dtype of the stored weights (default: unchanged)")
     add("--overwrite", action="store_true", help="replace --output_file")
     add(
         "--pretrained_model_name_or_path",

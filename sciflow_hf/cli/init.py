@@ -1,4 +1,4 @@
-"""`sciflow-hf init`: a look at a folder of images and at this machine, and a commented YAML that trains on them.
+"""`sciflow-hf init`: inspects a folder of images and this machine, and writes a commented YAML that trains on it.
 
 It asks at most four questions; a flag answers one, `--yes` takes what is suggested for the rest.
 """
@@ -69,13 +69,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `sciflow-hf init`, and its function as `run`."""
     add = parser.add_argument
     parser.set_defaults(run=_init)
-    add("folder", metavar="FOLDER", type=Path, help="of images: with captions, in one folder a class, or measured")
-    add("--output_file", type=Path, help="the YAML (default: FOLDER's name with .yaml, here); never overwritten")
+    add("folder", metavar="FOLDER", type=Path, help="images: with captions, in one folder per class, or measured")
+    add("--output_file", type=Path, help="YAML to write (default: FOLDER's name with .yaml, here); never overwritten")
     add("--model", choices=[*CHOICES], help="for captioned figures (default: what fits the memory)")
-    add("--memory_gb", type=float, help="of the GPU that will train (default: this machine's; 0 is a CPU)")
-    add("--max_steps", type=int, help="length of the training (default: from the number of images)")
-    add("--output_dir", help="of the training (default: outputs/ and FOLDER's name)")
-    add("--yes", action="store_true", help="ask nothing")
+    add("--memory_gb", type=float, help="memory of the GPU that will train (default: this machine's; 0 is a CPU)")
+    add("--max_steps", type=int, help="number of steps (default: from the number of images)")
+    add("--output_dir", help="output folder of the training (default: outputs/ and FOLDER's name)")
+    add("--yes", action="store_true", help="accept all suggestions")
 
 
 def _init(args: argparse.Namespace) -> None:

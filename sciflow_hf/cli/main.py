@@ -13,11 +13,11 @@ from .run import explained, outlast_readers
 COMMANDS = {
     "train": (train, "train a model family by its recipe"),
     "configs": (configs, "the configs that come with the package"),
-    "init": (init, "look at a folder of images, and write a config that trains on them"),
+    "init": (init, "inspect a folder of images and write a config that trains on it"),
     "cache": (cache, "caches of latents and text embeddings"),
     "sample": (sample, "draw images of classes or prompts, or restore measured images"),
-    "export": (export, "an adapter as a file of another program"),
-    "push": (push, "a finished run to the Hub"),
+    "export": (export, "export an adapter for another program"),
+    "push": (push, "push a finished run to the Hub"),
     "env": (env, "versions and devices, for bug reports"),
 }
 """Name -> its module, whose `add_options` gives a parser the options and the function to `run`, and its help."""

@@ -1,4 +1,4 @@
-"""`sciflow-hf push`: a finished run to the Hub, where it was not pushed at its end, or that failed."""
+"""`sciflow-hf push`: push a finished run to the Hub, if it was not pushed at its end or the upload failed."""
 
 import argparse
 import sys
@@ -13,7 +13,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--hub_private_repo", "--private", action="store_true", help="make a new repository private")
     add("--hub_token", help="access token (default: that of `hf auth login`, or HF_TOKEN)")
     add("--hub_revision", help="branch to push to, which must exist (default: main)")
-    add("--commit_message", default="Push of a finished run", help="of the commit")
+    add("--commit_message", default="Push of a finished run", help="message of the commit")
 
 
 def _push(args: argparse.Namespace) -> None:

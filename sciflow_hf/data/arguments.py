@@ -157,7 +157,7 @@ class DataArguments(Options):
     )
     resolution: int = option(
         1024,
-        "Images are brought to about resolution x resolution pixels, in aspect-ratio buckets; small ones to a half, a "
+        "Images are resized to about resolution x resolution pixels, in aspect-ratio buckets; small ones to a half, a "
         "quarter, ... of that.",
         within="[1, inf)",
     )
