@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pickle
 import random
 import shutil
 import struct
@@ -394,3 +395,16 @@ def test_paths_rooted_beside_their_index_are_rebased(tmp_path: Path) -> None:
     repaired = load_cache(folder, payload_dir=root)
     assert verify_cache(repaired, progress=False).clean and len(repaired) == 10
     assert torch.equal(repaired[6]["latents"], opened[8]["latents"])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_cache_goes_to_processes_that_are_not_forked(layout: str, tmp_path: Path) -> None:
+    """Also after a check, which keeps what it read of the headers."""
+    cache = load_cache(make(tmp_path, layout))
+    assert verify_cache(cache, progress=False).clean
+    copy = pickle.loads(pickle.dumps(cache))
+    for mine, sent in zip((cache[i] for i in range(ROWS)), (copy[i] for i in range(ROWS)), strict=True):
+        assert mine.keys() == sent.keys() and all(
+            torch.equal(mine[n], sent[n]) for n in mine if isinstance(mine[n], torch.Tensor)
+        )
+    assert verify_cache(copy, progress=False).clean

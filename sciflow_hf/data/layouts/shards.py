@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
@@ -52,7 +52,14 @@ class ShardReader(ColumnReader):
         found = {column: columns.files(column, root) for column in set(paths.values())}
         self._files = {name: found[column] for name, column in paths.items()}
         self._complete: set[str] = set()
-        self._places = functools.lru_cache(maxsize=16)(_by_place)
+
+    @functools.cached_property
+    def _places(self) -> Callable[[str], dict[tuple[int, int], Member]]:
+        return functools.lru_cache(maxsize=16)(_by_place)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For processes that are not forked: without what was read of headers."""
+        return {name: value for name, value in vars(self).items() if name != "_places"}
 
     def _find(self, name: str, i: int, nbytes: int, where: object) -> tuple[str, int]:
         files, number = self._files[name]
