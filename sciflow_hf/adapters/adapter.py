@@ -92,14 +92,14 @@ def match_layers(model: torch.nn.Module, layers: str, presets: dict[str, str]) -
     """Full paths of the linear and convolution layers whose path ends in one of the names.
 
     Args:
-        layers: a preset's name or a comma list; `*` stands for anything. `attn.to_out` means linear layers only, so
+        layers: a preset's name or comma-separated names; `*` matches anything. `attn.to_out` means linear layers, so
             on FLUX.2 it finds the single blocks', not the ModuleList of the double blocks.
     """
     if layers in ("attention", "standard", "full") and layers not in presets:
         raise SciflowError(
             f"`lora_layers` {layers!r}: this family has no preset of that name"
             + (", but " + ", ".join(presets) if presets else "")
-            + ". Or write a comma list of layer names, such as 'to_q,to_k,to_v'; `*` stands for anything."
+            + ". Or write comma-separated layer names, such as 'to_q,to_k,to_v'; `*` stands for anything."
         )
     names = [name.strip() for name in presets.get(layers, layers).split(",") if name.strip()]
     candidates = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]

@@ -192,7 +192,7 @@ class AdapterArguments(Options):
         "alpha; needs --text_encoding online.",
     )
     text_encoder_layers: str = option(
-        "q_proj,k_proj,v_proj,out_proj", "Comma list of the layers of a text encoder that get one."
+        "q_proj,k_proj,v_proj,out_proj", "Comma-separated layers of a text encoder that get one."
     )
 
     def __post_init__(self) -> None:

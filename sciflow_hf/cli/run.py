@@ -102,7 +102,7 @@ def explained(error: Exception) -> str | None:
         return str(error)
     again = "run the same command again; a training resumes with --resume_from_checkpoint latest"
     if is_disk_full(error):
-        return f"{first_line(error)}: make room, then {again}."
+        return f"{first_line(error)}: free disk space, then {again}."
     if _is_lost(error):
         return (
             f"another process of this run ended, or cannot be reached ({first_line(error)}). The last lines of that "

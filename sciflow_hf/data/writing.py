@@ -65,7 +65,7 @@ def cannot_write(file: Path, error: OSError) -> SciflowError:
     """The error to raise when the disk is full, or the folder cannot be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return SciflowError(
-            f"{file} cannot be written: the disk is full ({error}). Make room for `output_dir` and repeat the same "
+            f"{file} cannot be written: the disk is full ({error}). Free disk space and repeat the same "
             "command: it continues from here."
         )
     return SciflowError(f"{file} cannot be written ({error}). Is its folder writable?")

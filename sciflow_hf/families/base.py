@@ -95,7 +95,7 @@ class ModelFamily(NoiseLevels, Options, ABC):
     whole_pipeline: ClassVar[bool] = False
     """True where `save_network` writes a pipeline that loads by itself."""
     lora_presets: ClassVar[dict[str, str]] = {}
-    """Names for `--lora_layers`, each a comma list of layer names."""
+    """Names for `--lora_layers`, each comma-separated names of layers."""
 
     @classmethod
     def renamed_options(cls, options: dict[str, Any]) -> dict[str, Any]:

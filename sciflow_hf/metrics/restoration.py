@@ -142,7 +142,7 @@ class RestorationMetrics(Options):
     def of(
         self, family: "MicroscopyUNet", model: "torch.nn.Module", dataset: "MicroscopyTiles | None"
     ) -> Callable[[Any], dict[str, float]] | None:
-        """`compute_metrics` for a trainer: restores with `model` as it is then (averaged, where it is)."""
+        """`compute_metrics` for a trainer: restores with the current `model` (averaged, if EMA is on)."""
         if dataset is None or not self.metric_tiles:
             return None
         rows = np.unique(np.linspace(0, len(dataset) - 1, min(self.metric_tiles, len(dataset))).round().astype(int))

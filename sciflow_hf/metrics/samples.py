@@ -59,7 +59,7 @@ class SampleMetrics(Options):
     def of(
         self, family: "DiT", model: torch.nn.Module, train: Any, held_out: Any, args: "SamplingArguments"
     ) -> Callable[[Any], dict[str, float]] | None:
-        """`compute_metrics` for a trainer: draws with `model` as it is then (averaged, where it is)."""
+        """`compute_metrics` for a trainer: draws with the current `model` (averaged, if EMA is on)."""
         if not self.metric_images or held_out is None:
             return None
         if "pixel_values" not in held_out[0]:

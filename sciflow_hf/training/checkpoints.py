@@ -151,7 +151,7 @@ def check_room(output_dir: str | os.PathLike, checkpoint_bytes: float) -> None:
     if free < checkpoint_bytes:
         raise SciflowError(
             f"`output_dir` {output_dir}: a checkpoint takes about {checkpoint_bytes / 2**20:,.0f} MiB, and "
-            f"{free / 2**20:,.0f} MiB are free there. Make room, or choose a folder on another disk."
+            f"{free / 2**20:,.0f} MiB are free there. Free disk space, or choose a folder on another disk."
         )
 
 

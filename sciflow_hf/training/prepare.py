@@ -336,7 +336,7 @@ def _check_classes(family: DiT, *caches: ClassLatents) -> None:
     family.num_classes = len(names) if family.num_classes is None else family.num_classes
     if largest >= family.num_classes:
         raise SciflowError(
-            f"`num_classes` {family.num_classes}: the cache has the label {largest}. Raise it, or mend that."
+            f"`num_classes` {family.num_classes}: the cache has the label {largest}. Raise it, or correct the labels."
         )
     family.class_names = [*names, *map(str, range(len(names), family.num_classes))][: family.num_classes]
 

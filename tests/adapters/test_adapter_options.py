@@ -308,7 +308,7 @@ def test_presets_that_a_family_has_not(bench):
     with pytest.raises(sf.SciflowError) as caught:
         match_layers(network, "full", {"attention": "to_q"})
     assert "`lora_layers` 'full': this family has no preset of that name, but attention. Or write" in str(caught.value)
-    with pytest.raises(sf.SciflowError, match=r"no preset of that name\. Or write a comma list"):
+    with pytest.raises(sf.SciflowError, match=r"no preset of that name\. Or write comma-separated"):
         match_layers(network, "standard", {})
     assert match_layers(network, "full", {"full": LAYER}) == [LAYER]
 

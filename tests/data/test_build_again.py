@@ -232,11 +232,11 @@ def test_the_size_is_told_before_the_rest_is_encoded(
     assert told
     if payload == "npz":  # of so small arrays, a block's own names and numbers are the larger part
         assert float(told[1]) == pytest.approx(report.bytes / 1024, rel=0.1)
-    assert "Make room" not in caplog.text
+    assert "Free more" not in caplog.text
     usage = type("Usage", (), {"free": 10})()
     monkeypatch.setattr("sciflow_hf.data.build.build.shutil.disk_usage", lambda _: usage)
     build(images, tmp_path / "full", payload=payload)
-    assert "has 10 B free. Make room" in caplog.text
+    assert "has 10 B free. Free more" in caplog.text
 
 
 # --- a sample is its content and all that decides its arrays ---

@@ -526,7 +526,7 @@ class _Builder:
             buckets = counted(len({job.bucket for job in self.jobs}), "bucket")
             logger.info("%s in %s, %d to encode: about %s (%s free).", images, buckets, self.left, need, room)
             if size - self.image_bytes > free:
-                text = "The cache needs %s, but %s has %s free. Make room; finished samples are kept."
+                text = "The cache needs %s, but %s has %s free. Free more space; finished samples are kept."
                 logger.warning(text, need, self.output, room)
             self.bar = tqdm(total=self.own, unit="image", desc="Encoding", disable=self.rank > 0)
         self.bar.update()

@@ -257,7 +257,7 @@ class _Conversion:
         need = sum(self.sizes[row] for number in numbers for row in self.ranges[number])
         free = shutil.disk_usage(self.output).free
         if need > free:
-            text = "About %s are to be written, but %s has %s free. Make room; finished files are kept."
+            text = "About %s are to be written, but %s has %s free. Free more space; finished files are kept."
             logger.warning(text, readable_bytes(need), self.output, readable_bytes(free))
         samples = sum(len(self.ranges[number]) for number in numbers)
         with tqdm(total=samples, unit="sample", desc="Converting", disable=not samples) as bar:
