@@ -46,7 +46,7 @@ class RestorationOutput(BaseOutput):
 
 
 class MicroscopyRestorationPipeline(DiffusionPipeline):
-    """Draws sharp images that go with a measured one; their mean restores it, their spread says how surely.
+    """Draws sharp images consistent with a measured one; their mean restores it, their spread shows the uncertainty.
 
     Args:
         unet: `UNet2DModel`, of the noisy image and the measured one on the channel axis.
