@@ -256,7 +256,7 @@ def test_weights_are_float32_and_train_whatever_the_base(wide, base, kind):
         ({"init_lora_weights": "no"}, "'no': use one of"),
         ({"rank_pattern": "ff"}, "`rank_pattern` 'ff': write name=number"),
         ({"rank_pattern": "ff=0"}, "`rank_pattern` 'ff=0'"),
-        ({"rank_pattern": "ff=2.5,to_q=2"}, "whole and at least 1"),
+        ({"rank_pattern": "ff=2.5,to_q=2"}, "whole numbers of at least 1"),
         ({"alpha_pattern": {"ff": True}}, "`alpha_pattern` {'ff': True}"),
         ({"alpha_pattern": "=4"}, "`alpha_pattern` '=4'"),
         ({"adapter_type": "lokr", "lokr_factor": 0}, "`lokr_factor` 0: at least 2, or -1"),
