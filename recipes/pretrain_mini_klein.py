@@ -10,7 +10,7 @@ Hardware: any CPU. Time and results: sciflow_hf/assets/mini_klein/README.md.
 
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -92,7 +92,7 @@ def main() -> None:
         for part in (pipeline, pipeline.transformer, pipeline.vae):
             part.register_to_config(_name_or_path="mini_klein")  # and not a folder of this machine
         pipeline.to(torch.bfloat16).save_pretrained(folder / "pipeline")
-    report = vars(own) | {"seed": args.seed, "steps": trainer.state.global_step}
+    report = asdict(own) | {"seed": args.seed, "steps": trainer.state.global_step}
     report["seconds_of_this_call"] = time.time() - start
     (folder / "report.json").write_text(json.dumps(report | metrics, indent=2), encoding="utf-8")
 

@@ -170,8 +170,11 @@ def _next_commands(trainer: Trainer, other_formats: Sequence[str]) -> Iterator[s
     )
     yield f"sciflow-hf sample --model_path {here} {what}--output_dir {'restored' if 'input' in what else 'drawn'}"
     if other_formats:
-        name = other_formats[-1]
-        to = f"--format {name} --output_file lora_{name}.safetensors  # for {PROGRAMS[name]}"
-        yield f"sciflow-hf export --adapter_path {here} {to}"
+        *others, name = other_formats
+        readers = "; ".join(
+            [f"for {PROGRAMS[name]}", *(f"--format {other}: for {PROGRAMS[other]}" for other in others)]
+        )
+        to = f"--format {name} --output_file lora_{name}.safetensors"
+        yield f"sciflow-hf export --adapter_path {here} {to}  # {readers}"
     if not args.push_to_hub:
         yield f"sciflow-hf push {here}"

@@ -103,8 +103,9 @@ def test_what_goes_to_the_hub_and_what_the_end_says(run):
     # klein's query, key and value are one matrix in kohya's names; OFT and DoRA: see docs/formats.md.
     formats = {"lokr": "comfy", "dora": "kohya", "oft": None}.get(adapter.get("adapter_type"), "kohya|comfy")
     for text, path in ((said, str(folder)), (card, f"path/to/{folder.name}")):
-        assert re.findall(r"sciflow-hf export --adapter_path (\S+) --format (\S+) ", text) == (
-            [(path, formats)] if formats else []
+        found = re.findall(r"sciflow-hf export --adapter_path (\S+) --format (\S+) .*", text)
+        assert [(path, formats)] * bool(formats) == (
+            found if text is card else [(p, "|".join([*re.findall(r"; --format (\w+)", said), f])) for p, f in found]
         )
     assert {file.name for file in (folder / "checkpoint-4").iterdir()} >= set(files)
 

@@ -169,7 +169,7 @@ def test_verify_finds_and_repairs_and_training_goes_on(
 ) -> None:
     verify = ["cache", "verify", "--dataset_dir", shards]
     status, out, _ = cli(*verify, "--repair")
-    assert status == 0 and "whole" in out and "No row is bad" in out and not (tmp_path / "shards-repaired").exists()
+    assert status == 0 and "intact" in out and "No row is bad" in out and not (tmp_path / "shards-repaired").exists()
     member = load_cache(shards).members(5)["latents"]
     with open(member.file, "r+b") as handle:
         handle.seek(member.offset + 7)

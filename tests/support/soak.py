@@ -325,7 +325,7 @@ class Soak:
         said = [line for line in text.splitlines() if re.search("No space left|disk is full", line)]
         assert status in (0, 2) and said, text[-3000:]
         assert all(str(self.place / "run") in line for line in said), said
-        assert re.search("[Mm]ake room|tries again|[Cc]hoose another", "".join(said)), said
+        assert re.search("[Ff]ree (disk space|more)|tries again|[Cc]hoose another", "".join(said)), said
         assert not any(map(checkpoint_fault, list_checkpoints(self.place / "run")))
         if status == 0:
             self.same("run")

@@ -344,7 +344,7 @@ def test_plan_and_card_count_it_apart(tmp_path, folders, family):
         ({"prior_dataset_dir": "b", "prior_loss_weight": -1.0}, "`prior_loss_weight` -1.0: at least 0"),
         ({"prior_dataset_dir": "b", "prior_loss_weight": float("nan")}, "`prior_loss_weight` nan"),
         ({"prior_dataset_dir": "b", "streaming": True}, "`prior_dataset_dir` does not go with `--streaming`"),
-        ({"prior_dataset_dir": "x/../a"}, "`prior_dataset_dir` 'x/../a' is in `--dataset_dir`"),
+        ({"prior_dataset_dir": "x/../a"}, "`prior_dataset_dir` 'x/../a' is also in `--dataset_dir`"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, words):
