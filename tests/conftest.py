@@ -1,6 +1,7 @@
 """Fixtures shared by the tests: a tiny klein pipeline, drawn figures, and a cache written by hand."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from hub_server import HubServer, prepare_clients
 prepare_clients()
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if hasattr(signal, "SIGHUP"):  # under nohup it is ignored, here and in all that the tests start
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 from caches import encoder_settings, write_cache  # noqa: E402
 
