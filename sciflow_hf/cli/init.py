@@ -26,7 +26,8 @@ class Choice:
 
     Attributes:
         family, config: of `sciflow-hf train`.
-        memory: what it needs, GB of a GPU, estimated for 1024 x 1024 pixels; None for a CPU.
+        memory: of a GPU that it is for, GB: estimated for 1024 x 1024 pixels, but of "klein" what its config asks
+            for; None for a CPU.
         options: on top of the config.
         pixel_bytes, text_bytes: of a cache, for each pixel of an image and for each distinct caption.
         why: a comment.
@@ -60,7 +61,7 @@ CHOICES = {
         "mini_klein, the small klein of the demo: it draws 64 x 96 pixels, to see every step before renting a GPU",
     ),
 }  # fmt: skip
-"""Name -> a way to train. Memory is that of docs/families.md."""
+"""Name -> a way to train. Memory is that of docs/families.md, and of "klein" a card of 80 GB as its config says."""
 PREFERRED = ("klein", "klein_small", "sdxl")
 _DEMO_SECONDS = 60 / 300  # of a step of four figures on two cores, as the demo took
 
@@ -160,7 +161,7 @@ def _captioned(figures: "Figures", args: argparse.Namespace, ask: Any, memory: f
         raise SciflowError(f"`model` {name!r}: use one of {', '.join(CHOICES)}.")
     choice = CHOICES[name]
     mini = choice.memory is None
-    batch = {"klein": 2, "mini_klein": 4, "sdxl": 4}.get(name, 4)
+    batch = 2 if name == "klein" else 4
     count = len(figures.captions)
     guess = max(300 if mini else 500, math.ceil((100 if count <= 2000 else 2) * count / batch))
     guess = min(guess, 1000) if mini else guess
@@ -169,9 +170,9 @@ def _captioned(figures: "Figures", args: argparse.Namespace, ask: Any, memory: f
     size = count * resolution**2 * choice.pixel_bytes + len(set(figures.captions)) * choice.text_bytes
     small = figures.smaller_than(resolution)
     time = f"about {steps * _DEMO_SECONDS / 60:.0f} minutes on 2 cores" if mini else "time on GPUs: not measured"
-    room = f"{choice.memory:g} GB of {memory:.0f}, estimated" if choice.memory else "a CPU is enough"
+    room = f"for a card with {choice.memory:g} GB or more; here {memory:.0f}" if choice.memory else "a CPU is enough"
     if choice.memory and choice.memory > memory:
-        room = f"{choice.memory:g} GB, estimated; this machine has {memory:.0f}: train it on another one"
+        room = f"{choice.memory:g} GB or more; this machine has {memory:.0f}: train it on another one"
     options: dict[str, tuple[Any, str]] = {
         "base": (choice.config, f"{choice.why}; {room}"),
         "resolution": (

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import stat
 import sys
 from collections.abc import Callable
@@ -196,6 +197,16 @@ def test_mistakes(init: Callable, tmp_path: Path) -> None:
     assert status == 2 and "has no captions" in printed
     status, _, printed = init(tiny, "--max_steps", "0")
     assert status == 2 and "`max_steps` 0: at least 1" in printed
+
+
+@pytest.mark.parametrize("make", [classes, microscopy])
+def test_broken_images_are_named_without_captions_too(make: Callable, init: Callable, tmp_path: Path) -> None:
+    def with_a_broken_one(folder: Path) -> None:
+        make(folder)
+        (folder / ("bars/broken.png" if make is classes else "zz.tif")).write_bytes(b"no picture")
+
+    _, _, printed = init(with_a_broken_one)
+    assert "6 images" in printed and re.search(r"unreadable image .*: 1: .*(broken\.png|zz\.tif)", printed)
 
 
 def test_only_some_headers_of_many_images_are_read(init: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 import statistics
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,7 +95,7 @@ def _captioned(path: Path, records: Sequence[Record], tally: Tally) -> Figures:
     if not sizes:
         raise SciflowError(f"{str(path)!r}: none of its images can be read. First: {next(iter(broken.items()))}.")
     found = {"skipped": tally.skipped | broken, "listed, but missing": tally.missing, "not looked at": tally.ignored}
-    left_out = [f"{what.strip()}: {text}" for title, names in found.items() for what, text in by_reason(title, names)]
+    left_out = _told(found)
     left_out += [f"{what}: {len(names)}" for what, names in tally.remarks.items()]
     return Figures(
         path, "captioned", len({record.name for record in records}) - len(broken), sizes,
@@ -114,15 +114,21 @@ def _without_captions(path: Path, error: SciflowError) -> Figures:
     first = next(image for name, image in images if name not in broken)
     with first.open() as image:
         measured = image.mode.startswith(_MEASURING)
+    left_out = _told({"skipped": broken})
     if measured:
-        return Figures(path, "measured", len(images) - len(broken), sizes, groups=len(images))
+        return Figures(path, "measured", len(images) - len(broken), sizes, groups=len(images), left_out=left_out)
     classes = Counter(name.split("/")[0] for name, _ in images if "/" in name)
     if len(classes) > 1 and sum(classes.values()) == len(images) and min(classes.values()) > 1:
         return Figures(
             path, "classes", len(images) - len(broken), sizes, groups=len(images),
-            left_out=[f"{len(classes)} folders, taken for classes: {', '.join(sorted(classes)[:5])}"],
+            left_out=[f"{len(classes)} folders, taken for classes: {', '.join(sorted(classes)[:5])}", *left_out],
         )  # fmt: skip
     raise error
+
+
+def _told(found: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """{what became of it: {name: reason}} as lines, each reason with its number and first names."""
+    return [f"{what.strip()}: {text}" for title, names in found.items() for what, text in by_reason(title, names)]
 
 
 def _sizes(images: Sequence[tuple[str, Stored]]) -> tuple[list[tuple[int, int]], dict[str, str]]:
