@@ -12,6 +12,7 @@ from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 import sciflow_hf as sf
+from sciflow_hf.data.batches.buckets import BucketBatchSampler, BucketReport
 from sciflow_hf.training.callbacks import console
 from sciflow_hf.training.callbacks.console import ConsoleCallback
 
@@ -109,10 +110,18 @@ def test_the_trainer_has_it_where_the_stock_one_has_its_bar(
 
 
 def test_buckets_are_folded(
-    tmp_path: Path, tiny_klein: Path, tiny_cache: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    tiny_klein: Path,
+    tiny_cache: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The twelve first of many buckets, one line for the others, and the total."""
     caplog.set_level("INFO")
     trainer = make_trainer(tmp_path, sf.Flux2Klein(str(tiny_klein), max_sequence_length=12), tiny_cache, max_steps=1)
+    many = [BucketReport((32, 32 + 16 * i), 2, 1, 0, 0) for i in range(20)]
+    monkeypatch.setattr(BucketBatchSampler, "report", lambda self: many)
     trainer.train()
-    table = next(text for text in caplog.messages if text.startswith("Buckets of an epoch"))
-    assert re.search(r"\ntotal +\d+", table)
+    table = next(text for text in caplog.messages if text.startswith("Buckets of an epoch")).splitlines()
+    assert len(table) == 2 + 12 + 2 and table[13].startswith("32 x 208 ")
+    assert re.fullmatch(r"8 more +16 +8 +0 +0", table[14]) and re.fullmatch(r"total +40 +20 +0 +0", table[15])
