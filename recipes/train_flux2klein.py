@@ -30,7 +30,8 @@ def main(family_class: type[sf.PipelineFamily] = sf.Flux2Klein, description: str
 
     trainer = sf.DiffusionTrainer(
         model, args, family=family, train_dataset=train_dataset, eval_dataset=eval_dataset,
-        caption_dropout=data_args.caption_dropout, dataset_names=data_args.names(),
+        caption_dropout=data_args.caption_dropout, source_dropout=data_args.source_dropout,
+        dataset_names=data_args.names(),
     )  # fmt: skip
     if args.debug_batch:
         print(sf.debug_batch(trainer))

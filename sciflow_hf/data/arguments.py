@@ -173,6 +173,11 @@ class DataArguments(Options):
         within="[0, 1)",
     )
     caption_dropout: float = option(0.0, "Share of samples trained with the empty prompt.", within="[0, 1)")
+    source_dropout: float = option(
+        0.0,
+        "Share of the optimizer steps that train edits without their source images, as text-to-image.",
+        within="[0, 1)",
+    )
     prior_dataset_dir: str | None = option(
         None,
         "A cache for prior preservation (Ruiz et al. 2023): images of the general kind that the network shall not "

@@ -23,3 +23,6 @@ class LossArguments(LevelArguments, Protocol):
     loss_type: str
     huber_delta: float
     min_snr_gamma: float | None
+    edit_loss: str
+    edit_weight: float
+    edit_balance: float

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 
 LOSSES = ("mse", "l1", "huber")
+EDIT_LOSSES = ("uniform", "weighted", "balanced")
+"""How the elements inside and outside of an edited region (`edit_mask`) count."""
 
 
 def sample_loss(

@@ -12,7 +12,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from ..adapters.formats.names import FORMATS
-from ..diffusion.losses import LOSSES
+from ..diffusion.losses import EDIT_LOSSES, LOSSES
 from ..diffusion.process import WEIGHTING_SCHEMES
 from ..engines.compilation import CompilationArguments
 from ..engines.memory import MemoryArguments
@@ -38,6 +38,32 @@ def _check_timestep_shift(args: Any) -> None:
 def _check_negative_prompt(args: Any) -> None:
     if not args.validation_prompts:
         raise SciflowError("`validation_negative_prompt` without `validation_prompts` draws nothing: give both.")
+
+
+def _check_edit_loss(args: Any) -> None:
+    for name, kind in (("edit_weight", "weighted"), ("edit_balance", "balanced")):
+        if getattr(args, name) != getattr(type(args), name) and args.edit_loss != kind:
+            raise SciflowError(
+                f"`{name}` {getattr(args, name):g} is for `--edit_loss {kind}`, and that is {args.edit_loss}: change "
+                "one of them."
+            )
+
+
+def _check_source_images(args: Any) -> None:
+    prompts, sources = args.validation_prompts, args.validation_source_images
+    if not prompts:
+        raise SciflowError("`validation_source_images` without `validation_prompts` edits nothing: give both.")
+    if len(sources) < len(prompts):
+        raise SciflowError(
+            f"`validation_source_images`: {len(sources)} for {len(prompts)} `validation_prompts`; the first without "
+            f'is {prompts[len(sources)]!r}. Give one entry for each prompt: a file, several joined by ",", or none '
+            "for a prompt that draws without."
+        )
+    if len(sources) > len(prompts):
+        raise SciflowError(
+            f"`validation_source_images`: {len(sources)} for {len(prompts)} `validation_prompts`; "
+            f"{sources[len(prompts)]!r} has no prompt. Give one entry for each prompt."
+        )
 
 
 def _check_loss_scale(args: Any) -> None:
@@ -115,6 +141,26 @@ class LossArguments:
         "weights by the SNR itself. No such weight when not given. Works with every --loss_type.",
         within="(0, inf)",
     )
+    edit_loss: str = option(
+        "uniform",
+        "Where an edit is looked at closer, by the mask of its changed region (`edit_mask` of the data): nowhere; "
+        "weighted counts the tokens inside --edit_weight times; balanced takes the mean outside and the mean inside, "
+        "the latter with the weight --edit_balance. A mask that is empty or full counts as uniform.",
+        choices=EDIT_LOSSES,
+    )
+    edit_weight: float = option(
+        4.0,
+        "How often a token of the changed region counts, for --edit_loss weighted; the weights of an image have the "
+        "mean 1.",
+        within="(0, inf)",
+        check=_check_edit_loss,
+    )
+    edit_balance: float = option(
+        0.5,
+        "Share of the changed region in the loss, whatever its size, for --edit_loss balanced.",
+        within="[0, 1]",
+        check=_check_edit_loss,
+    )
 
 
 @arguments
@@ -153,6 +199,12 @@ class ValidationArguments:
         [],
         "Prompt that guidance leads away from in validation images: one for all --validation_prompts, or one for each.",
         check=_check_negative_prompt,
+    )
+    validation_source_images: list[str] = option(
+        [],
+        "The image that each of --validation_prompts edits: one entry for each prompt, in order; several images of one "
+        'prompt joined by ",", and none for a prompt that draws without.',
+        check=_check_source_images,
     )
     validation_class_labels: list[str] = option(
         [], "Classes, by number or name, drawn instead of prompts by families that have classes."

@@ -133,6 +133,7 @@ class DiffusionTrainer(Trainer):
         model_init: makes a model with adapters, for `hyperparameter_search`.
         compute_metrics: gets the losses (N, levels) and row numbers (N,) of an evaluation; its metrics are added.
         caption_dropout: share of samples trained with the empty prompt (chosen by sample key).
+        source_dropout: share of optimizer steps whose edits train without their sources (chosen by step key).
         dataset_names: what the model card calls the data.
         callbacks: further `TrainerCallback`s.
         optimizers: (optimizer, scheduler), each made from the options if it is None.
@@ -172,6 +173,7 @@ class DiffusionTrainer(Trainer):
         model_init: Callable[..., torch.nn.Module] | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         caption_dropout: float = 0.0,
+        source_dropout: float = 0.0,
         dataset_names: Sequence[str] = (),
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
@@ -188,7 +190,8 @@ class DiffusionTrainer(Trainer):
                 "`auto_memory` is for before the network is loaded: call `sciflow_hf.fit_memory(args, family, "
                 "train_dataset, adapter_args)` there, or leave it out."
             )
-        self.family, self.caption_dropout, self.dataset_names = family, caption_dropout, list(dataset_names)
+        self.family, self.dataset_names = family, list(dataset_names)
+        self.caption_dropout, self.source_dropout = caption_dropout, source_dropout
         self.running_pushes: list[Future[Any]] = []
         self.pushed_checkpoint: Path | None = None
         self._user_metrics = compute_metrics
@@ -428,6 +431,7 @@ class DiffusionTrainer(Trainer):
         if dataset is None:
             raise SciflowError("`train_dataset` is missing.")
         options = self._loader_options() | {"caption_dropout": self.caption_dropout}
+        options |= {"source_dropout": self.source_dropout} if self.source_dropout else {}
         options["step_keys"] = args.stratified_levels
         # A step holds its batches until it is done (`MicroBatches`), while those of the next are read.
         options["buffers"] = 2 * args.gradient_accumulation_steps + 1
@@ -671,7 +675,8 @@ class DiffusionTrainer(Trainer):
         prior = getattr(self.train_dataset, "prior", None)
         weight = None if prior is None else prior.loss_weight
         images = getattr(self.train_dataset, "online_images", None)
-        mine = {"caption_dropout": self.caption_dropout, "prior_loss_weight": weight}
+        mine: dict[str, Any] = {"caption_dropout": self.caption_dropout, "source_dropout": self.source_dropout}
+        mine["prior_loss_weight"] = weight
         mine |= {"image_encoding": "cached" if images is None else "online", "image_views": images and str(images)}
         return options_of(self.args, self.family) | mine
 
