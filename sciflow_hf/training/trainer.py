@@ -50,6 +50,7 @@ from ..data.stream.loader import StreamLoader
 from ..data.stream.own import OwnStreamLoader
 from ..data.stream.stream import StreamingCache
 from ..diffusion.randomness import hash64
+from ..diffusion.sources import source_name
 from ..engines import sharding
 from ..engines.compilation import compile_blocks
 from ..engines.offload import offload_blocks
@@ -511,7 +512,10 @@ class DiffusionTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """Losses of a batch on the fixed grid: (B, 2K), trained and base side by side, and the row numbers (B,)."""
+        """Losses of a batch on the fixed grid and the row numbers (B,).
+
+        (B, 2K + 1): trained and base side by side, then 1 for edits and 0 for rows without sources.
+        """
         batch = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             losses = base = self._grid_losses(model, batch)
@@ -520,8 +524,9 @@ class DiffusionTrainer(Trainer):
             elif adapter_layers(self.model):
                 with adapter_disabled(self.model):
                     base = self._grid_losses(model, batch)
+        edits = torch.full_like(losses[:, :1], float(source_name(0) in batch))
         release(inputs)
-        return None, torch.cat([losses, base], dim=1), batch["row"].to(losses.device)
+        return None, torch.cat([losses, base, edits], dim=1), batch["row"].to(losses.device)
 
     def _grid_losses(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         columns = []
@@ -533,8 +538,8 @@ class DiffusionTrainer(Trainer):
         return torch.stack(columns, dim=1)
 
     def _summarise(self, prediction: EvalPrediction) -> dict[str, float]:
-        both, rows = prediction.predictions, [self._eval_rows[int(i)] for i in prediction.label_ids]
-        losses, base = both[:, : both.shape[1] // 2], both[:, both.shape[1] // 2 :]
+        measured, rows = prediction.predictions, [self._eval_rows[int(i)] for i in prediction.label_ids]
+        (losses, base), edits = np.split(measured[:, :-1], 2, axis=1), measured[:, -1].astype(bool)
         if self._measure_base:
             self._eval_base.update({row: values.tolist() for row, values in zip(rows, base, strict=True)})
         bad = sorted({row for row, finite in zip(rows, np.isfinite(losses).all(axis=1), strict=True) if not finite})
@@ -544,7 +549,7 @@ class DiffusionTrainer(Trainer):
             )
         levels = self.family.evaluation_levels(self.args.eval_levels).numpy() / self.family.level_range()
         known = self._eval_base if all(row in self._eval_base for row in rows) else None
-        metrics = summarise(losses, levels, rows, self._eval_groups, known)
+        metrics = summarise(losses, levels, rows, self._eval_groups, known, edits)
         if self._user_metrics is not None:
             metrics |= self._user_metrics(EvalPrediction(predictions=losses, label_ids=prediction.label_ids))
         return metrics

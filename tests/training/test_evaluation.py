@@ -194,3 +194,34 @@ def test_few_groups_give_a_gain_without_an_interval(evaluation):
     rows, _, losses, base = evaluation
     metrics = summarise(losses, LEVELS, rows, {row: row[-1] for row in rows[:9]} | dict.fromkeys(rows[9:], "0"), base)
     assert "gain" in metrics and "gain_low" not in metrics and "gain_high" not in metrics
+
+
+def test_kinds_are_measured_apart(evaluation):
+    """Loss, gain and interval of edits are those of an evaluation of the edits alone, and so of the other rows."""
+    rows, groups, losses, base = evaluation
+    rng = np.random.default_rng(5)
+    names = [f"{row}{kind}" for row in rows for kind in "ab"]  # 24 rows, an edit and a generation in each group
+    edits, order = np.array([name.endswith("a") for name in names]), rng.permutation(24)
+    both, plain = rng.random((24, 4)), {name: rng.random(4).tolist() for name in names}
+    group_of = {name: groups[name[:-1]] for name in names}
+    shuffled = [names[i] for i in order]
+    metrics = summarise(both[order], LEVELS, shuffled, group_of, plain, edits[order])
+    assert {k: v for k, v in metrics.items() if "edit" not in k and "generation" not in k} == summarise(
+        both, LEVELS, names, group_of, plain
+    )
+    for kind, chosen in (("edit", edits), ("generation", ~edits)):
+        alone = summarise(both[chosen], LEVELS, [n for n, c in zip(names, chosen, strict=True) if c], group_of, plain)
+        for name in ("loss", "gain"):
+            assert metrics[f"{name}_{kind}"] == alone[name]
+        for end in ("low", "high"):
+            assert metrics[f"gain_{kind}_{end}"] == alone[f"gain_{end}"]
+    assert metrics["gain_edit"] != metrics["gain_generation"] != metrics["gain"]
+
+    only = summarise(losses, LEVELS, rows, groups, base, np.ones(12, bool))
+    assert "gain_edit_low" in only and not any("generation" in name for name in only)
+    assert summarise(losses, LEVELS, rows, groups, base, np.zeros(12, bool)) == summarise(
+        losses, LEVELS, rows, groups, base
+    )
+    few = summarise(losses, LEVELS, rows, groups, base, np.arange(12) < 3)
+    assert {"gain_edit", "gain_generation"} < few.keys() and not any("_low" in n for n in few if "_edit" in n)
+    assert summarise(losses, LEVELS, rows, groups, None, np.arange(12) < 3).keys() >= {"loss_edit", "loss_generation"}
