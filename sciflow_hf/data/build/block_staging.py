@@ -22,7 +22,8 @@ from ..writing import output_file
 from .blocks import prompt_hash, writer_of
 from .index import OWN_COLUMNS, index_schema, index_table
 from .jobs import Job
-from .staging import FOLDER, Staging, Tensors
+from .references import SourceView
+from .staging import FOLDER, Shared, Staging, Tensors
 
 logger = logging.getLogger(__name__)
 
@@ -84,9 +85,9 @@ class BlockStaging(Staging):
         self.job_of = {job.id: job for job in self.jobs}
         own = _LIGHT if self.layout.latent_shape is None else _LIGHT | {"latent_shape": "shape"}
         self.schema = index_schema([job.record.columns for job in self.jobs], self.facts, own)
-        captions = {job.caption for job in self.jobs} if self.layout.embeds != "none" else set()
+        keys = {job.text_key for job in self.jobs} if self.layout.embeds != "none" else set()
         self.good: set[str] = set()  # prompts with an embedding that this process has saved
-        self.hashes = {caption: prompt_hash(caption, self.facts) for caption in captions}
+        self.hashes = {key: prompt_hash(key, self.facts) for key in keys}
         self.old = self._read_blocks()
         known: dict[str, str | None] = {}
         for block in self.old.values():
@@ -143,17 +144,17 @@ class BlockStaging(Staging):
         self.owner = self._owners(self.kept)
         self.last_use: dict[str, int] = {}
         for number, jobs in enumerate(self.new):
-            captions = {self.hashes[job.caption]: job.caption for job in jobs if job.caption in self.hashes}
-            self.new_prompts.append([caption for prompt, caption in captions.items() if prompt not in texts])
-            texts.update(captions)
-            self.last_use |= dict.fromkeys(captions, number)
+            prompts = {self.hashes[job.text_key]: job.prompt for job in jobs if job.text_key in self.hashes}
+            self.new_prompts.append([prompt for name, prompt in prompts.items() if name not in texts])
+            texts.update(prompts)
+            self.last_use |= dict.fromkeys(prompts, number)
         return [[job for job in jobs if job.id not in images] for jobs in self.new]
 
-    def prompts(self, number: int) -> list[str]:
+    def shared(self, number: int) -> Sequence[Shared]:
         staged = self._staged("images")
         used = self._prompts(job.id for job in self.new[number] if job.id in staged)
         used |= {prompt for prompt, last in self.last_use.items() if last > number}
-        return [caption for caption in self.new_prompts[number] if self.hashes[caption] in used]
+        return [prompt for prompt in self.new_prompts[number] if self.hashes[prompt.key] in used]
 
     def _kept(self, images: set[str], texts: set[str]) -> dict[str, OldBlock]:
         """The blocks that can stay, of which there are `images` and `texts`, staged ones included."""
@@ -181,7 +182,7 @@ class BlockStaging(Staging):
         return {}
 
     def _prompts(self, ids: Iterable[str]) -> set[str]:
-        return {self.hashes[self.job_of[i].caption] for i in ids if self.job_of[i].caption in self.hashes}
+        return {self.hashes[self.job_of[i].text_key] for i in ids if self.job_of[i].text_key in self.hashes}
 
     def clear(self) -> None:
         for name, block in self.old.items():
@@ -202,10 +203,12 @@ class BlockStaging(Staging):
     def save(self, job: Job, sample: Tensors) -> int:
         return self._stage("images", job.id, self._members(sample))
 
-    def save_prompt(self, prompt: str, text: Tensors | None) -> int:
-        if text is not None:
-            self.good.add(self.hashes[prompt])
-        return self._stage("prompts", self.hashes[prompt], self._members(text or {}))
+    def save_shared(self, item: Shared, tensors: Tensors | None) -> int:
+        if isinstance(item, SourceView):
+            raise NotImplementedError("sources of rows are not stored yet")
+        if tensors is not None:
+            self.good.add(self.hashes[item.key])
+        return self._stage("prompts", self.hashes[item.key], self._members(tensors or {}))
 
     def _members(self, sample: Tensors) -> dict[str, Encoded]:
         """In the order of safetensors: wide numbers first, then by name."""
@@ -235,9 +238,9 @@ class BlockStaging(Staging):
             there = [job for job in self.new[number] if job.id in staged]
             bad_prompts = {prompt for prompt in self._prompts(job.id for job in there) if self._is_bad(prompt)}
             # Names of blocks sort like their rows, and differ where the content does.
-            ready = [job for job in there if self.hashes.get(job.caption) not in bad_prompts]
-            bad = [job for job in there if self.hashes.get(job.caption) in bad_prompts]
-            content = [[job.id, self.hashes.get(job.caption)] for job in ready]
+            ready = [job for job in there if self.hashes.get(job.text_key) not in bad_prompts]
+            bad = [job for job in there if self.hashes.get(job.text_key) in bad_prompts]
+            content = [[job.id, self.hashes.get(job.text_key)] for job in ready]
             digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
             self.ready[number] = f"part{self.numbers[number]:05d}-{digest}", ready, bad
             for prompt in self._prompts(job.id for job in ready):
@@ -247,13 +250,13 @@ class BlockStaging(Staging):
             del self.last_use[prompt]
             self._file("prompts", prompt).unlink(missing_ok=True)
 
-    def finish(self, number: int) -> list[Job]:
+    def finish(self, number: int) -> list[tuple[Job, Shared]]:
         name, ready, bad = self.ready[number]
         if ready:
             self._write(name, ready)
         for job in ready:
             self._file("images", job.id).unlink(missing_ok=True)
-        return bad
+        return [(job, job.prompt) for job in bad]
 
     @abstractmethod
     def _write(self, name: str, jobs: Sequence[Job]) -> None:
@@ -274,7 +277,7 @@ class BlockStaging(Staging):
         return self._read("images", job.id).image(0)
 
     def _text(self, job: Job) -> Sample:
-        prompt = self.hashes.get(job.caption)
+        prompt = self.hashes.get(job.text_key)
         return {} if prompt is None else self._read("prompts", prompt).text(prompt)
 
     def _read(self, kind: str, name: str) -> Shard:
@@ -332,7 +335,7 @@ class ShardStaging(BlockStaging):
             handle.write(json.dumps(list(ids)).encode())
 
     def _write(self, name: str, jobs: Sequence[Job]) -> None:
-        prompts = [self.hashes.get(job.caption, "") for job in jobs]
+        prompts = [self.hashes.get(job.text_key, "") for job in jobs]
         block = Block(name, self._table(jobs), prompts, [self.owner.get(prompt, "") for prompt in prompts])
 
         def samples() -> Iterator[Sample]:
@@ -348,7 +351,7 @@ class ShardStaging(BlockStaging):
         owners = self._owners(blocks)
         for name, block in blocks.items():
             table = self._table(self.job_of[i] for i in block.ids)
-            prompts = [self.hashes.get(caption, "") for caption in table["caption"].to_pylist()]
+            prompts = [self.hashes.get(self.job_of[i].text_key, "") for i in block.ids]
             self.writer.write_index(Block(name, table, prompts, [owners.get(prompt, name) for prompt in prompts]))
 
 

@@ -30,11 +30,12 @@ from .ahead import THREADS, Behind, in_order
 from .block_staging import InlineStaging, ShardStaging
 from .blocks import BUILD_FILE, locked, noted_settings, remove_temporaries, write_settings
 from .cut import CUT, CountTokens, cut_text, find_cut, warn_of_cut
-from .jobs import Job, by_bucket, find_jobs, in_batches, shape_measures
+from .jobs import Job, Prompt, by_bucket, find_jobs, in_batches, shape_measures
 from .reading import Pixels, read_views
+from .references import SourceRules, SourceView
 from .sources.find import find_records
 from .sources.record import Record
-from .staging import FOLDER, NpzStaging, Skips, Staging
+from .staging import FOLDER, NpzStaging, Shared, Skips, Staging
 from .tally import Tally
 from .views import MIRRORED, average_mask
 
@@ -105,6 +106,10 @@ def build_cache(
     enlarge: bool = False,
     count_tokens: CountTokens | None = None,
     latent_shape: Callable[[int, int], Sequence[int]] | None = None,
+    sources: SourceRules | None = None,
+    source_dir: Sequence[str | os.PathLike[str]] = (),
+    source_column: Sequence[str] = (),
+    edit_masks: str = "given",
     rank: int = 0,
     world_size: int = 1,
     barrier: Callable[[], None] = lambda: None,
@@ -147,6 +152,11 @@ def build_cache(
         count_tokens: prompts -> (tokens of each, how many `encode_prompts` reads), to tell which captions are cut.
         latent_shape: store no latents, but in the index their shape, which this gives for the (height, width) of a
             bucket: images are read to find broken ones, and encoded in training. A cache that has latents keeps them.
+        sources: how reference images of rows are encoded; None: rows that have some are refused.
+        source_dir: folders with a reference image for each image, of the same file name; the first holds source 0.
+        source_column: columns with the reference images of a row; by default `source_image`, where there is one.
+        edit_masks: "given", or "computed": where an edit has no mask, what differs between it and its first source,
+            if that is of its size.
         rank: which of `world_size` processes this is; each encodes its share.
         world_size: processes that call this with the same arguments.
         barrier: waits for all of them.
@@ -258,6 +268,13 @@ def _holds_latents(output: Path) -> bool:
     return False
 
 
+def _lack(item: Shared) -> str:
+    """Why a sample is left out for want of what it shares with others."""
+    if isinstance(item, SourceView):
+        return f"its source {item.name} cannot be used"
+    return "its encoded prompt holds NaN or Inf"
+
+
 def _cut_note(jobs: Sequence[Job], count_tokens: CountTokens, noted: Mapping[str, Any]) -> dict[str, Any]:
     """The note on captions that are cut, unless an earlier build has left it: {} if that is unknown."""
     captions = [(job.name, job.caption) for job in jobs if job.view.variant == job.record.part]
@@ -348,13 +365,14 @@ class _Builder:
                 for number in numbers:
                     for window in self._windows(mine[number]):
                         if self.staging.with_text:
-                            self._encode_texts(job.caption for batch in window for job in batch)
+                            self._encode_texts(job.prompt for batch in window for job in batch)
                         for batch in window:
                             self._encode(list(itertools.islice(views, len(batch))))
                 self.behind.finish()
                 self.barrier()
                 for number in numbers:
-                    for some in share(self._text_batches(self.staging.prompts(number))):
+                    prompts = [item for item in self.staging.shared(number) if isinstance(item, Prompt)]
+                    for some in share(self._text_batches(prompts)):
                         self._encode_prompts(some)
                 self.behind.finish()
                 self.barrier()
@@ -381,8 +399,7 @@ class _Builder:
 
     def _finish(self, number: int) -> list[Callable[[], None]]:
         """In the thread that saves; returns what is left to do."""
-        reason = "its encoded prompt holds NaN or Inf"
-        return [functools.partial(self.skip, job.name, reason) for job in self.staging.finish(number)]
+        return [functools.partial(self.skip, job.name, _lack(item)) for job, item in self.staging.finish(number)]
 
     def _begin(self) -> None:
         """Work of one rank before the others start."""
@@ -400,7 +417,7 @@ class _Builder:
             self.behind.finish()
             if self.saved is not None:
                 if self.with_embeds:
-                    self._encode_prompts([self.saved.caption])
+                    self._encode_prompts([self.saved.prompt])
                     self.behind.finish()
                 sizes = {"sample_bytes": self.image_bytes + self.prompt_bytes, "prompt_bytes": self.prompt_bytes}
                 self._write_settings(sizes)
@@ -433,9 +450,9 @@ class _Builder:
         size = max(1, _TEXT_BATCHES * self.text_batch_size // self.batch_size)
         yield from (list(batches[i : i + size]) for i in range(0, len(batches), size))
 
-    def _text_batches(self, prompts: Iterable[str]) -> Iterator[list[str]]:
+    def _text_batches(self, prompts: Iterable[Prompt]) -> Iterator[list[Prompt]]:
         """Texts of about one length together, the longest first: if there is too little memory, it is at the start."""
-        ordered = sorted(prompts, key=len, reverse=True)
+        ordered = sorted(prompts, key=lambda prompt: len(prompt.caption), reverse=True)
         yield from (ordered[i : i + self.text_batch_size] for i in range(0, len(ordered), self.text_batch_size))
 
     def _encode(self, batch: Sequence[Pixels]) -> None:
@@ -473,7 +490,7 @@ class _Builder:
         if self.time_ids and "latents" in sample:
             sample["time_ids"] = torch.tensor([*job.view.original, *job.view.crop, *job.view.size])
         if self.staging.with_text:
-            sample |= texts[job.caption]
+            sample |= texts[job.text_key]
         if bad := self._not_finite(sample):
             return lambda: self.skip(job.name, f"its encoded {bad} holds NaN or Inf in {self.settings['dtype']}")
         size = self.staging.save(job, sample)
@@ -485,27 +502,30 @@ class _Builder:
 
         return saved
 
-    def _encode_texts(self, captions: Iterable[str]) -> None:
+    def _encode_texts(self, prompts: Iterable[Prompt]) -> None:
         """Encodes the texts that are stored with the coming images; those of the last ones may be among them."""
-        wanted = dict.fromkeys(captions)
-        self.texts = {text: row for text, row in self.texts.items() if text in wanted}
-        for some in self._text_batches(text for text in wanted if text not in self.texts):
-            rows = text_rows(self.encode_prompts(some))
-            self.texts |= {text: {n: v.cpu() for n, v in row.items()} for text, row in zip(some, rows, strict=True)}
+        wanted = {prompt.key: prompt for prompt in prompts}
+        self.texts = {key: row for key, row in self.texts.items() if key in wanted}
+        for some in self._text_batches(prompt for key, prompt in wanted.items() if key not in self.texts):
+            for prompt, row in zip(some, self._texts(some), strict=True):
+                self.texts[prompt.key] = {name: value.cpu() for name, value in row.items()}
 
-    def _encode_prompts(self, prompts: list[str]) -> None:
+    def _texts(self, prompts: Sequence[Prompt]) -> list[_Tensors]:
+        return text_rows(self.encode_prompts([prompt.caption for prompt in prompts]))
+
+    def _encode_prompts(self, prompts: list[Prompt]) -> None:
         """Encodes and saves prompts that are stored on their own."""
-        rows = text_rows(self.encode_prompts(prompts))
+        rows = self._texts(prompts)
         self.behind.put(lambda: list(map(self._save_prompt, prompts, rows)))
 
-    def _save_prompt(self, prompt: str, text: _Tensors) -> Callable[[], None]:
+    def _save_prompt(self, prompt: Prompt, text: _Tensors) -> Callable[[], None]:
         bad = self._not_finite(text)
-        size = 0 if bad and self.skip.strict else self.staging.save_prompt(prompt, None if bad else text)
+        size = 0 if bad and self.skip.strict else self.staging.save_shared(prompt, None if bad else text)
 
         def saved() -> None:
             self.prompt_bytes = size
             if bad and self.skip.strict:
-                self.skip(f"The prompt {prompt!r}", f"its encoded {bad} holds NaN or Inf")
+                self.skip(f"The prompt {prompt.caption!r}", f"its encoded {bad} holds NaN or Inf")
 
         return saved
 

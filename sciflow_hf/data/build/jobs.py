@@ -13,6 +13,7 @@ from PIL import Image
 
 from ..batches.buckets import fitting_bucket
 from .ahead import in_order
+from .references import SourceView
 from .sources.pixels import has_more_frames, oriented_size, unreadable
 from .sources.record import Record
 from .tally import Measure
@@ -25,6 +26,24 @@ _CUT_OFF = 0.1  # share of an image's area from which on it is told
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """A text to encode.
+
+    Attributes:
+        caption: its words.
+        sources: that the text encoder reads as well.
+    """
+
+    caption: str
+    sources: tuple[SourceView, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Equal where the embedding is: the caption, with the ids of the sources where there are some."""
+        return "\0".join([self.caption, *(source.id for source in self.sources)])
+
+
+@dataclass(frozen=True)
 class Job:
     """One view of one image, which becomes one row.
 
@@ -32,15 +51,27 @@ class Job:
         record: the image.
         view: what is shown of it, and its bucket.
         id: 16 hex digits over all that its stored arrays depend on.
+        sources: what is shown of its reference images.
+        text_reads_sources: whether its text depends on them.
     """
 
     record: Record
     view: View
     id: str
+    sources: tuple[SourceView, ...] = ()
+    text_reads_sources: bool = False
 
     @property
     def caption(self) -> str:
         return self.record.caption
+
+    @property
+    def prompt(self) -> Prompt:
+        return Prompt(self.caption, self.sources if self.text_reads_sources else ())
+
+    @property
+    def text_key(self) -> str:
+        return self.prompt.key
 
     @property
     def bucket(self) -> _Bucket:
@@ -65,6 +96,8 @@ class Job:
             "original_w": self.view.original[1],
             "crop_top": self.view.crop[0],
             "crop_left": self.view.crop[1],
+            "source_images": [source.name for source in self.sources],
+            "source_sizes": [list(source.view.size) for source in self.sources],
         }
 
 

@@ -16,7 +16,8 @@ from ..layouts.npz import npz_members, npz_problems, write_npz
 from ..writing import sync_files
 from .blocks import npz_name
 from .index import index_schema, index_table
-from .jobs import Job
+from .jobs import Job, Prompt
+from .references import SourceView
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,7 @@ _PART = re.compile(r"data_rank0_part(\d{5,})\.parquet")
 _SHAPES = {"latent_shape": "latents", "prompt_embeds_shape": "prompt_embeds"}
 _OWN = re.compile(r"[0-9a-f]{16}_latents\.npz")
 Tensors = Mapping[str, torch.Tensor]
+Shared = Prompt | SourceView  # what rows share: encoded and stored once
 
 
 class Skips:
@@ -59,8 +61,8 @@ class Staging(ABC):
     """The samples of a cache that is being built by several ranks.
 
     In this order, with barriers between: all `look`; rank 0 calls `clean`; all `plan`; rank 0 calls `clear`. Then ranks
-    `save` what they encoded, and, after a barrier, the `prompts` of these blocks; after another one, one of them each
-    `finish`es a block. When all are done, rank 0 calls `close`.
+    `save` what they encoded, and, after a barrier, what is `shared` in these blocks; after another one, one of them
+    each `finish`es a block. When all are done, rank 0 calls `close`.
 
     Args:
         output: the cache.
@@ -73,13 +75,13 @@ class Staging(ABC):
         new_prompts: after `plan`: of each block, those that are first needed there.
     """
 
-    with_text: ClassVar[bool]  # whether a sample is saved together with its text
+    with_text: ClassVar[bool]  # whether a sample is saved together with its text and the latents of its sources
 
     def __init__(
         self, output: Path, jobs: Sequence[Job], facts: Mapping[str, Any], layout: Layout, skip: Skips
     ) -> None:
         self.output, self.jobs, self.facts, self.layout, self.skip = output, jobs, facts, layout, skip
-        self.new_prompts: list[list[str]] = []
+        self.new_prompts: list[list[Prompt]] = []
 
     @abstractmethod
     def look(self) -> None:
@@ -105,12 +107,12 @@ class Staging(ABC):
     def save(self, job: Job, sample: Tensors) -> int:
         """Keeps a sample, complete or not at all; returns its bytes."""
 
-    def prompts(self, number: int) -> list[str]:
-        """The prompts of block `number` to encode, once its images are saved."""
+    def shared(self, number: int) -> Sequence[Shared]:
+        """What rows share in block `number`, to be encoded once its images are saved."""
         return []
 
-    def save_prompt(self, prompt: str, text: Tensors | None) -> int:
-        """Keeps the embedding of a prompt (None: that it has none); returns its bytes."""
+    def save_shared(self, item: Shared, tensors: Tensors | None) -> int:
+        """Keeps the tensors of what rows share (None: that it has none); returns their bytes."""
         return 0
 
     def gather(self, start: int, stop: int) -> None:
@@ -118,10 +120,10 @@ class Staging(ABC):
         return
 
     @abstractmethod
-    def finish(self, number: int) -> list[Job]:
-        """Completes block `number` of the plan; returns those of its samples whose prompt has no embedding."""
+    def finish(self, number: int) -> list[tuple[Job, Shared]]:
+        """Completes block `number` of the plan; returns the samples left out, with what of theirs has no tensors."""
 
-    def salvage(self, number: int) -> list[Job]:
+    def salvage(self, number: int) -> list[tuple[Job, Shared]]:
         """After an error: makes readable what is there of a block."""
         return []
 
@@ -194,7 +196,7 @@ class NpzStaging(Staging):
         self.shapes[job.id] = {name: list(sample[tensor].shape) for name, tensor in _SHAPES.items()}
         return file.stat().st_size
 
-    def finish(self, number: int) -> list[Job]:
+    def finish(self, number: int) -> list[tuple[Job, Shared]]:
         rows, new = [], []
         for job in self.blocks[number]:
             shapes = self.shapes[job.id] or self._shapes(job)  # another rank may have encoded it

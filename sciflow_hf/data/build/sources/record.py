@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 MASK_COLUMN = "loss_mask"
+Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,10 @@ class Record:
         columns: further columns for the index.
         mask: the file of its loss mask, which may be missing; None if it has none.
         part: "" for the first caption of the image, then "caption2", "caption3", ...: unique with the name.
+        sources: the files of its reference images, in order; with them it is an edit.
+        source_names: their names, as `name`.
+        edit_mask: of an edit, the changed region: the file of a mask (white: changed), or boxes (left, top, right,
+            bottom) in pixels of the image; None if that is not given.
     """
 
     name: str
@@ -55,6 +60,9 @@ class Record:
     columns: dict[str, Any] = field(default_factory=dict)
     mask: Stored | None = None
     part: str = ""
+    sources: tuple[Stored, ...] = ()
+    source_names: tuple[str, ...] = ()
+    edit_mask: Stored | tuple[Box, ...] | None = None
 
 
 def part_name(number: int) -> str:

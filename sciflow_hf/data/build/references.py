@@ -1,0 +1,92 @@
+"""Reference images ("sources") of rows: how a family takes them, and what is shown of each."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from PIL import Image, ImageOps
+
+from .sources.pixels import to_rgb
+from .sources.record import Record
+from .views import View, view_of
+
+_Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class SourceRules:
+    """How a family takes sources.
+
+    Attributes:
+        most: how many a row may have.
+        size: (height, width) in pixels at which the pipeline shows a source of this (height, width).
+        check: why it refuses a source of this (height, width); "" if it takes it.
+        encode: (B, 3, H, W) float32 in [-1, 1] -> latents (B, C, h, w), the mode of the posterior.
+        crop: whether the pipeline brings a source to `size` by cutting off what exceeds its shape; else it stretches.
+        text: whether the text encoder reads the sources, too. `encode_prompts` is then called with
+            `sources`, for each prompt a list of RGB images.
+    """
+
+    most: int
+    size: Callable[[int, int], _Size]
+    check: Callable[[int, int], str]
+    encode: Callable[[torch.Tensor], torch.Tensor]
+    crop: bool = True
+    text: bool = False
+
+
+@dataclass(frozen=True)
+class SourceView:
+    """What is shown of a source.
+
+    Attributes:
+        record: the image whose source it is.
+        number: which of its sources, from 0.
+        view: the window, and the size that it is brought to.
+        id: 16 hex digits: equal where the source's bytes and the view are.
+    """
+
+    record: Record
+    number: int
+    view: View
+    id: str
+
+    @property
+    def name(self) -> str:
+        return self.record.source_names[self.number]
+
+    def read(self) -> Image.Image:
+        """All of the source, RGB."""
+        with self.record.sources[self.number].open() as file:
+            return to_rgb(file)
+
+    def window(self) -> Image.Image:
+        """The window in the source's own pixels, as a text encoder is shown it."""
+        image, (left, top, right, bottom) = self.read(), self.view.box
+        shown = image.crop((round(left), round(top), max(round(right), 1), max(round(bottom), 1)))
+        return ImageOps.mirror(shown) if self.view.flipped else shown
+
+
+def source_view(
+    record: Record, number: int, content: str, original: _Size, target: View, rules: SourceRules
+) -> SourceView:
+    """The view of a source next to the view `target` of its image.
+
+    A source of the image's size is shown through the target's window. Of any other all is shown, as the pipeline
+    does; it is mirrored where the target is.
+
+    Args:
+        content: what stands for the source's bytes.
+        original: (height, width) of the source.
+    """
+    flip = "flip" if target.flipped else ""
+    if original == target.original:
+        view = View(flip, original, rules.size(*target.size), target.box, (0, 0))
+    elif rules.crop:
+        view = view_of(flip, "", original, rules.size(*original))
+    else:
+        view = View(flip, original, rules.size(*original), (0, 0, original[1], original[0]), (0, 0))
+    text = json.dumps(["source", content, view.box, view.size, view.flipped])
+    return SourceView(record, number, view, hashlib.sha256(text.encode()).hexdigest()[:16])
