@@ -5,6 +5,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .arguments import LossArguments
+
 LOSSES = ("mse", "l1", "huber")
 EDIT_LOSSES = ("uniform", "weighted", "balanced")
 """How the elements inside and outside of an edited region (`edit_mask`) count."""
@@ -42,6 +44,33 @@ def sample_mean(values: torch.Tensor, mask: torch.Tensor | None = None) -> torch
         return values.mean(dim=1)
     mask = mask.float().flatten(1)
     return (mask * values).sum(dim=1) / mask.sum(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def edit_weights(edit_mask: torch.Tensor, loss_mask: torch.Tensor | None, args: LossArguments) -> torch.Tensor | None:
+    """Weights (B, h, w) of an edit's elements in `sample_loss`, where `--edit_loss` looks closer; else `loss_mask`.
+
+    With m in [0, 1] the part of an element inside the changed region and w its weight in `loss_mask`, the loss is the
+    mean over the elements weighted by
+
+    - `weighted`: w (1 + (`edit_weight` - 1) m);
+    - `balanced`: w (1 - b) (1 - m) / sum(w (1 - m)) + w b m / sum(w m) with b = `edit_balance`, which is (1 - b) times
+      the mean outside and b times the mean inside; w where one of them is empty.
+
+    Args:
+        edit_mask: (B, h, w) uint8, 255 inside the changed region.
+        loss_mask: (B, h, w), or None for 1 everywhere.
+    """
+    if args.edit_loss == "uniform":
+        return loss_mask
+    inside = edit_mask.float() / 255
+    weight = torch.ones_like(inside) if loss_mask is None else loss_mask.float()
+    if args.edit_loss == "weighted":
+        return weight * (1 + (args.edit_weight - 1) * inside)
+    parts = [weight * (1 - inside), weight * inside]
+    totals = [part.sum(dim=(1, 2), keepdim=True) for part in parts]
+    outside, within = (part / total for part, total in zip(parts, totals, strict=True))
+    balanced = (1 - args.edit_balance) * outside + args.edit_balance * within
+    return torch.where((totals[0] > 0) & (totals[1] > 0), balanced, weight)
 
 
 def flow_weight(

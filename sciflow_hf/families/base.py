@@ -3,7 +3,7 @@
 import functools
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 
 from ..diffusion.arguments import LossArguments
-from ..diffusion.losses import sample_loss
+from ..diffusion.losses import edit_weights, sample_loss
 from ..diffusion.process import Noised, NoiseLevels
 from ..diffusion.randomness import randn, sample_keys
+from ..diffusion.sources import source_name, source_names_in
 from ..engines.quantisation import check_quantization, load_quantized
 from ..errors import SciflowError
 from ..options import Options, arguments, option
@@ -94,6 +95,10 @@ class ModelFamily(NoiseLevels, Options, ABC):
     """The Hub task shown on model cards."""
     whole_pipeline: ClassVar[bool] = False
     """True where `save_network` writes a pipeline that loads by itself."""
+    max_sources: ClassVar[int] = 0
+    """Reference images ("sources") that an edit may have; 0: the family draws from text alone."""
+    text_reads_sources: ClassVar[bool] = False
+    """True: `encode_prompts` takes `sources`, so that a text belongs to a caption and its sources."""
     lora_presets: ClassVar[dict[str, str]] = {}
     """Names for `--lora_layers`, each comma-separated names of layers."""
 
@@ -121,7 +126,8 @@ class ModelFamily(NoiseLevels, Options, ABC):
         Args:
             model: the network, possibly wrapped (DDP, compile, PEFT).
             batch: collated samples, the family's keys; `noise_key` (B,) int64 where the loader gave keys; `loss_mask`
-                (B, h, w) where the elements of the latents do not count alike.
+                (B, h, w) where the elements of the latents do not count alike; of edits `source_latents` (B, C, h, w),
+                `source_latents_1`, ..., raw, and perhaps `edit_mask` (B, h, w), 255 inside the changed region.
             noise: shape of `clean_latents`; drawn from the keys unless given.
             levels: final noise levels (B,), after any shift: sigmas, or timesteps of DDPM; drawn from the keys unless
                 given.
@@ -145,11 +151,16 @@ class ModelFamily(NoiseLevels, Options, ABC):
 
     def prepare(self, batch: dict[str, Any], *, training: bool) -> dict[str, Any]:
         """A copy of `batch` with `noise_key` (B,), fresh keys where the loader gave none: what the step is made of."""
+        self.check_source_names(batch)
         return batch | {"noise_key": sample_keys(batch, len(next(iter(batch.values()))))}
 
     @abstractmethod
     def clean_latents(self, batch: dict[str, Any]) -> torch.Tensor:
         """The latents to mix with noise: (B, C, h, w), float32, normalised."""
+
+    def clean_sources(self, batch: dict[str, Any]) -> list[torch.Tensor]:
+        """The sources of edits, in order, as `clean_latents` of themselves; [] where the batch has none."""
+        return [self.clean_latents({"latents": batch[name]}) for name in source_names_in(batch)]
 
     def latent_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of each channel, as the checkpoint says them: (1, C, 1, 1), float32.
@@ -197,6 +208,8 @@ class ModelFamily(NoiseLevels, Options, ABC):
             batch: as in `compute_loss`, with `noise_key`, and with what `predict` has put into it.
         """
         mask = batch.get("loss_mask")
+        if "edit_mask" in batch:
+            mask = edit_weights(batch["edit_mask"], mask, args)
         loss = sample_loss(
             self.pack(model_pred),
             self.pack(noised.target),
@@ -255,6 +268,18 @@ class ModelFamily(NoiseLevels, Options, ABC):
         with torch.no_grad():
             pixel_values = pixel_values.to(encoders.vae.device, encoders.vae.dtype)
             return self.posterior_tensors(encoders.vae.encode(pixel_values).latent_dist)
+
+    def source_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width in pixels at which the pipeline shows the network a source of that size."""
+        raise SciflowError(f"`{self.name}` takes no reference images.")
+
+    def check_source(self, height: int, width: int) -> str:
+        """Why the pipeline refuses a source of that size in pixels; "" where it takes it."""
+        return ""
+
+    def encode_source_images(self, pixel_values: torch.Tensor, encoders: Any) -> torch.Tensor:
+        """Sources (B, 3, H, W) in [-1, 1], of `source_size` -> their raw latents (B, C, h, w): the posterior's mode."""
+        return self.encode_images(pixel_values, encoders)["latents"]
 
     def encode_prompts(self, prompts: Sequence[str], encoders: Any) -> dict[str, torch.Tensor]:
         """Prompts -> `prompt_embeds` (B, L, D) and the family's extras."""
@@ -317,8 +342,9 @@ class ModelFamily(NoiseLevels, Options, ABC):
         num_inference_steps: int,
         guidance_scale: float,
         generator: torch.Generator,
+        source_images: Sequence["Image"] = (),
     ) -> list["Image"]:
-        """Images of one prompt."""
+        """Images of one prompt, edits of `source_images` where given."""
 
     def call_arguments(self, args: SamplingArguments) -> list[str]:
         """Code of further arguments in the pipeline's call, for the model card."""
@@ -345,7 +371,7 @@ class ModelFamily(NoiseLevels, Options, ABC):
         return mean | {"latents_std": distribution.std} if self.posterior == "sample" else mean
 
     def check_latent_extras(self, sample: dict[str, torch.Tensor]) -> None:
-        """Raises SciflowError where `latents_std` is missing or does not fit `latents`, or `loss_mask` does not."""
+        """Raises SciflowError where `latents_std` is missing or does not fit `latents`, or masks or sources do not."""
         key = "latents" if "latents" in sample else "pixel_values"
         latents = tuple(sample[key].shape)
         if key == "latents" and self.posterior == "sample" and "latents_std" not in sample:
@@ -353,9 +379,29 @@ class ModelFamily(NoiseLevels, Options, ABC):
                 "`posterior` 'sample': this cache holds no standard deviation (`latents_std`). Build it again by "
                 "`sciflow-hf cache build --posterior sample`, or train on the mode."
             )
-        for name, expected in (("latents_std", latents), ("loss_mask", latents[-2:])):
+        spatial = latents[-2:]
+        for name, expected in (("latents_std", latents), ("loss_mask", spatial), ("edit_mask", spatial)):
             if name in sample and tuple(sample[name].shape) != expected:
                 raise SciflowError(f"`{name}` {tuple(sample[name].shape)}: `{key}` {latents} need {expected}.")
+        for name in self.check_source_names(sample):
+            shape = tuple(sample[name].shape)
+            if len(shape) != 3 or shape[0] != latents[0] or any(side % self.patch for side in shape[1:]):
+                raise SciflowError(
+                    f"`{name}` {shape}: `{self.name}` takes ({latents[0]}, h, w), h and w multiples of {self.patch}. "
+                    "Was the cache built by another family or VAE?"
+                )
+
+    def check_source_names(self, names: Iterable[str]) -> list[str]:
+        """The sources among `names`, in order; SciflowError where they are more than the family takes."""
+        sources = source_names_in(names)
+        if len(sources) > self.max_sources:
+            takes = f"at most {self.max_sources}" if self.max_sources else "none"
+            raise SciflowError(
+                f"`{sources[self.max_sources]}`: this is an edit of {len(sources)} reference "
+                f"image{'s' * (len(sources) > 1)}, and `{self.name}` takes {takes}. Train a family that reads them, or "
+                "build the cache without them."
+            )
+        return sources
 
 
 @arguments
@@ -674,6 +720,7 @@ class PipelineFamily(ModelFamily):
         dtype: torch.dtype,
         encoders: Any = None,
         negative_prompts: Sequence[str] | None = None,
+        source_images: Sequence[Sequence["Image"]] | None = None,
     ) -> list[dict[str, torch.Tensor]]:
         """One dict of `pipeline_inputs` a prompt, on the CPU. Each distinct text is encoded once.
 
@@ -683,16 +730,22 @@ class PipelineFamily(ModelFamily):
             dtype: of the text encoders, where they are loaded here.
             encoders: those of `load_encoders`, if they are loaded already.
             negative_prompts: one a prompt; None: guidance away from `no_prompt`.
+            source_images: the RGB images that each prompt edits, none for a prompt without. Read by families with
+                `text_reads_sources`; the negative prompt of an edit reads them too.
         """
         encoders = encoders or self.load_text_encoder(device=device, dtype=dtype)
-        texts = list(dict.fromkeys([*prompts, *([self.no_prompt] if negative_prompts is None else negative_prompts)]))
-        encoded = self.encode_prompts(texts, encoders)
+        away = [self.no_prompt] * len(prompts) if negative_prompts is None else negative_prompts
+        given = source_images if source_images and self.text_reads_sources else [()] * len(prompts)
+        ids = [tuple(map(id, images)) for images in given]
+        wanted, unwanted = list(zip(prompts, ids, strict=True)), list(zip(away, ids, strict=True))
+        texts = dict(zip([*wanted, *unwanted], [*given, *given], strict=True))  # each once, with what it reads
+        options = {"sources": list(texts.values())} if self.text_reads_sources else {}
+        encoded = self.encode_prompts([text for text, _ in texts], encoders, **options)
         rows = {text: {k: v[i : i + 1].cpu() for k, v in encoded.items()} for i, text in enumerate(texts)}
+        negatives = [rows[text] for text in unwanted]
         if negative_prompts is None:
-            negatives = [self.unconditional(rows[self.no_prompt])] * len(prompts)
-        else:
-            negatives = [rows[text] for text in negative_prompts]
-        return [self.pipeline_inputs(rows[text], row) for text, row in zip(prompts, negatives, strict=True)]
+            negatives = [self.unconditional(row) for row in negatives]
+        return [self.pipeline_inputs(rows[text], row) for text, row in zip(wanted, negatives, strict=True)]
 
     def unconditional(self, row: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Inputs that guidance leads away from without a negative prompt, from the row (1, ...) of `no_prompt`."""
@@ -726,6 +779,15 @@ class PipelineFamily(ModelFamily):
         """Further arguments of the pipeline's call in validation, plain values."""
         return {}
 
+    def size_options(self, height: int, width: int) -> dict[str, Any]:
+        """Arguments of the pipeline's call that make it draw an image of that many pixels."""
+        return {"height": height, "width": width}
+
+    def source_options(self, source_images: Sequence["Image"]) -> dict[str, Any]:
+        """Arguments of the pipeline's call that hold the sources of an edit; SciflowError where there are too many."""
+        self.check_source_names(source_name(i) for i in range(len(source_images)))
+        return {"image": list(source_images)} if source_images else {}
+
     def needs_negative_prompt(self) -> bool:
         """Whether the pipeline's call has guidance only where it is given a negative prompt."""
         return False
@@ -751,6 +813,7 @@ class PipelineFamily(ModelFamily):
         num_inference_steps: int,
         guidance_scale: float,
         generator: torch.Generator,
+        source_images: Sequence["Image"] = (),
         **options: Any,
     ) -> list["Image"]:
         """Images of one prompt by the pipeline's own call, in the dtype and on the device of its network.
@@ -763,6 +826,7 @@ class PipelineFamily(ModelFamily):
             num_inference_steps: denoising steps.
             guidance_scale: passed as `guidance_argument`.
             generator: all randomness of the image.
+            source_images: RGB images to edit, which the pipeline resizes by its own rule.
             options: further arguments of the call.
         """
         network = getattr(pipeline, self.component)
@@ -778,8 +842,8 @@ class PipelineFamily(ModelFamily):
 
         images: list[Image] = pipeline(
             **inputs,
-            height=height,
-            width=width,
+            **self.size_options(height, width),
+            **self.source_options(source_images),
             num_inference_steps=num_inference_steps,
             generator=generator,
             **{self.guidance_argument: guidance_scale},

@@ -52,16 +52,21 @@ class Flux(PipelineFamily):
     def predict(
         self, model: torch.nn.Module, batch: dict[str, Any], noisy_latents: torch.Tensor, levels: torch.Tensor
     ) -> torch.Tensor:
-        """The velocity (B, 16, h, w). Batch: `prompt_embeds` (B, L, D), `pooled_prompt_embeds` (B, P)."""
+        """The velocity (B, 16, h, w). Batch: `prompt_embeds` (B, L, D), `pooled_prompt_embeds` (B, P).
+
+        And `source_latents` (B, 16, h, w) of edits, for `flux_kontext`.
+        """
         dtype, (height, width) = network_dtype(model), noisy_latents.shape[2:]
+        images = [noisy_latents, *self.clean_sources(batch)]
+        img_ids = [image_ids(*image.shape[2:], image.device, number) for number, image in enumerate(images)]
         tokens = model(
-            hidden_states=pack(noisy_latents).to(dtype),
+            hidden_states=torch.cat([pack(image) for image in images], dim=1).to(dtype),
             timestep=levels,  # the network multiplies by 1000 itself
             guidance=self.guidance(levels),
-            img_ids=image_ids(height // PATCH, width // PATCH, noisy_latents.device),
+            img_ids=torch.cat(img_ids),
             return_dict=False,
             **self.text_inputs(batch, dtype),
-        )[0]
+        )[0][:, : self.image_seq_len(noisy_latents)]
         return unpack(tokens.float(), height, width)
 
     def pack(self, latents: torch.Tensor) -> torch.Tensor:
@@ -183,6 +188,7 @@ class Flux(PipelineFamily):
 
 
 @functools.lru_cache(maxsize=256)
-def image_ids(height: int, width: int, device: torch.device) -> torch.Tensor:
-    """Rotary position ids (0, h, w) of the image tokens: (height * width, 3), int64, without a batch axis."""
-    return torch.cartesian_prod(*(torch.arange(size, device=device) for size in (1, height, width)))
+def image_ids(height: int, width: int, device: torch.device, number: int = 0) -> torch.Tensor:
+    """Rotary position ids (number, h, w) of the tokens of latents (height, width): (L, 3), int64, no batch axis."""
+    axes = (torch.arange(side // PATCH, device=device) for side in (height, width))
+    return torch.cartesian_prod(torch.full((1,), number, device=device), *axes)

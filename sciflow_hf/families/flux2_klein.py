@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -36,18 +37,20 @@ class Flux2Klein(PipelineFamily):
     def predict(
         self, model: torch.nn.Module, batch: dict[str, Any], noisy_latents: torch.Tensor, levels: torch.Tensor
     ) -> torch.Tensor:
-        """The velocity (B, 128, h/2, w/2). Batch: `prompt_embeds` (B, L, D)."""
+        """The velocity (B, 128, h/2, w/2). Batch: `prompt_embeds` (B, L, D), perhaps `source_latents` (B, 32, h, w)."""
         dtype, (batch_size, _, height, width) = network_dtype(model), noisy_latents.shape
         prompt_embeds, device = batch["prompt_embeds"].to(dtype), noisy_latents.device
+        images = [noisy_latents, *self.clean_sources(batch)]  # apart in time: 0, 10, 20, ...
+        img_ids = [position_ids(*image.shape[2:], 1, device, 10 * number) for number, image in enumerate(images)]
         tokens: torch.Tensor = model(
-            hidden_states=self.pack(noisy_latents).to(dtype),
+            hidden_states=torch.cat([self.pack(image) for image in images], dim=1).to(dtype),
             timestep=levels,  # the network multiplies by 1000 itself
             guidance=None,
             encoder_hidden_states=prompt_embeds,
             txt_ids=position_ids(1, 1, prompt_embeds.shape[1], device).expand(batch_size, -1, -1),
-            img_ids=position_ids(height, width, 1, device).expand(batch_size, -1, -1),
+            img_ids=torch.cat(img_ids).expand(batch_size, -1, -1),
             return_dict=False,
-        )[0]
+        )[0][:, : height * width]
         return tokens.float().transpose(1, 2).unflatten(2, (height, width))
 
     def clean_latents(self, batch: dict[str, Any]) -> torch.Tensor:
@@ -68,6 +71,7 @@ class Flux2Klein(PipelineFamily):
 
     name: ClassVar[str] = "flux2_klein"
     patch: ClassVar[int] = PATCH
+    max_sources: ClassVar[int] = 10
     text_settings: ClassVar[dict[str, Any]] = {
         "text_encoder_layers": list(TEXT_ENCODER_LAYERS),
         "padding_side": "right",
@@ -156,6 +160,17 @@ class Flux2Klein(PipelineFamily):
         texts = [tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **options) for prompt in prompts]
         return token_counts(texts, tokenizer), self.max_sequence_length
 
+    def source_size(self, height: int, width: int) -> tuple[int, int]:
+        """As the pipeline: at most 1024 x 1024 pixels, then sides cut to multiples of `bucket_step`."""
+        step, scale = self.bucket_step(), min(1.0, math.sqrt(1024 * 1024 / (height * width)))
+        return int(height * scale) // step * step, int(width * scale) // step * step
+
+    def check_source(self, height: int, width: int) -> str:
+        """Refuses what the pipeline's image processor refuses: sides under 64 pixels, aspect ratios above 8."""
+        short, long = sorted((height, width))
+        refused = short < 64 or long > 8 * short
+        return f"{height} x {width} pixels: FLUX.2 takes sides of at least 64, at most 8:1" if refused else ""
+
     def resolution_mu(self, image_seq_len: int) -> float:
         """The line of BFL's sampler for many steps, `compute_empirical_mu` in diffusers; training has no steps."""
         return 0.00016927 * image_seq_len + 0.45666666
@@ -191,6 +206,7 @@ def truncate(text_encoder: Any, depth: int) -> None:
 
 
 @functools.lru_cache(maxsize=256)
-def position_ids(height: int, width: int, length: int, device: torch.device) -> torch.Tensor:
-    """Rotary position ids (t, h, w, l): (height * width * length, 4), int64; images (0,h,w,0), text (0,0,0,l)."""
-    return torch.cartesian_prod(*(torch.arange(size, device=device) for size in (1, height, width, length)))
+def position_ids(height: int, width: int, length: int, device: torch.device, time: int = 0) -> torch.Tensor:
+    """Rotary position ids (t, h, w, l): (height * width * length, 4), int64; images (t,h,w,0), text (0,0,0,l)."""
+    axes = (torch.arange(size, device=device) for size in (height, width, length))
+    return torch.cartesian_prod(torch.full((1,), time, device=device), *axes)

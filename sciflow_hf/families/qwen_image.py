@@ -41,16 +41,21 @@ class QwenImage(PipelineFamily):
     def predict(
         self, model: torch.nn.Module, batch: dict[str, Any], noisy_latents: torch.Tensor, levels: torch.Tensor
     ) -> torch.Tensor:
-        """The velocity (B, 16, h, w). Batch: `prompt_embeds` (B, L, D), `prompt_embeds_mask` (B, L) of padded texts."""
+        """The velocity (B, 16, h, w). Batch: `prompt_embeds` (B, L, D), `prompt_embeds_mask` (B, L) of padded texts.
+
+        And `source_latents` (B, 16, h, w) of edits, for `qwen_image_edit`.
+        """
         dtype, (height, width) = network_dtype(model), noisy_latents.shape[2:]
+        images = [noisy_latents, *self.clean_sources(batch)]
+        shapes = [(1, image.shape[2] // PATCH, image.shape[3] // PATCH) for image in images]
         tokens = model(
-            hidden_states=pack(noisy_latents).to(dtype),
+            hidden_states=torch.cat([pack(image) for image in images], dim=1).to(dtype),
             timestep=levels,  # the network multiplies by 1000 itself
             encoder_hidden_states=batch["prompt_embeds"].to(dtype),
             encoder_hidden_states_mask=batch.get("prompt_embeds_mask"),
-            img_shapes=[[(1, height // PATCH, width // PATCH)]] * len(noisy_latents),  # the positions follow from them
+            img_shapes=[shapes] * len(noisy_latents),  # the positions follow from them
             return_dict=False,
-        )[0]
+        )[0][:, : self.image_seq_len(noisy_latents)]
         return unpack(tokens.float(), height, width)
 
     def pack(self, latents: torch.Tensor) -> torch.Tensor:

@@ -105,11 +105,11 @@ def test_loss_and_every_gradient_equal_diffusers(family, model, pipeline, batch,
     assert len([p for p in model.parameters() if p.grad is not None]) > 20
 
 
-def _swapped_ids(height, width, length, device):
+def _swapped_ids(height, width, length, device, *time):
     return position_ids(height, width, length, device)[:, [0, 2, 1, 3]]
 
 
-def _zero_text_ids(height, width, length, device):
+def _zero_text_ids(height, width, length, device, *time):
     return position_ids(height, width, length, device) * (length == 1)
 
 
