@@ -273,6 +273,10 @@ class ModelFamily(NoiseLevels, Options, ABC):
         """Height and width in pixels at which the pipeline shows the network a source of that size."""
         raise SciflowError(f"`{self.name}` takes no reference images.")
 
+    def source_resized(self, height: int, width: int) -> tuple[int, int]:
+        """The size to which the pipeline resizes a source before it cuts `source_size` out of its centre."""
+        return self.source_size(height, width)
+
     def check_source(self, height: int, width: int) -> str:
         """Why the pipeline refuses a source of that size in pixels; "" where it takes it."""
         return ""

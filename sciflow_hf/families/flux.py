@@ -1,6 +1,5 @@
 """FLUX.1 [dev] (Black Forest Labs): rectified flow on packed latents, guidance-distilled; CLIP and T5 for the text."""
 
-import functools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -10,7 +9,7 @@ import torch
 from ..errors import SciflowError
 from ..options import arguments, option
 from .base import PipelineFamily, network_dtype, part_option, posterior_option
-from .tokens import PATCH, pack, token_ids, unpack
+from .tokens import PATCH, pack, position_ids, token_ids, unpack
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +57,8 @@ class Flux(PipelineFamily):
         """
         dtype, (height, width) = network_dtype(model), noisy_latents.shape[2:]
         images = [noisy_latents, *self.clean_sources(batch)]
-        img_ids = [image_ids(*image.shape[2:], image.device, number) for number, image in enumerate(images)]
+        sides = [(image.shape[2] // PATCH, image.shape[3] // PATCH) for image in images]
+        img_ids = [position_ids(*size, device=noisy_latents.device, time=i) for i, size in enumerate(sides)]
         tokens = model(
             hidden_states=torch.cat([pack(image) for image in images], dim=1).to(dtype),
             timestep=levels,  # the network multiplies by 1000 itself
@@ -185,10 +185,3 @@ class Flux(PipelineFamily):
         super().check_sample(model, sample)
         if "txt_ids" in sample and sample["txt_ids"].any():
             raise SciflowError("`text_ids`: FLUX.1 takes (0, 0, 0) for every text token; the cache stores other ids.")
-
-
-@functools.lru_cache(maxsize=256)
-def image_ids(height: int, width: int, device: torch.device, number: int = 0) -> torch.Tensor:
-    """Rotary position ids (number, h, w) of the tokens of latents (height, width): (L, 3), int64, no batch axis."""
-    axes = (torch.arange(side // PATCH, device=device) for side in (height, width))
-    return torch.cartesian_prod(torch.full((1,), number, device=device), *axes)

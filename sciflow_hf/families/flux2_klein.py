@@ -11,7 +11,7 @@ import torch
 from ..errors import SciflowError
 from ..options import arguments, option
 from .base import PipelineFamily, network_dtype
-from .tokens import PATCH, token_counts
+from .tokens import PATCH, position_ids, token_counts
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +41,13 @@ class Flux2Klein(PipelineFamily):
         dtype, (batch_size, _, height, width) = network_dtype(model), noisy_latents.shape
         prompt_embeds, device = batch["prompt_embeds"].to(dtype), noisy_latents.device
         images = [noisy_latents, *self.clean_sources(batch)]  # apart in time: 0, 10, 20, ...
-        img_ids = [position_ids(*image.shape[2:], 1, device, 10 * number) for number, image in enumerate(images)]
+        img_ids = [position_ids(*image.shape[2:], 1, device=device, time=10 * i) for i, image in enumerate(images)]
         tokens: torch.Tensor = model(
             hidden_states=torch.cat([self.pack(image) for image in images], dim=1).to(dtype),
             timestep=levels,  # the network multiplies by 1000 itself
             guidance=None,
             encoder_hidden_states=prompt_embeds,
-            txt_ids=position_ids(1, 1, prompt_embeds.shape[1], device).expand(batch_size, -1, -1),
+            txt_ids=position_ids(1, 1, prompt_embeds.shape[1], device=device).expand(batch_size, -1, -1),
             img_ids=torch.cat(img_ids).expand(batch_size, -1, -1),
             return_dict=False,
         )[0][:, : height * width]
@@ -160,16 +160,20 @@ class Flux2Klein(PipelineFamily):
         texts = [tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **options) for prompt in prompts]
         return token_counts(texts, tokenizer), self.max_sequence_length
 
+    def source_resized(self, height: int, width: int) -> tuple[int, int]:
+        """As the pipeline: as it is, or with its aspect ratio to 1024 x 1024 pixels where it has more."""
+        scale = min(1.0, math.sqrt(1024 * 1024 / (height * width)))
+        return int(height * scale), int(width * scale)
+
     def source_size(self, height: int, width: int) -> tuple[int, int]:
-        """As the pipeline: at most 1024 x 1024 pixels, then sides cut to multiples of `bucket_step`."""
-        step, scale = self.bucket_step(), min(1.0, math.sqrt(1024 * 1024 / (height * width)))
-        return int(height * scale) // step * step, int(width * scale) // step * step
+        """The same, cut to multiples of `bucket_step`."""
+        (height, width), step = self.source_resized(height, width), self.bucket_step()
+        return height // step * step, width // step * step
 
     def check_source(self, height: int, width: int) -> str:
         """Refuses what the pipeline's image processor refuses: sides under 64 pixels, aspect ratios above 8."""
         short, long = sorted((height, width))
-        refused = short < 64 or long > 8 * short
-        return f"{height} x {width} pixels: FLUX.2 takes sides of at least 64, at most 8:1" if refused else ""
+        return f"{height} x {width} pixels: under 64, or beyond 8:1" if short < 64 or long > 8 * short else ""
 
     def resolution_mu(self, image_seq_len: int) -> float:
         """The line of BFL's sampler for many steps, `compute_empirical_mu` in diffusers; training has no steps."""
@@ -182,7 +186,7 @@ class Flux2Klein(PipelineFamily):
     def check_sample(self, model: Any, sample: dict[str, torch.Tensor]) -> None:
         """As `PipelineFamily.check_sample`; also refuses text ids other than (0, 0, 0, l)."""
         super().check_sample(model, sample)
-        expected = position_ids(1, 1, len(sample["prompt_embeds"]), sample["latents"].device)
+        expected = position_ids(1, 1, len(sample["prompt_embeds"]), device=sample["latents"].device)
         if "txt_ids" in sample and not torch.equal(sample["txt_ids"], expected):
             raise SciflowError("`text_ids`: FLUX.2 takes (0, 0, 0, l) for text token l; the cache stores other ids.")
 
@@ -203,10 +207,3 @@ def truncate(text_encoder: Any, depth: int) -> None:
     text_encoder.model.norm = text_encoder.lm_head = torch.nn.Identity()
     text_encoder.config.num_hidden_layers = len(text_encoder.model.layers)
     text_encoder.config.layer_types = text_encoder.config.layer_types[:depth]
-
-
-@functools.lru_cache(maxsize=256)
-def position_ids(height: int, width: int, length: int, device: torch.device, time: int = 0) -> torch.Tensor:
-    """Rotary position ids (t, h, w, l): (height * width * length, 4), int64; images (t,h,w,0), text (0,0,0,l)."""
-    axes = (torch.arange(size, device=device) for size in (height, width, length))
-    return torch.cartesian_prod(torch.full((1,), time, device=device), *axes)

@@ -1,5 +1,6 @@
 """Latents and prompts as the networks of several families take them: 2x2 pixels a token, token ids."""
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -19,6 +20,13 @@ def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """The inverse of `pack`: (B, h/2 * w/2, 4C) -> (B, C, h, w)."""
     patches = tokens.reshape(len(tokens), height // PATCH, width // PATCH, -1, PATCH, PATCH)
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, height, width)
+
+
+@functools.lru_cache(maxsize=256)
+def position_ids(*sizes: int, device: torch.device, time: int = 0) -> torch.Tensor:
+    """Rotary position ids (time, i, j, ...) of a grid of these sizes: (product of them, 1 + their number), int64."""
+    axes = (torch.arange(size, device=device) for size in sizes)
+    return torch.cartesian_prod(torch.tensor([time], device=device), *axes)
 
 
 def token_counts(prompts: Iterable[str], tokenizer: Any, dropped: int = 0) -> list[int]:

@@ -15,7 +15,8 @@ from sciflow_hf.diffusion.process import NoiseProcess
 from sciflow_hf.diffusion.randomness import noise_keys, randn
 from sciflow_hf.errors import SciflowError
 from sciflow_hf.families import flux2_klein, load_family
-from sciflow_hf.families.flux2_klein import Flux2Klein, position_ids
+from sciflow_hf.families.flux2_klein import Flux2Klein
+from sciflow_hf.families.tokens import position_ids
 from sciflow_hf.training.arguments import DiffusionTrainingArguments
 
 SIGMAS = torch.tensor([0.35, 0.8])
@@ -105,12 +106,12 @@ def test_loss_and_every_gradient_equal_diffusers(family, model, pipeline, batch,
     assert len([p for p in model.parameters() if p.grad is not None]) > 20
 
 
-def _swapped_ids(height, width, length, device, *time):
-    return position_ids(height, width, length, device)[:, [0, 2, 1, 3]]
+def _swapped_ids(*sizes, **options):
+    return position_ids(*sizes, **options)[:, [0, 2, 1, 3]]
 
 
-def _zero_text_ids(height, width, length, device, *time):
-    return position_ids(height, width, length, device) * (length == 1)
+def _zero_text_ids(*sizes, **options):
+    return position_ids(*sizes, **options) * (sizes[2] == 1)
 
 
 def _wrong_patchify(latents):
