@@ -167,6 +167,8 @@ class RecipeParser(HfArgumentParser):
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
         help = "YAML of options, a file or a name of `sciflow-hf configs`; flags override it."
         self.add_argument("--config", metavar="NAME_OR_FILE", help=help)
+        help = "Also show what other packages say as they are imported."
+        self.add_argument("--verbose", action="store_true", help=help)  # read by `run`, before there is a parser
 
     def _add_dataclass_arguments(self, dtype: Any) -> None:
         """The parent's, in groups: each option below the `heading` of the class that declares it, bases last."""
@@ -196,7 +198,7 @@ class RecipeParser(HfArgumentParser):
         config = self._config_file(argv)
         options: dict[str, argparse.Action] = {}
         for action in self._actions:
-            if action.dest not in ("help", "config"):
+            if action.dest not in ("help", "config", "verbose"):
                 options.setdefault(action.dest, action)  # `--x` of a boolean stands before its `--no_x`
         hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
         written = read_yaml(config) if config else {}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from . import cache, configs, env, export, init, push, sample, train
-from .run import explained, outlast_readers
+from .run import explained, outlast_readers, quieten
 
 COMMANDS = {
     "train": (train, "train a model family by its recipe"),
@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is None:  # a process of its own
         outlast_readers()
+        quieten()
     args = _parser().parse_args(argv)
     if args.run is not train.run:  # a recipe sets up its own
         _set_up_logging()
@@ -62,6 +63,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="sciflow-hf", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--verbose", action="store_true", help="also show what other packages say as they are imported")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, (module, text) in COMMANDS.items():
         module.add_options(commands.add_parser(name, help=text, description=module.__doc__, allow_abbrev=False))

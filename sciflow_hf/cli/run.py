@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -10,6 +11,9 @@ from typing import Any, NoReturn
 
 from ..errors import Preempted, SciflowError, first_line
 from ..files import is_disk_full
+
+# Loggers of packages that warn as they are imported of parts that a run does not use.
+_NOISY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao")
 
 
 def run(main: Callable[[], Any]) -> NoReturn:
@@ -25,6 +29,7 @@ def run(main: Callable[[], Any]) -> NoReturn:
 
     status: Any = 0
     outlast_readers()
+    quieten()
     try:
         try:
             main()
@@ -44,6 +49,13 @@ def run(main: Callable[[], Any]) -> NoReturn:
     finally:
         let_go_of_all()
     sys.exit(status)
+
+
+def quieten() -> None:
+    """Unless `--verbose` is among the flags, other packages say nothing as they are imported."""
+    if "--verbose" not in sys.argv:
+        for name in _NOISY:
+            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def outlast_readers() -> None:

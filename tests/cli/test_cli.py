@@ -327,6 +327,17 @@ def test_env_names_versions(cli: Cli) -> None:
         assert field(out, name) == version(name)
 
 
+@pytest.mark.parametrize("flag", ["", "--verbose"])
+def test_other_packages_speak_when_asked(monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
+    logger = logging.getLogger("torchao")
+    monkeypatch.setattr(logger, "level", logging.NOTSET)
+    monkeypatch.setattr(sys, "argv", ["recipe", *filter(None, [flag])])
+    with pytest.raises(SystemExit):
+        sf.run(lambda: None)
+    assert logger.isEnabledFor(logging.WARNING) == bool(flag)
+    logger.manager._clear_cache()  # type: ignore[attr-defined]
+
+
 def test_help_imports_no_model_library() -> None:
     code = (
         "import sys; from sciflow_hf.cli import main\n"
