@@ -19,6 +19,7 @@ import pyarrow.types as types
 import torch
 from torch.utils.data import Dataset
 
+from ..diffusion.sources import source_name, source_names_in
 from ..errors import CacheError, SciflowError, first_line
 from . import storage
 from .layouts.base import (
@@ -33,6 +34,7 @@ from .layouts.base import (
     Reader,
     read_member,
     read_members,
+    same_everywhere,
     target_dtype,
 )  # fmt: skip
 from .layouts.inline import InlineReader
@@ -141,6 +143,7 @@ class CacheIndex:
     latent_shapes: np.ndarray  # (N, 3) int32
     text_shapes: np.ndarray  # (N, 2) int32; (0, 0) where no embeddings are stored
     sizes: np.ndarray  # (N, 2) int32: height, width in pixels
+    source_shapes: np.ndarray  # (N,) of tuples: (C, h, w) of each of the row's sources
     metadata: dict[str, Any]
     empty_prompt_file: str | None
     _read: dict[str, pa.ChunkedArray | None] = field(default_factory=dict, repr=False, compare=False)
@@ -324,9 +327,16 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         index = self._index
         wanted = {}
         if self.online_images is None and index.find(row)[0].payload.get("latents") != NO_LATENTS:
-            wanted = {"latents": ("latent_shape", index.latent_shapes[row])}
+            wanted = {"latents": ("latent_shape", index.latent_shapes[row].tolist())}
         if self.online_text is None and index.text_shapes[row, 0]:
-            wanted["prompt_embeds"] = ("prompt_embeds_shape", index.text_shapes[row])
+            wanted["prompt_embeds"] = ("prompt_embeds_shape", index.text_shapes[row].tolist())
+        sources = index.source_shapes[row]
+        wanted |= {source_name(number): ("source_shapes", shape) for number, shape in enumerate(sources)}
+        if len(sources) < len(found := source_names_in(members)):
+            raise CacheError(
+                f"{where}: the payload {index.payload_file(row)} holds the sources {found}, but column `source_shapes` "
+                f"says {list(sources)}: give it the shape (C, h, w) of each. {REBUILD}."
+            )
         ids = members.get("txt_ids")
         if ids is not None and (len(ids.shape) != 2 or ids.shape[0] != index.text_shapes[row, 0]):
             raise CacheError(
@@ -334,7 +344,7 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
                 f"({index.text_shapes[row, 0]}, n), one row per token of `prompt_embeds`. {REBUILD}."
             )
         for name, (column, shape) in wanted.items():
-            member, expected = members.get(name), tuple(shape.tolist())
+            member, expected = members.get(name), tuple(shape)
             if member is None:
                 raise CacheError(
                     f"{where}: the payload {index.payload_file(row)} lacks `{name}`; it has {sorted(members)}. "
@@ -463,6 +473,22 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         """(N, 2): length and width of the text of each row; 0 where none is stored."""
         return self._index.text_shapes[self._rows].astype(np.int64)
 
+    @property
+    def source_shapes(self) -> np.ndarray:
+        """(N,) of tuples: the shape (C, h, w) of each source of a row; () where it has none."""
+        shapes: np.ndarray = self._index.source_shapes[self._rows]
+        return shapes
+
+    @cached_property
+    def has_sources(self) -> bool:
+        """Whether a row of this view has sources."""
+        return any(self._index.source_shapes[self._rows])
+
+    @property
+    def kinds(self) -> list[str]:
+        """ "edit" for each row that has sources, "generation" for the others."""
+        return ["edit" if shapes else "generation" for shapes in self.source_shapes]
+
     def reader(self, i: int) -> Reader:
         """Settings noted in the index file of row `i`."""
         return self._index.find(int(self._rows[i]))[0]
@@ -478,8 +504,21 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         return [(h, w) for h, w in self._index.sizes[self._rows].tolist()]
 
     @cached_property
-    def batch_keys(self) -> list[tuple[int, int, int]]:
-        """(height, width, text length) of each row: rows with equal keys stack into a batch without padding.
+    def padded_batch_keys(self) -> list[tuple[Any, ...]]:
+        """`batch_keys` without the text length, for batches whose text is padded."""
+        return self._with_sources(self.buckets)
+
+    def _with_sources(self, keys: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        """`keys` of the rows, each followed by the shapes of the row's sources."""
+        if not self.has_sources:
+            return list(keys)
+        return [(*key, *shapes) for key, shapes in zip(keys, self.source_shapes, strict=True)]
+
+    @cached_property
+    def batch_keys(self) -> list[tuple[Any, ...]]:
+        """(height, width, text length, and of an edit the shape (C, h, w) of each source) of each row.
+
+        Rows with equal keys stack into a batch without padding.
 
         Raises:
             CacheError: if two rows of one key have other latent or embedding shapes.
@@ -497,7 +536,7 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
                 f"{tuple(shapes[i].tolist())} and {tuple(shapes[j].tolist())}. {REBUILD}, all rows with the "
                 "same encoders."
             )
-        return [(h, w, length) for h, w, length in keys.tolist()]
+        return self._with_sources([(h, w, length) for h, w, length in keys.tolist()])
 
     @cached_property
     def row_ids(self) -> list[str]:
@@ -516,13 +555,18 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits over row ids, buckets, shapes and `repeats` in order; the same wherever the cache lies."""
+        """16 hex digits over row ids, buckets, shapes and `repeats` in order; the same wherever the cache lies.
+
+        Of sources, too, where there are some.
+        """
         digest = hashlib.sha256()
         for row_id in self.row_ids:
             data = row_id.encode()
             digest.update(b"%d:" % len(data) + data)
         for array in (self._index.sizes[self._rows], self.latent_shapes, self.text_shapes):
             digest.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
+        if self.has_sources:
+            digest.update(repr(self.source_shapes.tolist()).encode())
         if self.repeats is not None:
             digest.update(np.ascontiguousarray(self.repeats, dtype="<f8").tobytes())
         return digest.hexdigest()[:16]
@@ -618,10 +662,10 @@ def open_index(dataset_dir: _PathLike | Sequence[_PathLike], *, payload_dir: _Pa
         table = read_table(file.name, file.columns)
         columns = Columns(table, file.name, starts[-1])
         shapes.append(row_shapes(columns))
-        readers.append(file.reader(columns, file.root(columns, payload_dir), *shapes[-1][:2]))
+        readers.append(file.reader(columns, file.root(columns, payload_dir), *shapes[-1][:3]))
         kept.append(table.select([n for n in _KEPT if n in columns.names]).replace_schema_metadata(None))
         starts.append(starts[-1] + table.num_rows)
-    latent_shapes, text_shapes, sizes = (np.concatenate(parts) for parts in zip(*shapes, strict=True))
+    latent_shapes, text_shapes, source_shapes, sizes = (np.concatenate(parts) for parts in zip(*shapes, strict=True))
     pa.default_memory_pool().release_unused()  # of the columns that became arrays
     return CacheIndex(
         table=pa.concat_tables(kept, promote_options="permissive"),
@@ -631,18 +675,22 @@ def open_index(dataset_dir: _PathLike | Sequence[_PathLike], *, payload_dir: _Pa
         latent_shapes=latent_shapes,
         text_shapes=text_shapes,
         sizes=sizes,
+        source_shapes=source_shapes if any(source_shapes) else same_everywhere((), starts[-1]),
         metadata=metadata,
         empty_prompt_file=find_empty_prompt([*(file.folder for file in files), *(reader.root for reader in readers)]),
     )
 
 
-def row_shapes(columns: Columns) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each row the shapes of `latents` (N, 3) and `prompt_embeds` (N, 2; 0: none), and the bucket (N, 2); int32."""
+def row_shapes(columns: Columns) -> tuple[np.ndarray, ...]:
+    """For each row the shapes of `latents` (N, 3), `prompt_embeds` (N, 2; 0: none) and sources, and the bucket (N, 2).
+
+    int32, but sources: (N,) of tuples.
+    """
     latents = columns.shapes("latent_shape", "(C, h, w)")
     with_text = "prompt_embeds_shape" in columns.names
     texts = columns.shapes("prompt_embeds_shape", "(L, D)") if with_text else np.zeros((len(latents), 2), np.int32)
     sides = [columns.numbers(name, least=1, most=INT32, unit=" of pixels") for name in ("bucket_h", "bucket_w")]
-    return latents, texts, np.stack(sides, axis=1).astype(np.int32)
+    return latents, texts, columns.source_shapes(), np.stack(sides, axis=1).astype(np.int32)
 
 
 def find_empty_prompt(folders: Sequence[str]) -> str | None:
@@ -712,7 +760,7 @@ def wanted_columns(file: str, schema: pa.Schema, facts: Mapping[str, Any]) -> li
         )
     return [
         n
-        for n in dict.fromkeys((*NAME_COLUMNS, *REQUIRED_COLUMNS, *READERS[layout].columns(payload)))
+        for n in dict.fromkeys((*NAME_COLUMNS, *REQUIRED_COLUMNS, "source_shapes", *READERS[layout].columns(payload)))
         if n in schema.names
     ]
 

@@ -196,7 +196,7 @@ def test_prompts_are_stored_once_and_found_in_other_blocks(tmp_path):
     hashes = ["a" * 16, "b" * 16, "a" * 16]
     plain = {name: value for name, value in rows[2].items() if name in ("latents", "loss_mask", "time_ids")}
     write_block(tmp_path, "part00000", light(3), [*rows[:2], plain], layout, prompts=hashes)
-    owners = ["part00000", "part00001", "part00000"]
+    owners = dict.fromkeys(["a" * 16, "b" * 16], "part00000")
     hashes = ["b" * 16, "c" * 16, "a" * 16]
     plain = {name: value for name, value in rows[3].items() if name in ("latents", "loss_mask", "time_ids")}
     write_block(tmp_path, "part00001", light(3), [plain, *rows[4:]], layout, prompts=hashes, owners=owners)

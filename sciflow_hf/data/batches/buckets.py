@@ -154,7 +154,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         """`report()` as an aligned table with totals; buckets beyond `max_rows` share one line."""
         report = self.report()
         numbers = [(r.samples, r.batches, r.repeats, r.dropped) for r in report]
-        names = [" x ".join(map(str, r.bucket)) if isinstance(r.bucket, tuple) else str(r.bucket) for r in report]
+        names = [_in_words(r.bucket) for r in report]
         lines: list[tuple[str, ...]] = [("bucket", "samples", "batches", "repeats", "dropped")]
         lines += [(name, *map(str, n)) for name, n in zip(names[:max_rows], numbers, strict=False)]
         if len(report) > max_rows:
@@ -206,6 +206,15 @@ class BucketBatchSampler(Sampler[list[int]]):
             fill = np.concatenate([_unique(full[~np.isin(full, left)]), _unique(left)])
             left = _deal(left, self.batch_size, None)
         return np.concatenate([left, np.resize(fill, batches * self.batch_size - len(left))])
+
+
+def _in_words(key: Hashable) -> str:
+    """A batch key as the table names it: "64 x 96 x 12, source latents 8 x 12 and 4 x 4"."""
+    if not isinstance(key, tuple):
+        return str(key)
+    sources = [" x ".join(map(str, part[-2:])) for part in key if isinstance(part, tuple)]
+    target = " x ".join(str(part) for part in key if not isinstance(part, tuple))
+    return f"{target}, source latents {' and '.join(sources)}" if sources else target
 
 
 class _Repeats:

@@ -14,9 +14,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ...diffusion.randomness import generator, hash64, noise_keys, randn, signed64, step_keys, uniform
+from ...diffusion.sources import source_names_in
 from ...errors import CacheError, SciflowError, printable
 from ..cache import TEXT_KEYS
-from ..layouts.base import Member, target_dtype
+from ..layouts.base import MASKS, Member, target_dtype
 from .buckets import BucketBatchSampler
 from .threads import Carve, Index, Layout, Samples, ThreadedReader
 
@@ -34,10 +35,22 @@ KeyOf = Callable[[int, Sequence[int], Sequence[int]], torch.Tensor]
 def collate(samples: Sequence[dict[str, Any]], *, pads_text: bool = False) -> dict[str, torch.Tensor]:
     """Stacks samples: {name: (...)} x B -> {name: (B, ...)}; names that only some samples have are left out.
 
+    But of masks, that of a sample without one is 255 everywhere.
+
     Args:
         pads_text: pad `prompt_embeds` (L, D) with zeros to the longest, and add a `prompt_embeds_mask` (B, L), bool,
             where lengths differ or a sample has one.
+
+    Raises:
+        SciflowError: only some samples have a source, or arrays of one name have several shapes.
     """
+    if (odd := _odd_sources(samples)) is not None:
+        one, other = (_sources_of(f"row {samples[i].get('row')}", samples[i]) for i in (0, odd))
+        raise SciflowError(f"{one} and {other}: they cannot share a batch. Give them different buckets.")
+    for name in MASKS:
+        if (known := next((sample[name] for sample in samples if name in sample), None)) is not None:
+            full = torch.full_like(_tensor(name, {name: known}), _counts(_tensor(name, {name: known}).dtype))
+            samples = [sample if name in sample else {**sample, name: full} for sample in samples]
     names = [name for name in samples[0] if all(name in sample for sample in samples)]
     padded: dict[str, torch.Tensor] = {}
     if pads_text and "prompt_embeds" in names:
@@ -46,6 +59,22 @@ def collate(samples: Sequence[dict[str, Any]], *, pads_text: bool = False) -> di
         padded |= _text_mask([len(text) for text in embeds], [sample.get(MASK) for sample in samples])
         names = [name for name in names if name not in ("prompt_embeds", MASK)]
     return {name: _stack(name, samples) for name in names} | padded
+
+
+def _odd_sources(samples: Sequence[Mapping[str, Any]]) -> int | None:
+    """The first sample with other sources than the first has; None where all have the same."""
+    names = [source_names_in(sample) for sample in samples]
+    return next((i for i, found in enumerate(names) if found != names[0]), None)
+
+
+def _sources_of(row: str, sample: Mapping[str, Any]) -> str:
+    """A row and its sources in words."""
+    return f"{row} has {', '.join(f'`{name}`' for name in source_names_in(sample)) or 'no source'}"
+
+
+def _counts(dtype: torch.dtype) -> int:
+    """The value of a mask where all counts."""
+    return 255 if dtype == torch.uint8 else 1
 
 
 def text_rows(texts: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
@@ -113,7 +142,9 @@ class _Plan:
 
 
 class KeyedDataset(Dataset[dict[str, Any]]):
-    """Batches by the (row, position, key) of their samples: captions dropped, posteriors drawn, position ids left out.
+    """Batches by the (row, position, key) of their samples.
+
+    Captions and sources are dropped, posteriors drawn, position ids left out.
 
     Random draws in `dataset[row]` and in another `collate_fn`, by the global generators of Python, NumPy and torch,
     follow from the keys.
@@ -124,13 +155,16 @@ class KeyedDataset(Dataset[dict[str, Any]]):
             read: `complete` makes it of `captions[row]`.
             One that has `keyed(row, key)`, as `MicroscopyTiles`, is asked for the sample of a key.
         caption_dropout: probability of the empty prompt, by key.
+        source_dropout: probability that an optimizer step trains without its sources and `edit_mask`, by its
+            `step_key`: then all of its samples do, so that no batch mixes kinds.
         pads_text: a batch may hold texts of different lengths; see `collate`.
         posterior: draw latents, by key, from the normal distribution of mean `latents` and deviation `latents_std`,
             where there is one.
         collate_fn: of samples; with another one than `collate` nothing is read into place.
 
     Raises:
-        SciflowError: `caption_dropout` without an empty prompt in the cache.
+        SciflowError: `caption_dropout` without an empty prompt in the cache, `source_dropout` without sources, either
+            of them where the text encoder has read the sources.
         CacheError: (while reading) an empty prompt, or rows of a batch, whose shapes do not fit together.
     """
 
@@ -139,11 +173,14 @@ class KeyedDataset(Dataset[dict[str, Any]]):
         dataset: Any,
         *,
         caption_dropout: float = 0.0,
+        source_dropout: float = 0.0,
         pads_text: bool = False,
         posterior: bool = False,
         collate_fn: Collate = collate,
     ) -> None:
         self.dataset, self.caption_dropout, self.pads_text = dataset, caption_dropout, pads_text
+        self.source_dropout = source_dropout
+        _check_dropouts(dataset, caption_dropout=caption_dropout, source_dropout=source_dropout)
         self.collate_fn = (
             functools.partial(collate, pads_text=True) if collate_fn is collate and pads_text else collate_fn
         )
@@ -188,6 +225,8 @@ class KeyedDataset(Dataset[dict[str, Any]]):
             SciflowError: a sample or the batch is no dict, or holds another number of samples than its keys.
         """
         samples = [self._sample(sample, index) for sample, index in zip(stored, indices, strict=True)]
+        if self._loses_sources(indices):
+            samples = [without_sources(sample) for sample in samples]
         with seeded(indices[0][2]):
             batch = self.collate_fn(samples)
         if not isinstance(batch, Mapping):
@@ -231,13 +270,21 @@ class KeyedDataset(Dataset[dict[str, Any]]):
 
     def read_batch(self, indices: Sequence[Index], carve: Carve) -> dict[str, torch.Tensor]:
         """As `collate` of the samples, but read into tensors that `carve` makes of {name: (shape, dtype)}."""
-        plans = [self._plan(row, key) for row, _, key, *_ in indices]
+        drops = self._loses_sources(indices)
+        plans = [self._plan(row, key, drops) for row, _, key, *_ in indices]
+        if (odd := _odd_sources([plan.layout for plan in plans])) is not None:
+            one, other = (_sources_of(describe_row(self.dataset, plans[i].row), plans[i].layout) for i in (0, odd))
+            raise CacheError(f"{one} and {other}: they cannot share a batch. Give them different buckets.")
         apart = {"latents_std", MASK} if self.pads_text else {"latents_std"}
         names = [n for n in plans[0].layout if n not in apart and all(n in plan.layout for plan in plans)]
-        batch = carve({name: self._stacked(name, plans) for name in names})
+        names += [n for n in MASKS if n not in names and any(n in plan.layout for plan in plans)]
+        stacked = {name: self._stacked(name, plans) for name in names}
+        batch = carve({name: ((len(plans), *shape), dtype) for name, (shape, dtype) in stacked.items()})
         pads, masks = self.pads_text and "prompt_embeds" in names, []
         for number, plan in enumerate(plans):
             out = {name: batch[name][number] for name in names}
+            for name in [name for name in names if name not in plan.layout]:
+                out.pop(name).fill_(_counts(batch[name].dtype))
             out |= new_tensors({name: where for name, where in plan.layout.items() if name in apart})
             if pads:
                 length = plan.layout["prompt_embeds"][0][0]
@@ -274,9 +321,15 @@ class KeyedDataset(Dataset[dict[str, Any]]):
             batch.update({n: v for n, v in self.dataset.online_text(captions).items() if n not in IDS})
         return batch
 
-    def _plan(self, row: int, key: int) -> _Plan:
+    def _loses_sources(self, indices: Sequence[Index]) -> bool:
+        """Whether the optimizer step that a batch is of trains without its sources."""
+        share = self.source_dropout
+        return share > 0 and uniform([indices[0][3]], stream="source_dropout").item() < share
+
+    def _plan(self, row: int, key: int, drops_sources: bool) -> _Plan:
         members = self.dataset.members(row)
         wanted = {name: member for name, member in members.items() if name not in self.left_out}
+        wanted = without_sources(wanted) if drops_sources else wanted
         text = {} if self.empty_prompt is None else self._empty_text(row, key, wanted)
         layout = {n: (tuple(text.get(n, m).shape), target_dtype(m, self.dataset.dtype)) for n, m in wanted.items()}
         layout |= {} if self.images is None else self.images.layout(self.dataset.buckets[row])
@@ -298,6 +351,7 @@ class KeyedDataset(Dataset[dict[str, Any]]):
 
     def _stacked(self, name: str, plans: Sequence[_Plan]) -> tuple[tuple[int, ...], torch.dtype]:
         free = 1 if self.pads_text and name == "prompt_embeds" else 0  # dimensions in which rows may differ
+        plans = [plan for plan in plans if name in plan.layout]
         shapes = [plan.layout[name][0] for plan in plans]
         odd = next((i for i, shape in enumerate(shapes) if shape[free:] != shapes[0][free:]), None)
         if odd is not None:
@@ -306,7 +360,30 @@ class KeyedDataset(Dataset[dict[str, Any]]):
                 f"{first} and {other} are to share a batch, but their `{name}` have the shapes {shapes[0]} and "
                 f"{shapes[odd]}. Give them different buckets, or build the cache again with one set of encoders."
             )
-        return (len(plans), *max(shapes)), plans[0].layout[name][1]
+        return max(shapes), plans[0].layout[name][1]
+
+
+def without_sources(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """A sample (or names of one) as one of text-to-image."""
+    gone = {*source_names_in(sample), "edit_mask"}
+    return {name: value for name, value in sample.items() if name not in gone}
+
+
+def _check_dropouts(dataset: Any, **shares: float) -> None:
+    """SciflowError where captions or sources cannot be dropped."""
+    has_sources, metadata = (getattr(dataset, name, None) for name in ("has_sources", "metadata"))
+    if shares["source_dropout"] and has_sources is False:
+        raise SciflowError(
+            f"`source_dropout` {shares['source_dropout']}: no row of this data has a source. Leave it out, or add "
+            "edits."
+        )
+    if has_sources and (metadata or {}).get("text_reads_sources"):
+        for name, share in shares.items():
+            if share:
+                raise SciflowError(
+                    f"`{name}` {share}: the text encoder of this cache has read the sources with the captions, and the "
+                    "cache does not hold the texts without them. Train without it."
+                )
 
 
 def _draw(mean: torch.Tensor, std: torch.Tensor, key: int) -> torch.Tensor:
@@ -349,9 +426,9 @@ def is_stream(dataset: Any) -> bool:
 def batch_keys_of(dataset: Any, *, pads_text: bool = False) -> list[Any]:
     """The batch key of every row: `batch_keys` of a cache, `buckets` of other data sets, else all alike.
 
-    With `pads_text` always `buckets`: (height, width) without the length of the text.
+    With `pads_text` `padded_batch_keys`, without the length of the text, or `buckets`.
     """
-    keys = None if pads_text else getattr(dataset, "batch_keys", None)
+    keys = getattr(dataset, "padded_batch_keys" if pads_text else "batch_keys", None)
     if keys is None:
         keys = _per_row(dataset, "buckets")
     if keys is None:
@@ -424,8 +501,9 @@ class BatchLoader:
         seed: of the keys.
         total_batch: samples of an optimizer step.
         key_of: by default keys follow from the seed.
-        step_keys: batches also have a `step_key` (B,), equal for all samples of an optimizer step.
-        caption_dropout, pads_text, posterior, collate_fn: see `KeyedDataset`.
+        step_keys: batches also have a `step_key` (B,), equal for all samples of an optimizer step; with
+            `source_dropout` always.
+        caption_dropout, source_dropout, pads_text, posterior, collate_fn: see `KeyedDataset`.
         threads: that read ahead; 0 reads as batches are asked for.
         buffers: batches that are held at once (accumulation), and those to read into.
         num_workers: processes of the DataLoader; more than 0 wins over `threads`.
@@ -442,6 +520,7 @@ class BatchLoader:
         key_of: KeyOf | None = None,
         step_keys: bool = False,
         caption_dropout: float = 0.0,
+        source_dropout: float = 0.0,
         pads_text: bool = False,
         posterior: bool = False,
         collate_fn: Collate = collate,
@@ -458,10 +537,11 @@ class BatchLoader:
         pin_memory = pin_memory and (collate_fn is collate or num_workers > 0)
         self.loader_options = loader_options | {"num_workers": num_workers, "pin_memory": pin_memory}
         self._key_of = key_of or (lambda epoch, rows, positions: noise_keys(seed, epoch, positions))
-        self._step_keys, self._start = step_keys, 0
+        self._step_keys, self._start = step_keys or source_dropout > 0, 0
         self._keyed = KeyedDataset(
-            dataset, caption_dropout=caption_dropout, pads_text=pads_text, posterior=posterior, collate_fn=collate_fn
-        )
+            dataset, caption_dropout=caption_dropout, source_dropout=source_dropout, pads_text=pads_text,
+            posterior=posterior, collate_fn=collate_fn,
+        )  # fmt: skip
         self._readers: weakref.WeakSet[ThreadedReader] = weakref.WeakSet()
 
     def skip(self, num_batches: int) -> Self:

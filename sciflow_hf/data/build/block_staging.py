@@ -42,12 +42,12 @@ class InlineFile:
     def __init__(self, file: Path, prompts: Iterable[str | None]) -> None:
         self.file, self._cache = file, LatentCache(open_index(str(file)))
         self._row_of = {prompt: row for row, prompt in enumerate(prompts) if prompt is not None}
-        self.prompts = set(self._row_of)
+        self.shared = set(self._row_of)
 
     def image(self, row: int) -> dict[str, Encoded]:
         return {name: value for name, value in self._read(row) if name not in TEXT_TENSORS}
 
-    def text(self, prompt: str) -> dict[str, Encoded]:
+    def item(self, prompt: str) -> dict[str, Encoded]:
         return {name: value for name, value in self._read(self._row_of[prompt]) if name in TEXT_TENSORS}
 
     def _read(self, row: int) -> Iterator[tuple[str, Encoded]]:
@@ -132,7 +132,7 @@ class BlockStaging(Staging):
     def plan(self, samples_per_block: int) -> list[list[Job]]:
         old = self.old.values()
         images = self._staged("images") | {i for block in old for i in block.ids}
-        texts = self._staged("prompts") | {prompt for block in old for prompt in block.stored.prompts}
+        texts = self._staged("prompts") | {prompt for block in old for prompt in block.stored.shared}
         self.kept = self._kept(images, texts)
         stored = {i for block in self.kept.values() for i in block.ids}
         rest = [job for job in self.jobs if job.id not in stored]
@@ -167,7 +167,7 @@ class BlockStaging(Staging):
         while True:
             # Every prompt of a row that stays must be in a block that stays, or move with a row that moves.
             moved = (images & self.job_of.keys()).difference(*(block.ids for block in kept.values()))
-            homes = (texts & self._prompts(moved)).union(*(block.stored.prompts for block in kept.values()))
+            homes = (texts & self._prompts(moved)).union(*(block.stored.shared for block in kept.values()))
             left = {name: block for name, block in kept.items() if self._prompts(block.ids) <= homes}
             if len(left) == len(kept):
                 return kept
@@ -190,9 +190,9 @@ class BlockStaging(Staging):
                 for row, i in enumerate(block.ids):
                     if i in self.job_of and not self._file("images", i).is_file():
                         self._stage("images", i, block.stored.image(row), durable=True)
-            for prompt in sorted(block.stored.prompts & self.last_use.keys() - self.owner.keys()):
+            for prompt in sorted(block.stored.shared & self.last_use.keys() - self.owner.keys()):
                 if not self._file("prompts", prompt).is_file():
-                    self._stage("prompts", prompt, block.stored.text(prompt), durable=True)
+                    self._stage("prompts", prompt, block.stored.item(prompt), durable=True)
             if name not in self.kept:
                 self._remove(name)
 
@@ -278,7 +278,7 @@ class BlockStaging(Staging):
 
     def _text(self, job: Job) -> Sample:
         prompt = self.hashes.get(job.text_key)
-        return {} if prompt is None else self._read("prompts", prompt).text(prompt)
+        return {} if prompt is None else self._read("prompts", prompt).item(prompt)
 
     def _read(self, kind: str, name: str) -> Shard:
         file = self._file(kind, name)
@@ -317,7 +317,7 @@ class ShardStaging(BlockStaging):
     def _owners(self, blocks: Mapping[str, OldBlock]) -> dict[str, str]:
         owners: dict[str, str] = {}
         for name, block in blocks.items():
-            owners = dict.fromkeys(block.stored.prompts, name) | owners
+            owners = dict.fromkeys(block.stored.shared, name) | owners
         return owners
 
     def clear(self) -> None:
@@ -336,7 +336,8 @@ class ShardStaging(BlockStaging):
 
     def _write(self, name: str, jobs: Sequence[Job]) -> None:
         prompts = [self.hashes.get(job.text_key, "") for job in jobs]
-        block = Block(name, self._table(jobs), prompts, [self.owner.get(prompt, "") for prompt in prompts])
+        owners = {prompt: owner for prompt in prompts if (owner := self.owner.get(prompt, name)) != name}
+        block = Block(name, self._table(jobs), prompts, owners=owners)
 
         def samples() -> Iterator[Sample]:
             left = {prompt for prompt in prompts if self.owner.get(prompt) == name}
@@ -352,7 +353,8 @@ class ShardStaging(BlockStaging):
         for name, block in blocks.items():
             table = self._table(self.job_of[i] for i in block.ids)
             prompts = [self.hashes.get(self.job_of[i].text_key, "") for i in block.ids]
-            self.writer.write_index(Block(name, table, prompts, [owners.get(prompt, name) for prompt in prompts]))
+            elsewhere = {prompt: owner for prompt in prompts if (owner := owners.get(prompt, name)) != name}
+            self.writer.write_index(Block(name, table, prompts, owners=elsewhere))
 
 
 class InlineStaging(BlockStaging):

@@ -169,7 +169,7 @@ class _Conversion:
         self.blocks = [
             Block(
                 f"part{number:05d}", table.slice(rows.start, len(rows)), hashes[rows.start : rows.stop],
-                [f"part{owner:05d}" for owner in owners[rows.start : rows.stop]],
+                owners={hashes[row]: f"part{owners[row]:05d}" for row in rows if owners[row] != number},
             )
             for number, rows in enumerate(self.ranges)
         ]  # fmt: skip
@@ -264,7 +264,7 @@ class _Conversion:
             for number in numbers:
                 block, rows = self.blocks[number], self.ranges[number]
                 for other in self.blocks:  # whose index refers to a shard that is about to be made anew
-                    if block.name in (other.name, *(other.owners or ())):
+                    if block.name in (other.name, *other.owners.values()):
                         (self.output / other.index_file).unlink(missing_ok=True)
                 missing = self.writer.missing(block)
                 block = replace(block, rows=block.rows.take(missing))

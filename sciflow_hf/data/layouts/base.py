@@ -10,7 +10,7 @@ import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import pyarrow.types as types
 import torch
 
+from ...diffusion.sources import source_name, source_names_in
 from ...errors import CacheError, SciflowError, first_line
 from .. import storage
 from ..writing import output_file
@@ -31,10 +32,14 @@ METADATA_KEY = b"sciflow_hf"
 """Schema metadata of an index file: encoder settings and `payload`, its facts beyond the columns."""
 NO_LATENTS = "none"
 """Noted by a payload as `latents` if its rows hold none: images are encoded in training."""
-MADE_COLUMNS = ("cache_path", "inline_row", "latent_shape", "prompt_embeds_shape")
+MADE_COLUMNS = ("cache_path", "inline_row", "latent_shape", "prompt_embeds_shape", "source_shapes")
 """Columns that writers add to the rows of a block, except those of single tensors."""
 TEXT_TENSORS = ("prompt_embeds", "prompt_embeds_scale", "pooled_prompt_embeds", "prompt_embeds_mask", "txt_ids")
 """Arrays that follow from the prompt alone."""
+SHARED_TENSORS = (*TEXT_TENSORS, source_name(0))
+"""Names under which shards store once what several rows have: text, and sources, whatever their number in a row."""
+MASKS = ("loss_mask", "edit_mask")
+"""Arrays (h, w) of bytes: 255 counts, or has changed. A sample without one is as one of 255 everywhere."""
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -89,13 +94,13 @@ class Member:
 
 
 def target_dtype(member: Member, dtype: torch.dtype) -> torch.dtype:
-    """The stored form of an array: floats `dtype`; truth values and `loss_mask` stay; other whole numbers int64."""
+    """The stored form of an array: floats `dtype`; truth values and masks stay; other whole numbers int64."""
     stored = DTYPES[member.dtype]
     if member.name == "txt_ids":
         return torch.int64
     if stored.is_floating_point:
         return dtype
-    return stored if stored == torch.bool or member.name == "loss_mask" else torch.int64
+    return stored if stored == torch.bool or member.name in MASKS else torch.int64
 
 
 def read_member(member: Member, out: torch.Tensor, where: object) -> None:
@@ -306,6 +311,45 @@ class Columns:
             raise self.error(odd, name, needed)
         return _compact(shapes.astype(np.int32))
 
+    def source_shapes(self) -> np.ndarray:
+        """(N,) of tuples: the shape (C, h, w) of each source of a row, in order; () where it has none."""
+        count, name = self.table.num_rows, "source_shapes"
+        if name not in self.names:
+            return same_everywhere((), count)
+        needed = f"a list of shapes (C, h, w) of positive whole numbers, at most {INT32}"
+        try:
+            shapes = self.table.column(name).combine_chunks().cast(pa.list_(pa.list_(pa.int64())))
+            numbers = pc.fill_null(pc.list_value_length(shapes), 0).to_numpy(zero_copy_only=False)
+            each = shapes.flatten()
+            flat = each.flatten().fill_null(0).to_numpy(zero_copy_only=False)
+            three = pc.fill_null(pc.list_value_length(each), 0).to_numpy(zero_copy_only=False) == 3
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise self.error(0, name, f"{needed} ({first_line(error)})") from error
+        good = three if not three.all() else ((flat > 0) & (flat <= INT32)).reshape(-1, 3).all(axis=1)
+        row_of = np.repeat(np.arange(count), numbers)
+        if not good.all():
+            raise self.error(int(row_of[np.argmin(good)]), name, needed)
+        found = same_everywhere((), count)
+        starts = np.cumsum(numbers) - numbers
+        for number in np.unique(numbers[numbers > 0]).tolist():
+            rows = np.flatnonzero(numbers == number)
+            values = flat.reshape(-1, 3)[starts[rows][:, None] + np.arange(number)].reshape(len(rows), -1)
+            distinct, which = np.unique(values, axis=0, return_inverse=True)  # few, of which each is kept once
+            tuples = [tuple(tuple(row[i : i + 3]) for i in range(0, len(row), 3)) for row in distinct.tolist()]
+            found = found if found.flags.writeable else found.copy()
+            found[rows] = as_objects(tuples)[which.reshape(-1)]
+        return found
+
+
+def same_everywhere(value: Any, count: int) -> np.ndarray:
+    """(count,) of one object, without memory for each."""
+    return np.broadcast_to(as_objects([value]), count)
+
+
+def as_objects(values: Sequence[Any]) -> np.ndarray:
+    """(N,) of objects, which numpy does not look into."""
+    return np.fromiter(values, dtype=object, count=len(values))
+
 
 class Reader(ABC):
     """Finds the members of the rows of one index file; N rows.
@@ -314,7 +358,7 @@ class Reader(ABC):
         columns: of the index file; at least `columns(payload)`, those of them that it has.
         root: where paths are rooted; a folder or URL.
         payload: of its metadata; {} for npz.
-        shapes: those of latents, (N, 3), and of embeddings, (N, 2).
+        shapes: those of latents, (N, 3), of embeddings, (N, 2), and of sources, (N,) tuples.
 
     Attributes:
         tensors: dtype and codec of each stored tensor, where the index says so.
@@ -369,11 +413,13 @@ class ColumnReader(Reader):
         self._nbytes = {name: columns.numbers(f"{name}_nbytes") for name in self.tensors}
         scales = {spec["scale"] for spec in self.tensors.values() if "scale" in spec}
         known = {"latents": shapes[0], "latents_std": shapes[0], "prompt_embeds": shapes[1]}
+        sources = set(source_names_in(self.tensors))
         self._shapes = {
             name: known[name] if name in known else columns.shapes(shape_column(name))
             for name in self.tensors
-            if name not in scales
+            if name not in scales | sources
         }
+        self._source_shapes = shapes[2] if sources else None
 
     @classmethod
     def columns(cls, payload: Mapping[str, Any]) -> list[str]:
@@ -387,6 +433,9 @@ class ColumnReader(Reader):
             scale = self.tensors[name].get("scale")
             below = None if scale is None else self._member(scale, i, shape[:1], None, where)
             found[name] = self._member(name, i, shape, below, where)
+        for number, shape in enumerate(() if self._source_shapes is None else self._source_shapes[i]):
+            if (name := source_name(number)) in self.tensors:
+                found[name] = self._member(name, i, shape, None, where)
         return found
 
     def _member(self, name: str, i: int, shape: tuple[int, ...], scale: Member | None, where: object) -> Member:
@@ -438,7 +487,8 @@ def payload_columns(payload: Mapping[str, Any]) -> set[str]:
     sized = (
         ("prompt_embeds", *tensors) if payload.get("latents") == NO_LATENTS else ("latents", "prompt_embeds", *tensors)
     )
-    return {"cache_path", "inline_row"} | found | {shape_column(name) for name in sized}
+    found |= {shape_column(name) for name in sized if not source_names_in([name])}
+    return {"cache_path", "inline_row", "source_shapes"} | found
 
 
 # -- writing ---------------------------------------------------------------------------------------------------
@@ -472,6 +522,7 @@ class Layout:
         dtype: of floating tensors.
         latent_shape: (height, width) of a bucket -> shape of its latents, where these are not stored but encoded in
             training; None: they are.
+        sources: the most that a row of the cache has.
 
     Raises:
         SciflowError: for other values, and for fp8 or zstd in npz files.
@@ -482,6 +533,7 @@ class Layout:
     codec: str = "none"
     dtype: torch.dtype = torch.bfloat16
     latent_shape: Callable[[int, int], Sequence[int]] | None = None
+    sources: int = 0
 
     def __post_init__(self) -> None:
         for name, allowed in {"payload": PAYLOADS, "embeds": EMBEDS, "codec": CODECS}.items():
@@ -503,7 +555,7 @@ class Layout:
             if isinstance(value, torch.Tensor):
                 if value.is_floating_point():
                     value = value.to(self.dtype)
-                elif value.dtype != torch.bool and name != "loss_mask":
+                elif value.dtype != torch.bool and name not in MASKS:
                     value = value.to(torch.int64)
             kept[name] = value
         return kept
@@ -521,6 +573,10 @@ class Layout:
                 stored[name] = self._encode(value)
         return stored
 
+    def no_source(self) -> Encoded:
+        """The stored form of a source that a row does not have."""
+        return Encoded(DTYPE_NAMES[self.dtype], (), b"")
+
     def _encode(self, value: torch.Tensor) -> Encoded:
         value = value.detach().cpu().contiguous()
         data: Any = as_bytes(value)
@@ -537,13 +593,15 @@ class Block:
         rows: light columns (`image_path`, `caption`, `bucket_h`, ...); the schema metadata under `METADATA_KEY` holds
             the encoder settings. Columns of a payload are left out and made (but those of npz, which it must have).
         prompts: `prompt_hash` of each row. Shards store what follows from a prompt once; None: for every row.
-        owners: name of the block that stores each row's prompt; None: this one.
+        sources: ids of each row's sources, which shards store once, too; empty where no row has sources.
+        owners: names of the blocks that store those of these prompts and sources that this one does not.
     """
 
     name: str
     rows: pa.Table
     prompts: Sequence[str] | None = None
-    owners: Sequence[str] | None = None
+    sources: Sequence[Sequence[str]] = ()
+    owners: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def index_file(self) -> str:
@@ -589,8 +647,9 @@ class Writer(ABC):
 
         Args:
             samples: the tensors of each row, unbatched: `latents` (C, h, w), `prompt_embeds` (L, D), ...; fresh ones,
-                no buffers that are filled again. Shards: a sample without text tensors refers to those of its prompt's
-                owner; one with them, whose prompt is stored already, gets a copy of its own.
+                no buffers that are filled again. Shards: a sample without text tensors, or without a source, refers to
+                those that the owner of its prompt or source stores; one with them, if these are stored already, gets a
+                copy of its own.
 
         Raises:
             SciflowError: the files cannot be written.
@@ -618,9 +677,15 @@ class Writer(ABC):
             f"{tensor}_nbytes": pa.array([nbytes for _, nbytes, _ in found], pa.int64()),
             f"{tensor}_crc32": pa.array([crc32 for _, _, crc32 in found], pa.int64()),
         }
-        if not tensor.endswith("_scale") and tensor != "latents_std":  # which has the shape of the latents
+        # `latents_std` has the shape of the latents; `source_shapes` has those of all sources.
+        if not tensor.endswith("_scale") and tensor != "latents_std" and not source_names_in([tensor]):
             columns = {shape_column(tensor): pa.array([list(s) for s, _, _ in found], pa.list_(pa.int64()))} | columns
         return columns
+
+    def source_columns(self, shapes: Iterable[Iterable[Sequence[int]]]) -> dict[str, pa.Array]:
+        """The index column of the shapes of each row's sources, where the cache has some."""
+        lists = [[list(shape) for shape in row] for row in shapes]
+        return {"source_shapes": pa.array(lists, pa.list_(pa.list_(pa.int64())))} if self.layout.sources else {}
 
     def _facts(self, block: Block, tensors: Mapping[str, Mapping[str, str]]) -> dict[bytes, bytes]:
         """Schema metadata of the index: the encoder settings, and how the payload is stored."""

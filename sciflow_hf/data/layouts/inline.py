@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ...diffusion.sources import source_name, source_names_in
 from ...errors import CacheError, first_line
 from .. import storage
 from ..writing import output_file
@@ -64,7 +65,7 @@ class InlineReader(ColumnReader):
         return file, offset
 
     def places(self, name: str) -> dict[tuple[str, int], int]:
-        return {self._row(i): nbytes for i, nbytes in enumerate(self._nbytes[name].tolist())}
+        return {self._row(i): nbytes for i, nbytes in enumerate(self._nbytes[name].tolist()) if nbytes}
 
 
 def value_offsets(file: str, names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -138,7 +139,8 @@ class InlineWriter(Writer):
                         continue
                     table = self._table(rows.slice(done, len(group)), group)
                     if parquet is None:
-                        kinds = {n: {"dtype": e.dtype, "codec": self.layout.codec} for n, e in group[0].items()}
+                        stored = self._complete(group[0])
+                        kinds = {n: {"dtype": e.dtype, "codec": self.layout.codec} for n, e in stored.items()}
                         table = table.replace_schema_metadata(self._facts(block, kinds))
                         parquet = _open_parquet(handle, table, list(kinds))
                     parquet.write_table(table, row_group_size=len(group))
@@ -147,9 +149,19 @@ class InlineWriter(Writer):
                 if parquet is not None:
                     parquet.close()
 
+    def _complete(self, sample: Mapping[str, Encoded]) -> dict[str, Encoded]:
+        """A sample with an empty value for each source that it lacks, but other rows of the cache have; these last."""
+        sources = [source_name(number) for number in range(self.layout.sources)]
+        own = {name: value for name, value in sample.items() if name not in sources}
+        return own | {name: sample.get(name, self.layout.no_source()) for name in sources}
+
     def _table(self, rows: pa.Table, samples: Sequence[Mapping[str, Encoded]]) -> pa.Table:
+        samples = [self._complete(sample) for sample in samples]
         names = list(samples[0])
         rows = light(rows, names)
+        sources = [[s[name].shape for name in source_names_in(names) if s[name].nbytes] for s in samples]
+        for column, array in self.source_columns(sources).items():
+            rows = rows.append_column(pa.field(column, array.type), array)
         for sample in samples:
             if sample.keys() != samples[0].keys():
                 raise CacheError(f"Some samples hold {names}, others {list(sample)}: all must hold the same tensors.")

@@ -1,4 +1,4 @@
-"""Shards: safetensors files of many samples, with each distinct prompt's embeddings once; offsets from the index."""
+"""Shards: safetensors files of many samples; what several have, text and sources, once; offsets from the index."""
 
 import functools
 import json
@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ...diffusion.sources import source_name, source_names_in
 from ...errors import CacheError, SciflowError
 from .. import storage
 from ..writing import output_file
 from .base import (
     CONVERT,
     METADATA_KEY,
+    SHARED_TENSORS,
     TEXT_TENSORS,
     Block,
     ColumnReader,
@@ -78,7 +80,7 @@ class ShardReader(ColumnReader):
     def places(self, name: str) -> dict[tuple[str, int], int]:
         files, number = self._files[name]
         found = np.stack([number, self._offsets[name], self._nbytes[name]], axis=1)
-        return {(files[n], offset): nbytes for n, offset, nbytes in np.unique(found, axis=0).tolist()}
+        return {(files[n], offset): nbytes for n, offset, nbytes in np.unique(found, axis=0).tolist() if nbytes}
 
     def check(self, member: Member, crc32: int) -> str:
         if wrong := super().check(member, crc32):
@@ -140,22 +142,22 @@ class Shard:
         data: all of its bytes, if they are read already.
 
     Attributes:
-        prompts: hashes of the prompts of which it holds what follows from them.
+        shared: hashes of prompts and ids of sources of which it holds what follows from them.
     """
 
     def __init__(self, file: Path, data: bytes | None = None) -> None:
         self.file, self._data = file, None if data is None else memoryview(data)
         self.entries = read_header(str(file), self._data)
-        self.prompts = {key.split(".")[1] for key in self.entries if key.startswith(TEXT_TENSORS)}
+        self.shared = {key.split(".")[1] for key in self.entries if key.startswith(SHARED_TENSORS)}
         self._names = dict.fromkeys(key.split(".")[0] for key in self.entries)
 
     def image(self, row: int) -> dict[str, Encoded]:
-        """All tensors of a row but those of its text."""
-        return {name: self._read(f"{name}.{row}") for name in self._names if name not in TEXT_TENSORS}
+        """All tensors of a row but its text and its sources."""
+        return {name: self._read(f"{name}.{row}") for name in self._names if name not in SHARED_TENSORS}
 
-    def text(self, prompt: str) -> dict[str, Encoded]:
-        """The tensors that follow from a prompt."""
-        return {name: self._read(f"{name}.{prompt}") for name in self._names if f"{name}.{prompt}" in self.entries}
+    def item(self, name: str) -> dict[str, Encoded]:
+        """The tensors that follow from a prompt or a source."""
+        return {tensor: self._read(f"{tensor}.{name}") for tensor in self._names if f"{tensor}.{name}" in self.entries}
 
     def check(self) -> None:
         """CacheError where the bytes of a tensor are not those that were written."""
@@ -172,7 +174,7 @@ class Shard:
 
 
 class ShardWriter(Writer):
-    """`shards/<block>.safetensors`, with what follows from a prompt once."""
+    """`shards/<block>.safetensors`, with what follows from a prompt, and each source, once."""
 
     payload = "shards"
 
@@ -181,52 +183,69 @@ class ShardWriter(Writer):
         return file.is_file() and bool(read_header(str(file)))
 
     def is_ready(self, block: Block) -> bool:
-        return all((self.output / shard_file(name)).is_file() for name in {block.name, *(block.owners or ())})
+        return all((self.output / shard_file(name)).is_file() for name in {block.name, *block.owners.values()})
 
     def write_payload(self, block: Block, samples: Iterable[Sample]) -> None:
         write_shard(self.output / shard_file(block.name), self._named(block, samples), self.layout.codec)
 
     def _named(self, block: Block, samples: Iterable[Sample]) -> Iterator[tuple[str, Encoded]]:
         stored: set[str] = set()
-        for row, (sample, prompt, owner) in enumerate(zip(samples, *_prompts(block), strict=True)):
-            home = owner == block.name and prompt not in stored
+        for row, (sample, prompt, sources) in enumerate(zip(samples, *_shared(block), strict=True)):
+            new: dict[str, str | None] = {}
             for name, encoded in self.layout.encode(sample).items():
-                own = f"{name}.{prompt}" if home else f"{name}.{prompt}.{row}"
-                yield own if name in TEXT_TENSORS else f"{name}.{row}", encoded
-                if name in TEXT_TENSORS:
-                    stored.add(prompt)
+                tensor, item = _stored_as(name, prompt, sources)
+                home = item not in block.owners and item not in stored
+                key = f"{tensor}.{row}" if item is None else f"{tensor}.{item}" if home else f"{tensor}.{item}.{row}"
+                if key not in new:  # a row may have one source twice
+                    yield key, encoded
+                new[key] = item
+            stored.update(item for item in new.values() if item is not None)
 
     def _columns(self, block: Block) -> tuple[dict[str, pa.Array], dict[str, dict[str, str]]]:
-        prompts, owners = _prompts(block)
-        headers = {n: read_header(str(self.output / shard_file(n))) for n in dict.fromkeys([block.name, *owners])}
+        blocks = dict.fromkeys([block.name, *block.owners.values()])
+        headers = {name: read_header(str(self.output / shard_file(name))) for name in blocks}
         here = headers[block.name]
-        names = [key.removesuffix(".0") for key in here if key.endswith(".0") and not key.startswith(TEXT_TENSORS)]
+        names = [key.removesuffix(".0") for key in here if key.endswith(".0") and not key.startswith(SHARED_TENSORS)]
         homes = {key.partition(".")[0] for entries in headers.values() for key in entries}
-        columns: dict[str, Any] = {"cache_path": pa.array([shard_file(block.name)] * len(prompts), pa.string())}
-        tensors = {}
-        for tensor in [*names, *(text for text in TEXT_TENSORS if text in homes)]:
-            found: list[Member] = []
-            for row, (prompt, owner) in enumerate(zip(prompts, owners, strict=True)):
-                own = here.get(f"{tensor}.{row}") or here.get(f"{tensor}.{prompt}.{row}")
-                if (member := own or headers[owner].get(f"{tensor}.{prompt}")) is None:
-                    raise CacheError(
-                        f"Row {row} of block {block.name} has no `{tensor}` there or in {owner}, but other rows have. "
-                        f"Delete {self.output / shard_file(block.name)}. {CONVERT}."
-                    )
-                found.append(member)
-            kinds = {(member.dtype, member.codec) for member in found}
+        sources = [source_name(number) for number in range(self.layout.sources)]
+        columns: dict[str, Any] = {"cache_path": pa.array([shard_file(block.name)] * block.rows.num_rows, pa.string())}
+        tensors, shapes = {}, [list[Sequence[int]]() for _ in range(block.rows.num_rows)]
+        for name in [*names, *(text for text in TEXT_TENSORS if text in homes), *sources]:
+            found = self._members(name, block, headers)
+            for row, member in enumerate(found if name in sources else ()):
+                shapes[row] += [member.shape] if member.nbytes else []
+            kinds = {(member.dtype, member.codec) for member in found if member.nbytes}
             if len(kinds) > 1:
                 raise CacheError(
-                    f"`{tensor}` is stored as {sorted(kinds)} in block {block.name} of {self.output}. {CONVERT}."
+                    f"`{name}` is stored as {sorted(kinds)} in block {block.name} of {self.output}. {CONVERT}."
                 )
-            tensors[tensor] = {"dtype": found[0].dtype, "codec": found[0].codec}
-            columns |= self.stored_columns(tensor, [(m.shape, m.nbytes, m.crc32) for m in found])
-            columns[f"{tensor}_offset"] = pa.array([member.offset for member in found], pa.int64())
-            if tensor in TEXT_TENSORS:
+            tensors[name] = {"dtype": found[0].dtype, "codec": found[0].codec}
+            columns |= self.stored_columns(name, [(m.shape, m.nbytes, m.crc32) for m in found])
+            columns[f"{name}_offset"] = pa.array([member.offset for member in found], pa.int64())
+            if name in (*TEXT_TENSORS, *sources):
                 path = {file: os.path.relpath(file, self.output) for file in {member.file for member in found}}
-                paths = [path[member.file] for member in found]
-                columns[f"{tensor}_path"] = pa.array(paths, pa.string())
-        return columns, tensors
+                columns[f"{name}_path"] = pa.array([path[member.file] for member in found], pa.string())
+        return columns | self.source_columns(shapes), tensors
+
+    def _members(self, name: str, block: Block, headers: Mapping[str, Mapping[str, Member]]) -> list[Member]:
+        """Those of one name of each row, an empty one for a source that a row does not have."""
+        here, file = headers[block.name], shard_file(block.name)
+        dtype, codec = self.layout.no_source().dtype, self.layout.codec
+        found = []
+        for row, shared in enumerate(zip(*_shared(block), strict=True)):
+            tensor, item = _stored_as(name, *shared)
+            if item is None and tensor in SHARED_TENSORS:
+                found.append(Member(name, str(self.output / file), 0, 0, dtype, (), codec, crc32=0))
+                continue
+            owner = block.owners.get(item or "", block.name)
+            own = here.get(f"{tensor}.{row}") or here.get(f"{tensor}.{item}.{row}")
+            if (member := own or headers[owner].get(f"{tensor}.{item}")) is None:
+                raise CacheError(
+                    f"Row {row} of block {block.name} has no `{name}` there or in {owner}, but other rows have. "
+                    f"Delete {self.output / file}. {CONVERT}."
+                )
+            found.append(member)
+        return found
 
 
 def shard_file(name: str) -> str:
@@ -234,11 +253,18 @@ def shard_file(name: str) -> str:
     return f"shards/{name}.safetensors"
 
 
-def _prompts(block: Block) -> tuple[Sequence[str], Sequence[str]]:
-    """Hash of each row's prompt, and the block that stores it."""
-    rows = block.rows.num_rows
-    prompts = [f"{row:016x}" for row in range(rows)] if block.prompts is None else block.prompts
-    return prompts, [block.name] * rows if block.owners is None else block.owners
+def _shared(block: Block) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+    """Hash of each row's prompt, and the ids of its sources."""
+    rows = range(block.rows.num_rows)
+    return block.prompts or [f"{row:016x}" for row in rows], block.sources or [()] * len(rows)
+
+
+def _stored_as(name: str, prompt: str, sources: Sequence[str]) -> tuple[str, str | None]:
+    """The name of a tensor in a shard, and what it follows from there: a prompt, a source, or (None) its row."""
+    if not source_names_in([name]):
+        return name, prompt if name in TEXT_TENSORS else None
+    number = int(name.removeprefix(source_name(0)).lstrip("_") or 0)
+    return source_name(0), sources[number] if number < len(sources) else None
 
 
 def write_shard(file: Path, tensors: Iterable[tuple[str, Encoded]], codec: str, *, durable: bool = True) -> None:

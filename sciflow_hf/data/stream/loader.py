@@ -11,7 +11,7 @@ import torch
 from ...errors import CacheError, SciflowError
 from ..batches.loader import BatchLoader
 from ..batches.threads import Carve, Index
-from .order import EpochRows, Row, row_from_json
+from .order import EpochRows, Row, row_from_json, tuples
 from .stream import StreamingCache
 
 _SNAPSHOT = 1000  # rows between two
@@ -147,10 +147,10 @@ class _EpochSteps:
         self.number = state["number"] if state else 0
         # By batch key: rows that do not fill a step yet; those of the first step, to fill up the last batches with.
         self.waiting, self.first = (
-            {tuple(key): [row_from_json(row) for row in rows] for key, rows in (state[name] if state else ())}
+            {tuples(key): [row_from_json(row) for row in rows] for key, rows in (state[name] if state else ())}
             for name in ("waiting", "first")
         )
-        self.counts: dict[Any, int] = {tuple(key): count for key, count in (state["counts"] if state else ())}
+        self.counts: dict[Any, int] = {tuples(key): count for key, count in (state["counts"] if state else ())}
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -187,7 +187,7 @@ class _EpochSteps:
     def _key(self, row: Row) -> Any:
         """The batch key. CacheError where rows of one key have other shapes."""
         pads_text = self.loader.pads_text
-        key = row.size if pads_text else (*row.size, row.text_shape[0])
+        key = (*row.size, *(() if pads_text else row.text_shape[:1]), *row.source_shapes)
         same = self.loader.shapes.setdefault(key, row)
         if row.latent_shape != same.latent_shape or row.text_shape[1:] != same.text_shape[1:]:
             one, other = (self.loader.dataset.view([r]).describe(0) for r in (row, same))

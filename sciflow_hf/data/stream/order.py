@@ -17,12 +17,18 @@ class Row(NamedTuple):
     latent_shape: tuple[int, int, int]
     text_shape: tuple[int, int]  # (0, 0) where no embeddings are stored
     values: dict[str, Any]  # other columns
+    source_shapes: tuple[tuple[int, ...], ...] = ()  # (C, h, w) of each source
 
 
 def row_from_json(values: Sequence[Any]) -> Row:
     """The inverse of what `json` makes of a `Row`."""
-    part, row, size, latent_shape, text_shape, rest = values
-    return Row(part, row, tuple(size), tuple(latent_shape), tuple(text_shape), rest)
+    part, row, size, latent_shape, text_shape, rest, *sources = values  # without the last in older checkpoints
+    return Row(part, row, tuple(size), tuple(latent_shape), tuple(text_shape), rest, *map(tuples, sources))
+
+
+def tuples(values: Any) -> Any:
+    """Lists that were tuples before they became JSON, at any depth."""
+    return tuple(map(tuples, values)) if isinstance(values, list | tuple) else values
 
 
 Place = tuple[int, Any]

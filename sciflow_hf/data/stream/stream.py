@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset
 
 from ...errors import CacheError, SciflowError
 from ..cache import CAPTION_COLUMNS, CacheIndex, LatentCache, check_inside, find_empty_prompt, find_index, row_shapes
-from ..layouts.base import Columns, Reader
+from ..layouts.base import Columns, Reader, as_objects
 from ..layouts.inline import InlineReader
 from ..online import OnlineImages
 from ..split import check_eval_fraction, held_out_groups, is_held_out
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 _FILES_AT_ONCE = 8
 _INLINE_FILES = 256  # whose offsets are kept
-_BECOME_ARRAYS = ("latent_shape", "prompt_embeds_shape", "bucket_h", "bucket_w")
+_BECOME_ARRAYS = ("latent_shape", "prompt_embeds_shape", "source_shapes", "bucket_h", "bucket_w")
 _PathLike = str | os.PathLike[str]
 
 
@@ -175,6 +175,11 @@ class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
             digest.update(f"{file.source} {file.name.removeprefix(file.folder)} {lie.hexdigest()}\n".encode())
         return digest.hexdigest()[:16]
 
+    @property
+    def has_sources(self) -> bool:
+        """Whether a row of the index may have sources."""
+        return any("source_shapes" in file.schema.names for file in self.files)
+
     @cached_property
     def empty_prompt(self) -> dict[str, torch.Tensor] | None:
         """Text keys of the empty prompt, for caption dropout; None if the cache was built without."""
@@ -241,11 +246,13 @@ class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
             own = file.holds_payload
             self._roots[part] = beside if own else file.root(columns, self._payload_dir)
         check_inside(columns, [self._roots[part]])
-        latents, texts, sizes = (shapes.tolist() for shapes in row_shapes(columns))
+        latents, texts, sources, sizes = (shapes.tolist() for shapes in row_shapes(columns))
         others = table.drop_columns([name for name in _BECOME_ARRAYS if name in columns.names]).to_pylist()
         return [
-            Row(part, first + i, tuple(size), tuple(latent), tuple(text), values)
-            for i, (size, latent, text, values) in enumerate(zip(sizes, latents, texts, others, strict=True))
+            Row(part, first + i, tuple(size), tuple(latent), tuple(text), values, own)
+            for i, (size, latent, text, own, values) in enumerate(
+                zip(sizes, latents, texts, sources, others, strict=True)
+            )
         ]
 
     def view(self, rows: Sequence[Row]) -> LatentCache:
@@ -263,6 +270,7 @@ class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
             latent_shapes=np.array([row.latent_shape for row in ordered], dtype=np.int32),
             text_shapes=np.array([row.text_shape for row in ordered], dtype=np.int32),
             sizes=np.array([row.size for row in ordered], dtype=np.int32),
+            source_shapes=as_objects([row.source_shapes for row in ordered]),
             metadata=self.metadata,
             empty_prompt_file=self._empty_prompt_file,
             numbers=[self.number(row) for row in ordered],
@@ -287,7 +295,8 @@ class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
             table = table.append_column("cache_path", pa.array([os.path.basename(file.name)] * len(rows), pa.string()))
             table = table.append_column("inline_row", pa.array([row.row for row in rows], pa.int64()))
         shapes = (np.array([row[name] for row in rows], dtype=np.int32) for name in (3, 4))
-        reader = file.reader(Columns(table, file.name), self._roots[part], *shapes)
+        sources = as_objects([row.source_shapes for row in rows])
+        reader = file.reader(Columns(table, file.name), self._roots[part], *shapes, sources)
         if isinstance(reader, InlineReader):  # where values begin is looked up once per data file, not once per view
             reader.share(self._inline.setdefault(part, reader))
             if len(self._inline) > _INLINE_FILES:

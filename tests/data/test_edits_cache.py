@@ -1,0 +1,276 @@
+"""Caches of edits: sources of every number and size in every layout, batches of one kind, sources stored once."""
+
+import json
+from collections import Counter
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from sciflow_hf import BucketBatchSampler, load_cache
+from sciflow_hf.data.batches.loader import BucketLoader, batch_keys_of, collate
+from sciflow_hf.data.layouts.base import Layout
+from sciflow_hf.data.layouts.shards import read_header
+from sciflow_hf.data.stream.loader import StreamLoader
+from sciflow_hf.diffusion.randomness import step_keys, uniform
+from sciflow_hf.diffusion.sources import source_name, source_names_in
+from sciflow_hf.errors import CacheError, SciflowError
+from tests.support.stored_blocks import SETTINGS, write_block
+
+LAYOUTS = ("npz", "shards", "inline")
+WIDE, TALL, SMALL = (4, 6, 9), (4, 9, 6), (4, 3, 5)
+SOURCES = [("a",), (), ("b", "c"), ("a",), ("c", "b"), (), ("c", "c"), ("a",), ("b", "c"), (), ("d",), ("a",)]
+"""Of each row the ids of its sources."""
+SHAPES = {"a": WIDE, "b": TALL, "c": SMALL, "d": TALL}
+ROWS = len(SOURCES)
+
+
+def bits(seed: int, *shape: int) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    values = torch.randint(-(2**15), 2**15, shape, generator=draw).to(torch.int16).view(torch.bfloat16)
+    return torch.where(values.isnan(), torch.tensor(float("-inf")).bfloat16(), values)
+
+
+def samples() -> list[dict[str, torch.Tensor]]:
+    """The tensors of each row; equal ids are equal bits."""
+    source = {name: bits(ord(name), *shape) for name, shape in SHAPES.items()}
+    made = []
+    for row, ids in enumerate(SOURCES):
+        sample = {"latents": bits(row, *WIDE), "prompt_embeds": bits(100 + row // 2, 5, 8)}
+        sample["edit_mask"] = torch.full(WIDE[1:], row, dtype=torch.uint8)
+        made.append(sample | {source_name(number): source[name] for number, name in enumerate(ids)})
+    return made
+
+
+def light(payload: str, rows: range) -> pa.Table:
+    table = {
+        "image_path": [f"{row}.png" for row in rows],
+        "caption": [f"caption {row // 2}" for row in rows],
+        "bucket_h": [48] * len(rows),
+        "bucket_w": [72] * len(rows),
+    }
+    if payload == "npz":
+        table |= {"cache_path": [f"{row}.npz" for row in rows], "latent_shape": [list(WIDE)] * len(rows)}
+        table |= {"prompt_embeds_shape": [[5, 8]] * len(rows)}
+        table["source_shapes"] = [[list(SHAPES[name]) for name in SOURCES[row]] for row in rows]
+    made = pa.table(table).replace_schema_metadata({b"sciflow_hf": json.dumps(SETTINGS).encode()})
+    if payload == "npz":
+        place = made.schema.get_field_index("source_shapes")
+        shapes = made.column(place).cast(pa.list_(pa.list_(pa.int64())))
+        made = made.set_column(place, "source_shapes", shapes)
+    return made
+
+
+def make(folder, payload, codec="none"):
+    """Two blocks; in shards the second finds `a` and `c` in the first."""
+    layout, tensors = Layout(payload, codec=codec, sources=2), samples()
+    prompts = [f"{row // 2:016x}" for row in range(ROWS)]
+    stored: set[str] = set()
+    for number, rows in enumerate((range(7), range(7, ROWS))):
+        some = []
+        for row in rows:
+            known = {source_name(n) for n, name in enumerate(SOURCES[row]) if payload == "shards" and name in stored}
+            some.append({name: value for name, value in tensors[row].items() if name not in known})
+            stored.update(SOURCES[row])
+        owners = dict.fromkeys("abc", "part00000") if number else {}
+        write_block(
+            folder, f"part{number:05d}", light(payload, rows), some, layout,
+            prompts=[prompts[row] for row in rows], sources=[SOURCES[row] for row in rows], owners=owners,
+        )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module", params=[*LAYOUTS, "shards-zstd", "inline-zstd"])
+def cache(request, tmp_path_factory):
+    payload, _, codec = request.param.partition("-")
+    return make(tmp_path_factory.mktemp(request.param) / "c", payload, codec or "none")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("edits") / "c", "shards")
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert value.dtype == other[name].dtype and value.shape == other[name].shape, name
+        assert torch.equal(value.contiguous().view(torch.uint8), other[name].contiguous().view(torch.uint8)), name
+
+
+# --- reading ---
+
+
+def test_every_row_reads_as_it_was_written(cache):
+    """Sources of both numbers and all sizes, none where the row has none, in every layout, as rows and as a stream."""
+    found = load_cache(cache)
+    assert [found.source_shapes[row] for row in range(ROWS)] == [tuple(SHAPES[n] for n in ids) for ids in SOURCES]
+    assert found.kinds == ["edit" if ids else "generation" for ids in SOURCES]
+    for row, sample in enumerate(samples()):
+        same(found[row], sample)
+    stream = load_cache(cache, streaming=True)
+    stream.shuffle_buffer = 0
+    for sample, streamed in zip(samples(), stream, strict=True):
+        same(streamed, sample)
+    view = found.select([4, 1, 0])
+    assert view.kinds == ["edit", "generation", "edit"] and view.batch_keys == [found.batch_keys[i] for i in (4, 1, 0)]
+    same(view[0], samples()[4])
+
+
+def test_shards_hold_each_source_once(shards):
+    keys = [key for n in (0, 1) for key in read_header(str(shards / f"shards/part0000{n}.safetensors"))]
+    assert Counter(key for key in keys if key.startswith("source")) == Counter(f"source_latents.{n}" for n in "abcd")
+
+
+# --- batches ---
+
+
+def test_batch_keys_tell_kinds_numbers_and_sizes_apart(cache):
+    found = load_cache(cache)
+    shapes = [tuple(SHAPES[name] for name in ids) for ids in SOURCES]
+    assert found.batch_keys == [(48, 72, 5, *own) for own in shapes]
+    assert batch_keys_of(found, pads_text=True) == [(48, 72, *own) for own in shapes]
+    table = BucketBatchSampler(found.batch_keys, batch_size=2).table()
+    assert "48 x 72 x 5, source latents 9 x 6 and 3 x 5 " in table and "48 x 72 x 5  " in table
+
+
+def batches_of(loader, count):
+    return [{k: v.clone() for k, v in batch.items()} for batch, _ in zip(loader, range(count), strict=False)]
+
+
+def check_batch(batch, drops=False):
+    """Every row of a batch has its own sources, and none is there that a row does not have."""
+    for number, row in enumerate(batch["row"].tolist()):
+        sample = samples()[row]
+        gone = {*source_names_in(sample), "edit_mask"} if drops else set()
+        left = {name: value for name, value in sample.items() if name not in gone}
+        index = ("row", "position", "noise_key", "step_key")
+        same({name: value[number] for name, value in batch.items() if name not in index}, left)
+
+
+@pytest.mark.parametrize("pads_text", [False, True])
+def test_no_batch_mixes_kinds_numbers_or_sizes(cache, pads_text):
+    found = load_cache(cache)
+    sampler = BucketBatchSampler(batch_keys_of(found, pads_text=pads_text), batch_size=3, seed=3)
+    loader = BucketLoader(found, sampler, pads_text=pads_text)
+    batches = batches_of(loader, len(loader))
+    loader.close()
+    assert {row for batch in batches for row in batch["row"].tolist()} == set(range(ROWS))
+    for batch in batches:
+        check_batch(batch)
+
+
+def test_a_stream_makes_batches_of_one_kind_and_resumes(cache):
+    stream = load_cache(cache, streaming=True)
+    loader = StreamLoader(stream, batch_size=2, seed=1)
+    batches = iter(loader)
+    seen = [{k: v.clone() for k, v in next(batches).items()} for _ in range(7)]
+    state = json.loads(json.dumps(loader.state_dict()))
+    rest = [{k: v.clone() for k, v in next(batches).items()} for _ in range(9)]
+    loader.close()
+    for batch in seen + rest:
+        check_batch(batch)
+    again = StreamLoader(load_cache(cache, streaming=True), batch_size=2, seed=1)
+    again.load_state_dict(state)
+    for one, other in zip(rest, again, strict=False):
+        same(one, dict(other))
+    again.close()
+
+
+def test_dropped_sources_follow_the_step(shards):
+    """Every step keeps or loses its sources by its key, and so on 1 x 4, 2 x 2 and 1 x 1 x 4."""
+    found = load_cache(shards).select(list(range(ROWS)) * 8)
+    told = []
+    for size, ranks, accumulation in ((4, 1, 1), (2, 2, 1), (1, 1, 4)):
+        dropped: dict[int, set[bool]] = {}
+        for rank in range(ranks):
+            options = {"batch_size": size, "num_replicas": ranks, "rank": rank, "accumulation_steps": accumulation}
+            sampler = BucketBatchSampler(found.batch_keys, seed=5, drop_last=True, **options)
+            loader = BucketLoader(found, sampler, source_dropout=0.4)
+            for batch in batches_of(loader, len(loader)):
+                batch["row"] %= ROWS
+                drops = "source_latents" not in batch and bool(SOURCES[batch["row"][0]])
+                step = int(batch["position"][0]) // 4
+                key = step_keys(5, 0, [4 * step], 4)
+                assert (batch["step_key"] == key).all()
+                lost = bool(uniform(key, stream="source_dropout") < 0.4)
+                assert drops == (lost and bool(SOURCES[batch["row"][0]]))
+                check_batch(batch, lost)
+                dropped.setdefault(step, set()).add(drops)
+            loader.close()
+        told.append(dropped)
+    assert told[0] == told[1] == told[2] and {d for drops in told[0].values() for d in drops} == {True, False}
+
+
+def test_without_dropout_the_batches_are_as_ever(shards):
+    found = load_cache(shards)
+    sampler = BucketBatchSampler(found.batch_keys, batch_size=2)
+    (batch, *_) = batches_of(BucketLoader(found, sampler, threads=0), 1)
+    assert "step_key" not in batch
+
+
+# --- samples that must not share a batch, and masks ---
+
+
+def test_collation_refuses_sources_of_some_samples():
+    one, other, *_ = samples()
+    with pytest.raises(SciflowError, match="row 7 has `source_latents` and row 8 has no source"):
+        collate([one | {"row": 7}, other | {"row": 8}])
+    found = {"row": 9} | {name: value for name, value in samples()[2].items()}
+    with pytest.raises(SciflowError, match="row 9 has `source_latents`, `source_latents_1`"):
+        collate([one | {"row": 7}, found])
+
+
+def test_a_cache_batch_of_two_kinds_is_refused(cache):
+    found = load_cache(cache)
+    loader = BucketLoader(found, BucketBatchSampler([0] * ROWS, batch_size=ROWS), threads=0)
+    with pytest.raises(CacheError, match=r"row \d+ .* has .*source.* and row \d+ .*Give them different buckets"):
+        next(iter(loader))
+
+
+@pytest.mark.parametrize("name", ["edit_mask", "loss_mask"])
+def test_a_sample_without_a_mask_counts_everywhere(name, tmp_path):
+    mask = torch.arange(6, dtype=torch.uint8).reshape(2, 3)
+    rows = [{"latents": torch.ones(2, 2, 3)}, {"latents": torch.zeros(2, 2, 3), name: mask}]
+    for order in ([0, 1], [1, 0]):
+        batch = collate([rows[i] for i in order])
+        full = torch.full_like(mask, 255)
+        assert torch.equal(batch[name], torch.stack([full if i == 0 else mask for i in order]))
+
+
+# --- what does not fit ---
+
+
+def test_sources_that_the_index_does_not_know_are_refused(tmp_path):
+    folder = make(tmp_path / "c", "npz")
+    for file in folder.glob("*.parquet"):
+        pq.write_table(pq.read_table(file).drop_columns(["source_shapes"]), file)
+    with pytest.raises(CacheError, match=r"holds the sources \['source_latents'\], but column `source_shapes` says"):
+        load_cache(folder)[0]
+
+
+@pytest.mark.parametrize("value", [[[4, 6]], [[4, 6, 0]], [[4, None, 9]], [None]])
+def test_a_broken_source_shape_names_the_row(tmp_path, value):
+    folder = make(tmp_path / "c", "npz")
+    file = folder / "data_part00001.parquet"
+    table = pq.read_table(file)
+    values = table.column("source_shapes").to_pylist()
+    values[3] = value
+    array = pa.array(values, pa.list_(pa.list_(pa.int64())))
+    place = table.schema.get_field_index("source_shapes")
+    pq.write_table(table.set_column(place, "source_shapes", array), file)
+    with pytest.raises(CacheError, match=r"Row 10 .*column `source_shapes` is"):
+        load_cache(folder)
+
+
+def test_dropouts_that_cannot_be_are_refused(shards, tmp_path):
+    found = load_cache(shards)
+    generations = found.select([1, 5, 9])
+    sampler = BucketBatchSampler(generations.batch_keys, batch_size=1)
+    with pytest.raises(SciflowError, match=r"`source_dropout` 0.5: no row of this data has a source"):
+        BucketLoader(generations, sampler, source_dropout=0.5)
+    found.metadata["text_reads_sources"] = True
+    for name in ("source_dropout", "caption_dropout"):
+        with pytest.raises(SciflowError, match=f"`{name}` 0.5: the text encoder of this cache has read"):
+            BucketLoader(found, BucketBatchSampler(found.batch_keys, batch_size=1), **{name: 0.5})
