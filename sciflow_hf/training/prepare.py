@@ -13,6 +13,7 @@ from accelerate import PartialState
 from ..data.arguments import DataArguments
 from ..data.build.build import BuildReport, build_cache
 from ..data.build.cut import find_cut, warn_of_cut
+from ..data.build.references import SourceRules
 from ..data.build.views import MIRRORED
 from ..data.cache import LatentCache
 from ..data.load import load_cache, load_data
@@ -82,15 +83,24 @@ def build_cache_for(
         text = options.get("embeds") != "none"
         return family.load_encoders(device=device, dtype=encoder_dtype or torch.float32, text=text)
 
+    rules = SourceRules(
+        family.max_sources,
+        family.source_size,
+        family.source_resized,
+        family.check_source,
+        lambda pixel_values: family.encode_source_images(pixel_values, encoders()),
+        text=family.text_reads_sources,
+    )
     return build_cache(
         input_dir,
         output_dir,
         encode_images=lambda pixel_values: family.encode_images(pixel_values, encoders()),
-        encode_prompts=lambda prompts: family.encode_prompts(prompts, encoders()),
+        encode_prompts=lambda prompts, **sources: family.encode_prompts(prompts, encoders(), **sources),
         settings=family.encoder_settings(),
         bucket_step=family.bucket_step(),
         time_ids=family.stores_time_ids,
         count_tokens=family.count_tokens,
+        sources=rules if family.max_sources else None,
         **options,
     )
 

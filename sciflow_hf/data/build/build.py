@@ -19,6 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ... import __version__
+from ...diffusion.sources import source_name
 from ...errors import SciflowError, counted
 from ..batches.buckets import ladder
 from ..batches.loader import text_rows
@@ -30,14 +31,14 @@ from .ahead import THREADS, Behind, in_order
 from .block_staging import InlineStaging, ShardStaging
 from .blocks import BUILD_FILE, locked, noted_settings, remove_temporaries, write_settings
 from .cut import CUT, CountTokens, cut_text, find_cut, warn_of_cut
-from .jobs import Job, Prompt, by_bucket, find_jobs, in_batches, shape_measures
-from .reading import Pixels, read_views
+from .jobs import Job, Prompt, by_bucket, find_jobs, in_batches, shape_measures, source_measures
+from .reading import Pixels, read_source, read_views
 from .references import SourceRules, SourceView
 from .sources.find import find_records
 from .sources.record import Record
 from .staging import FOLDER, NpzStaging, Shared, Skips, Staging
 from .tally import Tally
-from .views import MIRRORED, average_mask
+from .views import MIRRORED, average_mask, largest_mask
 
 logger = logging.getLogger(__name__)
 
@@ -45,13 +46,14 @@ BLOCK_BYTES = 1 << 30
 _TEXT_BATCHES = 4  # whose embeddings wait in memory for the images that are stored with them
 _LATE = 2  # encoded batches that wait to be saved
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+EDIT_MASKS = ("given", "computed")
 STAGING: dict[str, type[Staging]] = {"shards": ShardStaging, "inline": InlineStaging, "npz": NpzStaging}
 RULES = 2
 """Noted in `BUILD_FILE`: samples are known by content, small images not enlarged. Earlier versions note nothing."""
 _OLDER = {"payload": "npz", "embeds": "bf16", "codec": "none"}  # before there were other layouts
 T = TypeVar("T")
 _Tensors = dict[str, torch.Tensor]
-_Encode = Callable[[Any], _Tensors]
+_Encode = Callable[..., _Tensors]
 
 
 @dataclass
@@ -180,6 +182,8 @@ def build_cache(
         raise SciflowError(f"`resolution` is {resolution}, but image sides are multiples of {bucket_step}.")
     if crops < 0:
         raise SciflowError(f"`crops` is {crops}, but must be at least 0.")
+    if edit_masks not in EDIT_MASKS:
+        raise SciflowError(f"`edit_masks` is {edit_masks!r}, but must be one of {', '.join(EDIT_MASKS)}.")
     if not 0 <= rank < world_size:
         raise SciflowError(f"`rank` is {rank}, but must lie in [0, world_size) = [0, {world_size}).")
     output = Path(output_dir)
@@ -217,14 +221,28 @@ def build_cache(
     rungs = [buckets] if buckets is not None else ladder(resolution, bucket_step)[: 1 if enlarge else None]
     tally = Tally()
     if records is None:
-        records, tally = find_records(input_dir, caption_column=caption_column, split=split, leave_out=output)
+        records, tally = find_records(
+            input_dir, caption_column=caption_column, split=split, leave_out=output, source_dir=source_dir,
+            source_column=source_column,
+        )  # fmt: skip
+    edit = next((record for record in records if record.sources), None)
+    if edit is not None and (reason := _no_edits(sources, layout)):
+        raise SciflowError(f"`input_dir` is {str(input_dir)!r}, where {edit.name} has a reference image, {reason}")
+    if sources is not None and sources.text:
+        if embeds == "none":
+            raise SciflowError(
+                "`embeds` is none, but the text encoder of this family reads the reference images, too: "
+                "text is not encoded in training. Store it."
+            )
+        facts["text_reads_sources"] = True
     skips = Skips(strict, first_rank=rank == 0)
     for name, reason in (tally.skipped | tally.missing).items():
         skips.on_every_rank(name, reason)
     kind = STAGING[payload]
     found = find_jobs(
         records, rungs, resolution=resolution, crops=crops, flip=flip, with_caption=kind.with_text,
-        skip=skips.on_every_rank, remark=tally.remark, by_length=rules == 1,
+        skip=skips.on_every_rank, remark=tally.remark, by_length=rules == 1, sources=sources,
+        compute_masks=edit_masks == "computed",
     )  # fmt: skip
     jobs = by_bucket(found, batch_size)
     if not jobs:
@@ -238,7 +256,7 @@ def build_cache(
     notes: dict[str, Any] = {} if rules == 1 else {"rules": rules}
     builder = _Builder(
         staging, report, encode_images, encode_prompts, fixed, notes, batch_size, text_batch_size, samples_per_part,
-        time_ids, rank, world_size, barrier,
+        time_ids, rank, world_size, barrier, sources,
     )  # fmt: skip
     if count_tokens is not None and rank == 0:
         builder.notes |= _cut_note(jobs, count_tokens, noted or {})
@@ -247,6 +265,7 @@ def build_cache(
     report.skipped = list(skips.found.items())
     if rank == 0:
         tally.close({job.name: job.record.name for job in jobs}, skips.found, builder.touched)
+        tally.measures |= source_measures([job for job in jobs if job.name not in skips.found])
         tally.measures |= shape_measures([job for job in jobs if job.name not in skips.found])
         if cut := builder.notes.get(CUT):
             tally.measures |= {"captions that are cut": cut_text(cut)} if cut["count"] else {}
@@ -266,6 +285,18 @@ def _holds_latents(output: Path) -> bool:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # `noted_settings` tells what is wrong
         return "latents" not in json.loads((output / BUILD_FILE).read_text())["settings"]
     return False
+
+
+def _no_edits(sources: SourceRules | None, layout: Layout) -> str:
+    """Why a cache cannot hold edits, for a message; "" if it can."""
+    if sources is None:
+        return (
+            "but the family takes none. Choose a family that reads reference images, such as flux2_klein, or leave out "
+            "their column."
+        )
+    if layout.latent_shape is not None:
+        return "but `latents` is none: images that are encoded in training have none. Store the latents."
+    return ""
 
 
 def _lack(item: Shared) -> str:
@@ -288,6 +319,11 @@ def _cut_note(jobs: Sequence[Job], count_tokens: CountTokens, noted: Mapping[str
     return {CUT: found | {"captions": digest}}
 
 
+def _stacked(pixels: Sequence[np.ndarray]) -> torch.Tensor:
+    """(B, 3, H, W) of B views; of one no copy."""
+    return torch.from_numpy(np.stack(pixels) if len(pixels) > 1 else pixels[0][None])
+
+
 @dataclass
 class _Builder:
     """The work of one rank: its share of the batches is encoded, its blocks are completed; see `build_cache`."""
@@ -305,9 +341,14 @@ class _Builder:
     rank: int
     world_size: int
     barrier: Callable[[], None]
+    sources: SourceRules | None = None
     texts: dict[str, _Tensors] = field(default_factory=dict)  # of the last images
+    source_latents: dict[str, torch.Tensor | str] = field(
+        default_factory=dict
+    )  # of the last images, if stored with them
     image_bytes: int = 0  # of the last one
     prompt_bytes: int = 0
+    source_bytes: int = 0
     saved: Job | None = None  # the last one
     left: int = 0  # images to encode, on all ranks
     own: int | None = None  # images that this rank encodes; None before that is planned
@@ -320,6 +361,7 @@ class _Builder:
         self.behind = Behind(_LATE)
         self.dtype, self.with_embeds = layout.dtype, layout.embeds != "none"
         self.masked = any(job.record.mask is not None for job in self.jobs)
+        self.edit_masked = any(job.computes_mask or job.record.edit_mask is not None for job in self.jobs)
 
     def run(self) -> None:
         """Builds, together with the other ranks."""
@@ -365,15 +407,17 @@ class _Builder:
                 for number in numbers:
                     for window in self._windows(mine[number]):
                         if self.staging.with_text:
-                            self._encode_texts(job.prompt for batch in window for job in batch)
+                            self._encode_ahead([job for batch in window for job in batch])
                         for batch in window:
                             self._encode(list(itertools.islice(views, len(batch))))
                 self.behind.finish()
                 self.barrier()
                 for number in numbers:
-                    prompts = [item for item in self.staging.shared(number) if isinstance(item, Prompt)]
-                    for some in share(self._text_batches(prompts)):
+                    shared = self.staging.shared(number)
+                    for some in share(self._text_batches(item for item in shared if isinstance(item, Prompt))):
                         self._encode_prompts(some)
+                    views_of_sources = [item for item in shared if isinstance(item, SourceView)]
+                    self._encode_sources(share(self._source_batches(views_of_sources)))
                 self.behind.finish()
                 self.barrier()
                 self.staging.gather(numbers.start, numbers.stop)
@@ -408,7 +452,7 @@ class _Builder:
         remove_temporaries(self.output)
         self.staging.clean()
         file = self.output / EMPTY_PROMPT_FILE
-        if self.with_embeds and not file.is_file():  # for caption dropout
+        if self.with_embeds and not file.is_file() and not self._text_reads_sources:  # for caption dropout
             write_npz(file, text_rows(self.encode_prompts([""]))[0], self.dtype)
         if known or self.staging.with_text:
             return
@@ -420,14 +464,19 @@ class _Builder:
                     self._encode_prompts([self.saved.prompt])
                     self.behind.finish()
                 sizes = {"sample_bytes": self.image_bytes + self.prompt_bytes, "prompt_bytes": self.prompt_bytes}
+                if self.saved.sources:
+                    self._encode_sources([[source] for source in self.saved.sources])
+                    self.behind.finish()
+                    sizes["source_bytes"] = self.source_bytes
+                    sizes["sample_bytes"] += self.source_bytes * len(self.saved.sources)
                 self._write_settings(sizes)
                 return
 
     def _sizes(self) -> dict[str, int]:
-        """Bytes of a sample and of its prompt, once they are known."""
+        """Bytes of a sample, of its prompt and of a source, once they are known."""
         file = self.output / BUILD_FILE
         noted = json.loads(file.read_text()) if file.is_file() else {}
-        return {name: noted[name] for name in ("sample_bytes", "prompt_bytes") if name in noted}
+        return {name: noted[name] for name in ("sample_bytes", "prompt_bytes", "source_bytes") if name in noted}
 
     def _write_settings(self, sizes: Mapping[str, int]) -> None:
         # Kept, so that the blocks of a build are as large before as after a kill.
@@ -455,6 +504,14 @@ class _Builder:
         ordered = sorted(prompts, key=lambda prompt: len(prompt.caption), reverse=True)
         yield from (ordered[i : i + self.text_batch_size] for i in range(0, len(ordered), self.text_batch_size))
 
+    def _source_batches(self, sources: Iterable[SourceView]) -> Iterator[list[SourceView]]:
+        """Sources of one size together."""
+        by_size: dict[tuple[int, int], list[SourceView]] = {}
+        for source in sources:
+            by_size.setdefault(source.view.size, []).append(source)
+        for same in by_size.values():
+            yield from (same[i : i + self.batch_size] for i in range(0, len(same), self.batch_size))
+
     def _encode(self, batch: Sequence[Pixels]) -> None:
         """Encodes the images of a batch, and saves those that can be used."""
         good = []
@@ -467,29 +524,45 @@ class _Builder:
             good.append(view)
             self.touched.add(view.job.record.name)
         if good:
-            pixels = [view.pixels for view in good]
-            stacked = np.stack(pixels) if len(pixels) > 1 else pixels[0][None]  # of one no copy
             stored = self.staging.layout.latent_shape is None
-            images = self.encode_images(torch.from_numpy(stacked)) if stored else {}
-            shown = [(view.job, view.mask) for view in good]
-            self.behind.put(functools.partial(self._save, shown, images, self.texts))
+            images = self.encode_images(_stacked([view.pixels for view in good])) if stored else {}
+            shown = [(view.job, view.mask, view.edit_mask) for view in good]
+            self.behind.put(functools.partial(self._save, shown, images, self.texts, self.source_latents))
 
     def _save(
-        self, shown: Sequence[tuple[Job, Image.Image]], images: _Tensors, texts: Mapping[str, _Tensors]
+        self,
+        shown: Sequence[tuple[Job, Image.Image, Image.Image]],
+        images: _Tensors,
+        texts: Mapping[str, _Tensors],
+        sources: Mapping[str, torch.Tensor | str],
     ) -> list[Callable[[], None]]:
         """A batch, in the thread that saves; returns what is left to do."""
         samples = ({name: value[i] for name, value in images.items()} for i in range(len(shown)))
-        return [self._save_one(job, mask, sample, texts) for (job, mask), sample in zip(shown, samples, strict=True)]
+        return [self._save_one(*view, sample, texts, sources) for view, sample in zip(shown, samples, strict=True)]
 
     def _save_one(
-        self, job: Job, mask: Image.Image, sample: _Tensors, texts: Mapping[str, _Tensors]
+        self,
+        job: Job,
+        mask: Image.Image,
+        edit_mask: Image.Image,
+        sample: _Tensors,
+        texts: Mapping[str, _Tensors],
+        sources: Mapping[str, torch.Tensor | str],
     ) -> Callable[[], None]:
-        if self.masked and "latents" in sample:
+        if "latents" in sample:
             height, width = sample["latents"].shape[-2:]
-            sample["loss_mask"] = torch.from_numpy(average_mask(mask, (height, width)))
+            if self.masked:
+                sample["loss_mask"] = torch.from_numpy(average_mask(mask, (height, width)))
+            if self.edit_masked:
+                sample["edit_mask"] = torch.from_numpy(largest_mask(edit_mask, (height, width)))
         if self.time_ids and "latents" in sample:
             sample["time_ids"] = torch.tensor([*job.view.original, *job.view.crop, *job.view.size])
         if self.staging.with_text:
+            for number, source in enumerate(job.sources):
+                latents = sources[source.id]
+                if isinstance(latents, str):
+                    return functools.partial(self.skip, job.name, f"its source {source.name}: {latents}")
+                sample[source_name(number)] = latents
             sample |= texts[job.text_key]
         if bad := self._not_finite(sample):
             return lambda: self.skip(job.name, f"its encoded {bad} holds NaN or Inf in {self.settings['dtype']}")
@@ -502,16 +575,65 @@ class _Builder:
 
         return saved
 
-    def _encode_texts(self, prompts: Iterable[Prompt]) -> None:
-        """Encodes the texts that are stored with the coming images; those of the last ones may be among them."""
-        wanted = {prompt.key: prompt for prompt in prompts}
-        self.texts = {key: row for key, row in self.texts.items() if key in wanted}
-        for some in self._text_batches(prompt for key, prompt in wanted.items() if key not in self.texts):
+    def _encode_ahead(self, jobs: Sequence[Job]) -> None:
+        """Encodes what is stored with the coming images; texts and sources of the last ones may be among it."""
+        prompts = {job.text_key: job.prompt for job in jobs}
+        self.texts = {key: row for key, row in self.texts.items() if key in prompts}
+        for some in self._text_batches(prompt for key, prompt in prompts.items() if key not in self.texts):
             for prompt, row in zip(some, self._texts(some), strict=True):
                 self.texts[prompt.key] = {name: value.cpu() for name, value in row.items()}
+        sources = {source.id: source for job in jobs for source in job.sources}
+        self.source_latents = {key: latents for key, latents in self.source_latents.items() if key in sources}
+        new = [source for key, source in sources.items() if key not in self.source_latents]
+        for source, latents in self._encoded_sources(list(self._source_batches(new))):
+            self.source_latents[source.id] = latents
 
     def _texts(self, prompts: Sequence[Prompt]) -> list[_Tensors]:
-        return text_rows(self.encode_prompts([prompt.caption for prompt in prompts]))
+        """What is encoded of each prompt; {} where its sources cannot be read, which is told with their latents."""
+        if not self._text_reads_sources:
+            return text_rows(self.encode_prompts([prompt.caption for prompt in prompts]))
+        shown: dict[int, list[Image.Image]] = {}
+        for i, prompt in enumerate(prompts):
+            with contextlib.suppress(Exception):  # PIL lets through whatever its decoders raise
+                shown[i] = [source.window() for source in prompt.sources]
+        captions = [prompts[i].caption for i in shown]
+        rows = text_rows(self.encode_prompts(captions, sources=list(shown.values()))) if shown else []
+        found = dict(zip(shown, rows, strict=True))
+        return [found.get(i, {}) for i in range(len(prompts))]
+
+    @property
+    def _text_reads_sources(self) -> bool:
+        return self.sources is not None and self.sources.text
+
+    def _encoded_sources(
+        self, batches: Sequence[Sequence[SourceView]]
+    ) -> Iterator[tuple[SourceView, torch.Tensor | str]]:
+        """The latents (C, h, w) of sources, of one size in each batch; a text says why there are none."""
+        ahead = 2 * self.batch_size + THREADS
+        with contextlib.closing(in_order(read_source, itertools.chain(*batches), ahead=ahead)) as pixels:
+            for batch in batches:
+                read = list(itertools.islice(pixels, len(batch)))
+                good = [found for _, found in read if not isinstance(found, str)]
+                encoded = iter(self.sources.encode(_stacked(good)) if self.sources and good else ())
+                for source, found in read:
+                    latents = found if isinstance(found, str) else next(encoded)
+                    if not isinstance(latents, str) and self._not_finite({"": latents}):
+                        latents = f"its latents hold NaN or Inf in {self.settings['dtype']}"
+                    yield source, latents
+
+    def _encode_sources(self, batches: Sequence[Sequence[SourceView]]) -> None:
+        """Encodes and saves sources that are stored on their own."""
+        for source, latents in self._encoded_sources(batches):
+            if isinstance(latents, str):
+                if self.skip.strict:
+                    self.skip(source.name, latents)
+                self.report.tally.remark("sources that cannot be used", f"{source.name} ({latents})")
+            self.behind.put(functools.partial(self._save_source, source, latents))
+
+    def _save_source(self, source: SourceView, latents: torch.Tensor | str) -> list[Callable[[], None]]:
+        tensors = None if isinstance(latents, str) else {source_name(0): latents}
+        self.source_bytes = self.staging.save_shared(source, tensors)
+        return []
 
     def _encode_prompts(self, prompts: list[Prompt]) -> None:
         """Encodes and saves prompts that are stored on their own."""
@@ -519,7 +641,7 @@ class _Builder:
         self.behind.put(lambda: list(map(self._save_prompt, prompts, rows)))
 
     def _save_prompt(self, prompt: Prompt, text: _Tensors) -> Callable[[], None]:
-        bad = self._not_finite(text)
+        bad = self._not_finite(text) if text else "text"
         size = 0 if bad and self.skip.strict else self.staging.save_shared(prompt, None if bad else text)
 
         def saved() -> None:
@@ -539,7 +661,9 @@ class _Builder:
             return
         if self.bar is None:  # the first sample tells the size of all
             prompts = sum(map(len, self.staging.new_prompts))
-            size = self.image_bytes * self.left + self._sizes().get("prompt_bytes", 0) * prompts
+            sizes, sources = self._sizes(), {source.id for job in self.jobs for source in job.sources}
+            size = self.image_bytes * self.left + sizes.get("prompt_bytes", 0) * prompts
+            size += sizes.get("source_bytes", 0) * len(sources)
             free = shutil.disk_usage(self.output).free
             need, room = readable_bytes(size), readable_bytes(free)
             images = counted(len(self.jobs), "image")

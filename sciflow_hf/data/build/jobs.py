@@ -7,15 +7,15 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
 
 from ..batches.buckets import fitting_bucket
 from .ahead import in_order
-from .references import SourceView
+from .references import SourceRules, SourceView, source_view
 from .sources.pixels import has_more_frames, oriented_size, unreadable
-from .sources.record import Record
+from .sources.record import Record, Stored
 from .tally import Measure
 from .views import View, variants, view_of
 
@@ -53,6 +53,7 @@ class Job:
         id: 16 hex digits over all that its stored arrays depend on.
         sources: what is shown of its reference images.
         text_reads_sources: whether its text depends on them.
+        computes_mask: whether the changed region is what differs between the image and its first source.
     """
 
     record: Record
@@ -60,6 +61,7 @@ class Job:
     id: str
     sources: tuple[SourceView, ...] = ()
     text_reads_sources: bool = False
+    computes_mask: bool = False
 
     @property
     def caption(self) -> str:
@@ -103,32 +105,57 @@ class Job:
 
 @dataclass(frozen=True)
 class _Seen:
-    """Facts of an image: (height, width), whether there are more frames, and what stands for its bytes."""
+    """Facts of an image: (height, width), whether there are more frames, and what stands for the bytes of its files.
+
+    Of each source there is (height, width) and what stands for its bytes.
+    """
 
     size: tuple[int, int]
     more_frames: bool
     content: str | int
     mask: str | int
+    sources: tuple[tuple[tuple[int, int], str], ...]
+    edit_mask: str
 
 
-def _look(record: Record, by_length: bool) -> _Seen | Exception:
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _look(record: Record, by_length: bool) -> _Seen | str:
+    """Reads the files of a record; a text says why it cannot be used."""
     try:
         data = record.image.read()
         with Image.open(BytesIO(data)) as image:
             size, more_frames = oriented_size(image), has_more_frames(image)
     except Exception as error:  # PIL lets through whatever its decoders raise; the image is named
-        return error
+        return unreadable(error)
+    sources = []
+    for name, file in zip(record.source_names, record.sources, strict=True):
+        try:
+            found = file.read()
+            with Image.open(BytesIO(found)) as image:
+                sources.append((oriented_size(image), _digest(found)))
+        except Exception as error:
+            return f"its source {name}: {unreadable(error)}"
+    mask = _bytes(record.mask)
+    content, mask_content = (len(d) if by_length else _digest(d) for d in (data, mask))
+    region = record.edit_mask
+    edit_mask = json.dumps(region) if isinstance(region, tuple) else _digest(_bytes(region))
+    return _Seen(size, more_frames, content, mask_content, tuple(sources), edit_mask)
+
+
+def _bytes(mask: Stored | None) -> bytes:
     try:
-        mask = record.mask.read() if record.mask else b""
+        return mask.read() if mask else b""
     except OSError:  # named when it is opened for its pixels
-        mask = b""
-    return _Seen(size, more_frames, *(len(d) if by_length else hashlib.sha256(d).hexdigest() for d in (data, mask)))
+        return b""
 
 
-def _looked(records: Sequence[Record], by_length: bool) -> Iterator[tuple[Record, _Seen | Exception]]:
+def _looked(records: Sequence[Record], by_length: bool) -> Iterator[tuple[Record, _Seen | str]]:
     """Each record with its `_look`, by threads, several in one go: handing one over takes as long as the look."""
 
-    def look(some: Sequence[Record]) -> list[_Seen | Exception]:
+    def look(some: Sequence[Record]) -> list[_Seen | str]:
         return [_look(record, by_length=by_length) for record in some]
 
     for some, seen in in_order(look, [records[i : i + _AT_ONCE] for i in range(0, len(records), _AT_ONCE)]):
@@ -146,6 +173,8 @@ def find_jobs(
     skip: Callable[[str, str], None],
     remark: Callable[[str, str], None] = lambda what, name: None,
     by_length: bool = False,
+    sources: SourceRules | None = None,
+    compute_masks: bool = False,
 ) -> Iterator[Job]:
     """The views of each image, of which the header is decoded; all its bytes are read for the ids.
 
@@ -159,13 +188,19 @@ def find_jobs(
         skip: called with name and reason for an image that cannot be read.
         remark: called with what is to be said of an image, and its name.
         by_length: ids as in earlier versions: by the length of a file instead of its content, whatever the bucket.
+        sources: how a family takes sources; needed where records have some.
+        compute_masks: of edits without a changed region, compute it.
     """
     masked = any(record.mask is not None for record in records)
+    edit_masked = any(record.sources and (compute_masks or record.edit_mask is not None) for record in records)
     last = None
     bucket_of = functools.cache(lambda height, width: fitting_bucket(height, width, rungs))
     for record, seen in _looked(records, by_length):
-        if isinstance(seen, Exception):
-            skip(record.name, unreadable(seen))
+        if isinstance(seen, str):
+            skip(record.sample if record.sources else record.name, seen)
+            continue
+        if sources is not None and (reason := _unusable(record, seen, sources)):
+            skip(record.sample, reason)
             continue
         bucket = bucket_of(*seen.size)
         if record.name != last and seen.more_frames:
@@ -175,10 +210,36 @@ def find_jobs(
         content += [] if by_length else [bucket]
         if masked:
             content += ["mask", seen.mask, record.mask is not None]
+        computes = bool(compute_masks and seen.sources and record.edit_mask is None)
+        if computes and seen.sources[0][0] != original:
+            computes = False
+            remark("edits whose changed region cannot be computed: their first source has another size", record.name)
+        if edit_masked:
+            content += ["edit_mask", seen.edit_mask, record.edit_mask is not None, computes]
         for variant in variants(crops, flip, record.part):
-            text = json.dumps([*content, variant] if variant else content)
-            digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-            yield Job(record, view_of(variant, record.name, original, bucket), digest)
+            view = view_of(variant, record.name, original, bucket)
+            shown = [
+                source_view(record, number, digest, size, view, cast(SourceRules, sources))
+                for number, (size, digest) in enumerate(seen.sources)
+            ]
+            full = [*content, "sources", *(source.id for source in shown)] if shown else content
+            text = json.dumps([*full, variant] if variant else full)
+            reads = sources is not None and sources.text
+            yield Job(record, view, _digest(text.encode())[:16], tuple(shown), reads, computes)
+
+
+def _unusable(record: Record, seen: _Seen, rules: SourceRules) -> str:
+    """Why the sources or the changed region of a record cannot be used; "" if they can."""
+    if len(seen.sources) > rules.most:
+        return f"it has {len(seen.sources)} sources, but the family takes at most {rules.most}"
+    for name, (size, _) in zip(record.source_names, seen.sources, strict=True):
+        if reason := rules.check(*size):
+            return f"its source {name}: {reason}"
+    height, width = seen.size
+    for box in record.edit_mask if isinstance(record.edit_mask, tuple) else ():
+        if not (box[0] >= 0 and box[1] >= 0 and box[2] <= width and box[3] <= height):
+            return f"the box {list(box)} of its changed region lies outside the image of {height} x {width} (h x w)"
+    return ""
 
 
 def shape_measures(jobs: Iterable[Job]) -> dict[str, str]:
@@ -193,6 +254,16 @@ def shape_measures(jobs: Iterable[Job]) -> dict[str, str]:
         f"images that lose more than {_CUT_OFF:.0%} of their area at the edges": cut.text("at most {:.0%}"),
     }
     return {what: text for what, text in found.items() if text}
+
+
+def source_measures(jobs: Sequence[Job]) -> dict[str, str]:
+    """The line on edits in the table of a build; {} where there are none."""
+    numbers = sorted(len(job.sources) for job in jobs if job.sources)
+    if not numbers:
+        return {}
+    most = f" to {numbers[-1]}" if numbers[-1] > numbers[0] else ""
+    distinct = len({source.id for job in jobs for source in job.sources})
+    return {"edits": f"{len(numbers)} of {len(jobs)} samples, of {numbers[0]}{most} sources; {distinct} are distinct"}
 
 
 def by_bucket(jobs: Iterator[Job], batch_size: int) -> list[Job]:

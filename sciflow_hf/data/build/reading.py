@@ -8,8 +8,10 @@ from PIL import Image
 
 from ...errors import first_line
 from .jobs import Job
+from .references import SourceView
 from .sources.pixels import NOT_NUMBERS, to_rgb, unreadable
-from .views import fit_mask, fit_pixels
+from .sources.record import Stored
+from .views import box_mask, changed_mask, fit_mask, fit_pixels
 
 
 @dataclass
@@ -21,6 +23,7 @@ class Pixels:
         reason: why it cannot be used; "" if it can.
         pixels: (3, H, W), float32 in [-1, 1].
         mask: its loss mask: grey, as large as the bucket.
+        edit_mask: its changed region, of the same kind: white inside.
         not_numbers: whether pixels of the image were NaN or infinite.
     """
 
@@ -28,6 +31,7 @@ class Pixels:
     reason: str = ""
     pixels: np.ndarray = field(default_factory=lambda: np.empty(0))
     mask: Image.Image = field(default_factory=lambda: Image.new("L", (1, 1)))
+    edit_mask: Image.Image = field(default_factory=lambda: Image.new("L", (1, 1)))
     not_numbers: bool = False
 
 
@@ -47,13 +51,34 @@ def _view(job: Job, image: Image.Image) -> Pixels:
     except Exception as error:
         return Pixels(job, unreadable(error))
     try:
-        return Pixels(job, "", pixels, fit_mask(_mask(job), job.view), NOT_NUMBERS in image.info)
+        mask = fit_mask(_opened(job.record.mask), job.view)
     except Exception as error:
         return Pixels(job, f"unusable loss mask ({first_line(error)})")
+    try:
+        edit_mask = _edit_mask(job, pixels)
+    except Exception as error:
+        return Pixels(job, f"unusable mask of the changed region ({first_line(error)})")
+    return Pixels(job, "", pixels, mask, edit_mask, NOT_NUMBERS in image.info)
 
 
-def _mask(job: Job) -> Image.Image | None:
-    if job.record.mask is None:
+def _edit_mask(job: Job, pixels: np.ndarray) -> Image.Image:
+    """The changed region of a view; all of it where that is not known."""
+    mask = job.record.edit_mask if job.sources else None
+    if job.computes_mask:
+        return changed_mask(pixels, fit_pixels(job.sources[0].read(), job.view))
+    return fit_mask(box_mask(mask, job.view.original) if isinstance(mask, tuple) else _opened(mask), job.view)
+
+
+def _opened(mask: Stored | None) -> Image.Image | None:
+    if mask is None:
         return None
-    with job.record.mask.open() as file:
+    with mask.open() as file:
         return to_rgb(file)
+
+
+def read_source(source: SourceView) -> np.ndarray | str:
+    """The pixels of a source, (3, H, W), float32 in [-1, 1]; a text says why it cannot be used."""
+    try:
+        return fit_pixels(source.read(), source.view)
+    except Exception as error:  # PIL lets through whatever its decoders raise
+        return unreadable(error)

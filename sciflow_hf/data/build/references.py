@@ -9,8 +9,8 @@ import torch
 from PIL import Image, ImageOps
 
 from .sources.pixels import to_rgb
-from .sources.record import Record
-from .views import View, view_of
+from .sources.record import Box, Record
+from .views import View
 
 _Size = tuple[int, int]
 
@@ -22,18 +22,18 @@ class SourceRules:
     Attributes:
         most: how many a row may have.
         size: (height, width) in pixels at which the pipeline shows a source of this (height, width).
+        resized: (height, width) to which it resizes the source before it cuts `size` out of the centre.
         check: why it refuses a source of this (height, width); "" if it takes it.
         encode: (B, 3, H, W) float32 in [-1, 1] -> latents (B, C, h, w), the mode of the posterior.
-        crop: whether the pipeline brings a source to `size` by cutting off what exceeds its shape; else it stretches.
         text: whether the text encoder reads the sources, too. `encode_prompts` is then called with
             `sources`, for each prompt a list of RGB images.
     """
 
     most: int
     size: Callable[[int, int], _Size]
+    resized: Callable[[int, int], _Size]
     check: Callable[[int, int], str]
     encode: Callable[[torch.Tensor], torch.Tensor]
-    crop: bool = True
     text: bool = False
 
 
@@ -81,12 +81,14 @@ def source_view(
         content: what stands for the source's bytes.
         original: (height, width) of the source.
     """
-    flip = "flip" if target.flipped else ""
-    if original == target.original:
-        view = View(flip, original, rules.size(*target.size), target.box, (0, 0))
-    elif rules.crop:
-        view = view_of(flip, "", original, rules.size(*original))
-    else:
-        view = View(flip, original, rules.size(*original), (0, 0, original[1], original[0]), (0, 0))
-    text = json.dumps(["source", content, view.box, view.size, view.flipped])
+    follows = original == target.original
+    shown = target.size if follows else original
+    box: Box = target.box if follows else (0, 0, original[1], original[0])
+    size, (height, width) = rules.size(*shown), rules.resized(*shown)
+    if size != (height, width):
+        y, x = (box[3] - box[1]) / height, (box[2] - box[0]) / width
+        left, top = box[0] + (width - size[1]) // 2 * x, box[1] + (height - size[0]) // 2 * y
+        box = (left, top, min(left + size[1] * x, box[2]), min(top + size[0] * y, box[3]))
+    view = View("flip" if target.flipped else "", original, size, box, (0, 0))
+    text = json.dumps(["source", content, box, size, view.flipped])
     return SourceView(record, number, view, hashlib.sha256(text.encode()).hexdigest()[:16])

@@ -1,6 +1,8 @@
 """Views of an image that go into buckets: the complete image, crops at fixed places, and their mirror images."""
 
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +12,7 @@ from ...diffusion.randomness import hash64
 
 _VARIANT = re.compile(r"(?:caption[1-9]\d*)?(?:(?:^|(?<=\d)-)crop([1-9]\d*))?(?:(?:^|(?<=\d)-)flip)?")
 _Size = tuple[int, int]
+_CHANGED = 24 / 127.5  # of a channel in [-1, 1]: 24 of 255 levels
 MIRRORED = "mirrored text cannot be read, and captions that say left or right become wrong."
 
 
@@ -155,3 +158,22 @@ def fit_mask(mask: Image.Image | None, view: View) -> Image.Image:
 def average_mask(fitted: Image.Image, size: _Size) -> np.ndarray:
     """The mean of a fitted mask over the pixels of each latent: `size` (h, w), uint8."""
     return np.array(fitted.resize(size[::-1], Image.Resampling.BOX))
+
+
+def largest_mask(fitted: Image.Image, size: _Size) -> np.ndarray:
+    """The largest value of a fitted mask among the pixels of each latent: `size` (h, w), uint8."""
+    (height, width), (h, w) = (fitted.height, fitted.width), size
+    return np.asarray(fitted).reshape(h, height // h, w, width // w).max((1, 3))
+
+
+def box_mask(boxes: Sequence[tuple[float, float, float, float]], size: _Size) -> Image.Image:
+    """A mask of an image of `size` (height, width): white inside the boxes (left, top, right, bottom)."""
+    mask = np.zeros(size, np.uint8)
+    for left, top, right, bottom in boxes:
+        mask[int(top) : math.ceil(bottom), int(left) : math.ceil(right)] = 255
+    return Image.fromarray(mask)
+
+
+def changed_mask(one: np.ndarray, other: np.ndarray) -> Image.Image:
+    """White where two views (3, H, W) in [-1, 1] differ by more than what compression and resizing leave."""
+    return Image.fromarray(np.where(np.abs(one - other).max(0) > _CHANGED, np.uint8(255), np.uint8(0)))

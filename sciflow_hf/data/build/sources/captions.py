@@ -21,14 +21,26 @@ _BOMS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 _SEPARATORS = ",;\t|"
+_NAMES = ("file_name", "target_image", "target_image_path", "image_path")  # columns that name a row's image
 
 
 @dataclass(frozen=True)
 class Note:
-    """One row of a metadata file: where it stands, and its columns."""
+    """One row of a metadata file.
+
+    Attributes:
+        where: where it stands.
+        columns: its fields, but that with the name.
+        name: of its image, as it stands there.
+        key: the column with the name.
+        folder: of the metadata file.
+    """
 
     where: str
     columns: dict[str, Any]
+    name: str = ""
+    key: str = "file_name"
+    folder: Path = Path()
 
 
 def read_text(file: Path) -> tuple[str, str]:
@@ -88,13 +100,14 @@ def read_notes(file: Path) -> tuple[list[Note], str]:
 def _with_file_name(file: Path, rows: Iterator[tuple[str, Any]]) -> list[Note]:
     notes = []
     for where, row in rows:
-        name = row.get("file_name") if isinstance(row, dict) else None
+        key = next((key for key in _NAMES if isinstance(row, dict) and row.get(key)), "file_name")
+        name = row.get(key) if isinstance(row, dict) else None
         if not isinstance(name, str) or not name.strip():
             held = f"the columns {', '.join(map(repr, row))}" if isinstance(row, dict) else f"{row!r:.60}"
             raise SciflowError(
                 f"{where} has no `file_name`, but {held}. It must name an image relative to {file.name}."
             )
-        notes.append(Note(where, row))
+        notes.append(Note(where, {k: v for k, v in row.items() if k != key}, name, key, file.parent))
     return notes
 
 
@@ -148,7 +161,7 @@ def _csv_reader(file: Path, text: str) -> tuple[Any, Sequence[str]]:
             header = [name.strip() for name in next(reader, [])]
         except csv.Error:
             continue
-        if "file_name" in header and (len(header) > 1 or separator == _SEPARATORS[-1]):
+        if not {*_NAMES}.isdisjoint(header) and (len(header) > 1 or separator == _SEPARATORS[-1]):
             return reader, header
     first = text.partition("\n")[0].strip()
     raise SciflowError(

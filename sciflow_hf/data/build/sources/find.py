@@ -1,6 +1,7 @@
 """`find_records`: the captioned images of a folder, of parquet files, of a saved data set or of one of the Hub."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from ....errors import SciflowError
@@ -18,6 +19,8 @@ def find_records(
     caption_column: str = "caption",
     split: str | None = None,
     leave_out: Path | None = None,
+    source_dir: Sequence[str | os.PathLike[str]] = (),
+    source_column: Sequence[str] = (),
 ) -> tuple[list[Record], Tally]:
     """All captioned images of `source`, in a fixed order, and what became of everything else in it.
 
@@ -28,33 +31,47 @@ def find_records(
             `loss_mask` holds images, or paths of images relative to `source`: white counts, black does not.
         split: of a source that has several: a name, several joined by "+", or "all"; by default train, or the only one.
         leave_out: folder below `source` that is not part of it (the cache that is being built).
+        source_dir: folders with reference images, as `build_cache` takes them.
+        source_column: columns with reference images, as `build_cache` takes them.
 
     Raises:
         SciflowError: if there is no such source or split, no image, or no caption; a caption that is no text.
     """
     path = Path(source)
+    dirs = [Path(os.path.abspath(folder)) for folder in source_dir]
     if ".." in path.parts:  # metadata are matched by path
         path = path.resolve()
     if path.is_file() and path.suffix == ".parquet":
         choose_splits([], split, str(source))
-        records, tally = dataset_records(load_parquet([path]), str(source), caption_column)
+        _refuse_folders(dirs, source)
+        records, tally = dataset_records(load_parquet([path]), str(source), caption_column, source_column)
         tally.used = 1
         return records, tally
     if not path.is_dir() or any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
-        return saved_records(source, caption_column, split)
+        _refuse_folders(dirs, source)
+        return saved_records(source, caption_column, split, source_column)
     listing = list_files(path, leave_out)
     tables = [file for file in listing.files if file.suffix == ".parquet"]
     if any(file.suffix.lower() in image_suffixes() for file in listing.files):
-        return folder_records(path, listing, caption_column, split)
+        return folder_records(path, listing, caption_column, split, dirs, source_column)
     if not tables:
         raise SciflowError(
             f"`input_dir` is {str(source)!r}, which holds no images, but {what_lies_there(listing.files)}. Images are "
             f".png, .jpg, .webp, .tif, .bmp, .gif, .avif, .jp2 and what else Pillow decodes. {HOW_TO_CAPTION}."
         )
-    records, tally = parquet_records(path, tables, caption_column, split)
+    _refuse_folders(dirs, source)
+    records, tally = parquet_records(path, tables, caption_column, split, source_column)
     others = dict.fromkeys(set(listing.files).difference(tables), "no table: the images are in parquet files")
     for file, reason in sorted({**listing.left_out, **others}.items()):
         tally.ignored[utf8_name(file.relative_to(path).as_posix())] = reason
     for folder, reason in sorted(listing.closed.items()):
         tally.remark(reason, utf8_name(folder.relative_to(path).as_posix()))
     return records, tally
+
+
+def _refuse_folders(folders: Sequence[Path], source: str | os.PathLike[str]) -> None:
+    if folders:
+        raise SciflowError(
+            f"`source_dir` {str(folders[0])!r} is for folders of image files, but `input_dir` {str(source)!r} holds "
+            "tables. Name the columns with reference images by `--source_column`."
+        )

@@ -5,13 +5,15 @@ import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from ....errors import SciflowError, first_line
 from ..tally import Tally
 from .captions import METADATA_FILES, WINDOWS, Note, read_notes, read_text, texts_of
-from .listing import NO_TARGET, Listing, image_suffixes, utf8_name
-from .record import MASK_COLUMN, Record, not_storable, part_name, stored_file
+from .edits import EDIT_BOXES, EDIT_MASK, boxes_of, is_none, source_columns, source_paths
+from .listing import NO_TARGET, Listing, image_suffixes, list_files, utf8_name
+from .record import MASK_COLUMN, Box, Record, not_storable, part_name, stored_file
 from .splits import choose_splits, split_of_image
 
 TEXT_SUFFIXES = (".txt", ".caption")  # the first is taken where there are both
@@ -26,7 +28,12 @@ _PICTURES = {".heic", ".heif", ".jxl", ".exr", ".svg", ".pdf", ".eps", ".ps"}  #
 
 
 def folder_records(
-    folder: Path, listing: Listing, caption_column: str, split: str | None
+    folder: Path,
+    listing: Listing,
+    caption_column: str,
+    split: str | None,
+    source_dir: Sequence[Path] = (),
+    source_column: Sequence[str] = (),
 ) -> tuple[list[Record], Tally]:
     """The captioned images of a folder, and what became of all its files.
 
@@ -35,22 +42,42 @@ def folder_records(
         listing: its files.
         caption_column: of the metadata.
         split: as `choose_splits` takes it.
+        source_dir: folders with sources, as `build_cache` takes them.
+        source_column: of the metadata, as `source_columns` takes them.
 
     Raises:
-        SciflowError: metadata that cannot be read; no image has a caption.
+        SciflowError: metadata that cannot be read; no image has a caption; a folder without images.
     """
-    return _Folder(folder, listing, caption_column, split).records()
+    return _Folder(folder, listing, caption_column, split, source_dir, source_column).records()
+
+
+@dataclass(frozen=True)
+class _Edit:
+    """The reference images of a row, in order, and its changed region."""
+
+    sources: tuple[Path, ...] = ()
+    mask: Path | tuple[Box, ...] | None = None
 
 
 class _Folder:
-    def __init__(self, folder: Path, listing: Listing, column: str, split: str | None) -> None:
-        self.folder, self.column, self.tally = folder, column, Tally()
+    def __init__(
+        self,
+        folder: Path,
+        listing: Listing,
+        column: str,
+        split: str | None,
+        source_dir: Sequence[Path],
+        source_column: Sequence[str],
+    ) -> None:
+        self.folder, self.column, self.split, self.tally = folder, column, split, Tally()
+        self.source_column, self.source_columns = source_column, list[str]()
+        self.source_dirs = [_SourceDir(path, folder) for path in source_dir]
         for link, reason in sorted(listing.closed.items()):
             self.tally.remark(reason, self.name(link))
         for file, reason in sorted(listing.left_out.items()):
             lost = reason == NO_TARGET and file.suffix.lower() in image_suffixes()
             (self.tally.skipped if lost else self.tally.ignored)[self.name(file)] = reason
-        self.finder = _Finder(listing.files)
+        self.finder, self.has_splits = _Finder(listing.files), False
         files = self._of_split(listing.files, split)
         self.notes = [file for file in files if file.name in METADATA_FILES]
         self.images = [file for file in files if file.suffix.lower() in image_suffixes()]
@@ -60,6 +87,8 @@ class _Folder:
                 if file.suffix.lower() == suffix:
                     self.texts.setdefault(_key(file.with_suffix("")), []).append(file)
         self.stems = {file.with_suffix("") for file in self.images}
+        self.unused: set[Path] = set()  # of splits that are not chosen
+        self.edits: dict[str, _Edit | str] = {}  # of each row of the metadata, by `where`; a text says what is wrong
         self.others = set(files).difference(self.notes, self.images)  # until something uses them
         self.num_files = len(files)
 
@@ -72,6 +101,9 @@ class _Folder:
         there = sorted({name for file, name in splits.items() if name and file.suffix.lower() in image_suffixes()})
         if "train" not in there or len(there) < 2:
             there, splits = [], dict.fromkeys(files)
+        self.has_splits = bool(there)
+        if not there and any(file.name in METADATA_FILES for file in files):
+            return list(files)  # the metadata may name splits
         chosen = choose_splits(there, split, str(self.folder))
         for file, name in splits.items():
             if name is not None and name not in chosen:
@@ -82,33 +114,66 @@ class _Folder:
         rows = self._rows()
         listed = [note.columns for notes in rows.values() for note in notes]
         columns = list(dict.fromkeys(name for row in listed for name in row))
+        where = " and ".join(map(str, self.notes)) or str(self.folder)
         if rows and not (self.texts and self.column not in columns and "text" not in columns):
-            self.column = caption_column(columns, self.column, " and ".join(map(str, self.notes)))
+            self.column = caption_column(columns, self.column, where)
+        self.source_columns = source_columns(columns, self.source_column, where)
+        if self.notes and not self.has_splits:
+            choose_splits([], self.split, str(self.folder))
+        for note in [note for notes in rows.values() for note in notes]:
+            try:
+                self.edits[note.where] = self._edit_of(note)
+            except ValueError as error:
+                self.edits[note.where] = f"{note.where}: {error}"
         masks = {
-            str(row[MASK_COLUMN]): self.finder.find(self.folder, str(row[MASK_COLUMN]))
-            or Path(os.path.normpath(self.folder / str(row[MASK_COLUMN])))
+            str(row[MASK_COLUMN]): self._file(str(row[MASK_COLUMN]))
             for row in listed
-            if row.get(MASK_COLUMN)
+            if not is_none(row.get(MASK_COLUMN))
         }
-        only_masks = set(masks.values()) - rows.keys()
-        self.others -= only_masks
-        images = [file for file in self.images if file not in only_masks]
+        no_targets = {*masks.values(), *self._no_targets()} - rows.keys()
+        self.others -= no_targets
+        images = [file for file in self.images if file not in no_targets]
+        for source_dir in self.source_dirs:
+            source_dir.match({file: file.relative_to(self.folder) for file in images})
         records = [record for file in images for record in self._of(file, rows, masks)]
         self._count(images, rows)
         if not records:
             raise SciflowError(self._no_caption(images))
         return records, self.tally
 
+    def _file(self, name: str, *folders: Path) -> Path:
+        """The file that a row calls `name`, in one of `folders` or in the input."""
+        found = (self.finder.find(folder, name) for folder in (*folders, self.folder))
+        return next((file for file in found if file), None) or Path(os.path.normpath((*folders, self.folder)[0] / name))
+
+    def _edit_of(self, note: Note) -> _Edit:
+        """What a row of the metadata says of its edit; a ValueError where that makes no sense."""
+        names = [path for column in self.source_columns for path in source_paths(note.columns.get(column), column)]
+        mask, boxes = note.columns.get(EDIT_MASK), boxes_of(note.columns.get(EDIT_BOXES))
+        sources = tuple(self._file(name, note.folder) for name in names)
+        return _Edit(sources, boxes if is_none(mask) else self._file(str(mask), note.folder))
+
+    def _no_targets(self) -> Iterator[Path]:
+        """Files that are there for a row of others: masks, and sources without a caption of their own."""
+        edits = [edit for edit in self.edits.values() if isinstance(edit, _Edit)]
+        yield from (edit.mask for edit in edits if isinstance(edit.mask, Path))
+        for file in {file for edit in edits for file in edit.sources}:
+            if not self.texts.get(_key(file.with_suffix(""))):
+                yield file
+        sources = {os.path.realpath(file) for source_dir in self.source_dirs for file in source_dir.files}
+        yield from (file for file in self.images if sources and os.path.realpath(file) in sources)
+
     def _of(self, file: Path, rows: dict[Path, list[Note]], masks: Mapping[str, Path]) -> Iterator[Record]:
-        """The records of an image: one for each of its captions."""
+        """The records of an image: one for each of its captions, and for each of its edits."""
         name = self.name(file)
         notes = rows.pop(file, None) or [Note(str(file), {})]
-        found: dict[str, Note] = {}
+        found: dict[tuple[str, _Edit | str], Note] = {}
         for note in notes:
+            edit = self._edit(file, note)
             for text in texts_of(note.columns.get(self.column), self.column, note.where):
-                if text in found:
+                if (text, edit) in found:
                     self.tally.remark("images with the same caption twice, taken once", name)
-                found.setdefault(text, note)
+                found.setdefault((text, edit), note)
         if not found:
             try:
                 text = self._beside(file)
@@ -118,17 +183,50 @@ class _Folder:
             if not text:
                 self.tally.skipped[name] = "no caption"
                 return
-            found[text] = notes[0]
-        for number, (caption, note) in enumerate(found.items()):
-            rest = {k: v for k, v in note.columns.items() if k not in ("file_name", self.column, MASK_COLUMN)}
-            mask = masks[str(note.columns[MASK_COLUMN])] if note.columns.get(MASK_COLUMN) else None
+            for note in notes:
+                found.setdefault((text, self._edit(file, note)), note)
+        left_out = {self.column, MASK_COLUMN, EDIT_MASK, *self.source_columns}
+        for number, ((caption, edit), note) in enumerate(found.items()):
+            rest = {k: v for k, v in note.columns.items() if k not in left_out}
+            mask = masks[str(note.columns[MASK_COLUMN])] if not is_none(note.columns.get(MASK_COLUMN)) else None
             part = part_name(number)
             record = Record(name, caption, stored_file(file), rest, stored_file(mask) if mask else None, part)
-            if bad := not_storable(record):
-                reason = f"{note.where}: half a character (a surrogate) in `{bad}`"
-                self.tally.skipped[f"{name}#{part}" if part else name] = reason
+            if isinstance(edit, str):
+                self.tally.skipped[record.sample] = edit
+            elif bad := not_storable(record):
+                self.tally.skipped[record.sample] = f"{note.where}: half a character (a surrogate) in `{bad}`"
             else:
-                yield record
+                yield self._with_edit(record, edit)
+
+    def _edit(self, file: Path, note: Note) -> _Edit | str:
+        """The edit that leads to an image: as its row says, or from the source folders."""
+        edit = self.edits.get(note.where, _Edit())
+        if isinstance(edit, str) or edit.sources or not self.source_dirs:
+            return edit
+        sources = [source_dir.matched.get(file) for source_dir in self.source_dirs]
+        while sources and sources[-1] is None:
+            sources.pop()
+        for source, source_dir in zip(sources, self.source_dirs, strict=False):
+            if source is None:
+                return f"the source folder {source_dir.folder} has no file of its name, but a later one has"
+            if isinstance(source, str):
+                return source
+        if not sources:
+            self.tally.remark("images without a source in `--source_dir`, trained from text alone", self.name(file))
+        return _Edit(tuple(source for source in sources if isinstance(source, Path)), edit.mask)
+
+    def _with_edit(self, record: Record, edit: _Edit) -> Record:
+        if not edit.sources:
+            if edit.mask is not None:
+                self.tally.remark("changed regions of images without a source, not used", record.name)
+            return record
+        mask = stored_file(edit.mask) if isinstance(edit.mask, Path) else edit.mask
+        return replace(
+            record,
+            sources=tuple(map(stored_file, edit.sources)),
+            source_names=tuple(map(self.name, edit.sources)),
+            edit_mask=mask,
+        )
 
     def _beside(self, file: Path) -> str:
         """The caption in the text file of the image's name; "" if there is none."""
@@ -153,14 +251,40 @@ class _Folder:
             notes, encoding = read_notes(file)
             if encoding == WINDOWS:
                 self.tally.remark(_IN_WINDOWS, self.name(file))
-            for note in notes:
-                name = note.columns["file_name"]
-                image = self.finder.find(file.parent, name) or Path(os.path.normpath(file.parent / name))
+            for note in self._of_published_split(file, notes):
+                image = self.finder.find(file.parent, note.name) or Path(os.path.normpath(file.parent / note.name))
                 mine.setdefault(image, []).append(note)
             for image in mine.keys() & rows.keys():
                 self.tally.remark("images that two metadata files list, of which the last counts", self.name(image))
             rows |= mine
         return rows
+
+    def _of_published_split(self, file: Path, notes: Sequence[Note]) -> list[Note]:
+        """The rows of the chosen splits, where a table without `file_name` has a column `split`."""
+        of = [
+            str(note.columns["split"]) if note.key != "file_name" and note.columns.get("split") else ""
+            for note in notes
+        ]
+        if not (there := sorted({name for name in of if name})):
+            return list(notes)
+        self.has_splits, chosen = True, choose_splits(there, self.split, str(file))
+        taken = [note for note, name in zip(notes, of, strict=True) if not name or name in chosen]
+        used = {path for note in taken for path in self._named(note)}
+        for note, name in zip(notes, of, strict=True):
+            for path in self._named(note) if name and name not in chosen else ():
+                if path not in used:
+                    self.tally.ignored[self.name(path)] = f"of the split {name} (`--split` chooses others)"
+                    self.unused.add(path)
+        self.num_files -= len(self.unused.intersection(self.images))
+        self.images = [image for image in self.images if image not in self.unused]
+        self.others -= self.unused
+        return taken
+
+    def _named(self, note: Note) -> Iterator[Path]:
+        """The files in the input that a row of published metadata names."""
+        for name in (note.name, note.columns.get("source_image_path")):
+            if isinstance(name, str) and (path := self.finder.find(note.folder, name)):
+                yield path
 
     def _count(self, images: Sequence[Path], rows: Mapping[Path, Sequence[Note]]) -> None:
         """Tells of what is left: rows without an image, captioned files that are none, and files nobody wanted."""
@@ -241,6 +365,59 @@ class _Finder:
         """A file of that name in another folder, if there is just one."""
         found = self.names.get(_key(Path(file.name)), [])
         return Path(found[0]) if len(found) == 1 else None
+
+
+class _SourceDir:
+    """A folder with sources: which of them belongs to which image.
+
+    Args:
+        folder: that is read.
+        images: the folder of the images.
+
+    Attributes:
+        files: the images in it.
+        matched: after `match`: of each image its source, or why there is none although one has its name.
+
+    Raises:
+        SciflowError: it is no folder of images, or holds `images`.
+    """
+
+    def __init__(self, folder: Path, images: Path) -> None:
+        self.folder, self.matched = folder, dict[Path, Path | str]()
+        files = list_files(folder).files if folder.is_dir() else []
+        self.files = [file for file in files if file.suffix.lower() in image_suffixes()]
+        if not self.files:
+            what = f"holds no images, but {what_lies_there(files)}" if folder.is_dir() else "is no folder"
+            raise SciflowError(
+                f"`source_dir` {str(folder)!r} {what}. Name a folder with a reference image for each image of "
+                "`--input_dir`, of the same file name."
+            )
+        if Path(os.path.realpath(images)).is_relative_to(os.path.realpath(folder)):
+            raise SciflowError(
+                f"`source_dir` {str(folder)!r} holds `--input_dir` {str(images)!r} itself. Put the reference images "
+                "into a folder of their own."
+            )
+        self.finder, self.stems = _Finder(self.files), dict[str, list[Path]]()
+        for file in self.files:
+            self.stems.setdefault(_key(file.with_suffix("")), []).append(file)
+
+    def match(self, images: Mapping[Path, Path]) -> None:
+        """Finds the source of each image {file: path below the input}: of the same path, or of its end."""
+        found: dict[Path, tuple[Path, int]] = {}
+        for file, path in images.items():
+            for start in range(len(path.parts)):
+                if source := self._find(Path(*path.parts[start:])):
+                    found[file] = source, start
+                    break
+        claims = Counter(source for source, _ in found.values())
+        for file, (source, start) in found.items():
+            several = f"{claims[source]} images have the name of the source {source}: use the same folders there"
+            self.matched[file] = several if start and claims[source] > 1 else source
+
+    def _find(self, path: Path) -> Path | None:
+        """The source of that path, or of that path with the suffix of another format."""
+        alike = self.stems.get(_key(self.folder / path.with_suffix("")), [])
+        return self.finder.find(self.folder, str(path)) or (alike[0] if len(alike) == 1 else None)
 
 
 def _plain(name: str) -> str:

@@ -64,6 +64,11 @@ class Record:
     source_names: tuple[str, ...] = ()
     edit_mask: Stored | tuple[Box, ...] | None = None
 
+    @property
+    def sample(self) -> str:
+        """Its name in messages: with the part, where it has one."""
+        return f"{self.name}#{self.part}" if self.part else self.name
+
 
 def part_name(number: int) -> str:
     """Name of the part of `variant` for caption `number` of an image, from 0."""

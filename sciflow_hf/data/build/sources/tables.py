@@ -4,15 +4,17 @@ import functools
 import glob
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ....errors import SciflowError
 from ..tally import Tally
 from .captions import texts_of
+from .edits import EDIT_BOXES, EDIT_MASK, boxes_of, is_none, source_columns, source_paths
 from .folder import caption_column
-from .record import MASK_COLUMN, Record, Stored, part_name, stored_file
+from .record import MASK_COLUMN, Box, Record, Stored, part_name, stored_file
 from .splits import choose_splits, split_of_table
 
 if TYPE_CHECKING:
@@ -22,7 +24,9 @@ _BINARY = ("binary", "large_binary", "binary_view")
 _TEXT = ("string", "large_string", "string_view")
 
 
-def parquet_records(folder: Path, files: Sequence[Path], column: str, split: str | None) -> tuple[list[Record], Tally]:
+def parquet_records(
+    folder: Path, files: Sequence[Path], column: str, split: str | None, sources: Sequence[str] = ()
+) -> tuple[list[Record], Tally]:
     """The captioned images of parquet files in `folder`, of the chosen splits."""
     splits = {file: split_of_table(file.relative_to(folder)) for file in files}
     there = sorted({name for name in splits.values() if name})
@@ -30,7 +34,7 @@ def parquet_records(folder: Path, files: Sequence[Path], column: str, split: str
         splits, there = {file: name or "train" for file, name in splits.items()}, ["train", *there]
     chosen = choose_splits(there, split, str(folder))
     taken = [file for file, name in splits.items() if not there or name in chosen]
-    records, tally = dataset_records(load_parquet(taken), str(folder), column)
+    records, tally = dataset_records(load_parquet(taken), str(folder), column, sources)
     tally.used = len(taken)
     for file, name in splits.items():
         if file not in taken:
@@ -50,7 +54,9 @@ def load_parquet(files: Sequence[Path]) -> "datasets.Dataset":
         raise SciflowError(f"`input_dir`: {files[0]} cannot be read as parquet with images ({error}).") from error
 
 
-def saved_records(source: str | os.PathLike[str], column: str, split: str | None) -> tuple[list[Record], Tally]:
+def saved_records(
+    source: str | os.PathLike[str], column: str, split: str | None, sources: Sequence[str] = ()
+) -> tuple[list[Record], Tally]:
     """The captioned images of a folder written by `save_to_disk`, or of a data set of the Hub."""
     import datasets
 
@@ -69,75 +75,102 @@ def saved_records(source: str | os.PathLike[str], column: str, split: str | None
     splits = {"": data} if isinstance(data, datasets.Dataset) else dict(data)
     there = [key for key in splits if key]
     chosen = choose_splits(there, split, name) if there else choose_splits([], split, name) or [""]
-    records, tally = dataset_records(datasets.concatenate_datasets([splits[key] for key in chosen]), name, column)
+    data = datasets.concatenate_datasets([splits[key] for key in chosen])
+    records, tally = dataset_records(data, name, column, sources)
     for key in splits.keys() - set(chosen):
         tally.remark("splits not looked at (`--split` chooses others)", f"{key} ({len(splits[key])} rows)")
     return records, tally
 
 
-def dataset_records(data: "datasets.Dataset", where: str, column: str) -> tuple[list[Record], Tally]:
+def dataset_records(
+    data: "datasets.Dataset", where: str, column: str, sources: Sequence[str] = ()
+) -> tuple[list[Record], Tally]:
     """The captioned rows of a data set, each named by the file of its image where these are known and distinct."""
     import datasets
 
-    if "image" not in data.column_names:
+    key = "target_image" if "image" not in data.column_names and "target_image" in data.column_names else "image"
+    if key not in data.column_names:
         raise SciflowError(f"`input_dir` is {where!r}: it has the columns {data.column_names}, but no `image`.")
     column = caption_column(data.column_names, column, where)
+    sources = source_columns(data.column_names, sources, where)
     folder = Path(where) if Path(where).is_dir() else Path(where).parent
-    held = data.features["image"]
-    data = with_images(data, "image", paths=True)
-    if not isinstance(data.features["image"], datasets.Image):
+    held = data.features[key]
+    data = with_images(data, key, paths=True)
+    if not isinstance(data.features[key], datasets.Image):
         raise SciflowError(
-            f"`input_dir` is {where!r}: its column `image` holds {held}, not images. Those are the bytes of image "
+            f"`input_dir` is {where!r}: its column `{key}` holds {held}, not images. Those are the bytes of image "
             "files, structs of bytes and path, or paths."
         )
-    pictures = ["image"]
-    if MASK_COLUMN in data.column_names:
-        data = with_images(data, MASK_COLUMN, paths=False)
-        pictures += [MASK_COLUMN] if isinstance(data.features[MASK_COLUMN], datasets.Image) else []
+    masks = [name for name in (MASK_COLUMN, EDIT_MASK) if name in data.column_names]
+    for name in masks:
+        data = with_images(data, name, paths=False)
+    for name in sources:
+        data = with_images(data, name, paths=False)  # paths may be JSON lists of them
+    pictures = [key, *(name for name in masks if isinstance(data.features[name], datasets.Image)), *sources]
+    used = (key, column, *masks, *sources)
     plain = [
         name
         for name, feature in data.features.items()
-        if name not in ("image", column) and isinstance(feature, datasets.Value) and feature.dtype not in _BINARY
+        if name not in used and isinstance(feature, datasets.Value) and feature.dtype not in _BINARY
     ]
+    lists = [EDIT_BOXES] if EDIT_BOXES in data.column_names and EDIT_BOXES not in plain else []
     tally = Tally(unit="rows")
     for name in data.column_names:
-        if name not in (column, *pictures, *plain):
+        if name not in (*used, *plain, *lists):
             tally.remark("columns that are not kept", name)
     images = data.select_columns(pictures)
-    rows = data.select_columns([column, *plain]).to_list()
-    found = []
-    masks: list[Stored | None] = []
+    rows = data.select_columns([column, *plain, *lists, *(name for name in masks if name not in pictures)]).to_list()
+    cells = _Cells({name: images.select_columns([name]) for name in pictures}, folder)
+    found, refs = [], list[tuple[list[Stored], list[str]] | str]()
+    marked: dict[str, list[Stored | None]] = {name: [] for name in masks}
     for i, stored in enumerate(images):
-        found.append(os.path.basename((stored["image"] or {}).get("path") or ""))
-        if MASK_COLUMN in pictures:
-            masks.append(_stored_row(images, i, MASK_COLUMN, folder) if stored[MASK_COLUMN] else None)
-        else:
-            path = rows[i].pop(MASK_COLUMN, None)
-            masks.append(stored_file(Path(os.path.normpath(folder / str(path)))) if path else None)
+        found.append(_file_name(stored[key]))
+        for name in masks:
+            if name in pictures:
+                marked[name].append(cells.stored(i, name) if stored[name] else None)
+            else:
+                path = rows[i].pop(name, None)
+                marked[name].append(None if is_none(path) else stored_file(Path(os.path.normpath(folder / str(path)))))
+        refs.append(_sources_of(stored, sources, cells, i))
     unique = all(found) and len(set(found)) == len(found)
     records = []
     for i, row in enumerate(rows):
         name = found[i] if unique else f"row_{i:08d}"
         captions = texts_of(row.pop(column), column, f"Row {i} of {where}")
+        boxes, ref = row.get(EDIT_BOXES), refs[i]
+        row = {name: value for name, value in row.items() if name not in lists}
         if not captions:
             tally.skipped[name] = "no caption"
         if len(set(captions)) < len(captions):
             tally.remark("captions that an image has twice, taken once", name)
+        try:
+            if isinstance(ref, str):
+                raise ValueError(ref)
+            edit: dict[str, Any] = _edit(*ref, marked[EDIT_MASK][i] if EDIT_MASK in marked else None, boxes)
+        except ValueError as error:
+            tally.skipped[name] = f"{error}"
+            continue
+        if not edit and (boxes or any(marked[name][i] for name in marked if name == EDIT_MASK)):
+            tally.remark("changed regions of images without a source, not used", name)
         for number, caption in enumerate(dict.fromkeys(captions)):
-            image = _stored_row(images, i, "image", folder)
-            records.append(Record(name, caption, image, row, masks[i], part_name(number)))
+            image, mask = cells.stored(i, key), marked[MASK_COLUMN][i] if MASK_COLUMN in marked else None
+            records.append(Record(name, caption, image, row, mask, part_name(number), **edit))
     if not records:
-        raise SciflowError(f"`input_dir` is {where!r}: no row has a caption in the column {column!r}.")
+        first = next((f" First: {name}: {reason}." for name, reason in tally.skipped.items()), "")
+        raise SciflowError(f"`input_dir` is {where!r}: no row has a caption in the column {column!r}.{first}")
     return records, tally
 
 
 def with_images(data: "datasets.Dataset", column: str, *, paths: bool) -> "datasets.Dataset":
     """The data set with `column` as encoded images, also where it was written without the metadata of `datasets`: as
-    bytes, as a struct of bytes and path, or (with `paths`) as paths. Left alone if it holds something else.
+    bytes, as a struct of bytes and path, or (with `paths`) as paths. Nor are the images of lists decoded. Left alone if
+    it holds something else.
     """
     import datasets
 
     feature = data.features[column]
+    if isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
+        return data.cast_column(column, datasets.List(datasets.Image(decode=False)))
     kind = feature.dtype if isinstance(feature, datasets.Value) else None
     if kind in _BINARY:
         data = data.cast_column(column, datasets.Value("binary"))  # of binary_view there is no cast to an image
@@ -150,15 +183,62 @@ def with_images(data: "datasets.Dataset", column: str, *, paths: bool) -> "datas
     return data.cast_column(column, datasets.Image(decode=False))
 
 
-def _stored_row(images: "datasets.Dataset", row: int, column: str, folder: Path) -> Stored:
-    """The image of a row; a relative path begins at the table's folder."""
-    return Stored(functools.partial(_source, images, row, column, folder))
+@dataclass(frozen=True)
+class _Cells:
+    """The images in the cells of a table, by column; a relative path begins at the table's folder."""
+
+    columns: "dict[str, datasets.Dataset]"
+    folder: Path
+
+    def stored(self, row: int, column: str, number: int | None = None) -> Stored:
+        """The image of a cell, or that of this number in its list."""
+        return Stored(functools.partial(self._source, row, column, number))
+
+    def _source(self, row: int, column: str, number: int | None) -> Path | bytes:
+        cell = self.columns[column][row][column]
+        cell = cell if number is None else _listed(cell, column)[number]
+        if isinstance(cell, dict):
+            cell = cell.get("bytes") or cell.get("path")
+        if cell and isinstance(cell, bytes):
+            return cell
+        if not cell:
+            raise OSError("no image in this row")
+        return self.folder / cell if (self.folder / cell).is_file() else Path(cell)
 
 
-def _source(images: "datasets.Dataset", row: int, column: str, folder: Path) -> Path | bytes:
-    stored = images[row][column] or {}
-    if stored.get("bytes"):
-        return bytes(stored["bytes"])
-    if not stored.get("path"):
-        raise OSError("no image in this row")
-    return folder / stored["path"] if (folder / stored["path"]).is_file() else Path(stored["path"])
+def _listed(cell: Any, column: str) -> list[Any]:
+    """The images in a cell with sources: one, several, or none; a ValueError where it holds something else."""
+    if isinstance(cell, str):
+        return source_paths(cell, column)
+    cells = cell if isinstance(cell, list) else [] if is_none(cell) else [cell]
+    if not all(isinstance(one, str | bytes | dict | None) for one in cells):
+        raise ValueError(f"`{column}` is {cell!r:.80}, but must hold images, or lists of images")
+    return cells
+
+
+def _file_name(cell: Any) -> str:
+    """Name of the file that a cell's image was; "" where it is not known."""
+    return os.path.basename(
+        (cell.get("path") if isinstance(cell, dict) else cell if isinstance(cell, str) else "") or ""
+    )
+
+
+def _sources_of(
+    row: Mapping[str, Any], columns: Sequence[str], cells: _Cells, i: int
+) -> tuple[list[Stored], list[str]] | str:
+    """The sources of a row and their names; a text says what is wrong."""
+    files, names = [], []
+    try:
+        for column in columns:
+            for number, one in enumerate(_listed(row[column], column)):
+                files.append(cells.stored(i, column, number))
+                names.append(_file_name(one) or f"row_{i:08d}/{column}" + (f"_{number}" if number else ""))
+    except ValueError as error:
+        return str(error)
+    return files, names
+
+
+def _edit(files: list[Stored], names: list[str], mask: Stored | None, boxes: Any) -> dict[str, Any]:
+    """What a record has of an edit; {} without sources."""
+    region: Stored | tuple[Box, ...] | None = mask or boxes_of(boxes)
+    return {"sources": tuple(files), "source_names": tuple(names), "edit_mask": region} if files else {}
