@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.build.sources.edits import EDIT_MASKS
 from ..data.layouts import CODECS, EMBEDS, PAYLOADS
 from ..errors import SciflowError, counted
 from .devices import add_parts, find_device, inference_dtype, named, named_parts
@@ -52,6 +53,8 @@ def add_options(cache: argparse.ArgumentParser) -> None:
     add("--image_column", default="image", help="dit: column with the images (default image)")
     add("--label_column", default="label", help="dit: column with the classes (default label)")
     add("--split", help="split of the input: a name, several as in train+validation, or all (default train)")
+    _add_sources(add)
+    add("--edit_masks", choices=EDIT_MASKS, default="given", help="computed: changed regions from source and target")
     add("--max_sequence_length", type=int, help="text tokens per prompt (default: the family's)")
     add("--no_use_t5", dest="use_t5", action="store_const", const=False, help="sd3: without its third text encoder")
     add("--trust_remote_code", action="store_true", default=None, help="run the code of the model folder")
@@ -99,6 +102,11 @@ def add_options(cache: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="with --sample: cpu, cuda, ...; auto takes a GPU if there is one")
 
 
+def _add_sources(add: Any) -> None:
+    add("--source_dir", nargs="+", default=[], help="folders of reference images, named as the images of --input_dir")
+    add("--source_column", nargs="+", default=[], help="columns with reference images (default source_image)")
+
+
 def _add_layout(add: Any) -> None:
     add("--payload", choices=PAYLOADS, default="shards", help="layout of the payloads (default shards)")
     add("--embeds", choices=EMBEDS, default="bf16", help="fp8: half the bytes; none: encode in training")
@@ -118,7 +126,7 @@ def _build(args: argparse.Namespace) -> None:
     options = "pretrained_model_name_or_path revision max_sequence_length posterior use_t5 trust_remote_code"
     family = _family(args.family, **named(args, options), **named_parts(args))
     given = named(args, "resolution enlarge caption_column split batch_size strict dtype payload embeds codec crops")
-    given |= named(args, "text_batch_size flip")
+    given |= named(args, "text_batch_size flip source_dir source_column edit_masks")
     given |= {"latent_shape": family.latent_shape} if args.latents == "none" else {}
     with _processes(args.device) as (device, ranks):
         where = {"device": device, "encoder_dtype": inference_dtype(device), **ranks}

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from ..errors import SciflowError
 from ..options import Options, arguments, option
+from .build.sources.edits import EDIT_MASKS
 from .layouts import PAYLOADS
 
 ENCODINGS = ("cached", "online")
@@ -59,6 +60,13 @@ def _check_online(args: "DataArguments") -> None:
             f"`image_dir` {args.image_dir}: {len(args.image_dir)} folders for {caches} caches. Give one for all, or "
             "one for each of `--dataset_dir` and then of `--prior_dataset_dir`."
         )
+
+
+def _check_sources(args: "DataArguments") -> None:
+    if not args.input_dir:
+        given = {"source_dir": args.source_dir, "source_column": args.source_column, "edit_masks": args.edit_masks}
+        name = next(name for name in given if given[name] not in ([], EDIT_MASKS[0]))
+        raise SciflowError(f"`{name}` {given[name]} is for `--input_dir`: a cache that is built already has its edits.")
 
 
 def _check_crop_from(args: "DataArguments") -> None:
@@ -154,6 +162,24 @@ class DataArguments(Options):
         None,
         "Split of `--input_dir` to take: a name, several as in train+validation, or all; by default train, or the only "
         "one.",
+    )
+    source_dir: list[str] = option(
+        [],
+        "Folders with a reference image for each image of `--input_dir`, of the same file name; the first holds source "
+        "0. With it a row is an edit: image, instruction, source.",
+        check=_check_sources,
+    )
+    source_column: list[str] = option(
+        [],
+        "Columns of `--input_dir` with reference images; by default `source_image`, where there is one.",
+        check=_check_sources,
+    )
+    edit_masks: str = option(
+        "given",
+        "computed: where an edit has no mask of its changed region (`edit_mask`, `edit_bboxes`), take what differs "
+        "between the image and its first source, if that has its size.",
+        choices=EDIT_MASKS,
+        check=_check_sources,
     )
     resolution: int = option(
         1024,

@@ -142,7 +142,13 @@ def _check_latents(cache: LatentCache | StreamingCache, dirs: Sequence[str]) -> 
 
 
 def _check_images(cache: LatentCache | StreamingCache) -> None:
-    """CacheError where the first image of a cache is not there."""
+    """CacheError where the first image of a cache is not there, or where it holds edits."""
+    if cache.has_sources:
+        raise CacheError(
+            "`image_encoding` online: the data holds edits, whose reference images are stored as latents of fixed "
+            "views. Train on stored latents (`--image_encoding cached`), or build with `--crops` and `--flip`, which "
+            "also crop and mirror the reference images."
+        )
     rows = cache.first() if isinstance(cache, StreamingCache) else cache
     for row in np.unique(rows.source_of_row, return_index=True)[1].tolist():
         rows.image(row)

@@ -177,6 +177,11 @@ def prepare_data(
     resolve_demo(family, data_args, args.output_dir)
     online, built = data_args.text_encoding == "online", bool(data_args.input_dir)
     live = data_args.image_encoding == "online"
+    if online and family.text_reads_sources:
+        raise SciflowError(
+            f"`text_encoding` online: the text encoder of `{family.name}` also reads the reference images, so text is "
+            "stored with the cache. Leave the option out."
+        )
     places: list[Any] = list(data_args.image_dir) or [None]
     if data_args.input_dir:
         directory = data_args.dataset_dir[0] if data_args.dataset_dir else str(Path(args.output_dir) / "cache")
@@ -190,6 +195,9 @@ def prepare_data(
             enlarge=data_args.enlarge,
             caption_column=data_args.caption_column,
             split=data_args.split,
+            source_dir=data_args.source_dir,
+            source_column=data_args.source_column,
+            edit_masks=data_args.edit_masks,
             batch_size=data_args.encode_batch_size,
             text_batch_size=data_args.text_batch_size,
             strict=data_args.strict,

@@ -34,6 +34,7 @@ from .cut import CUT, CountTokens, cut_text, find_cut, warn_of_cut
 from .jobs import Job, Prompt, by_bucket, find_jobs, in_batches, shape_measures, source_measures
 from .reading import Pixels, read_source, read_views
 from .references import SourceRules, SourceView
+from .sources.edits import EDIT_MASKS
 from .sources.find import find_records
 from .sources.record import Record
 from .staging import FOLDER, NpzStaging, Shared, Skips, Staging
@@ -46,7 +47,6 @@ BLOCK_BYTES = 1 << 30
 _TEXT_BATCHES = 4  # whose embeddings wait in memory for the images that are stored with them
 _LATE = 2  # encoded batches that wait to be saved
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-EDIT_MASKS = ("given", "computed")
 STAGING: dict[str, type[Staging]] = {"shards": ShardStaging, "inline": InlineStaging, "npz": NpzStaging}
 RULES = 2
 """Noted in `BUILD_FILE`: samples are known by content, small images not enlarged. Earlier versions note nothing."""
@@ -231,7 +231,7 @@ def build_cache(
     if sources is not None and sources.text:
         if embeds == "none":
             raise SciflowError(
-                "`embeds` is none, but the text encoder of this family reads the reference images, too: "
+                "`embeds` is none, but the text encoder of this family also reads the reference images: "
                 "text is not encoded in training. Store it."
             )
         facts["text_reads_sources"] = True
@@ -589,7 +589,7 @@ class _Builder:
             self.source_latents[source.id] = latents
 
     def _texts(self, prompts: Sequence[Prompt]) -> list[_Tensors]:
-        """What is encoded of each prompt; {} where its sources cannot be read, which is told with their latents."""
+        """Encodes prompts one by one; {} where the sources cannot be read, which is told with their latents."""
         if not self._text_reads_sources:
             return text_rows(self.encode_prompts([prompt.caption for prompt in prompts]))
         shown: dict[int, list[Image.Image]] = {}
@@ -626,7 +626,7 @@ class _Builder:
         for source, latents in self._encoded_sources(batches):
             if isinstance(latents, str):
                 if self.skip.strict:
-                    self.skip(source.name, latents)
+                    self.skip(source.record.sample, f"its source {source.name}: {latents}")
                 self.report.tally.remark("sources that cannot be used", f"{source.name} ({latents})")
             self.behind.put(functools.partial(self._save_source, source, latents))
 

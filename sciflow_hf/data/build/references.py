@@ -1,4 +1,4 @@
-"""Reference images ("sources") of rows: how a family takes them, and what is shown of each."""
+"""Reference images ("sources") of rows: how a family takes them, and which part of each is shown."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ class SourceRules:
         resized: (height, width) to which it resizes the source before it cuts `size` out of the centre.
         check: why it refuses a source of this (height, width); "" if it takes it.
         encode: (B, 3, H, W) float32 in [-1, 1] -> latents (B, C, h, w), the mode of the posterior.
-        text: whether the text encoder reads the sources, too. `encode_prompts` is then called with
+        text: whether the text encoder also reads the sources. `encode_prompts` is then called with
             `sources`, for each prompt a list of RGB images.
     """
 
@@ -39,7 +39,7 @@ class SourceRules:
 
 @dataclass(frozen=True)
 class SourceView:
-    """What is shown of a source.
+    """The part of a source that is shown.
 
     Attributes:
         record: the image whose source it is.

@@ -108,7 +108,7 @@ class Staging(ABC):
         """Keeps a sample, complete or not at all; returns its bytes."""
 
     def shared(self, number: int) -> Sequence[Shared]:
-        """What rows share in block `number`, to be encoded once its images are saved."""
+        """Prompts and sources that rows share in block `number`, to be encoded once its images are saved."""
         return []
 
     def save_shared(self, item: Shared, tensors: Tensors | None) -> int:

@@ -1,4 +1,4 @@
-"""What makes a row an edit: the columns of its reference images ("sources") and of its changed region."""
+"""Columns of edits: their reference images ("sources") and their changed regions."""
 
 import json
 from collections.abc import Sequence
@@ -8,6 +8,8 @@ from ....errors import SciflowError
 from .record import Box
 
 SOURCE_COLUMNS = ("source_image", "source_image_path")  # of the second the published metadata
+EDIT_MASKS = ("given", "computed")
+"""Where changed regions come from: from the data alone, or else from what differs between source and image."""
 EDIT_MASK, EDIT_BOXES = "edit_mask", "edit_bboxes"
 
 

@@ -53,10 +53,11 @@ def folder_records(
 
 @dataclass(frozen=True)
 class _Edit:
-    """The reference images of a row, in order, and its changed region."""
+    """The reference images of a row, in order, and its changed region; or the reason why it cannot be used."""
 
     sources: tuple[Path, ...] = ()
     mask: Path | tuple[Box, ...] | None = None
+    reason: str = ""
 
 
 class _Folder:
@@ -88,7 +89,7 @@ class _Folder:
                     self.texts.setdefault(_key(file.with_suffix("")), []).append(file)
         self.stems = {file.with_suffix("") for file in self.images}
         self.unused: set[Path] = set()  # of splits that are not chosen
-        self.edits: dict[str, _Edit | str] = {}  # of each row of the metadata, by `where`; a text says what is wrong
+        self.edits: dict[str, _Edit] = {}  # of each row of the metadata, by `where`
         self.others = set(files).difference(self.notes, self.images)  # until something uses them
         self.num_files = len(files)
 
@@ -121,10 +122,7 @@ class _Folder:
         if self.notes and not self.has_splits:
             choose_splits([], self.split, str(self.folder))
         for note in [note for notes in rows.values() for note in notes]:
-            try:
-                self.edits[note.where] = self._edit_of(note)
-            except ValueError as error:
-                self.edits[note.where] = f"{note.where}: {error}"
+            self.edits[note.where] = self._edit_of(note)
         masks = {
             str(row[MASK_COLUMN]): self._file(str(row[MASK_COLUMN]))
             for row in listed
@@ -147,15 +145,19 @@ class _Folder:
         return next((file for file in found if file), None) or Path(os.path.normpath((*folders, self.folder)[0] / name))
 
     def _edit_of(self, note: Note) -> _Edit:
-        """What a row of the metadata says of its edit; a ValueError where that makes no sense."""
-        names = [path for column in self.source_columns for path in source_paths(note.columns.get(column), column)]
-        mask, boxes = note.columns.get(EDIT_MASK), boxes_of(note.columns.get(EDIT_BOXES))
-        sources = tuple(self._file(name, note.folder) for name in names)
+        """The edit that a row of the metadata describes."""
+        sources: tuple[Path, ...] = ()
+        try:
+            names = [path for column in self.source_columns for path in source_paths(note.columns.get(column), column)]
+            sources = tuple(self._file(name, note.folder) for name in names)
+            mask, boxes = note.columns.get(EDIT_MASK), boxes_of(note.columns.get(EDIT_BOXES))
+        except ValueError as error:
+            return _Edit(sources, None, f"{note.where}: {error}")
         return _Edit(sources, boxes if is_none(mask) else self._file(str(mask), note.folder))
 
     def _no_targets(self) -> Iterator[Path]:
         """Files that are there for a row of others: masks, and sources without a caption of their own."""
-        edits = [edit for edit in self.edits.values() if isinstance(edit, _Edit)]
+        edits = self.edits.values()
         yield from (edit.mask for edit in edits if isinstance(edit.mask, Path))
         for file in {file for edit in edits for file in edit.sources}:
             if not self.texts.get(_key(file.with_suffix(""))):
@@ -167,7 +169,7 @@ class _Folder:
         """The records of an image: one for each of its captions, and for each of its edits."""
         name = self.name(file)
         notes = rows.pop(file, None) or [Note(str(file), {})]
-        found: dict[tuple[str, _Edit | str], Note] = {}
+        found: dict[tuple[str, _Edit], Note] = {}
         for note in notes:
             edit = self._edit(file, note)
             for text in texts_of(note.columns.get(self.column), self.column, note.where):
@@ -191,28 +193,28 @@ class _Folder:
             mask = masks[str(note.columns[MASK_COLUMN])] if not is_none(note.columns.get(MASK_COLUMN)) else None
             part = part_name(number)
             record = Record(name, caption, stored_file(file), rest, stored_file(mask) if mask else None, part)
-            if isinstance(edit, str):
-                self.tally.skipped[record.sample] = edit
+            if edit.reason:
+                self.tally.skipped[record.sample] = edit.reason
             elif bad := not_storable(record):
                 self.tally.skipped[record.sample] = f"{note.where}: half a character (a surrogate) in `{bad}`"
             else:
                 yield self._with_edit(record, edit)
 
-    def _edit(self, file: Path, note: Note) -> _Edit | str:
+    def _edit(self, file: Path, note: Note) -> _Edit:
         """The edit that leads to an image: as its row says, or from the source folders."""
         edit = self.edits.get(note.where, _Edit())
-        if isinstance(edit, str) or edit.sources or not self.source_dirs:
+        if edit.reason or edit.sources or not self.source_dirs:
             return edit
         sources = [source_dir.matched.get(file) for source_dir in self.source_dirs]
         while sources and sources[-1] is None:
             sources.pop()
-        for source, source_dir in zip(sources, self.source_dirs, strict=False):
-            if source is None:
-                return f"the source folder {source_dir.folder} has no file of its name, but a later one has"
-            if isinstance(source, str):
-                return source
         if not sources:
             self.tally.remark("images without a source in `--source_dir`, trained from text alone", self.name(file))
+        for source, source_dir in zip(sources, self.source_dirs, strict=False):
+            if source is None:
+                return _Edit(reason=f"the source folder {source_dir.folder} has no file of its name, a later one has")
+            if isinstance(source, str):
+                return _Edit(reason=source)
         return _Edit(tuple(source for source in sources if isinstance(source, Path)), edit.mask)
 
     def _with_edit(self, record: Record, edit: _Edit) -> Record:

@@ -239,6 +239,6 @@ def _sources_of(
 
 
 def _edit(files: list[Stored], names: list[str], mask: Stored | None, boxes: Any) -> dict[str, Any]:
-    """What a record has of an edit; {} without sources."""
+    """Fields of a record that make it an edit; {} without sources."""
     region: Stored | tuple[Box, ...] | None = mask or boxes_of(boxes)
     return {"sources": tuple(files), "source_names": tuple(names), "edit_mask": region} if files else {}
