@@ -179,6 +179,7 @@ def _conversion(report: "ConvertReport") -> str:
         ("before", readable_bytes(report.bytes_before)),
         ("after", f"{readable_bytes(report.bytes_after)}, {ratio:.2f}x smaller"),
         ("distinct prompts", f"{report.prompts}"),
+        *([("distinct sources", f"{report.sources}")] if report.sources else []),
     ]
     if report.own_copies:
         rows.append(("own copies", f"{report.own_copies} rows have other embeddings than the first with their caption"))

@@ -10,6 +10,7 @@ import torch
 
 from sciflow_hf import BucketBatchSampler, load_cache
 from sciflow_hf.data.batches.loader import BucketLoader, batch_keys_of, collate
+from sciflow_hf.data.build.convert import convert_cache
 from sciflow_hf.data.layouts.base import Layout
 from sciflow_hf.data.layouts.shards import read_header
 from sciflow_hf.data.stream.loader import StreamLoader
@@ -49,11 +50,13 @@ def light(payload: str, rows: range) -> pa.Table:
         "caption": [f"caption {row // 2}" for row in rows],
         "bucket_h": [48] * len(rows),
         "bucket_w": [72] * len(rows),
+        "source_ids": [list(SOURCES[row]) for row in rows],
     }
     if payload == "npz":
         table |= {"cache_path": [f"{row}.npz" for row in rows], "latent_shape": [list(WIDE)] * len(rows)}
         table |= {"prompt_embeds_shape": [[5, 8]] * len(rows)}
         table["source_shapes"] = [[list(SHAPES[name]) for name in SOURCES[row]] for row in rows]
+    table["source_ids"] = pa.array(table["source_ids"], pa.list_(pa.string()))
     made = pa.table(table).replace_schema_metadata({b"sciflow_hf": json.dumps(SETTINGS).encode()})
     if payload == "npz":
         place = made.schema.get_field_index("source_shapes")
@@ -121,6 +124,49 @@ def test_every_row_reads_as_it_was_written(cache):
 def test_shards_hold_each_source_once(shards):
     keys = [key for n in (0, 1) for key in read_header(str(shards / f"shards/part0000{n}.safetensors"))]
     assert Counter(key for key in keys if key.startswith("source")) == Counter(f"source_latents.{n}" for n in "abcd")
+
+
+@pytest.mark.parametrize("payload", LAYOUTS)
+def test_converting_keeps_every_bit(cache, payload, tmp_path):
+    """From every layout into every other; shards of one row or two find their sources in each other."""
+    report = convert_cache(cache, tmp_path / "c", payload=payload, shard_bytes=900)
+    found = load_cache(tmp_path / "c")
+    assert report.sources == 4 and report.blocks > 4 and report.own_copies == 0
+    for row, sample in enumerate(samples()):
+        same(found[row], sample)
+    assert found.batch_keys == load_cache(cache).batch_keys and found.fingerprint
+    assert found.column("source_ids").to_pylist() == [list(ids) for ids in SOURCES]
+    if payload == "shards":
+        keys = [key for file in tmp_path.rglob("*.safetensors") for key in read_header(str(file))]
+        assert Counter(k for k in keys if k.startswith("source")) == Counter(f"source_latents.{n}" for n in "abcd")
+    again = convert_cache(cache, tmp_path / "c", payload=payload, shard_bytes=900)
+    assert again.written == 0
+
+
+def test_a_conversion_of_a_cache_without_ids_keeps_every_source(tmp_path):
+    """Caches of other programs; and a row whose source differs from that of another row with its id has its own."""
+    folder = make(tmp_path / "npz", "npz")
+    file = folder / "data_part00000.parquet"
+    for path in folder.glob("*.parquet"):
+        table = pq.read_table(path)
+        pq.write_table(table.drop_columns(["source_ids"]), path)
+    convert_cache(folder, tmp_path / "apart", payload="shards")
+    wrong = make(tmp_path / "wrong", "inline")
+    file = wrong / "data_part00000.parquet"
+    ids = pq.read_table(file).column("source_ids").to_pylist()
+    ids[2] = ["c", "b"]  # the other way round: `b` and `c` now name two sources each
+    table = pq.read_table(file)
+    at = table.schema.get_field_index("source_ids")
+    arrays = table.set_column(at, "source_ids", pa.array(ids, pa.list_(pa.string())))
+    payload = [name for name in arrays.column_names if pa.types.is_binary(arrays.schema.field(name).type)]
+    options = {"compression": "none", "use_dictionary": False, "write_statistics": False, "data_page_size": 2**31 - 1}
+    assert payload
+    pq.write_table(arrays, file, **options)
+    convert_cache(wrong, tmp_path / "own", payload="shards")
+    for made in ("apart", "own"):
+        found = load_cache(tmp_path / made)
+        for row, sample in enumerate(samples()):
+            same(found[row], sample)
 
 
 # --- batches ---

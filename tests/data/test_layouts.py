@@ -16,7 +16,7 @@ from safetensors import safe_open
 from stored_blocks import NAMES, ROWS, SETTINGS, data_file, light, make, samples, write_block
 
 from sciflow_hf.data.build import blocks
-from sciflow_hf.data.build.blocks import cut_blocks, first_rows, locked, prompt_hash
+from sciflow_hf.data.build.blocks import cut_blocks, locked, prompt_hash
 from sciflow_hf.data.layouts import inline, shards
 from sciflow_hf.data.layouts.base import Layout
 from sciflow_hf.data.layouts.shards import read_header
@@ -219,11 +219,10 @@ def test_prompt_hash_depends_on_caption_and_encoder_alone():
     assert base not in {prompt_hash("b", SETTINGS), prompt_hash("a", SETTINGS | {"max_sequence_length": 13})}
 
 
-def test_blocks_and_owners():
+def test_rows_are_cut_into_blocks():
     assert cut_blocks([3, 3, 3, 10, 1, 1], 6) == [range(0, 2), range(2, 3), range(3, 4), range(4, 6)]
     assert cut_blocks([], 6) == [] and cut_blocks([9], 1) == [range(1)]
     assert [len(block) for block in cut_blocks([0] * (blocks.MAX_ROWS + 1), 6)] == [blocks.MAX_ROWS, 1]
-    assert first_rows(["a", "b", "a", "c", "b"]) == [0, 1, 0, 3, 1]
 
 
 @pytest.mark.parametrize("payload", ["shards", "inline"])

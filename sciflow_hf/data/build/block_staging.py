@@ -6,13 +6,14 @@ import logging
 import os
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 
+from ...diffusion.sources import source_name, source_names_in
 from ...errors import CacheError
 from .. import storage
 from ..cache import LatentCache, open_index, read_schema, read_table
@@ -20,8 +21,8 @@ from ..layouts.base import MADE_COLUMNS, METADATA_KEY, TEXT_TENSORS, Block, Enco
 from ..layouts.shards import Shard, read_header, shard_file, write_shard
 from ..writing import output_file
 from .blocks import prompt_hash, writer_of
-from .index import OWN_COLUMNS, index_schema, index_table
-from .jobs import Job
+from .index import OWN_COLUMNS, SOURCE_COLUMNS, index_schema, index_table
+from .jobs import Job, Prompt, text_key
 from .references import SourceView
 from .staging import FOLDER, Shared, Staging, Tensors
 
@@ -37,18 +38,25 @@ class InlineFile:
 
     Args:
         prompts: hash of each row's prompt; None where nobody asks for it.
+        sources: ids of each row's sources.
     """
 
-    def __init__(self, file: Path, prompts: Iterable[str | None]) -> None:
+    def __init__(self, file: Path, prompts: Iterable[str | None], sources: Iterable[Sequence[str]]) -> None:
         self.file, self._cache = file, LatentCache(open_index(str(file)))
         self._row_of = {prompt: row for row, prompt in enumerate(prompts) if prompt is not None}
-        self.shared = set(self._row_of)
+        self._source_of = {i: (row, number) for row, ids in enumerate(sources) for number, i in enumerate(ids)}
+        self.shared = {*self._row_of, *self._source_of}
 
     def image(self, row: int) -> dict[str, Encoded]:
-        return {name: value for name, value in self._read(row) if name not in TEXT_TENSORS}
+        stored = dict(self._read(row))
+        apart = {*TEXT_TENSORS, *source_names_in(stored)}
+        return {name: value for name, value in stored.items() if name not in apart}
 
-    def item(self, prompt: str) -> dict[str, Encoded]:
-        return {name: value for name, value in self._read(self._row_of[prompt]) if name in TEXT_TENSORS}
+    def item(self, name: str) -> dict[str, Encoded]:
+        if name in self._source_of:
+            row, number = self._source_of[name]
+            return {source_name(0): dict(self._read(row))[source_name(number)]}
+        return {tensor: value for tensor, value in self._read(self._row_of[name]) if tensor in TEXT_TENSORS}
 
     def _read(self, row: int) -> Iterator[tuple[str, Encoded]]:
         for m in (m for member in self._cache.members(row).values() for m in (member, member.scale) if m is not None):
@@ -63,11 +71,13 @@ class OldBlock:
         ids: of its samples, by row.
         rows: its part of the index, light columns only; None where there is none.
         stored: its members.
+        sources: for how many of a row its index has columns.
     """
 
     ids: list[str]
     rows: pa.Table | None
     stored: Shard | InlineFile
+    sources: int = 0
 
 
 class BlockStaging(Staging):
@@ -84,9 +94,10 @@ class BlockStaging(Staging):
         self.folder, self.writer = self.output / FOLDER, writer_of(self.output, self.layout)
         self.job_of = {job.id: job for job in self.jobs}
         own = _LIGHT if self.layout.latent_shape is None else _LIGHT | {"latent_shape": "shape"}
+        own |= SOURCE_COLUMNS if self.layout.sources else {}
         self.schema = index_schema([job.record.columns for job in self.jobs], self.facts, own)
         keys = {job.text_key for job in self.jobs} if self.layout.embeds != "none" else set()
-        self.good: set[str] = set()  # prompts with an embedding that this process has saved
+        self.good: set[str] = set()  # what this process has saved of what rows share
         self.hashes = {key: prompt_hash(key, self.facts) for key in keys}
         self.old = self._read_blocks()
         known: dict[str, str | None] = {}
@@ -112,9 +123,11 @@ class BlockStaging(Staging):
     def _indexed(self, name: str, file: Path) -> OldBlock:
         schema = read_schema(str(file))
         payload = json.loads((schema.metadata or {}).get(METADATA_KEY, b"{}")).get("payload", {})
-        made = payload_columns(payload) | payload.get("tensors", {}).keys()
+        tensors = payload.get("tensors", {})
+        made = payload_columns(payload) | tensors.keys()
         rows = read_table(str(file), [name for name in schema.names if name not in made])
-        return OldBlock(rows["sample_id"].to_pylist(), rows, self._open(name, rows))
+        sources = len(source_names_in(tensors))
+        return OldBlock(rows["sample_id"].to_pylist(), rows, self._open(name, rows), sources)
 
     @abstractmethod
     def _open(self, name: str, rows: pa.Table) -> Shard | InlineFile:
@@ -132,32 +145,35 @@ class BlockStaging(Staging):
     def plan(self, samples_per_block: int) -> list[list[Job]]:
         old = self.old.values()
         images = self._staged("images") | {i for block in old for i in block.ids}
-        texts = self._staged("prompts") | {prompt for block in old for prompt in block.stored.shared}
-        self.kept = self._kept(images, texts)
+        shared = self._staged("prompts") | {name for block in old for name in block.stored.shared}
+        self.kept = self._kept(images, shared)
         stored = {i for block in self.kept.values() for i in block.ids}
         rest = [job for job in self.jobs if job.id not in stored]
         self.new = [rest[i : i + samples_per_block] for i in range(0, len(rest), samples_per_block)]
         taken = {int(name.partition("-")[0].removeprefix("part")) for name in self.old}
         free = (number for number in range(len(taken) + len(self.new)) if number not in taken)
         self.numbers = [next(free) for _ in self.new]
-        self.ready: dict[int, tuple[str, list[Job], list[Job]]] = {}  # of each block of the round: see `finish`
+        # Of each block of the round: its name, what it holds, and what `finish` returns.
+        self.ready: dict[int, tuple[str, list[Job], list[tuple[Job, Shared]]]] = {}
         self.owner = self._owners(self.kept)
         self.last_use: dict[str, int] = {}
+        self.new_shared: list[dict[str, Shared]] = []  # of each block, what is first needed there
         for number, jobs in enumerate(self.new):
-            prompts = {self.hashes[job.text_key]: job.prompt for job in jobs if job.text_key in self.hashes}
-            self.new_prompts.append([prompt for name, prompt in prompts.items() if name not in texts])
-            texts.update(prompts)
-            self.last_use |= dict.fromkeys(prompts, number)
+            items = {name: item for job in jobs for name, item in self._items(job).items()}
+            self.new_shared.append({name: item for name, item in items.items() if name not in shared})
+            shared.update(items)
+            self.last_use |= dict.fromkeys(items, number)
+        self.new_prompts = [[i for i in new.values() if isinstance(i, Prompt)] for new in self.new_shared]
         return [[job for job in jobs if job.id not in images] for jobs in self.new]
 
     def shared(self, number: int) -> Sequence[Shared]:
         staged = self._staged("images")
-        used = self._prompts(job.id for job in self.new[number] if job.id in staged)
-        used |= {prompt for prompt, last in self.last_use.items() if last > number}
-        return [prompt for prompt in self.new_prompts[number] if self.hashes[prompt.key] in used]
+        used = self._shared(job.id for job in self.new[number] if job.id in staged)
+        used |= {name for name, last in self.last_use.items() if last > number}
+        return [item for name, item in self.new_shared[number].items() if name in used]
 
-    def _kept(self, images: set[str], texts: set[str]) -> dict[str, OldBlock]:
-        """The blocks that can stay, of which there are `images` and `texts`, staged ones included."""
+    def _kept(self, images: set[str], shared: set[str]) -> dict[str, OldBlock]:
+        """The blocks that can stay; what there is of `images` and of what they share includes staged files."""
         kept, claimed = dict[str, OldBlock](), set[str]()
         for name, block in self.old.items():
             wanted = bool(block.ids) and claimed.isdisjoint(block.ids) and self.job_of.keys() >= set(block.ids)
@@ -165,10 +181,10 @@ class BlockStaging(Staging):
                 kept[name] = block
                 claimed.update(block.ids)
         while True:
-            # Every prompt of a row that stays must be in a block that stays, or move with a row that moves.
+            # Every prompt and source of a row that stays must be in a block that stays, or move with a row that moves.
             moved = (images & self.job_of.keys()).difference(*(block.ids for block in kept.values()))
-            homes = (texts & self._prompts(moved)).union(*(block.stored.shared for block in kept.values()))
-            left = {name: block for name, block in kept.items() if self._prompts(block.ids) <= homes}
+            homes = (shared & self._shared(moved)).union(*(block.stored.shared for block in kept.values()))
+            left = {name: block for name, block in kept.items() if self._shared(block.ids) <= homes}
             if len(left) == len(kept):
                 return kept
             kept = left
@@ -178,11 +194,16 @@ class BlockStaging(Staging):
         return True
 
     def _owners(self, blocks: Mapping[str, OldBlock]) -> dict[str, str]:
-        """The block that other blocks find a prompt in."""
+        """The block that other blocks find a prompt or a source in."""
         return {}
 
-    def _prompts(self, ids: Iterable[str]) -> set[str]:
-        return {self.hashes[self.job_of[i].text_key] for i in ids if self.job_of[i].text_key in self.hashes}
+    def _items(self, job: Job) -> dict[str, Shared]:
+        """What a row shares with others, by name: the hash of its prompt, the ids of its sources."""
+        prompt: dict[str, Shared] = {self.hashes[job.text_key]: job.prompt} if job.text_key in self.hashes else {}
+        return prompt | {source.id: source for source in job.sources}
+
+    def _shared(self, ids: Iterable[str]) -> set[str]:
+        return {name for i in ids for name in self._items(self.job_of[i])}
 
     def clear(self) -> None:
         for name, block in self.old.items():
@@ -190,9 +211,9 @@ class BlockStaging(Staging):
                 for row, i in enumerate(block.ids):
                     if i in self.job_of and not self._file("images", i).is_file():
                         self._stage("images", i, block.stored.image(row), durable=True)
-            for prompt in sorted(block.stored.shared & self.last_use.keys() - self.owner.keys()):
-                if not self._file("prompts", prompt).is_file():
-                    self._stage("prompts", prompt, block.stored.item(prompt), durable=True)
+            for item in sorted(block.stored.shared & self.last_use.keys() - self.owner.keys()):
+                if not self._file("prompts", item).is_file():
+                    self._stage("prompts", item, block.stored.item(item), durable=True)
             if name not in self.kept:
                 self._remove(name)
 
@@ -204,11 +225,10 @@ class BlockStaging(Staging):
         return self._stage("images", job.id, self._members(sample))
 
     def save_shared(self, item: Shared, tensors: Tensors | None) -> int:
-        if isinstance(item, SourceView):
-            raise NotImplementedError("sources of rows are not stored yet")
+        name = item.id if isinstance(item, SourceView) else self.hashes[item.key]
         if tensors is not None:
-            self.good.add(self.hashes[item.key])
-        return self._stage("prompts", self.hashes[item.key], self._members(tensors or {}))
+            self.good.add(name)
+        return self._stage("prompts", name, self._members(tensors or {}))
 
     def _members(self, sample: Tensors) -> dict[str, Encoded]:
         """In the order of safetensors: wide numbers first, then by name."""
@@ -224,7 +244,7 @@ class BlockStaging(Staging):
         return file.stat().st_size
 
     def _file(self, kind: str, name: str) -> Path:
-        """File of a staged image, row 0 of a small shard, or of a prompt; empty if that has no embedding."""
+        """A small shard: a staged image (as its row 0), or what rows share ("prompts"), empty if that has nothing."""
         return self.folder / "members" / kind / (name + _SUFFIX)
 
     def _staged(self, kind: str) -> set[str]:
@@ -236,36 +256,37 @@ class BlockStaging(Staging):
         staged = self._staged("images")
         for number in range(start, stop):
             there = [job for job in self.new[number] if job.id in staged]
-            bad_prompts = {prompt for prompt in self._prompts(job.id for job in there) if self._is_bad(prompt)}
+            bad = {name for name in self._shared(job.id for job in there) if self._is_bad(name)}
+            lacking = [(job, item) for job in there for name, item in self._items(job).items() if name in bad]
+            left_out = {job.id: (job, item) for job, item in reversed(lacking)}
+            ready = [job for job in there if job.id not in left_out]
             # Names of blocks sort like their rows, and differ where the content does.
-            ready = [job for job in there if self.hashes.get(job.text_key) not in bad_prompts]
-            bad = [job for job in there if self.hashes.get(job.text_key) in bad_prompts]
             content = [[job.id, self.hashes.get(job.text_key)] for job in ready]
             digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
-            self.ready[number] = f"part{self.numbers[number]:05d}-{digest}", ready, bad
-            for prompt in self._prompts(job.id for job in ready):
-                self.owner.setdefault(prompt, self.ready[number][0])
+            self.ready[number] = f"part{self.numbers[number]:05d}-{digest}", ready, list(left_out.values())
+            for name in self._shared(job.id for job in ready):
+                self.owner.setdefault(name, self.ready[number][0])
         # Only now: in the round before, another rank may still have read it.
-        for prompt in [prompt for prompt, last in self.last_use.items() if last < start]:
-            del self.last_use[prompt]
-            self._file("prompts", prompt).unlink(missing_ok=True)
+        for name in [name for name, last in self.last_use.items() if last < start]:
+            del self.last_use[name]
+            self._file("prompts", name).unlink(missing_ok=True)
 
     def finish(self, number: int) -> list[tuple[Job, Shared]]:
-        name, ready, bad = self.ready[number]
+        name, ready, left_out = self.ready[number]
         if ready:
             self._write(name, ready)
         for job in ready:
             self._file("images", job.id).unlink(missing_ok=True)
-        return [(job, job.prompt) for job in bad]
+        return left_out
 
     @abstractmethod
     def _write(self, name: str, jobs: Sequence[Job]) -> None:
         """Writes these samples as a block."""
 
-    def _is_bad(self, prompt: str) -> bool:
-        """Whether a prompt has no embedding; this process knows the ones that it has encoded."""
-        file = self._file("prompts", prompt)
-        return prompt not in self.good and file.is_file() and not read_header(str(file))
+    def _is_bad(self, name: str) -> bool:
+        """Whether a prompt or source has no tensors; this process knows the ones that it has encoded."""
+        file = self._file("prompts", name)
+        return name not in self.good and file.is_file() and not read_header(str(file))
 
     def _table(self, jobs: Iterable[Job]) -> pa.Table:
         rows = [job.row() | {"sample_id": job.id} for job in jobs]
@@ -276,9 +297,22 @@ class BlockStaging(Staging):
     def _image(self, job: Job) -> Sample:
         return self._read("images", job.id).image(0)
 
-    def _text(self, job: Job) -> Sample:
+    def _shared_of(self, job: Job, names: Collection[str]) -> Sample:
+        """The text and the sources of a row, those among `names`."""
         prompt = self.hashes.get(job.text_key)
-        return {} if prompt is None else self._read("prompts", prompt).item(prompt)
+        found = {} if prompt not in names else self._item(str(prompt))
+        sources = {source_name(number): source.id for number, source in enumerate(job.sources)}
+        return found | {name: self._item(i)[source_name(0)] for name, i in sources.items() if i in names}
+
+    def _item(self, name: str) -> dict[str, Encoded]:
+        return self._read("prompts", name).item(name)
+
+    def _block(self, name: str, jobs: Sequence[Job], owners: Mapping[str, str]) -> Block:
+        """A block of these rows, of which `owners` are the blocks that store what they share."""
+        prompts = [self.hashes.get(job.text_key, "") for job in jobs]
+        sources = [[source.id for source in job.sources] for job in jobs]
+        elsewhere = {item: owners[item] for item in {*prompts}.union(*sources) if owners.get(item, name) != name}
+        return Block(name, self._table(jobs), prompts, sources, elsewhere)
 
     def _read(self, kind: str, name: str) -> Shard:
         file = self._file(kind, name)
@@ -323,7 +357,8 @@ class ShardStaging(BlockStaging):
     def clear(self) -> None:
         super().clear()
         for name, block in self.kept.items():  # all index files of a cache have the same columns
-            if block.rows is not None and not block.rows.schema.equals(self.schema):
+            old = block.rows is not None and not block.rows.schema.equals(self.schema)
+            if old or (block.rows is not None and block.sources != self.layout.sources):
                 self._remove(name, block.ids)
 
     def _remove(self, name: str, ids: Sequence[str] = ()) -> None:
@@ -335,15 +370,13 @@ class ShardStaging(BlockStaging):
             handle.write(json.dumps(list(ids)).encode())
 
     def _write(self, name: str, jobs: Sequence[Job]) -> None:
-        prompts = [self.hashes.get(job.text_key, "") for job in jobs]
-        owners = {prompt: owner for prompt in prompts if (owner := self.owner.get(prompt, name)) != name}
-        block = Block(name, self._table(jobs), prompts, owners=owners)
+        block = self._block(name, jobs, self.owner)
 
         def samples() -> Iterator[Sample]:
-            left = {prompt for prompt in prompts if self.owner.get(prompt) == name}
-            for job, prompt in zip(jobs, prompts, strict=True):
-                yield {**self._image(job), **(self._text(job) if prompt in left else {})}
-                left.discard(prompt)
+            left = {item for item in self._shared(job.id for job in jobs) if self.owner.get(item) == name}
+            for job in jobs:
+                yield {**self._image(job), **self._shared_of(job, left)}
+                left -= self._items(job).keys()
 
         self.writer.write_payload(block, samples())
         self._write_receipt(name, [job.id for job in jobs])
@@ -351,24 +384,26 @@ class ShardStaging(BlockStaging):
     def _complete(self, blocks: Mapping[str, OldBlock]) -> None:
         owners = self._owners(blocks)
         for name, block in blocks.items():
-            table = self._table(self.job_of[i] for i in block.ids)
-            prompts = [self.hashes.get(self.job_of[i].text_key, "") for i in block.ids]
-            elsewhere = {prompt: owner for prompt in prompts if (owner := owners.get(prompt, name)) != name}
-            self.writer.write_index(Block(name, table, prompts, owners=elsewhere))
+            self.writer.write_index(self._block(name, [self.job_of[i] for i in block.ids], owners))
 
 
 class InlineStaging(BlockStaging):
     """Parquet files that hold index and payload."""
 
     def _open(self, name: str, rows: pa.Table) -> InlineFile:
-        return InlineFile(self.output / index_file(name), map(self.hashes.get, rows["caption"].to_pylist()))
+        captions, none = rows["caption"].to_pylist(), pa.array([[]] * len(rows))
+        sources = (rows["source_ids"] if "source_ids" in rows.column_names else none).to_pylist()
+        reads = self.facts.get("text_reads_sources")
+        keys = [text_key(text, ids if reads else ()) for text, ids in zip(captions, sources, strict=True)]
+        return InlineFile(self.output / index_file(name), map(self.hashes.get, keys), sources)
 
     def _is_right(self, block: OldBlock) -> bool:
-        return self._table(self.job_of[i] for i in block.ids).equals(block.rows)
+        rows = self._table(self.job_of[i] for i in block.ids)
+        return rows.equals(block.rows) and block.sources == self.layout.sources
 
     def _remove(self, name: str) -> None:
         (self.output / index_file(name)).unlink()
 
     def _write(self, name: str, jobs: Sequence[Job]) -> None:
-        samples = ({**self._image(job), **self._text(job)} for job in jobs)
+        samples = ({**self._image(job), **self._shared_of(job, self._items(job))} for job in jobs)
         self.writer.write_payload(Block(name, self._table(jobs)), samples)

@@ -82,12 +82,6 @@ def npz_name(paper: str, digest: str) -> str:
     return f"{folder or digest[:2]}/{digest}_latents.npz"
 
 
-def first_rows(prompts: Sequence[str]) -> list[int]:
-    """For each row the first one with the same prompt: the row whose block stores its embeddings."""
-    first: dict[str, int] = {}
-    return [first.setdefault(prompt, row) for row, prompt in enumerate(prompts)]
-
-
 def cut_blocks(sizes: Sequence[int], limit: int) -> list[range]:
     """Consecutive rows of at most `limit` bytes together (one row, if it is larger), and at most `MAX_ROWS`."""
     blocks, start, total = [], 0, 0

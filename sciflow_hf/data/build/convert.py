@@ -1,8 +1,10 @@
 """Convert a cache to another layout: block by block, by several processes, from where the last run stopped."""
 
 import hashlib
+import itertools
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from ... import __version__
+from ...diffusion.sources import source_name, source_names_in
 from ...errors import CacheError, SciflowError
 from .. import storage
 from ..cache import CAPTION_COLUMNS, EMPTY_PROMPT_FILE, LatentCache, open_index
@@ -28,7 +31,6 @@ from ..writing import output_file, readable_bytes
 from .blocks import (
     CONVERT_FILE,
     cut_blocks,
-    first_rows,
     locked,
     noted_settings,
     npz_name,
@@ -38,6 +40,7 @@ from .blocks import (
     writer_of,
 )  # fmt: skip
 from .cut import CUT, folders_of, noted_cut
+from .jobs import text_key
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +59,7 @@ class ConvertReport:
         blocks: its blocks; `written` of them by this run, `waiting` for other ranks.
         bytes_before, bytes_after: size of the payloads (after: of all files).
         prompts: distinct captions; their embeddings are stored once (shards).
+        sources: distinct reference images; stored once (shards).
         own_copies: rows whose embeddings differ from those of the first row with the same caption, and are
             stored next to them.
         fp8_error_mean, fp8_error_max: relative error (L2) of a token's embedding, over what this run wrote;
@@ -70,6 +74,7 @@ class ConvertReport:
     bytes_before: int = 0
     bytes_after: int = 0
     prompts: int = 0
+    sources: int = 0
     own_copies: int = 0
     fp8_error_mean: float | None = None
     fp8_error_max: float | None = None
@@ -136,9 +141,10 @@ class _Conversion:
     def __init__(
         self, source: LatentCache, folders: Sequence[str], output: Path, layout: Layout, shard_bytes: int
     ) -> None:
+        layout = replace(layout, sources=max(map(len, source.source_shapes)))
         self.source, self.folders, self.output, self.layout = source, folders, output, layout
         self.writer = writer_of(output, layout)
-        self.owner_text = lru_cache(maxsize=8)(self._read_text)
+        self.owned = lru_cache(maxsize=8)(self._read_owned)
         self.latent_shapes, self.text_shapes = source.latent_shapes, source.text_shapes
         names = source.members(0)
         if layout.embeds != "none" and "prompt_embeds" not in names:
@@ -153,34 +159,57 @@ class _Conversion:
                 "`payload` is npz, which always stores latents, but the source holds none: its images are encoded in "
                 "training. Choose shards or inline."
             )
-        self.names = [name for name in names if layout.embeds != "none" or name not in TEXT_TENSORS]
+        self.names = sorted(self._kept(names).keys() - source_names_in(names))
         known = any(name in source.index.column_names for name in CAPTION_COLUMNS)
         # For embeds "none" a cache without captions raises an error that says so.
         captions = source.captions if known or layout.embeds == "none" else source.row_ids
         if layout.embeds == "none" and not any(captions):
             raise CacheError("`embeds` is 'none', but the captions of the source are empty: nothing could be encoded.")
-        hashes = [prompt_hash(caption, source.metadata) for caption in captions]
-        once = layout.payload == "shards" and layout.embeds != "none"
-        self.first = first_rows(hashes) if once else list(range(len(source)))
+        self.source_ids = self._source_ids()
+        reads = bool(source.metadata.get("text_reads_sources"))
+        if reads and layout.embeds == "none":
+            raise SciflowError(
+                "`embeds` is 'none', but the text encoder of the source reads the reference images, too: text is not "
+                "encoded in training. Keep the embeddings."
+            )
+        keys = [text_key(*both) for both in zip(captions, self.source_ids, strict=True)] if reads else captions
+        hashes = [prompt_hash(key, source.metadata) for key in keys]
+        shards, rows = layout.payload == "shards", range(len(source))
+        # Of each row, what others may share: a prompt, sources, each with the names of its tensors there.
+        self.items: list[dict[str, list[str]]] = [{} for _ in rows]
+        for row in rows if shards else ():
+            if layout.embeds != "none":
+                self.items[row][hashes[row]] = [name for name in names if name in TEXT_TENSORS]
+            for number, i in enumerate(self.source_ids[row]):
+                self.items[row].setdefault(i, []).append(source_name(number))
+        first: dict[str, int] = {}
+        for row in rows:
+            for item in self.items[row]:
+                first.setdefault(item, row)
+        self.first = first
         self.sizes = self._sizes(names)
         self.ranges = cut_blocks(self.sizes, shard_bytes)
-        owners = np.searchsorted([rows.start for rows in self.ranges], self.first, side="right") - 1
+        starts = [some.start for some in self.ranges]
+        homes = dict(zip(first, np.searchsorted(starts, list(first.values()), side="right") - 1, strict=True))
         table = self._light_rows()
         self.blocks = [
             Block(
-                f"part{number:05d}", table.slice(rows.start, len(rows)), hashes[rows.start : rows.stop],
-                owners={hashes[row]: f"part{owners[row]:05d}" for row in rows if owners[row] != number},
+                f"part{number:05d}", table.slice(some.start, len(some)), hashes[some.start : some.stop],
+                self.source_ids[some.start : some.stop],
+                {item: f"part{homes[item]:05d}" for row in some for item in self.items[row] if homes[item] != number},
             )
-            for number, rows in enumerate(self.ranges)
+            for number, some in enumerate(self.ranges)
         ]  # fmt: skip
-        cut = [[rows.start, rows.stop] for rows in self.ranges]
+        cut = [[some.start, some.stop] for some in self.ranges]
         facts = json.loads(table.schema.metadata[METADATA_KEY])
-        text = json.dumps([cut, hashes, facts, table.column_names], sort_keys=True)
+        plan = [cut, hashes, facts, table.column_names, *([self.source_ids] if layout.sources else [])]
+        text = json.dumps(plan, sort_keys=True)
         self.settings = {
             "payload": layout.payload, "embeds": layout.embeds, "codec": layout.codec, "shard_bytes": shard_bytes,
             "source": source.fingerprint, "plan": hashlib.sha256(text.encode()).hexdigest()[:16],
         }  # fmt: skip
         self.report = ConvertReport(output, len(source), len(self.blocks), prompts=len(set(hashes)))
+        self.report.sources = len({i for ids in self.source_ids for i in ids})
         self.fp8_tokens, self.fp8_total = 0, 0.0  # tokens seen so far, and the sum of their relative errors
 
     def claim(self) -> None:
@@ -208,9 +237,30 @@ class _Conversion:
             if name not in ("latents", "latents_std", "prompt_embeds"):
                 nbytes = member.numel * target_dtype(member, torch.bfloat16).itemsize
                 (prompts if name in TEXT_TENSORS else sizes)[:] += nbytes
+        for row, shapes in enumerate(self.source.source_shapes if self.layout.sources else ()):
+            own = (not self.items[row] or self.first[i] == row for i in self.source_ids[row])
+            sizes[row] += 2 * sum(math.prod(shape) for shape, here in zip(shapes, own, strict=True) if here)
         if self.layout.embeds != "none":
-            sizes += np.where(np.array(self.first) == np.arange(len(sizes)), prompts, 0)
+            here = [not items or self.first[next(iter(items))] == row for row, items in enumerate(self.items)]
+            sizes += np.where(here, prompts, 0)
         return sizes.tolist()
+
+    def _kept(self, members: Mapping[str, Member]) -> dict[str, Member]:
+        """What is stored of a row."""
+        return {name: m for name, m in members.items() if self.layout.embeds != "none" or name not in TEXT_TENSORS}
+
+    def _source_ids(self) -> list[list[str]]:
+        """Of each row the ids of its sources: those of the index, where it has some; else all are told apart."""
+        shapes, column = self.source.source_shapes, self.source.column("source_ids")
+        known = [None] * len(shapes) if column is None else column.to_pylist()
+        found = []
+        for row, own in enumerate(known):
+            ids = own if own is not None and len(own) == len(shapes[row]) else None
+            if ids is None:
+                names = [f"{self.source.row_ids[row]} {number}" for number in range(len(shapes[row]))]
+                ids = [hashlib.sha256(name.encode()).hexdigest()[:16] for name in names]
+            found.append(ids)
+        return found
 
     def _light_rows(self) -> pa.Table:
         """The index without what says where the source's payloads are."""
@@ -226,6 +276,8 @@ class _Conversion:
                 shapes["prompt_embeds_shape"] = self.text_shapes
             for name, values in shapes.items():
                 table = table.append_column(name, pa.array(values.tolist(), pa.list_(pa.int64())))
+            for name, array in self.writer.source_columns(self.source.source_shapes).items():
+                table = table.append_column(name, array)
             table = table.append_column("cache_path", pa.array(self._npz_files(), pa.string()))
         return table.replace_schema_metadata({METADATA_KEY: json.dumps(metadata).encode()})
 
@@ -286,31 +338,34 @@ class _Conversion:
             bar.update()
 
     def _sample(self, row: int) -> dict[str, torch.Tensor]:
-        """The tensors of a row; without its text where that is stored for another row already."""
+        """The tensors of a row; without its text and sources where these are stored for another row already."""
         source = self.source
         members = source.members(row)
-        kept = {name: m for name, m in members.items() if self.layout.embeds != "none" or name not in TEXT_TENSORS}
-        if sorted(kept) != sorted(self.names):
+        kept = self._kept(members)
+        sources = source_names_in(kept)
+        if sorted(kept.keys() - sources) != self.names:
             raise CacheError(
-                f"{source.describe(row)} holds {sorted(kept)}, but row 0 {sorted(self.names)}: all rows of a "
-                "cache must hold the same tensors."
+                f"{source.describe(row)} holds {sorted(kept.keys() - sources)}, but row 0 {self.names}: all rows of a "
+                "cache must hold the same tensors, but for sources."
             )
-        first = self.first[row]
-        text = [name for name in kept if name in TEXT_TENSORS]
-        if first != row:
-            others = source.members(first)
-            if all(_place(members[name]) == _place(others[name]) for name in text):
-                kept = {name: member for name, member in kept.items() if name not in text}
+        elsewhere = {item: names for item, names in self.items[row].items() if self.first[item] != row}
+        for item, names in elsewhere.items():
+            first = self.first[item]
+            others = itertools.cycle(source.members(first)[name] for name in self.items[first][item])
+            if all(_place(members[name]) == _place(other) for name, other in zip(names, others, strict=False)):
+                kept = {name: member for name, member in kept.items() if name not in names}
         sample = source.read(row, kept)
-        if first != row and text[0] in sample:
-            other = self.owner_text(first)
-            if all(_same(sample[name], other[name]) for name in text):
-                sample = {name: value for name, value in sample.items() if name not in text}
+        for item, names in elsewhere.items():
+            owned = itertools.cycle(self.owned(item)) if names[0] in sample else ()
+            if owned and all(_same(sample[name], other) for name, other in zip(names, owned, strict=False)):
+                sample = {name: value for name, value in sample.items() if name not in names}
         return sample
 
-    def _read_text(self, row: int) -> dict[str, torch.Tensor]:
-        members = self.source.members(row)
-        return self.source.read(row, {name: member for name, member in members.items() if name in TEXT_TENSORS})
+    def _read_owned(self, item: str) -> list[torch.Tensor]:
+        """The tensors of a prompt or source, as the first row with it has them."""
+        row = self.first[item]
+        names, members = self.items[row][item], self.source.members(row)
+        return list(self.source.read(row, {name: members[name] for name in names}).values())
 
     def _copy_empty_prompt(self) -> None:
         source, target = self.source.empty_prompt_file, self.output / EMPTY_PROMPT_FILE

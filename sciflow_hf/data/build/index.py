@@ -24,6 +24,8 @@ OWN_COLUMNS = {
     "crop_top": "integer",
     "crop_left": "integer",
 }
+# More of them where rows have sources; `source_shapes` stand next to what is stored.
+SOURCE_COLUMNS = {"source_images": "texts", "source_ids": "texts", "source_sizes": "shapes"}
 
 
 def index_schema(
@@ -39,6 +41,7 @@ def index_schema(
             kinds.setdefault(name, set()).add(type(row[name]))
     numbers = {(bool,): pa.bool_(), (int,): pa.int64(), (float,): pa.float64(), (float, int): pa.float64()}
     types = {"text": pa.string(), "integer": pa.int64(), "shape": pa.list_(pa.int64())}
+    types |= {"texts": pa.list_(pa.string()), "shapes": pa.list_(pa.list_(pa.int64()))}
     fields = []
     for name in sorted(kinds):
         kind = tuple(sorted(kinds[name] - {type(None)}, key=lambda cls: cls.__name__))

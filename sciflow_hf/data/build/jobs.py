@@ -25,6 +25,11 @@ _AT_ONCE = 16
 _CUT_OFF = 0.1  # share of an image's area from which on it is told
 
 
+def text_key(caption: str, source_ids: Iterable[str] = ()) -> str:
+    """Names a text that follows from a caption, and from sources where the text encoder reads them."""
+    return "\0".join([caption, *source_ids])
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A text to encode.
@@ -40,7 +45,7 @@ class Prompt:
     @property
     def key(self) -> str:
         """Equal where the embedding is: the caption, with the ids of the sources where there are some."""
-        return "\0".join([self.caption, *(source.id for source in self.sources)])
+        return text_key(self.caption, [source.id for source in self.sources])
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,7 @@ class Job:
             "crop_top": self.view.crop[0],
             "crop_left": self.view.crop[1],
             "source_images": [source.name for source in self.sources],
+            "source_ids": [source.id for source in self.sources],
             "source_sizes": [list(source.view.size) for source in self.sources],
         }
 

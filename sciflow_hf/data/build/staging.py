@@ -4,18 +4,20 @@ import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pyarrow.parquet as pq
 import torch
 
+from ...diffusion.sources import source_names_in
 from ...errors import CacheError, SciflowError, counted
 from ..layouts.base import Layout, write_table
 from ..layouts.npz import npz_members, npz_problems, write_npz
 from ..writing import sync_files
 from .blocks import npz_name
-from .index import index_schema, index_table
+from .index import OWN_COLUMNS, SOURCE_COLUMNS, index_schema, index_table
 from .jobs import Job, Prompt
 from .references import SourceView
 
@@ -80,7 +82,8 @@ class Staging(ABC):
     def __init__(
         self, output: Path, jobs: Sequence[Job], facts: Mapping[str, Any], layout: Layout, skip: Skips
     ) -> None:
-        self.output, self.jobs, self.facts, self.layout, self.skip = output, jobs, facts, layout, skip
+        self.output, self.jobs, self.facts, self.skip = output, jobs, facts, skip
+        self.layout = replace(layout, sources=max((len(job.sources) for job in jobs), default=0))
         self.new_prompts: list[list[Prompt]] = []
 
     @abstractmethod
@@ -164,22 +167,23 @@ class NpzStaging(Staging):
     def plan(self, samples_per_block: int) -> list[list[Job]]:
         size = samples_per_block
         self.blocks = [self.jobs[i : i + size] for i in range(0, len(self.jobs), size)]
-        self.schema = index_schema([job.record.columns for job in self.jobs], self.facts)
+        own = OWN_COLUMNS | (SOURCE_COLUMNS | {"source_shapes": "shapes"} if self.layout.sources else {})
+        self.schema = index_schema([job.record.columns for job in self.jobs], self.facts, own)
         self.shapes = {job.id: self._shapes(job) for job in self.jobs}
         return [[job for job in block if self.shapes[job.id] is None] for block in self.blocks]
 
-    def _shapes(self, job: Job) -> dict[str, list[int]] | None:
+    def _shapes(self, job: Job) -> dict[str, Any] | None:
         """Columns with the shapes of a finished sample; None if it has to be encoded."""
         file = self.output / self.files[job.id]
         if not file.is_file():
             return None
         if row := self.known.get(self.files[job.id]):
-            return {name: row[name] for name in _SHAPES}
+            return {name: row[name] for name in _SHAPES} | {"source_shapes": row.get("source_shapes") or []}
         try:
             members = npz_members(str(file), job.name)
             if problems := npz_problems(str(file)):
                 raise CacheError(f"{file}: {problems[0]}")
-            return {name: list(members[tensor].shape) for name, tensor in _SHAPES.items()}
+            return _shapes_of(members)
         except (CacheError, KeyError) as error:
             logger.warning("Encoded again: %s", error)
             return None
@@ -193,7 +197,7 @@ class NpzStaging(Staging):
     def save(self, job: Job, sample: Tensors) -> int:
         file = self.output / self.files[job.id]
         write_npz(file, sample, self.layout.dtype, durable=False)
-        self.shapes[job.id] = {name: list(sample[tensor].shape) for name, tensor in _SHAPES.items()}
+        self.shapes[job.id] = _shapes_of(sample)
         return file.stat().st_size
 
     def finish(self, number: int) -> list[tuple[Job, Shared]]:
@@ -217,6 +221,12 @@ class NpzStaging(Staging):
                 file.unlink()
         sizes = [file.stat().st_size for file in found if file.is_file()]
         return len(sizes), sum(sizes)
+
+
+def _shapes_of(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Index columns with the shapes of a sample."""
+    sources = [list(tensors[name].shape) for name in source_names_in(tensors)]
+    return {name: list(tensors[tensor].shape) for name, tensor in _SHAPES.items()} | {"source_shapes": sources}
 
 
 def _index_name(number: int) -> str:
