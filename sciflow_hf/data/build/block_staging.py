@@ -94,7 +94,7 @@ class BlockStaging(Staging):
         self.folder, self.writer = self.output / FOLDER, writer_of(self.output, self.layout)
         self.job_of = {job.id: job for job in self.jobs}
         own = _LIGHT if self.layout.latent_shape is None else _LIGHT | {"latent_shape": "shape"}
-        own |= SOURCE_COLUMNS if self.layout.sources else {}
+        own = own | (SOURCE_COLUMNS if self.layout.sources else {})
         self.schema = index_schema([job.record.columns for job in self.jobs], self.facts, own)
         keys = {job.text_key for job in self.jobs} if self.layout.embeds != "none" else set()
         self.good: set[str] = set()  # what this process has saved of what rows share

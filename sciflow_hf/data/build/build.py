@@ -617,7 +617,7 @@ class _Builder:
                 encoded = iter(self.sources.encode(_stacked(good)) if self.sources and good else ())
                 for source, found in read:
                     latents = found if isinstance(found, str) else next(encoded)
-                    if not isinstance(latents, str) and self._not_finite({"": latents}):
+                    if not isinstance(latents, str) and self._not_finite({"latents": latents}):
                         latents = f"its latents hold NaN or Inf in {self.settings['dtype']}"
                     yield source, latents
 
