@@ -138,7 +138,7 @@ def summary(trainer: Trainer) -> str:
     metrics, folder = last_metrics(trainer), Path(trainer.args.output_dir)
     lines = [f"Trained {counted(trainer.state.global_step, 'step')}."]
     if "eval_loss" in metrics:
-        lines.append(held_out_words(metrics) + ".")
+        lines[0] += f" {held_out_words(metrics)}."
     rate = effective_learning_rate(trainer.optimizer.param_groups) if trainer.optimizer is not None else None
     if rate is not None:
         lines.append(f"Prodigy's step size at the end: {rate:.2e}; it starts at 1e-06 and grows for some 100 steps.")

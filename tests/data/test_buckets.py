@@ -188,6 +188,8 @@ def test_table_has_aligned_totals() -> None:
     many = BucketBatchSampler([(i, 1) for i in range(100)], batch_size=1).table(max_rows=10).splitlines()
     assert len(many) == 13 and many[-2].split()[:3] == ["90", "more", "90"]
     assert many[-1].split()[1] == "100"
+    single = BucketBatchSampler([(64, 48)] * 3, batch_size=1).table().splitlines()
+    assert len(single) == 2 and single[1].split()[:4] == ["64", "x", "48", "3"], "of one bucket no total"
 
 
 @pytest.mark.parametrize(

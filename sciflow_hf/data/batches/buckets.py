@@ -151,7 +151,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         return rows
 
     def table(self, *, max_rows: int = 60) -> str:
-        """`report()` as an aligned table with totals; buckets beyond `max_rows` share one line."""
+        """`report()` as an aligned table, with totals of several; buckets beyond `max_rows` share one line."""
         report = self.report()
         numbers = [(r.samples, r.batches, r.repeats, r.dropped) for r in report]
         names = [_in_words(r.bucket) for r in report]
@@ -160,7 +160,8 @@ class BucketBatchSampler(Sampler[list[int]]):
         if len(report) > max_rows:
             rest = [str(sum(column)) for column in zip(*numbers[max_rows:], strict=True)]
             lines.append((f"{len(report) - max_rows} more", *rest))
-        lines.append(("total", *(str(sum(column)) for column in zip(*numbers, strict=True))))
+        if len(report) > 1:
+            lines.append(("total", *(str(sum(column)) for column in zip(*numbers, strict=True))))
         return text_table(lines, right=range(1, 5))
 
     def epoch_batches(self) -> np.ndarray:
