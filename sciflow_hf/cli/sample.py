@@ -1,6 +1,7 @@
-"""`sciflow-hf sample`: images of classes or prompts by a trained network, or measured images restored by one.
+"""`sciflow-hf sample`: images of classes or prompts by a trained network, edits, or measured images restored by one.
 
-Classes are drawn by a DiT; prompts by a pipeline, a LoRA or a network of a family; a microscopy UNet restores images.
+Classes are drawn by a DiT; prompts by a pipeline, a LoRA or a network of a family, which may edit source images; a
+microscopy UNet restores images.
 """
 
 import argparse
@@ -37,11 +38,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="image i depends only on the seed and i (default 0)")
     add("--class_labels", nargs="+", default=[], help="numbers or names of classes (default: all, in turn)")
     add("--prompts", nargs="+", default=[], help="for networks that take text")
+    add(
+        "--source_images",
+        nargs="+",
+        default=[],
+        help="what to edit: one entry for each prompt, or one for all; "
+        'several images of one prompt joined by ",", none for a prompt without',
+    )
     add("--guidance_scale", type=float, help="1 is none (default: 1 for classes, 3.5 for prompts)")
     add("--num_inference_steps", type=int, default=50, help="sampling steps (default 50)")
     add("--sampler", help="for classes: euler or heun of flows, ddpm, ddim or ancestral of ddpm")
-    add("--height", type=int, help="pixels (default: the commonest of training)")
-    add("--width", type=int, help="pixels (default: the commonest of training)")
+    add("--height", type=int, help="pixels (default: the commonest of training; of an edit, that of its source)")
+    add("--width", type=int, help="pixels (default: the commonest of training; of an edit, that of its source)")
     add("--batch_size", type=int, default=16, help="images of classes drawn at once (default 16)")
     add("--base_model", help="folder or Hub repository of the pipeline that a LoRA or network belongs to")
     add_parts(add, network=True)
@@ -135,8 +143,9 @@ def _of_classes(args: argparse.Namespace) -> tuple[Draw, list[dict[str, Any]]]:
     from ..families.dit import DiT
     from ..pipelines.dit import class_id
 
-    if args.prompts:
-        raise SciflowError("`prompts`: this network takes classes; name them by `--class_labels`.")
+    for name in ("prompts", "source_images"):
+        if getattr(args, name):
+            raise SciflowError(f"`{name}`: this network takes classes; name them by `--class_labels`.")
     family = DiT(pretrained_model_name_or_path=args.model_path)
     pipeline = family.load_pipeline(family.load_model(dtype=torch.float32).eval(), device=args.device)
     config = pipeline.transformer.config
@@ -166,24 +175,50 @@ def _of_prompts(args: argparse.Namespace, kind: str | None) -> tuple[Draw, list[
     if not args.prompts:
         raise SciflowError(f"`prompts` is missing: {args.model_path!r} draws what a text says.")
     family = _text_family(args, kind)
+    calls = _calls(args, family)
+    sources = [call.get("source_images", []) for call in calls]
+    given = {"source_images": sources} if any(sources) and family.text_reads_sources else {}
     dtype = inference_dtype(args.device)
     network = _network(family, args, kind, dtype).to(args.device).eval()
-    encoded = family.encode_validation_prompts(args.prompts, device=args.device, dtype=dtype)
+    encoded = family.encode_validation_prompts(args.prompts, device=args.device, dtype=dtype, **given)
     pipeline = family.load_pipeline(network, device=args.device)
-    height, width = _size(args, family)
 
     def draw(start: int, generators: "list[torch.Generator]") -> "list[Image]":
         return family.generate(
             pipeline,
             encoded[start % len(encoded)],
-            height=height,
-            width=width,
             num_inference_steps=args.num_inference_steps,
             guidance_scale=3.5 if args.guidance_scale is None else args.guidance_scale,
             generator=generators[0],
+            **calls[start % len(encoded)],
         )
 
-    return draw, [{"prompt": prompt} for prompt in args.prompts]
+    names = [[image.info["source_image"] for image in images] for images in sources]
+    edited = [{"source_images": ", ".join(files)} if files else {} for files in names]
+    return draw, [{"prompt": prompt} | more for prompt, more in zip(args.prompts, edited, strict=True)]
+
+
+def _calls(args: argparse.Namespace, family: Any) -> list[dict[str, Any]]:
+    """Size and sources of each prompt as arguments of `generate`; both as in training, where the run says it."""
+    from ..data.source_images import EditViews, read_sources
+
+    entries, number = list(args.source_images), len(args.prompts)
+    if len(entries) not in (0, 1, number):
+        raise SciflowError(
+            f"`source_images`: {len(entries)} for {number} `prompts`. Give one for each, or one for all."
+        )
+    facts = _facts(args.model_path).get("dataset", {})
+    sizes = [(int(h), int(w)) for h, w in (size.split("x") for size in facts.get("buckets") or {})]
+    views, calls = EditViews(sizes, bool(facts.get("as_targets"))), []
+    sources = read_sources(entries, family, option="source_images") or [[]]
+    for images in sources * number if len(sources) == 1 else sources:
+        default = family.source_size(*images[0].size[::-1]) if images and not sizes else None
+        height, width = size = _size(args, family, default)
+        if images:
+            height, width = size = _size(args, family, views.size_of(images[0], size))
+            images = views.shown(images, size, family)
+        calls.append({"height": height, "width": width} | ({"source_images": images} if images else {}))
+    return calls
 
 
 def _facts(path: str) -> dict[str, Any]:
@@ -232,11 +267,11 @@ def _network(family: Any, args: argparse.Namespace, kind: str | None, dtype: Any
     return network
 
 
-def _size(args: argparse.Namespace, family: Any) -> tuple[int, int]:
-    """Height and width: as asked, of the commonest bucket of the run, or 1024 (512 is no multiple everywhere)."""
+def _size(args: argparse.Namespace, family: Any, default: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Height and width: as asked, `default`, of the commonest bucket of the run, or 1024 (512 is not a multiple everywhere)."""
     buckets = _facts(args.model_path).get("dataset", {}).get("buckets") or {}
-    commonest: Sequence[int] = (1024, 1024)
-    if buckets:
+    commonest: Sequence[int] = default or (1024, 1024)
+    if buckets and default is None:
         commonest = [int(side) for side in max(buckets, key=lambda size: buckets[size]).split("x")]
     size = (args.height or commonest[0], args.width or commonest[1])
     step = family.bucket_step()
@@ -253,7 +288,7 @@ def _restore(args: argparse.Namespace) -> None:
 
     if not args.input_dir:
         raise SciflowError(f"`input_dir` is missing: {args.model_path!r} restores a folder of measured images.")
-    for name in ("class_labels", "prompts", "guidance_scale", "height", "width"):
+    for name in ("class_labels", "prompts", "source_images", "guidance_scale", "height", "width"):
         if getattr(args, name):
             raise SciflowError(f"`{name}` does not go with a network that restores images: leave it out.")
     family = MicroscopyUNet(pretrained_model_name_or_path=args.model_path)

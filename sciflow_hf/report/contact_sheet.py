@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     Font = FreeTypeFont | ImageFont
 
 STEP_FOLDER = "step-{:06d}"
+SOURCES = "sources"
 MAX_COLUMNS = 12
 MAX_PIXELS = 40_000_000  # thumbnails shrink until the sheet is about that large
 
@@ -38,6 +39,28 @@ def save_image(image: "Image", path: Path, about: dict[str, str]) -> None:
     kept = image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGB")
     with atomic_file(path) as temporary:
         kept.save(temporary, format="PNG", pnginfo=fields)
+
+
+def save_sources(folder: Path, sources: Sequence[Sequence["Image"]]) -> None:
+    """Writes the sources of each prompt into `folder`/sources, in place of an earlier run's."""
+    for old in (folder / SOURCES).glob("p*_source*.png"):
+        old.unlink()
+    for prompt, images in enumerate(sources):
+        for number, image in enumerate(images):
+            save_image(
+                image, folder / SOURCES / f"p{prompt:02d}_source{number}.png", {"source_image": names_of([image])}
+            )
+
+
+def source_paths(folder: Path, prompt: int) -> list[Path]:
+    """What `save_sources` wrote for a prompt, in order."""
+    found = (folder / SOURCES).glob(f"p{prompt:02d}_source*.png")
+    return sorted(found, key=lambda path: int(path.stem.partition("_source")[2]))
+
+
+def names_of(sources: Sequence["Image"]) -> str:
+    """Names of the files of sources, as the images that are drawn from them have them in their text fields."""
+    return ", ".join(source.info.get("source_image", "") for source in sources)
 
 
 def read_image(path: Path) -> "Image":
@@ -80,14 +103,16 @@ def write_contact_sheet(
     from PIL import Image, ImageDraw, ImageFont
 
     folders = step_folders(folder)
+    sources = [[read_image(path) for path in source_paths(folder, prompt)] for prompt in range(len(prompts))]
+    before = max(map(len, sources))  # columns of sources
     columns = thin_out(list(folders), max_columns)
-    rows = len(prompts) * len(seeds)
+    rows, number_of_columns = len(prompts) * len(seeds), before + len(columns)
     shape = _image_size(folder)
-    side = _thumbnail_side(shape, rows * max(len(columns), 1))
+    side = _thumbnail_side(shape, rows * max(number_of_columns, 1))
     scale = side / max(shape)
     cell = max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))  # (width, height)
 
-    grid_width = len(columns) * (cell[0] + _GAP) - _GAP
+    grid_width = number_of_columns * (cell[0] + _GAP) - _GAP
     unit = max(1.0, min(2.0, grid_width / 1300))  # wide sheets are looked at from further away
     margin, line_height, label_height = round(28 * unit), round(22 * unit), round(34 * unit)
     title, text, small = (ImageFont.load_default(size * unit) for size in (22, 16, 14))
@@ -101,22 +126,31 @@ def write_contact_sheet(
     draw = ImageDraw.Draw(sheet)
     draw.text((margin, margin), "Validation: the same prompts and seeds over training", font=title, fill=_INK)
 
+    def show(image: "Image.Image | None", column: int, row: int) -> None:
+        place = margin + gutter + column * (cell[0] + _GAP), top + row * (cell[1] + _GAP)
+        frame = (place[0] - 1, place[1] - 1, place[0] + cell[0], place[1] + cell[1])
+        draw.rectangle(frame, outline=_LINE, fill=_EMPTY)
+        if image is not None:
+            sheet.paste(_fitted(image, cell), place)
+
+    def label(column: int, *candidates: str) -> None:
+        middle = margin + gutter + column * (cell[0] + _GAP) + cell[0] / 2
+        _label(draw, (middle, top - 8 * unit), candidates, cell[0], small)
+
     for prompt, caption in enumerate(captions):
         rule = top - round(14 * unit)
         draw.line((margin, rule, width - margin, rule), fill=_LINE)
         for number, line in enumerate(caption):
             draw.text((margin, top + number * line_height), line, font=text, fill=_INK)
         top += len(caption) * line_height + label_height
-        for column, step in enumerate(columns):
-            left = margin + gutter + column * (cell[0] + _GAP)
-            _label(draw, (left + cell[0] / 2, top - 8 * unit), step, cell[0], small)
+        for number, source in enumerate(sources[prompt]):
+            label(number, f"source {number + 1}" if len(sources[prompt]) > 1 else "source")
+            show(source, number, 0)
+        about = {"prompt": prompts[prompt], "source_images": names_of(sources[prompt])}
+        for column, step in enumerate(columns, start=before):
+            label(column, *(("before training", "start") if step == 0 else (f"step {step:,}", f"{step:,}")))
             for row, seed in enumerate(seeds):
-                place = left, top + row * (cell[1] + _GAP)
-                thumbnail = _thumbnail(folders[step] / image_name(prompt, seed), cell, prompts[prompt])
-                frame = (place[0] - 1, place[1] - 1, place[0] + cell[0], place[1] + cell[1])
-                draw.rectangle(frame, outline=_LINE, fill=_EMPTY)
-                if thumbnail is not None:
-                    sheet.paste(thumbnail, place)
+                show(_drawn(folders[step] / image_name(prompt, seed), about), column, row)
         for row, seed in enumerate(seeds):
             middle = top + row * (cell[1] + _GAP) + cell[1] / 2
             draw.text((margin, middle), f"seed {seed}", font=small, fill=_SOFT, anchor="lm")
@@ -143,25 +177,26 @@ def _thumbnail_side(shape: tuple[int, int], cells: int) -> int:
     return max(64, min(256, int((MAX_PIXELS / (cells * area)) ** 0.5)))
 
 
-def _thumbnail(path: Path, cell: tuple[int, int], prompt: str) -> "Image | None":
-    """The image fitted into the cell; None where it is missing or was drawn for another prompt."""
-    from PIL import Image, ImageOps
-
+def _drawn(path: Path, about: dict[str, str]) -> "Image | None":
+    """The image; None where it is missing or was drawn for another prompt or from another source."""
     if not path.is_file():
         return None
     image = read_image(path)
-    if image.info.get("prompt") != prompt:
-        return None
+    return image if all(image.info.get(name, "") == value for name, value in about.items()) else None
+
+
+def _fitted(image: "Image", cell: tuple[int, int]) -> "Image":
+    from PIL import Image, ImageOps
+
     return ImageOps.pad(image, cell, method=Image.Resampling.LANCZOS, color=_PAPER)
 
 
-def _label(draw: "ImageDraw.ImageDraw", place: tuple[float, float], step: int, width: int, font: "Font") -> None:
-    """The step above its column, as long as fits."""
-    candidates = [f"step {step:,}", f"{step:,}"]
-    if step == 0:
-        candidates = ["before training", "start"]
-    label = next((c for c in candidates if font.getlength(c) <= width), candidates[-1])
-    draw.text(place, label, font=font, fill=_SOFT, anchor="ms")
+def _label(
+    draw: "ImageDraw.ImageDraw", place: tuple[float, float], candidates: Sequence[str], width: int, font: "Font"
+) -> None:
+    """The name of a column above it, as long as fits."""
+    text = next((c for c in candidates if font.getlength(c) <= width), candidates[-1])
+    draw.text(place, text, font=font, fill=_SOFT, anchor="ms")
 
 
 def _readable(text: str, font: "Font") -> str:

@@ -29,6 +29,8 @@ SECRET_VALUE = re.compile(
 """Access tokens of the Hub, OpenAI and its like, AWS, GitHub, GitLab, Google, Slack, PyPI, npm and others; web tokens,
 signatures and keys of Azure storage; names and passwords in a URL."""
 _SECRET_KEY = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
+KINDS = {"eval_gain_edit": "edits", "eval_gain_generation": "figures drawn from text"}
+"""The gain of each kind of rows, and what they are."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -53,16 +55,20 @@ class CardFacts:
             fine-tuning.
         dataset: `names` (or `name`), `samples` (trained on), `eval_samples`, `groups`, `buckets` as
             {"HxW" or (H, W): samples}; where there is a prior `prior_samples` and `prior_weight`, and where images were
-            encoded in training `shown`, how.
+            encoded in training `shown`, how. Where some are edits: `edits`, how many (True: unknown), `sources`, the
+            most of one edit, `as_targets`, whether the first one is shown as its target is (see `EditViews`), and
+            `source_size` (height, width) where users must resize it.
         non_default_args: hyper-parameters that differ from their defaults.
         metrics: `eval_loss`, `eval_base_loss`, `eval_gain`, `eval_gain_low`, `eval_gain_high`, and
-            `eval_loss_q1` to `eval_loss_q4` (q1: the quarter with the least noise).
+            `eval_loss_q1` to `eval_loss_q4` (q1: the quarter with the least noise); loss and gain by kind, such as
+            `eval_gain_edit_low`.
         interval_note: why the interval was not measured.
         global_step: optimizer steps.
         train_loss: mean training loss of the run.
         versions: package -> version.
         sample_images: paths inside the folder, with "/".
         sample_prompts: prompt of each sample image, in the same order; may be shorter.
+        sample_sources: the images that each sample image edits, paths likewise.
         exports: file name -> the programs it is for, of LoRA files next to diffusers' own.
         other_formats: formats of `sciflow-hf export` that can hold the adapter.
         plot: path inside the folder of the plot of losses and learning rate.
@@ -89,6 +95,7 @@ class CardFacts:
     versions: dict[str, str] = field(default_factory=dict)
     sample_images: list[str] = field(default_factory=list)
     sample_prompts: list[str] = field(default_factory=list)
+    sample_sources: list[list[str]] = field(default_factory=list)
     exports: dict[str, str] = field(default_factory=dict)
     other_formats: list[str] = field(default_factory=list)
     plot: str | None = None
@@ -126,8 +133,8 @@ def model_card(facts: CardFacts) -> ModelCard:
         base_model=facts.base_model if on_hub else None,
         base_model_relation=relation if on_hub else None,
         library_name="diffusers",
-        pipeline_tag=facts.task,
-        tags=[*kind, facts.task, facts.family, "sciflow_hf", "scientific-figures"],
+        pipeline_tag=_tasks(facts)[0],
+        tags=[*kind, *_tasks(facts), facts.family, "sciflow_hf", "scientific-figures"],
         model_name=facts.repo_name.split("/")[-1],
         eval_results=_eval_results(facts) or None,
     )
@@ -162,6 +169,13 @@ def _write(path: Path, text: str) -> Path:
     return path
 
 
+def _tasks(facts: CardFacts) -> list[str]:
+    """The Hub's tasks, the main one first."""
+    edits = facts.dataset.get("edits", 0)
+    tasks = [facts.task, *(["image-to-image"] if edits else [])]
+    return tasks[::-1] if edits == facts.dataset.get("samples") else tasks
+
+
 def _measured(facts: CardFacts) -> dict[str, float]:
     """The metrics that are finite numbers."""
     return {
@@ -182,11 +196,17 @@ def _data_names(facts: CardFacts) -> str:
     return ", ".join(_inline(name) for name in ([names] if isinstance(names, str) else names))
 
 
-def _gain_interval(facts: CardFacts) -> tuple[float, float] | None:
+def _gain_interval(facts: CardFacts, name: str = "eval_gain") -> tuple[float, float] | None:
     measured = _measured(facts)
-    if "eval_gain_low" in measured and "eval_gain_high" in measured:
-        return measured["eval_gain_low"], measured["eval_gain_high"]
+    if f"{name}_low" in measured and f"{name}_high" in measured:
+        return measured[f"{name}_low"], measured[f"{name}_high"]
     return None
+
+
+def _gains(facts: CardFacts) -> dict[str, str]:
+    """Metric -> what it is measured on: all held-out rows, and each kind where there are both."""
+    both = KINDS.keys() <= _measured(facts).keys()
+    return {"eval_gain": ""} | (KINDS if both else {})
 
 
 def _no_interval(facts: CardFacts) -> str:
@@ -194,15 +214,16 @@ def _no_interval(facts: CardFacts) -> str:
 
 
 def _eval_results(facts: CardFacts) -> list[EvalResult]:
-    measured, interval = _measured(facts), _gain_interval(facts)
-    spread: dict[str, Any] = {"interval": _no_interval(facts)}
-    if interval is not None:
-        spread = {"confidence_level": 0.95, "low": interval[0], "high": interval[1]}
-    labels = {
-        "eval_loss": "Held-out loss",
-        "eval_base_loss": "Held-out loss of the base model",
-        "eval_gain": "Base model's held-out loss minus this one's",
-    }
+    measured, labels = (
+        _measured(facts),
+        {"eval_loss": "Held-out loss", "eval_base_loss": "Held-out loss of the base model"},
+    )
+    spreads: dict[str, dict[str, Any]] = {}
+    for name, kind in _gains(facts).items():
+        labels[name] = "Base model's held-out loss minus this one's" + (f", {kind}" if kind else "")
+        spreads[name] = {"interval": _no_interval(facts)}
+        if (interval := _gain_interval(facts, name)) is not None:
+            spreads[name] = {"confidence_level": 0.95, "low": interval[0], "high": interval[1]}
     return [
         EvalResult(
             task_type=facts.task,
@@ -212,7 +233,7 @@ def _eval_results(facts: CardFacts) -> list[EvalResult]:
             metric_type=key,
             metric_name=label,
             metric_value=measured[key],
-            metric_args=spread if key == "eval_gain" else None,
+            metric_args=spreads.get(key),
         )
         for key, label in labels.items()
         if key in measured
@@ -221,7 +242,8 @@ def _eval_results(facts: CardFacts) -> list[EvalResult]:
 
 def _other_metrics(facts: CardFacts) -> dict[str, float]:
     """Metrics of a run other than losses: `eval_fid` as "fid"."""
-    known = ("loss", "base_loss", "gain", "runtime", "samples_per_second", "steps_per_second")
+    known = ["loss", "loss_edit", "loss_generation", "base_loss", "gain"]
+    known += ["runtime", "samples_per_second", "steps_per_second"]
     names = {key: key.removeprefix("eval_") for key in _measured(facts) if key.startswith("eval_")}
     return {
         name: _measured(facts)[key] for key, name in names.items() if not name.startswith("loss_q")
@@ -256,7 +278,11 @@ def _introduction(facts: CardFacts) -> str:
     article = "An" if _kind(facts) in ("adapter", "OFT adapter") else "A"
     samples = facts.dataset.get("samples")
     figures = "captioned figures" if facts.task == "text-to-image" else "images"
+    edits = facts.dataset.get("edits", 0)
+    figures = "edits of figures" if edits and edits == samples else figures
     figures = f"{samples:,} {figures}" if isinstance(samples, int) else figures
+    if edits and edits != samples:
+        figures += ", some of them edits" if edits is True else f", {edits:,} of them edits"
     if not facts.base_model:
         return (
             f"# {facts.repo_name.split('/')[-1]}\n\nA network of the family `{facts.family}`, trained from scratch on "
@@ -300,17 +326,44 @@ def _usage(facts: CardFacts) -> str:
             load = f'from_single_file("{path}", config="{base}", subfolder="{name}"'
         before += f"{name} = {kind}.{load}, {dtype})\n"
         argument += f", {name}={name}"
-    size = _largest_bucket(facts)
-    call = "prompt=prompt" + (f", height={size[0]}, width={size[1]}" if size else "")
+    size, sources, given = _largest_bucket(facts), _sources(facts), ""
+    if sources:
+        imports += "from diffusers.utils import load_image\n"
+        given = "image=image, " if len(sources) == 1 else "image=images, "
+        size = None if facts.dataset.get("as_targets") else size  # the pipeline's: that of the source
+    call = f"{given}prompt=prompt" + (f", height={size[0]}, width={size[1]}" if size else "")
     if "max_sequence_length" in facts.non_default_args:
         call += f", max_sequence_length={facts.non_default_args['max_sequence_length']}"
     call += "".join(f", {argument}" for argument in facts.call_arguments)
     return (
         f"## Use\n\n```python\nimport torch\n{imports}\n{before}"
         f'pipeline = {pipeline}.from_pretrained("{base}"{revision}{argument}, {dtype}).to("cuda")\n'
-        f'{after}prompt = "..."  # a caption in the style of the training data\n'
+        f"{after}{_loaded(facts, sources)}"
         f"image = pipeline({call}).images[0]\n```" + _files(facts, here)
     )
+
+
+def _sources(facts: CardFacts) -> list[str]:
+    """Code that loads each source of an edit; [] where nothing was edited."""
+    number = facts.dataset.get("sources", 1) if facts.dataset.get("edits") else 0
+    found = [f'load_image("figure{i or ""}.png")' for i in range(number)]
+    if found and (size := facts.dataset.get("source_size")):
+        found[0] += f".resize(({size[1]}, {size[0]}))"  # width, height
+    return found
+
+
+def _loaded(facts: CardFacts, sources: Sequence[str]) -> str:
+    """Lines of code that make the arguments of the pipeline's call."""
+    if not sources:
+        return 'prompt = "..."  # a caption in the style of the training data\n'
+    sized = ", in the size that was trained on" if facts.dataset.get("source_size") else ""
+    if len(sources) == 1:
+        lines = f"image = {sources[0]}  # the figure to edit{sized}\n"
+    else:
+        lines = f"images = [{', '.join(sources)}]  # the first is edited{sized}; as many as in training\n"
+    if facts.dataset["edits"] != facts.dataset.get("samples"):
+        lines = f"# Without `image` it draws from a caption alone.\n{lines}"
+    return lines + 'prompt = "..."  # an instruction in the style of the training data\n'
 
 
 def own_reader(adapter_type: str) -> str:
@@ -367,12 +420,15 @@ def _table(header: tuple[str, str], rows: list[tuple[str, str]]) -> str:
 
 
 def _results(facts: CardFacts) -> str:
-    measured, interval = _measured(facts), _gain_interval(facts)
+    measured = _measured(facts)
     rows = [("base model", "eval_base_loss"), (f"with this {_kind(facts)}", "eval_loss")]
     cells = [(label, f"{measured[key]:.4f}") for label, key in rows if key in measured]
-    if "eval_gain" in measured:
-        spread = f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else _no_interval(facts)
-        cells.append(("gain (base - this)", f"{measured['eval_gain']:.4f} (95 % interval: {spread})"))
+    for name, kind in _gains(facts).items():
+        if name in measured:
+            interval = _gain_interval(facts, name)
+            spread = f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else _no_interval(facts)
+            what = "gain (base - this)" + (f", {kind}" if kind else "")
+            cells.append((what, f"{measured[name]:.4f} (95 % interval: {spread})"))
     names = ("1 (least noise)", "2", "3", "4 (most noise)")
     quarters = [
         (f"quarter {name}", f"{measured[f'eval_loss_q{i}']:.4f}")
@@ -409,6 +465,8 @@ def _training(facts: CardFacts) -> str:
     for key, label in (("samples", _samples_word(facts)), ("eval_samples", "held out"), ("groups", "groups (papers)")):
         if isinstance(facts.dataset.get(key), int):
             rows.append((label, f"{facts.dataset[key]:,}"))
+    if facts.dataset.get("edits") and facts.dataset["edits"] is not True:
+        rows.append(("of them edits", f"{facts.dataset['edits']:,}"))
     if isinstance(prior := facts.dataset.get("prior_samples"), int):
         rows.append(("prior preservation", f"{prior:,} figures, weight {facts.dataset.get('prior_weight', 1):g}"))
     if shown := facts.dataset.get("shown"):
@@ -433,9 +491,12 @@ def _samples(facts: CardFacts) -> str:
     """Sample images with their prompts; `hub.publishable_files` reads the paths back from here."""
     if not facts.sample_images:
         return ""
-    prompts = facts.sample_prompts + [""] * len(facts.sample_images)
+    number = len(facts.sample_images)
+    prompts, sources = facts.sample_prompts + [""] * number, facts.sample_sources + [[]] * number
     pictures = [
-        f"![{_inline(prompt) or 'sample image'}]({quote(path)})" + (f"\n\n*{_inline(prompt)}*" if prompt else "")
-        for path, prompt in zip(facts.sample_images, prompts, strict=False)
-    ]
-    return "## Samples\n\n" + "\n\n".join(pictures)
+        "".join(f"![source]({quote(source)}) " for source in edited)
+        + f"![{_inline(prompt) or 'sample image'}]({quote(path)})" + (f"\n\n*{_inline(prompt)}*" if prompt else "")
+        for path, prompt, edited in zip(facts.sample_images, prompts, sources, strict=False)
+    ]  # fmt: skip
+    edits = "Left of an edit: what it was made from.\n\n" if any(sources) else ""
+    return f"## Samples\n\n{edits}" + "\n\n".join(pictures)

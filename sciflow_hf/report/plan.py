@@ -121,12 +121,15 @@ def _trained(model: torch.nn.Module, args: TrainingArguments) -> str:
 
 
 def tokens_of(train_dataset: Any, family: ModelFamily) -> dict[str, int]:
-    """`tokens` of the largest sample with its text, and `image_tokens` of the largest image."""
+    """`tokens` of the largest sample with its text, and `image_tokens` of the largest image with its sources."""
     keys = [key for key in set(batch_keys_of(train_dataset)) if isinstance(key, tuple) and len(key) >= 2]
     step = family.bucket_step() if keys else 1
-    image = [(key[0] // step) * (key[1] // step) for key in keys]  # of (height, width) or (height, width, text length)
+    # of (height, width, perhaps the text length, and of edits the shape (C, h, w) of each source's latents)
+    sources = [sum(math.prod(s[1:]) // family.patch**2 for s in key if isinstance(s, tuple)) for key in keys]
+    image = [(key[0] // step) * (key[1] // step) + more for key, more in zip(keys, sources, strict=True)]
     online = vars(family).get("max_sequence_length", 0)  # where the text is encoded in training
-    both = [size + (key[2] if len(key) > 2 else online) for size, key in zip(image, keys, strict=True)]
+    texts = [next((n for n in key[2:] if isinstance(n, int)), online) for key in keys]
+    both = [size + text for size, text in zip(image, texts, strict=True)]
     return {"tokens": max(both, default=0), "image_tokens": max(image, default=0)}
 
 

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import math
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,10 +16,11 @@ from ..adapters.layers import adapter_facts
 from ..data.batches.buckets import image_sizes
 from ..data.batches.loader import groups_of, is_stream
 from ..data.prior import without_prior
+from ..data.source_images import EditViews
 from ..engines.optimizers import effective_learning_rate
 from ..errors import counted
-from .contact_sheet import sample_images
-from .model_card import PROGRAMS, CardFacts, own_reader, save_card
+from .contact_sheet import sample_images, source_paths
+from .model_card import KINDS, PROGRAMS, CardFacts, own_reader, save_card
 from .plots import PLOT_NAME, loss_names, plot_training
 
 NO_INTERVAL = "fewer than 10 held-out groups of like size"
@@ -61,6 +63,7 @@ def save_model_card(trainer: Trainer) -> None:
             "buckets": dict(image_sizes(train)),
             **({} if prior is None else {"prior_samples": int(prior.rows.sum()), "prior_weight": prior.loss_weight}),
             **({} if images is None else {"shown": str(images)}),
+            **_edits(trainer, train, metrics),
         },
         non_default_args=args.changed_options(),
         metrics=metrics,
@@ -70,11 +73,37 @@ def save_model_card(trainer: Trainer) -> None:
         versions={name: importlib.metadata.version(name) for name in PACKAGES},
         sample_images=[path for path, _ in samples],
         sample_prompts=[prompt for _, prompt in samples],
+        sample_sources=[_sources_of(folder, Path(path)) for path, _ in samples],
         exports={done.file.name: done.readers for done in trainer.exported},
         other_formats=other_formats(trainer.model, family) if adapter else [],
         plot=_save_plot(trainer),
     )
     save_card(facts, folder)
+
+
+def _edits(trainer: Trainer, train: Any, metrics: Mapping[str, float]) -> dict[str, Any]:
+    """Facts of edits for the card, {} where there are none; those of data without `source_shapes` are not counted."""
+    family, shapes = trainer.family, getattr(train, "source_shapes", None)
+    seen = trainer.args.validation_source_images or "eval_loss_edit" in metrics
+    edits = bool(seen) if shapes is None else sum(1 for sources in shapes if len(sources))
+    if not edits:
+        return {}
+    views = EditViews.of(train, family)
+    size = next((size for size, _ in image_sizes(train).most_common(1)), None)
+    shown = None if size is None else views.resized(size, family)
+    return {
+        "edits": edits,
+        "sources": 1 if shapes is None else max(map(len, shapes)),
+        "as_targets": views.as_targets,
+        **({} if shown is None else {"source_size": shown}),
+    }
+
+
+def _sources_of(folder: Path, image: Path) -> list[str]:
+    """The images that a validation image edits."""
+    found = re.fullmatch(r"p(\d+)_seed.*", image.stem)
+    paths = source_paths(folder / "validation", int(found[1])) if found else []
+    return [path.relative_to(folder).as_posix() for path in paths]
 
 
 def _save_plot(trainer: Trainer) -> str | None:
@@ -116,17 +145,29 @@ def _no_interval(metrics: dict[str, float]) -> str:
 
 
 def held_out_words(metrics: Mapping[str, float], prefix: str = "eval") -> str:
-    """ "Held-out loss: 0.6055 base model, 0.2340 now; gain 0.3715 (95 % interval 0.0992 to 0.5917: better)"."""
+    """ "Held-out loss: 0.6055 base model, 0.2340 now; gain 0.3715 (95 % interval 0.0992 to 0.5917: better)".
+
+    Where there are edits and other rows, the gain of each kind follows.
+    """
     loss = f"{metrics[f'{prefix}_loss']:.4f}"
     if f"{prefix}_gain" not in metrics:
         return f"Held-out loss: {loss}"
-    base, gain, low = metrics[f"{prefix}_base_loss"], metrics[f"{prefix}_gain"], metrics.get(f"{prefix}_gain_low")
+    told = f"Held-out loss: {metrics[f'{prefix}_base_loss']:.4f} base model, {loss} now; gain {_gain(metrics, prefix)}"
+    kinds = {name.removeprefix("eval"): kind for name, kind in KINDS.items()}
+    if all(f"{prefix}{name}" in metrics for name in kinds):
+        told += "".join(f"; {kind} {_gain(metrics, prefix, name)}" for name, kind in kinds.items())
+    return told
+
+
+def _gain(metrics: Mapping[str, float], prefix: str, name: str = "_gain") -> str:
+    """ "0.3715 (95 % interval 0.0992 to 0.5917: better)"."""
+    gain, low = metrics[f"{prefix}{name}"], metrics.get(f"{prefix}{name}_low")
     verdict = f"{NO_INTERVAL if math.isfinite(gain) else NOT_FINITE}: no interval"
     if low is not None and math.isfinite(gain):
-        high = metrics[f"{prefix}_gain_high"]
+        high = metrics[f"{prefix}{name}_high"]
         better = "better" if low > 0 else "worse" if high < 0 else "no clear difference"
         verdict = f"95 % interval {low:.4f} to {high:.4f}: {better}"
-    return f"Held-out loss: {base:.4f} base model, {loss} now; gain {gain:.4f} ({verdict})"
+    return f"{gain:.4f} ({verdict})"
 
 
 def summary(trainer: Trainer) -> str:
@@ -168,6 +209,8 @@ def _next_commands(trainer: Trainer, other_formats: Sequence[str]) -> Iterator[s
     what = {"text-to-image": f"--prompts {prompt} ", "image-to-image": "--input_dir measured "}.get(
         trainer.family.task, ""
     )
+    if source := next(iter(args.validation_source_images), ""):
+        what += f"--source_images {shlex.quote(source)} "
     yield f"sciflow-hf sample --model_path {here} {what}--output_dir {'restored' if 'input' in what else 'drawn'}"
     if other_formats:
         *others, name = other_formats

@@ -46,6 +46,7 @@ from ..data.batches.loader import (
 from ..data.batches.threads import release
 from ..data.cache import LatentCache
 from ..data.prior import loss_weights, without_prior
+from ..data.source_images import EditViews, source_files
 from ..data.stream.loader import StreamLoader
 from ..data.stream.own import OwnStreamLoader
 from ..data.stream.stream import StreamingCache
@@ -336,10 +337,15 @@ class DiffusionTrainer(Trainer):
         size = tuple(args.validation_size) or commonest_size(without_prior(self.train_dataset))
         if size is None:
             raise SciflowError("`validation_size`: give height and width, the data has no buckets to take them from.")
+        views = EditViews()
+        if any(map(source_files, args.validation_source_images)):
+            views = EditViews.of(without_prior(self.train_dataset), self.family)
         return ValidationCallback(
             family=self.family,
             prompts=args.validation_prompts or args.validation_class_labels,
             negative_prompts=args.validation_negative_prompt,
+            source_images=args.validation_source_images,
+            edits=EditViews(() if args.validation_size else views.sizes, views.as_targets),
             seeds=args.validation_seeds,
             steps=args.validation_steps,
             num_inference_steps=args.num_inference_steps,

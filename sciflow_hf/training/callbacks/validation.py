@@ -1,6 +1,7 @@
 """Validation images: the same prompts and seeds over the course of training, by the family's own pipeline."""
 
 import logging
+import math
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,11 +18,21 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ...adapters.layers import network_of
 from ...adapters.text_encoders import NetworkWithText
 from ...data.batches.buckets import image_sizes
+from ...data.source_images import NONE, EditViews, read_sources
 from ...engines.compilation import uncompiled
 from ...engines.sharding import resharded
 from ...errors import SciflowError
 from ...families.base import ModelFamily
-from ...report.contact_sheet import STEP_FOLDER, image_name, read_image, save_image, step_folders, write_contact_sheet
+from ...report.contact_sheet import (
+    STEP_FOLDER,
+    image_name,
+    names_of,
+    read_image,
+    save_image,
+    save_sources,
+    step_folders,
+    write_contact_sheet,
+)
 from ...report.summary import final_step
 
 if TYPE_CHECKING:
@@ -40,6 +51,9 @@ class ValidationCallback(TrainerCallback):
     - `output_dir/validation/step-000500/p00_seed42.png`, with prompt, seed and step in its text fields;
     - `output_dir/validation/contact_sheet.png`: a row per prompt and seed, a column per step.
 
+    Edits are drawn one by one, as the pipeline gives all its sources to every prompt of a call; their sources, as they
+    are shown, lie in `output_dir/validation/sources`, and are the first columns of the sheet.
+
     Where a checkpoint is due at the same step, it is saved first. Several ranks share the work and write to
     one `output_dir`; on several machines that takes a shared file system.
 
@@ -48,6 +62,9 @@ class ValidationCallback(TrainerCallback):
         prompts: at least one.
         negative_prompts: what guidance leads away from: one for all prompts, or one each; by default what the family
             takes where there is none.
+        source_images: the images that the prompts edit: one entry each, see `source_files`; by default none.
+        edits: at which size edits are drawn, and what is shown of their sources; by default at `size`, by the
+            pipeline's own rule.
         seeds: distinct integers; every prompt is drawn with each of them.
         steps: optimizer steps between validations.
         num_inference_steps: sampling steps of one image.
@@ -59,8 +76,8 @@ class ValidationCallback(TrainerCallback):
         weights: makes a context in which the network has the weights to draw with (`trainer.averaged_weights`).
 
     Raises:
-        SciflowError: no prompts, equal seeds, a size that the network cannot draw, or that encoding or
-            drawing failed.
+        SciflowError: no prompts, equal seeds, a size that the network cannot draw, sources that cannot be read or
+            are not taken, or that encoding or drawing failed.
     """
 
     def __init__(
@@ -69,6 +86,8 @@ class ValidationCallback(TrainerCallback):
         family: ModelFamily,
         prompts: Sequence[str],
         negative_prompts: Sequence[str] = (),
+        source_images: Sequence[str] = (),
+        edits: EditViews = EditViews(),  # noqa: B008 (frozen)
         seeds: Sequence[int],
         steps: int = 500,
         num_inference_steps: int = 28,
@@ -89,10 +108,23 @@ class ValidationCallback(TrainerCallback):
             family.check_negative_prompt(guidance_scale)
         if not seeds or len(set(seeds)) != len(seeds):
             raise SciflowError(f"`validation_seeds` {list(seeds)}: give at least one and none twice.")
-        pixels = family.bucket_step()
-        if any(side < pixels or side % pixels for side in size):
+        if source_images and len(source_images) != len(prompts):
             raise SciflowError(
-                f"validation size {size[0]}x{size[1]} (height x width): both must be multiples of {pixels} "
+                f"`validation_source_images`: {len(source_images)} for {len(prompts)} `validation_prompts`. Give one "
+                f"entry for each, {NONE} for a prompt that draws without."
+            )
+        sources = read_sources(source_images, family, option="validation_source_images")
+        self.sources = sources or [[] for _ in prompts]
+        self.sizes = [edits.size_of(images[0], size) if images else size for images in self.sources]
+        self.sources = [
+            edits.shown(images, drawn, family) if images else []
+            for images, drawn in zip(self.sources, self.sizes, strict=True)
+        ]
+        pixels = family.bucket_step()
+        odd = next((s for s in (size, *self.sizes) if any(side < pixels or side % pixels for side in s)), None)
+        if odd is not None:
+            raise SciflowError(
+                f"validation size {odd[0]}x{odd[1]} (height x width): both must be multiples of {pixels} "
                 f"for `{family.name}`."
             )
         self.family = family
@@ -102,7 +134,6 @@ class ValidationCallback(TrainerCallback):
         self.steps = steps
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale
-        self.size = size
         self.folder = Path(output_dir) / "validation"
         self.trackers = trackers
         self.weights = weights
@@ -116,6 +147,7 @@ class ValidationCallback(TrainerCallback):
         step, self._last_step = state.global_step, None
         if state.is_world_process_zero:
             _drop_steps(self.folder, after=step if step > 0 else -1)
+            save_sources(self.folder, self.sources)
         PartialState().wait_for_everyone()
         # A run that was killed between a checkpoint and its images makes up for them.
         if step == 0 or (step % self.steps == 0 and not self._is_complete(step)):
@@ -156,6 +188,7 @@ class ValidationCallback(TrainerCallback):
                 if state.is_world_process_zero or not sharded:
                     about = {"prompt": self.prompts[prompt], "seed": str(seed), "step": str(step)}
                     about |= {"negative_prompt": self.negative_prompts[prompt]} if self.negative_prompts else {}
+                    about |= {"source_images": names_of(self.sources[prompt])} if self.sources[prompt] else {}
                     save_image(image, self._path(step, prompt, seed), about)
             del pipeline
         if torch.cuda.is_available():
@@ -198,7 +231,7 @@ class ValidationCallback(TrainerCallback):
                     [self.prompts[prompt] for prompt in wanted],
                     device=weights.device,
                     dtype=dtype,
-                    **self._negatives(wanted),
+                    **self._read_with(wanted),
                 )
         for prompt, inputs in zip(wanted, encoded, strict=True):
             self._prompt_inputs[prompt] = {key: value.cpu() for key, value in inputs.items()}
@@ -212,24 +245,32 @@ class ValidationCallback(TrainerCallback):
                 device=weights.device,
                 dtype=weights.dtype,
                 encoders=model.encoders,
-                **self._negatives(range(len(self.prompts))),
+                **self._read_with(range(len(self.prompts))),
             )
         self._prompt_inputs = dict(enumerate(encoded))
 
-    def _negatives(self, prompts: Iterable[int]) -> dict[str, Any]:
-        """The negative prompts of some prompts, as an argument; nothing where there are none."""
-        return {"negative_prompts": [self.negative_prompts[i] for i in prompts]} if self.negative_prompts else {}
+    def _read_with(self, prompts: Sequence[int]) -> dict[str, Any]:
+        """The negative prompts of some prompts, and the sources where the text encoder reads them, as arguments."""
+        found: dict[str, Any] = {}
+        if self.negative_prompts:
+            found["negative_prompts"] = [self.negative_prompts[i] for i in prompts]
+        if any(self.sources) and self.family.text_reads_sources:
+            found["source_images"] = [self.sources[i] for i in prompts]
+        return found
 
     def _draw(self, pipeline: Any, prompt: int, seed: int, step: int) -> "Image":
+        height, width = self.sizes[prompt]
+        sources = {"source_images": self.sources[prompt]} if self.sources[prompt] else {}
         with self._explained(f"validation at step {step}, prompt {self.prompts[prompt]!r}, seed {seed}"):
             return self.family.generate(
                 pipeline,
                 self._prompt_inputs[prompt],
-                height=self.size[0],
-                width=self.size[1],
+                height=height,
+                width=width,
                 num_inference_steps=self.num_inference_steps,
                 guidance_scale=self.guidance_scale,
                 generator=torch.Generator("cpu").manual_seed(seed),
+                **sources,
             )[0]
 
     def _images(self, step: int) -> dict[str, tuple["Image", str]]:
@@ -258,8 +299,9 @@ class ValidationCallback(TrainerCallback):
         except Exception as error:
             remedy = "Without `--validation_prompts` training resumes from the last checkpoint and draws nothing."
             if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+                height, width = max(self.sizes, key=math.prod)
                 remedy = (
-                    f"During training there is no memory for {self.size[0]}x{self.size[1]} pixels: validate "
+                    f"During training there is no memory for {height}x{width} pixels: validate "
                     "at a smaller size or with fewer `--num_inference_steps`, or switch validation off by "
                     "leaving out `--validation_prompts`."
                 )
