@@ -268,7 +268,7 @@ def _network(family: Any, args: argparse.Namespace, kind: str | None, dtype: Any
 
 
 def _size(args: argparse.Namespace, family: Any, default: tuple[int, int] | None = None) -> tuple[int, int]:
-    """Height and width: as asked, `default`, of the commonest bucket of the run, or 1024 (512 is no multiple everywhere)."""
+    """Height and width: as asked, else `default`, that of most images of the run, or 1024 (512 is not a multiple)."""
     buckets = _facts(args.model_path).get("dataset", {}).get("buckets") or {}
     commonest: Sequence[int] = default or (1024, 1024)
     if buckets and default is None:

@@ -47,6 +47,7 @@ from ..data.batches.threads import release
 from ..data.cache import LatentCache
 from ..data.prior import loss_weights, without_prior
 from ..data.source_images import EditViews, source_files
+from ..data.split import spread
 from ..data.stream.loader import StreamLoader
 from ..data.stream.own import OwnStreamLoader
 from ..data.stream.stream import StreamingCache
@@ -65,7 +66,7 @@ from ..engines.optimizers import (
     state_bytes,
 )
 from ..engines.quantisation import check_loaded, keep_from_broadcast
-from ..errors import DiskFullError, SciflowError
+from ..errors import DiskFullError, SciflowError, counted
 from ..families.base import ModelFamily, network_dtype
 from ..files import disk_full_named, write_json
 from ..hub.upload import check_access, upload, upload_checkpoint
@@ -200,6 +201,8 @@ class DiffusionTrainer(Trainer):
         prior, weights = getattr(train_dataset, "prior", None), loss_weights(train_dataset)
         self._losses = LossLog(None if prior is None else prior.rows)
         self._loss_weights = None if weights is None else torch.from_numpy(weights)
+        if source_dropout and not family.max_sources:
+            raise SciflowError(f"`source_dropout` {source_dropout:g}: `{family.name}` takes no source images.")
         self._eval_base: dict[str, list[float]] = {}  # row id -> losses of the base model
         self._eval_rows: list[str] = []
         self._measure_base = False
@@ -310,8 +313,21 @@ class DiffusionTrainer(Trainer):
             return
         self.family.check_sample(self.model, with_text(self.model, rows[0]))
         if isinstance(dataset, LatentCache) and dataset.online_text is None:  # of every bucket the shapes
-            for row in {key[:2]: i for i, key in enumerate(dataset.batch_keys)}.values():
+            for row in {(*key[:2], *key[3:]): i for i, key in enumerate(dataset.batch_keys)}.values():
                 self.family.check_sample(self.model, dataset.shapes(row))
+        if isinstance(dataset, LatentCache) and dataset is self.train_dataset:
+            self._check_edits(dataset)
+
+    def _check_edits(self, cache: LatentCache) -> None:
+        """Refuses a loss of the changed region where no edit has one."""
+        edits = [row for row, sources in enumerate(cache.source_shapes) if sources]
+        looked_at = [edits[i] for i in spread(len(edits), min(len(edits), 100))]
+        if self.args.edit_loss != "uniform" and not any("edit_mask" in cache.members(row) for row in looked_at):
+            raise SciflowError(
+                f"`edit_loss` {self.args.edit_loss}: none of {counted(len(looked_at), 'edit')} of this data has a mask "
+                "of its changed region (`edit_mask`). Build the cache with masks, boxes, or `--edit_masks computed` "
+                "(docs/editing.md), or leave this out."
+            )
 
     def _check_batch(self, batch: dict[str, Any], dataset: Any = None) -> None:
         """Refuses a collated batch that does not fit the network; `dataset` may have drawn its latents already."""
