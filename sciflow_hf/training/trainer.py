@@ -454,7 +454,7 @@ class DiffusionTrainer(Trainer):
         if dataset is None:
             raise SciflowError("`train_dataset` is missing.")
         options = self._loader_options() | {"caption_dropout": self.caption_dropout}
-        options |= {"source_dropout": self.source_dropout} if self.source_dropout else {}
+        options["source_dropout"] = self.source_dropout
         options["step_keys"] = args.stratified_levels
         # A step holds its batches until it is done (`MicroBatches`), while those of the next are read.
         options["buffers"] = 2 * args.gradient_accumulation_steps + 1
