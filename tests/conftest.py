@@ -22,7 +22,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if hasattr(signal, "SIGHUP"):  # under nohup it is ignored, here and in all that the tests start
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-from caches import encoder_settings, write_cache  # noqa: E402
+from caches import encoder_settings, write_cache, write_edits  # noqa: E402
 
 STARTS_PROCESSES = {"subprocess", "recipe_runs", "ranks", "faults", "hub_server"}
 
@@ -74,6 +74,12 @@ def even_cache(tmp_path_factory: pytest.TempPathFactory, tiny_klein: Path) -> Pa
     """Three buckets whose sizes are multiples of 4: an epoch of total batch 4 has no tail. Read only."""
     buckets = {(32, 48): 12, (48, 32): 8, (24, 64): 4}
     return write_cache(tmp_path_factory.mktemp("even"), settings=encoder_settings(tiny_klein), buckets=buckets)
+
+
+@pytest.fixture(scope="session")
+def edits_cache(tmp_path_factory: pytest.TempPathFactory, tiny_klein: Path) -> Path:
+    """24 rows without sources, with one and with two, in two buckets, and masks of what changes. Read only."""
+    return write_edits(tmp_path_factory.mktemp("edits"), settings=encoder_settings(tiny_klein))
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import torch
 import sciflow_hf as sf
 
 ADAPTER_OPTIONS = {field.name for field in dataclasses.fields(sf.AdapterArguments)}
-TRAINER_OPTIONS = {"callbacks", "caption_dropout", "compute_metrics"}
+TRAINER_OPTIONS = {"callbacks", "caption_dropout", "source_dropout", "compute_metrics"}
 # For a training that is to learn something: a larger adapter, more rows at once.
 LONGER = dict(
     rank=8, lora_alpha=16, max_steps=20, logging_steps=5, per_device_train_batch_size=4, per_device_eval_batch_size=4,
@@ -65,9 +65,9 @@ def largest_difference(left, right):
     return max(float((left[name] - right[name]).abs().max()) for name in left)
 
 
-def assert_resume_is_exact(tmp_path, family, data):
+def assert_resume_is_exact(tmp_path, family, data, **more):
     """8 steps = 4 steps, resume, 4 steps: the same bits, with accumulation."""
-    options = LONGER | dict(max_steps=8, save_strategy="steps", save_steps=4, gradient_accumulation_steps=2)
+    options = LONGER | dict(max_steps=8, save_strategy="steps", save_steps=4, gradient_accumulation_steps=2) | more
     whole = make_trainer(tmp_path / "whole", family, data, **options)
     whole.train()
     shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "again" / "checkpoint-4")
