@@ -100,10 +100,16 @@ class EditViews:
         """What the pipeline is given of `sources` to draw an edit of `size`.
 
         Those as large as the first one lose what exceeds the shape of the edit, and are resized as in training.
+
+        Raises:
+            SciflowError: the family refuses them at that size.
         """
         if not self.as_targets:
             return list(sources)
         height, width = family.source_size(*size)
+        if refused := family.check_source(height, width):
+            name = sources[0].info.get("source_image", "the source")
+            raise SciflowError(f"{name}, shown as in training, has {refused}. Draw a larger edit.")
         return [
             _named(ImageOps.fit(each, (width, height), Image.Resampling.LANCZOS), each)
             if each.size == sources[0].size

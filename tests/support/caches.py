@@ -140,10 +140,10 @@ def resave(file: Path, **changes: Any) -> None:
 def write_edits(folder: str | Path, *, settings: Mapping[str, Any], seed: int = 1) -> Path:
     """`write_cache` of two buckets of 12 rows, of each a third without sources, with one, and with two.
 
-    Two of three rows with sources change their upper half only (`edit_mask`), the third one all. No row shares its
+    Most rows with sources change their upper quarter only (`edit_mask`). No row shares its
     paper. A batch of 4 of one bucket and one number of sources leaves no tail.
     """
-    folder = write_cache(folder, settings=settings, buckets={(32, 48): 12, (48, 32): 12}, figures_per_paper=1)
+    folder = write_cache(folder, settings=settings, buckets={(64, 96): 12, (96, 64): 12}, figures_per_paper=1)
     rng, shapes = np.random.default_rng(seed), []
     for row in range(24):
         file = payload_of(folder, row)
@@ -153,7 +153,7 @@ def write_edits(folder: str | Path, *, settings: Mapping[str, Any], seed: int = 
         names = ("source_latents", "source_latents_1")
         sources = {n: rng.standard_normal(s).astype(np.float32) for n, s in zip(names, shapes[-1], strict=False)}
         mask = np.full((height, width), 255, np.uint8)
-        mask[height // 2 :] = 255 * (row % 5 == 0 or not sources)
+        mask[height // 4 :] = 255 * (row % 5 == 0 or not sources)
         resave(file, edit_mask=mask, **sources)
     edit(index_files(folder)[0], source_shapes=lambda _: shapes)
     return folder
