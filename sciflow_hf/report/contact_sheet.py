@@ -42,7 +42,7 @@ def save_image(image: "Image", path: Path, about: dict[str, str]) -> None:
 
 
 def save_sources(folder: Path, sources: Sequence[Sequence["Image"]]) -> None:
-    """Writes the sources of each prompt into `folder`/sources, in place of an earlier run's."""
+    """Writes the sources of each prompt into `folder`/sources, instead of an earlier run's."""
     for old in (folder / SOURCES).glob("p*_source*.png"):
         old.unlink()
     for prompt, images in enumerate(sources):
