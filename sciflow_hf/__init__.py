@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .data.batches.buckets import BucketBatchSampler
     from .data.build.build import build_cache
     from .data.build.convert import convert_cache
+    from .data.build.references import SourceRules
     from .data.inspect.chart import draw_bucket_chart
     from .data.inspect.describe import describe_cache
     from .data.inspect.verify import verify_cache

@@ -31,7 +31,7 @@ from .ahead import THREADS, Behind, in_order
 from .block_staging import InlineStaging, ShardStaging
 from .blocks import BUILD_FILE, locked, noted_settings, remove_temporaries, write_settings
 from .cut import CUT, CountTokens, cut_text, find_cut, warn_of_cut
-from .jobs import Job, Prompt, by_bucket, find_jobs, in_batches, shape_measures, source_measures
+from .jobs import Job, Prompt, by_bucket, find_jobs, have_regions, in_batches, shape_measures, source_measures
 from .reading import Pixels, read_source, read_views
 from .references import SourceRules, SourceView
 from .sources.edits import EDIT_MASKS
@@ -256,7 +256,7 @@ def build_cache(
     notes: dict[str, Any] = {} if rules == 1 else {"rules": rules}
     builder = _Builder(
         staging, report, encode_images, encode_prompts, fixed, notes, batch_size, text_batch_size, samples_per_part,
-        time_ids, rank, world_size, barrier, sources,
+        time_ids, rank, world_size, barrier, sources, have_regions(records, edit_masks == "computed"),
     )  # fmt: skip
     if count_tokens is not None and rank == 0:
         builder.notes |= _cut_note(jobs, count_tokens, noted or {})
@@ -342,6 +342,7 @@ class _Builder:
     world_size: int
     barrier: Callable[[], None]
     sources: SourceRules | None = None
+    edit_masked: bool = False
     texts: dict[str, _Tensors] = field(default_factory=dict)  # of the last images
     source_latents: dict[str, torch.Tensor | str] = field(
         default_factory=dict
@@ -361,7 +362,6 @@ class _Builder:
         self.behind = Behind(_LATE)
         self.dtype, self.with_embeds = layout.dtype, layout.embeds != "none"
         self.masked = any(job.record.mask is not None for job in self.jobs)
-        self.edit_masked = any(job.computes_mask or job.record.edit_mask is not None for job in self.jobs)
 
     def run(self) -> None:
         """Builds, together with the other ranks."""

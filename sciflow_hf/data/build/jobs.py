@@ -22,6 +22,7 @@ from .views import View, variants, view_of
 _Bucket = tuple[int, int]
 _ROUNDING = 1e-6  # of the box of a view
 _AT_ONCE = 16
+_SOURCES = 4096  # whose facts are kept
 _CUT_OFF = 0.1  # share of an image's area from which on it is told
 
 
@@ -111,16 +112,19 @@ class Job:
 
 @dataclass(frozen=True)
 class _Seen:
-    """Facts of an image: (height, width), whether there are more frames, and what stands for the bytes of its files.
-
-    Of each source there is (height, width) and what stands for its bytes.
-    """
+    """Facts of an image: (height, width), whether there are more frames, and what stands for its bytes."""
 
     size: tuple[int, int]
     more_frames: bool
     content: str | int
+
+
+@dataclass(frozen=True)
+class _SeenRow(_Seen):
+    """The same of a record, with its sources and what stands for the bytes of its masks."""
+
     mask: str | int
-    sources: tuple[tuple[tuple[int, int], str], ...]
+    sources: tuple[_Seen, ...]
     edit_mask: str
 
 
@@ -128,27 +132,37 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _look(record: Record, by_length: bool) -> _Seen | str:
-    """Reads the files of a record; a text says why it cannot be used."""
+def _seen(file: Stored, by_length: bool = False) -> _Seen | str:
+    """Reads an image; a text says why it cannot be used."""
     try:
-        data = record.image.read()
+        data = file.read()
         with Image.open(BytesIO(data)) as image:
             size, more_frames = oriented_size(image), has_more_frames(image)
     except Exception as error:  # PIL lets through whatever its decoders raise; the image is named
         return unreadable(error)
+    return _Seen(size, more_frames, len(data) if by_length else _digest(data))
+
+
+def _look(record: Record, by_length: bool, seen_source: Callable[[Stored], _Seen | str]) -> _SeenRow | str:
+    """Reads the files of a record; a text says why it cannot be used."""
+    image = _seen(record.image, by_length)
+    if isinstance(image, str):
+        return image
     sources = []
     for name, file in zip(record.source_names, record.sources, strict=True):
-        try:
-            found = file.read()
-            with Image.open(BytesIO(found)) as image:
-                sources.append((oriented_size(image), _digest(found)))
-        except Exception as error:
-            return f"its source {name}: {unreadable(error)}"
-    mask = _bytes(record.mask)
-    content, mask_content = (len(d) if by_length else _digest(d) for d in (data, mask))
-    region = record.edit_mask
-    edit_mask = json.dumps(region) if isinstance(region, tuple) else _digest(_bytes(region))
-    return _Seen(size, more_frames, content, mask_content, tuple(sources), edit_mask)
+        source = seen_source(file)
+        if isinstance(source, str):
+            return f"its source {name}: {source}"
+        sources.append(source)
+    mask, region = _bytes(record.mask), record.edit_mask
+    return _SeenRow(
+        image.size,
+        image.more_frames,
+        image.content,
+        len(mask) if by_length else _digest(mask),
+        tuple(sources),
+        json.dumps(region) if isinstance(region, tuple) else _digest(_bytes(region)),
+    )
 
 
 def _bytes(mask: Stored | None) -> bytes:
@@ -158,11 +172,12 @@ def _bytes(mask: Stored | None) -> bytes:
         return b""
 
 
-def _looked(records: Sequence[Record], by_length: bool) -> Iterator[tuple[Record, _Seen | str]]:
+def _looked(records: Sequence[Record], by_length: bool) -> Iterator[tuple[Record, _SeenRow | str]]:
     """Each record with its `_look`, by threads, several in one go: handing one over takes as long as the look."""
+    seen_source = functools.lru_cache(_SOURCES)(_seen)  # rows may share them
 
-    def look(some: Sequence[Record]) -> list[_Seen | str]:
-        return [_look(record, by_length=by_length) for record in some]
+    def look(some: Sequence[Record]) -> list[_SeenRow | str]:
+        return [_look(record, by_length, seen_source) for record in some]
 
     for some, seen in in_order(look, [records[i : i + _AT_ONCE] for i in range(0, len(records), _AT_ONCE)]):
         yield from zip(some, seen, strict=True)
@@ -198,7 +213,7 @@ def find_jobs(
         compute_masks: of edits without a changed region, compute it.
     """
     masked = any(record.mask is not None for record in records)
-    edit_masked = any(record.sources and (compute_masks or record.edit_mask is not None) for record in records)
+    edit_masked = have_regions(records, compute_masks)
     last = None
     bucket_of = functools.cache(lambda height, width: fitting_bucket(height, width, rungs))
     for record, seen in _looked(records, by_length):
@@ -212,12 +227,15 @@ def find_jobs(
         if record.name != last and seen.more_frames:
             remark("images with several frames or pages, of which the first is taken", record.name)
         last, original = record.name, seen.size
+        for name, source in zip(record.source_names, seen.sources, strict=True):
+            if source.more_frames:
+                remark("sources with several frames or pages, of which the first is taken", name)
         content: list[Any] = [record.name, record.caption if with_caption else None, resolution, seen.content]
         content += [] if by_length else [bucket]
         if masked:
             content += ["mask", seen.mask, record.mask is not None]
         computes = bool(compute_masks and seen.sources and record.edit_mask is None)
-        if computes and seen.sources[0][0] != original:
+        if computes and seen.sources[0].size != original:
             computes = False
             remark("edits whose changed region cannot be computed: their first source has another size", record.name)
         if edit_masked:
@@ -225,8 +243,8 @@ def find_jobs(
         for variant in variants(crops, flip, record.part):
             view = view_of(variant, record.name, original, bucket)
             shown = [
-                source_view(record, number, digest, size, view, cast(SourceRules, sources))
-                for number, (size, digest) in enumerate(seen.sources)
+                source_view(record, number, f"{source.content}", source.size, view, cast(SourceRules, sources))
+                for number, source in enumerate(seen.sources)
             ]
             full = [*content, "sources", *(source.id for source in shown)] if shown else content
             text = json.dumps([*full, variant] if variant else full)
@@ -234,12 +252,17 @@ def find_jobs(
             yield Job(record, view, _digest(text.encode())[:16], tuple(shown), reads, computes)
 
 
-def _unusable(record: Record, seen: _Seen, rules: SourceRules) -> str:
+def have_regions(records: Iterable[Record], compute: bool) -> bool:
+    """Whether the changed region of some edit is given or asked for, so that all samples have one."""
+    return any(record.sources and (compute or record.edit_mask is not None) for record in records)
+
+
+def _unusable(record: Record, seen: _SeenRow, rules: SourceRules) -> str:
     """Why the sources or the changed region of a record cannot be used; "" if they can."""
     if len(seen.sources) > rules.most:
         return f"it has {len(seen.sources)} sources, but the family takes at most {rules.most}"
-    for name, (size, _) in zip(record.source_names, seen.sources, strict=True):
-        if reason := rules.check(*size):
+    for name, source in zip(record.source_names, seen.sources, strict=True):
+        if reason := rules.check(*source.size):
             return f"its source {name}: {reason}"
     height, width = seen.size
     for box in record.edit_mask if isinstance(record.edit_mask, tuple) else ():

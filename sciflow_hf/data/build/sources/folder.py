@@ -13,7 +13,7 @@ from ..tally import Tally
 from .captions import METADATA_FILES, WINDOWS, Note, read_notes, read_text, texts_of
 from .edits import EDIT_BOXES, EDIT_MASK, boxes_of, is_none, source_columns, source_paths
 from .listing import NO_TARGET, Listing, image_suffixes, list_files, utf8_name
-from .record import MASK_COLUMN, Box, Record, not_storable, part_name, stored_file
+from .record import MASK_COLUMN, Box, Record, Stored, not_storable, part_name, stored_file
 from .splits import choose_splits, split_of_image
 
 TEXT_SUFFIXES = (".txt", ".caption")  # the first is taken where there are both
@@ -88,6 +88,7 @@ class _Folder:
                 if file.suffix.lower() == suffix:
                     self.texts.setdefault(_key(file.with_suffix("")), []).append(file)
         self.stems = {file.with_suffix("") for file in self.images}
+        self.stored: dict[Path, Stored] = {}  # sources, which rows may share
         self.unused: set[Path] = set()  # of splits that are not chosen
         self.edits: dict[str, _Edit] = {}  # of each row of the metadata, by `where`
         self.others = set(files).difference(self.notes, self.images)  # until something uses them
@@ -225,7 +226,7 @@ class _Folder:
         mask = stored_file(edit.mask) if isinstance(edit.mask, Path) else edit.mask
         return replace(
             record,
-            sources=tuple(map(stored_file, edit.sources)),
+            sources=tuple(self.stored.setdefault(file, stored_file(file)) for file in edit.sources),
             source_names=tuple(map(self.name, edit.sources)),
             edit_mask=mask,
         )

@@ -62,13 +62,16 @@ def saved_records(
 
     name = os.fspath(source)
     local = Path(name).exists()
-    if not local and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+    hub = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?::([\w.-]+))?", name)
+    if not local and hub is None:
         raise SciflowError(
             f"`input_dir` is {name!r}, which does not exist. Give a folder of images with captions, a folder "
-            "written by `save_to_disk`, parquet files with an `image` column, or a Hub data set (user/name)."
+            "written by `save_to_disk`, parquet files with an `image` column, or a Hub data set (user/name, or "
+            "user/name:configuration)."
         )
     try:
-        data = datasets.load_from_disk(name) if local else datasets.load_dataset(name)
+        address = [part for part in hub.groups() if part] if hub is not None else [name]
+        data = datasets.load_from_disk(name) if local else datasets.load_dataset(*address)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         kind = "cannot be read as a `datasets` folder" if local else "is neither a folder nor a Hub data set in reach"
         raise SciflowError(f"`input_dir` is {name!r}, which {kind} ({error}).") from error
