@@ -95,6 +95,7 @@ def add_options(cache: argparse.ArgumentParser) -> None:
     add("--input_dir", help="with --sample: the input of the cache")
     add("--caption_column", default="caption", help="with --sample: as in `cache build` (default caption)")
     add("--split", help="with --sample: as in `cache build` (default train)")
+    _add_sources(add)
     add("--family", help="with --sample (default: as the cache notes)")
     add("--pretrained_model_name_or_path", help="with --sample (default: as the cache notes)")
     add("--revision", help="with --sample (default: as the cache notes)")
@@ -300,6 +301,7 @@ def _comparison(args: argparse.Namespace, cache: "LatentCache") -> Any:
     """A function of a cache that encodes some of its samples afresh; checks the flags before the long scan."""
     from ..data.cache import PARTS
     from ..data.inspect.recheck import compare_afresh
+    from ..training.prepare import source_rules
 
     if not args.input_dir:
         raise SciflowError("`sample` needs `--input_dir`, the images that the cache was built from.")
@@ -334,9 +336,12 @@ def _comparison(args: argparse.Namespace, cache: "LatentCache") -> Any:
         count=args.sample,
         input_dir=args.input_dir,
         encode_images=lambda pixel_values: family.encode_images(pixel_values, encoders()),
-        encode_prompts=lambda prompts: family.encode_prompts(prompts, encoders()),
+        encode_prompts=lambda prompts, **sources: family.encode_prompts(prompts, encoders(), **sources),
         caption_column=args.caption_column,
         split=args.split,
+        sources=source_rules(family, encoders),
+        source_dir=args.source_dir,
+        source_column=args.source_column,
     )
 
 

@@ -83,14 +83,6 @@ def build_cache_for(
         text = options.get("embeds") != "none"
         return family.load_encoders(device=device, dtype=encoder_dtype or torch.float32, text=text)
 
-    rules = SourceRules(
-        family.max_sources,
-        family.source_size,
-        family.source_resized,
-        family.check_source,
-        lambda pixel_values: family.encode_source_images(pixel_values, encoders()),
-        text=family.text_reads_sources,
-    )
     return build_cache(
         input_dir,
         output_dir,
@@ -100,8 +92,22 @@ def build_cache_for(
         bucket_step=family.bucket_step(),
         time_ids=family.stores_time_ids,
         count_tokens=family.count_tokens,
-        sources=rules if family.max_sources else None,
+        sources=source_rules(family, encoders),
         **options,
+    )
+
+
+def source_rules(family: ModelFamily, encoders: Callable[[], Any]) -> SourceRules | None:
+    """How a family takes reference images; None where it takes none. `encoders` loads its VAE."""
+    if not family.max_sources:
+        return None
+    return SourceRules(
+        family.max_sources,
+        family.source_size,
+        family.source_resized,
+        family.check_source,
+        lambda pixel_values: family.encode_source_images(pixel_values, encoders()),
+        text=family.text_reads_sources,
     )
 
 

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -11,6 +12,9 @@ import torch
 from sciflow_hf import BucketBatchSampler, load_cache
 from sciflow_hf.data.batches.loader import BucketLoader, batch_keys_of, collate
 from sciflow_hf.data.build.convert import convert_cache
+from sciflow_hf.data.inspect.describe import describe_cache
+from sciflow_hf.data.inspect.repair import write_repaired
+from sciflow_hf.data.inspect.verify import verify_cache
 from sciflow_hf.data.layouts.base import Layout
 from sciflow_hf.data.layouts.shards import read_header
 from sciflow_hf.data.stream.loader import StreamLoader
@@ -30,7 +34,7 @@ ROWS = len(SOURCES)
 def bits(seed: int, *shape: int) -> torch.Tensor:
     draw = torch.Generator().manual_seed(seed)
     values = torch.randint(-(2**15), 2**15, shape, generator=draw).to(torch.int16).view(torch.bfloat16)
-    return torch.where(values.isnan(), torch.tensor(float("-inf")).bfloat16(), values)
+    return torch.where(values.isfinite(), values, torch.tensor(-0.0).bfloat16())
 
 
 def samples() -> list[dict[str, torch.Tensor]]:
@@ -320,3 +324,90 @@ def test_dropouts_that_cannot_be_are_refused(shards, tmp_path):
     for name in ("source_dropout", "caption_dropout"):
         with pytest.raises(SciflowError, match=f"`{name}` 0.5: the text encoder of this cache has read"):
             BucketLoader(found, BucketBatchSampler(found.batch_keys, batch_size=1), **{name: 0.5})
+
+
+# --- inspection ---
+
+
+def file_of(folder, payload):
+    return (
+        folder / {"npz": "0.npz", "shards": "shards/part00000.safetensors", "inline": "data_part00000.parquet"}[payload]
+    )
+
+
+@pytest.mark.parametrize("payload", LAYOUTS)
+def test_verify_finds_a_damaged_source_and_repair_leaves_out_its_rows(tmp_path, payload):
+    """One bit of `a`, which in shards four rows share: all of them are named, and a repaired index is clean."""
+    folder = make(tmp_path / "c", payload)
+    report = verify_cache(load_cache(folder), progress=False)
+    assert report.clean and (payload != "shards" or report.arrays == 3 * ROWS + 4)
+    member = load_cache(folder).members(0)["source_latents"]
+    data = bytearray(file_of(folder, payload).read_bytes())
+    data[member.offset + 7] ^= 16
+    file_of(folder, payload).write_bytes(data)
+    report = verify_cache(load_cache(folder), progress=False)
+    rows = [row for row, ids in enumerate(SOURCES) if "a" in ids] if payload == "shards" else [0]
+    assert report.bad_rows == rows, report.problems
+    assert all("source_latents" in str(problem) for problem in report.problems)
+    repaired, root = write_repaired(load_cache(folder), str(folder), report.bad_rows)
+    left = load_cache(repaired, payload_dir=root)
+    assert verify_cache(left, progress=False).clean
+    wanted = [row for row in range(ROWS) if row not in rows]
+    for number, row in enumerate(wanted):
+        same(left[number], samples()[row])
+
+
+@pytest.mark.parametrize("payload", LAYOUTS)
+def test_verify_finds_sources_that_do_not_fit(tmp_path, payload):
+    """NaN, and another number of channels; in the payload itself, with the right checksums."""
+    wrong = samples()
+    wrong[0]["source_latents"][0, 0, 0] = float("nan")
+    wrong[4]["source_latents"] = bits(1, 5, 3, 5)
+    shapes = dict(SHAPES) | {"x": (5, 3, 5), "y": WIDE}
+    sources = [("y",), *SOURCES[1:4], ("x", "b")]
+    table = light(payload, range(5))
+    if payload == "npz":
+        lists = pa.array([[list(shapes[i]) for i in ids] for ids in sources], pa.list_(pa.list_(pa.int64())))
+        table = table.set_column(table.schema.get_field_index("source_shapes"), "source_shapes", lists)
+    write_block(tmp_path / "c", "part00000", table, wrong[:5], Layout(payload, sources=2), sources=sources)
+    problems = [(p.row, p.text) for p in verify_cache(load_cache(tmp_path / "c"), progress=False).problems]
+    assert (0, "`source_latents` holds NaN or Inf: 1 of 216 values") in problems
+    assert (4, "`source_latents` has 5 channels, the latents 4") in problems
+
+
+def test_verify_holds_the_columns_of_sources_against_each_other(tmp_path):
+    folder = make(tmp_path / "c", "npz")
+    file = folder / "data_part00000.parquet"
+    table = pq.read_table(file)
+    names = [[f"{i}.png" for i in ids] for ids in SOURCES[:7]]
+    names[2].pop()
+    sizes = [[[shape[1] * 8, shape[2] * 8] for shape in map(SHAPES.get, ids)] for ids in SOURCES[:7]]
+    sizes[4][1] = [80, 48]
+    table = table.append_column("source_images", pa.array(names, pa.list_(pa.string())))
+    table = table.append_column("source_sizes", pa.array(sizes, pa.list_(pa.list_(pa.int64()))))
+    pq.write_table(table, file)
+    problems = verify_cache(load_cache(file), progress=False).problems
+    assert [(p.row, p.text) for p in problems] == [
+        (2, "column `source_images` names 1 sources, `source_shapes` 2"),
+        (4, "source 1 is of [80, 48] pixels, which does not fit its shape (4, 9, 6)"),
+    ]
+
+
+def test_info_tells_of_edits(cache):
+    text = describe_cache(load_cache(cache), [str(cache)])
+    lines = {line.split("  ")[0]: line for line in text.splitlines()}
+    assert lines["edits"].endswith("9 of 12 samples, of 1 to 2 sources")
+    assert lines["changed regions"].endswith(" 12")
+    count = {"npz": 13, "inline": 13, "shards": 4}[load_cache(cache).readers[0].payload.get("layout", "npz")]
+    assert lines["source_latents"].split()[3] == str(count), lines["source_latents"]
+
+
+@pytest.mark.parametrize("layout", ["shards", "inline"])
+def test_a_cache_of_edits_streams_from_afar(layout, tmp_path):
+    folder = make(tmp_path / "c", layout)
+    root = f"memory://edits-{layout}"
+    fs = fsspec.filesystem("memory")
+    fs.put(f"{folder}/", root, recursive=True)
+    for number, sample in enumerate(samples()):
+        same(load_cache(root)[number], sample)
+    fs.rm(root, recursive=True)

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ...diffusion.sources import source_name, source_names_in
 from ...errors import CacheError
 from ..build.cut import cut_text, folders_of, noted_cut
 from ..cache import CAPTION_COLUMNS, LatentCache
-from ..layouts.base import Member
+from ..layouts.base import MASKS, Member
 from ..writing import readable_bytes, text_table
 
 _LOOKED_INTO = 8  # npz files: the index does not say what is in them
@@ -40,7 +41,8 @@ def describe_cache(cache: LatentCache, names: Sequence[str]) -> str:
     tokens = f"{low} tokens" if low == high else f"{low} to {high} tokens ({len(set(lengths))} different)"
     size, missing = cache.payload_bytes()
     cut = noted_cut(folders_of(cache.index_files))
-    masks = arrays.get("loss_mask", StoredArrays()).count
+    masks, regions = (arrays.get(name, StoredArrays()).count for name in MASKS)
+    numbers = [len(shapes) for shapes in cache.source_shapes if shapes]
     facts = [
         ("samples", f"{len(cache)}"),
         ("groups", f"{len(set(cache.groups))}"),
@@ -52,6 +54,8 @@ def describe_cache(cache: LatentCache, names: Sequence[str]) -> str:
         *([] if cut is None else [("cut captions", cut_text(cut))]),
         ("posterior", "sample (latents_std is stored)" if "latents_std" in arrays else "mode"),
         ("loss masks", f"{masks}" if masks else "none"),
+        *([("edits", _edits(numbers, len(cache)))] if numbers else []),
+        *([("changed regions", f"{regions}" if regions else "none")] if numbers else []),
         *([] if arrays.get("latents") else [("latents", "none: images are encoded in training")]),
         ("fingerprint", cache.fingerprint),
     ]
@@ -77,30 +81,48 @@ def describe_cache(cache: LatentCache, names: Sequence[str]) -> str:
     return "\n\n".join(tables)
 
 
+def _edits(numbers: Sequence[int], rows: int) -> str:
+    """Rows with sources in words, from how many sources each has."""
+    low, high = min(numbers), max(numbers)
+    each = f"{low}" if low == high else f"{low} to {high}"
+    return f"{len(numbers)} of {rows} samples, of {each} source{'s' * (high > 1)}"
+
+
 def stored_arrays(cache: LatentCache) -> dict[str, StoredArrays]:
     """The arrays of a complete cache by name, as its index lists them; those of npz files from a look into a few."""
     found: dict[str, StoredArrays] = {}
-    for name in dict.fromkeys(name for reader in cache.readers for name in reader.tensors):
-        arrays, places = found.setdefault(name, StoredArrays()), dict[tuple[str, int], int]()
-        for reader in cache.readers:
-            if name in reader.tensors:
-                arrays.dtypes.add(reader.tensors[name]["dtype"])
-                arrays.codecs.add(reader.tensors[name]["codec"])
-                places |= reader.places(name)
-        arrays.count, arrays.bytes = len(places), float(sum(places.values()))
+    places: dict[str, dict[tuple[str, int], int]] = {}
+    for reader in cache.readers:
+        for tensor, spec in reader.tensors.items():
+            name = _name(tensor)
+            arrays = found.setdefault(name, StoredArrays())
+            arrays.dtypes.add(spec["dtype"])
+            arrays.codecs.add(spec["codec"])
+            places.setdefault(name, {}).update(reader.places(tensor))
+    for name, there in places.items():
+        found[name].count, found[name].bytes = len(there), float(sum(there.values()))
 
     npz = [i for i in range(len(cache)) if not cache.reader(i).tensors]
-    seen: list[Member] = []
-    looked = [npz[i] for i in np.unique(np.linspace(0, len(npz) - 1, _LOOKED_INTO).astype(int))] if npz else []
-    for i in looked:
-        with suppress(CacheError):  # `cache verify` is for broken files
-            seen += cache.members(i).values()
-    for member in seen:
-        arrays = found.setdefault(member.name, StoredArrays())
-        arrays.estimated = True
-        arrays.dtypes.add(member.dtype)
-        arrays.codecs.add("none" if member.codec == "none" else "npz")
-        arrays.bytes += member.nbytes * len(npz) / len(looked)
-    for name in {member.name for member in seen}:
-        found[name].count += len(npz)
+    shapes = cache.source_shapes
+    edits = [i for i in npz if shapes[i]]
+    for rows, of_sources in ((npz, False), (edits, True)):
+        looked = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, _LOOKED_INTO).astype(int))] if rows else []
+        seen: list[Member] = []
+        for i in looked:
+            with suppress(CacheError):  # `cache verify` is for broken files
+                seen += [m for m in cache.members(i).values() if (_name(m.name) == source_name(0)) == of_sources]
+        total = sum(len(shapes[i]) for i in edits) if of_sources else len(npz)
+        for member in seen:
+            arrays = found.setdefault(_name(member.name), StoredArrays())
+            arrays.estimated = True
+            arrays.dtypes.add(member.dtype)
+            arrays.codecs.add("none" if member.codec == "none" else "npz")
+            arrays.bytes += member.nbytes * total / (len(seen) if of_sources else len(looked))
+        for name in {_name(member.name) for member in seen}:
+            found[name].count += total
     return found
+
+
+def _name(tensor: str) -> str:
+    """What a tensor is listed as: all sources of a row are the same."""
+    return source_name(0) if source_names_in([tensor]) else tensor

@@ -4,7 +4,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,11 @@ import pyarrow as pa
 import torch
 from tqdm import tqdm
 
+from ...diffusion.sources import source_name, source_names_in
 from ...errors import CacheError, SciflowError
 from .. import storage
 from ..cache import MEMBER_COLUMNS, LatentCache
-from ..layouts.base import BROKEN, DTYPES, Member, Reader, read_members
+from ..layouts.base import BROKEN, DTYPES, MASKS, Member, Reader, read_members
 from ..layouts.npz import npz_problems
 
 _STORED = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -103,7 +104,7 @@ def verify_cache(cache: LatentCache, *, threads: int = 2, progress: bool = True)
     report = VerifyReport(rows=len(cache), problems=_empty_prompt_problems(cache), warnings=_unused_shards(cache))
     scan = _Scan(cache)
     wrong = _bucket_problems(cache)
-    for row, text in repeated_rows(cache):
+    for row, text in (*repeated_rows(cache), *_source_problems(cache)):
         wrong.setdefault(row, []).append(text)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="verify")
     try:
@@ -164,7 +165,9 @@ class _Scan:
         """The fault of a stored tensor, or ""."""
         checksums = self.checksums.get(f"{member.name}_crc32")
         crc = -1 if checksums is None else int(checksums[i])
-        key = hash((member, crc))
+        # A source is the same in any place of a row.
+        same = replace(member, name=source_name(0)) if source_names_in([member.name]) else member
+        key = hash((same, crc))
         with self.reading[key % _LOCKS]:
             if key not in self.seen:
                 self.seen[key] = self._look(member, crc, reader)
@@ -202,11 +205,15 @@ def _value_problem(member: Member) -> str:
 def _shape_problems(members: Mapping[str, Member]) -> Iterator[str]:
     """Shapes and dtypes of one row that do not fit each other."""
     latents = members["latents"].shape if "latents" in members else ()
-    for name, shape in {"latents_std": latents, "loss_mask": latents[1:]}.items():
+    for name, shape in {"latents_std": latents, **dict.fromkeys(MASKS, latents[1:])}.items():
         if name in members and members[name].shape != shape:
             yield f"`{name}` has shape {members[name].shape}, but must have {shape} to fit the latents"
-    if "loss_mask" in members and members["loss_mask"].dtype != "U8":
-        yield f"`loss_mask` is {members['loss_mask'].dtype}, but must be U8"
+    for name in MASKS:
+        if name in members and members[name].dtype != "U8":
+            yield f"`{name}` is {members[name].dtype}, but must be U8"
+    for name in source_names_in(members) if latents else ():
+        if members[name].shape[0] != latents[0]:
+            yield f"`{name}` has {members[name].shape[0]} channels, the latents {latents[0]}"
     for name in {"prompt_embeds_mask", "txt_ids"} & members.keys() if "prompt_embeds" in members else ():
         if members[name].shape[:1] != members["prompt_embeds"].shape[:1]:
             yield f"`{name}` has shape {members[name].shape}, `prompt_embeds` {members['prompt_embeds'].shape}"
@@ -261,6 +268,23 @@ def _bucket_problems(cache: LatentCache) -> dict[int, list[str]]:
             if k != usual:
                 found.setdefault(row, []).append(text.format(said[k], said[usual]))
     return found
+
+
+def _source_problems(cache: LatentCache) -> Iterator[tuple[int, str]]:
+    """Rows whose columns of sources do not say as many as `source_shapes`, or sizes that do not fit those shapes."""
+    shapes = cache.source_shapes
+    per_latent = np.array(cache.buckets).reshape(-1, 2) / cache.latent_shapes[:, 1:]
+    for name in ("source_images", "source_ids", "source_sizes"):
+        column = cache.column(name)
+        for row, values in enumerate([] if column is None else column.to_pylist()):
+            values = values or []
+            if len(values) != len(shapes[row]):
+                yield row, f"column `{name}` names {len(values)} sources, `source_shapes` {len(shapes[row])}"
+            elif name == "source_sizes" and values:
+                pixels = np.array(values) / np.array(shapes[row])[:, 1:]
+                for number in np.flatnonzero((pixels != per_latent[row]).any(axis=1)).tolist():
+                    shape = shapes[row][number]
+                    yield row, f"source {number} is of {values[number]} pixels, which does not fit its shape {shape}"
 
 
 def repeated_rows(cache: LatentCache) -> Iterator[tuple[int, str]]:

@@ -65,7 +65,9 @@ class InlineReader(ColumnReader):
         return file, offset
 
     def places(self, name: str) -> dict[tuple[str, int], int]:
-        return {self._row(i): nbytes for i, nbytes in enumerate(self._nbytes[name].tolist()) if nbytes}
+        column, columns = list(self.tensors).index(name), len(self.tensors)
+        found = ((*self._row(i), nbytes) for i, nbytes in enumerate(self._nbytes[name].tolist()) if nbytes)
+        return {(file, row * columns + column): nbytes for file, row, nbytes in found}
 
 
 def value_offsets(file: str, names: Sequence[str]) -> dict[str, np.ndarray]:
