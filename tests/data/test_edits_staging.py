@@ -12,6 +12,7 @@ from PIL import Image
 
 from sciflow_hf.data.build.convert import convert_cache
 from sciflow_hf.data.build.references import SourceRules
+from sciflow_hf.data.inspect.recheck import Difference, compare_afresh
 from sciflow_hf.data.inspect.verify import verify_cache
 from sciflow_hf.data.layouts.shards import read_header
 from sciflow_hf.data.load import load_cache
@@ -232,3 +233,29 @@ def test_a_broken_source_leaves_out_its_rows(images, tmp_path, payload):
     assert all("s1.png" in reason for _, reason in report.skipped)
     assert sorted(samples_of(tmp_path / "c")) == sorted(ROWS.keys() - {"t2.png", "t5.png"})
     assert verify_cache(load_cache(tmp_path / "c"), progress=False).clean
+
+
+@payloads
+@pytest.mark.parametrize("reads", [False, True])
+def test_samples_encoded_afresh_are_those_of_the_cache(images, tmp_path, payload, reads):
+    """Of all rows, crops and mirror images included; and a source that was edited since is found."""
+    encoders = EditEncoders(reads=reads)
+    build_edits(images, tmp_path / "c", encoders, payload=payload, crops=1, flip=True)
+    cache = load_cache(tmp_path / "c", dtype=torch.float32)
+
+    def compare() -> dict[str, Difference]:
+        found = compare_afresh(
+            cache, len(cache), input_dir=images, encode_images=encoders.images, encode_prompts=encoders.texts,
+            sources=encoders.rules(),
+        )  # fmt: skip
+        return {difference.name: difference for difference in found}
+
+    found = compare()
+    samples = {"latents": 32, "source_latents": 24, "source_latents_1": 8, "prompt_embeds": 32}
+    assert {name: found[name].samples for name in samples} == samples
+    assert all(difference.ok for difference in found.values()), found
+    draw(images / "s2.png", SIZES["s2.png"], 999)
+    found = compare()
+    assert not found["source_latents"].ok and not found["source_latents_1"].ok and found["latents"].ok
+    assert found["source_latents"].worst.startswith("t5.png") and found["source_latents_1"].worst.startswith("t2.png")
+    assert found["prompt_embeds"].ok != reads
