@@ -16,6 +16,8 @@ import pytest
 import torch
 from builds import (
     PAYLOADS,
+    Disk,
+    Killed,
     RandomEncoders,
     StubEncoders,
     build,
@@ -77,29 +79,6 @@ def test_sigkill_loses_nothing_that_was_finished(images: Path, tmp_path: Path, d
     assert report.reused == len(finished) and encoders.num_images == 12 - len(finished)
     build(images, tmp_path / "straight", samples_per_part=5, payload="npz")
     assert settled(output) == settled(tmp_path / "straight")
-
-
-class Killed(BaseException):
-    """What no part of the library expects."""
-
-
-class Disk:
-    """Fails at the n-th file that is about to appear or vanish."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, fail_at: int, error: BaseException) -> None:
-        self.calls, self.fail_at, self.error = 0, fail_at, error
-        for owner, name in ((os, "replace"), (Path, "unlink")):
-            monkeypatch.setattr(owner, name, self._wrapped(getattr(owner, name)))
-
-    def _wrapped(self, plain: Any) -> Any:
-        def call(path: Any, *args: Any, **options: Any) -> None:
-            if not str(path).endswith(".tmp") or args:  # a temporary file that is tidied away does not count
-                self.calls += 1
-                if self.calls == self.fail_at:
-                    raise self.error
-            plain(path, *args, **options)
-
-        return call
 
 
 def change(images: Path) -> None:

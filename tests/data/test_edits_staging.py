@@ -1,13 +1,16 @@
 """Building caches of edits: sources encoded and stored once, whatever is edited, added, killed or shared by ranks."""
 
+import os
+import shutil
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from builds import PAYLOADS, STEP, StubEncoders, build, build_on, index_of, settled, write_notes
+from builds import PAYLOADS, STEP, Disk, Killed, StubEncoders, build, build_on, index_of, settled, write_notes
 from PIL import Image
 
 from sciflow_hf.data.build.convert import convert_cache
@@ -193,6 +196,38 @@ def test_a_build_that_stops_at_any_source_is_finished(images, tmp_path, payload,
         assert first.num_sources + second.num_sources <= 5 + 1, "at most the sources at work are encoded twice"
     assert_equal(tmp_path / "c", tmp_path / "straight")
     assert verify_cache(load_cache(tmp_path / "c"), progress=False).clean
+
+
+@payloads
+def test_killed_at_any_file_a_build_is_finished_by_the_next(tmp_path, payload, monkeypatch):
+    """The n-th file does not appear, or not vanish, for every n, of a build that takes blocks apart: see its twin."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    images, few = tmp_path / "few", {name: ROWS[name] for name in ("t1.png", "t2.png", "t5.png", "t6.png")}
+    make_edits(images, {name: sources[:1] for name, sources in few.items()})
+    build_edits(images, tmp_path / "start", payload=payload, samples_per_part=2)
+    make_edits(images, few)
+    draw(images / "s3.png", (48, 32), 999)
+    build_edits(images, tmp_path / "straight", payload=payload, samples_per_part=2)
+    for fail_at in range(1, 100):
+        output = shutil.copytree(tmp_path / "start", tmp_path / f"killed_{fail_at}")
+        first, second = EditEncoders(), EditEncoders()
+        with pytest.MonkeyPatch.context() as patch, suppress(Killed):
+            disk = Disk(patch, fail_at, Killed())
+            build_edits(images, output, first, payload=payload, samples_per_part=2)
+        if files := list(output.glob("*.parquet")):  # what is there meanwhile can be read, whatever is missing
+            there = load_cache(files)
+            assert [list(there[i]) for i in range(len(there))]
+        build_edits(images, output, second, payload=payload, samples_per_part=2)
+        assert not (output / ".staging").exists()
+        if payload != "npz":
+            assert first.num_sources + second.num_sources <= 2, "one is new, and may be encoded twice"
+        assert_equal(output, tmp_path / "straight")
+        assert verify_cache(load_cache(output), threads=1, progress=False).clean
+        if disk.calls < fail_at:
+            break
+    else:
+        raise AssertionError("the build writes more files than were tried")
+    assert fail_at > 8
 
 
 @payloads

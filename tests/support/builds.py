@@ -1,6 +1,7 @@
 """Stub encoders that count, and the folder of images that the tests of building use."""
 
 import json
+import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import pytest
 import torch
 from PIL import Image
 
@@ -135,3 +137,26 @@ def settled(output: Path) -> dict[str, bytes]:
     """Every file of a cache with its content."""
     files = [f for f in sorted(output.rglob("*")) if f.is_file() and f.name != ".lock"]
     return {str(f.relative_to(output)): f.read_bytes() for f in files}
+
+
+class Killed(BaseException):
+    """What no part of the library expects."""
+
+
+class Disk:
+    """Fails at the n-th file that is about to appear or vanish."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fail_at: int, error: BaseException) -> None:
+        self.calls, self.fail_at, self.error = 0, fail_at, error
+        for owner, name in ((os, "replace"), (Path, "unlink")):
+            monkeypatch.setattr(owner, name, self._wrapped(getattr(owner, name)))
+
+    def _wrapped(self, plain: Any) -> Any:
+        def call(path: Any, *args: Any, **options: Any) -> None:
+            if not str(path).endswith(".tmp") or args:  # a temporary file that is tidied away does not count
+                self.calls += 1
+                if self.calls == self.fail_at:
+                    raise self.error
+            plain(path, *args, **options)
+
+        return call
