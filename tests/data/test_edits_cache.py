@@ -18,6 +18,7 @@ from sciflow_hf.data.inspect.verify import verify_cache
 from sciflow_hf.data.layouts.base import Layout
 from sciflow_hf.data.layouts.shards import read_header
 from sciflow_hf.data.stream.loader import StreamLoader
+from sciflow_hf.data.stream.stream import StreamingCache
 from sciflow_hf.diffusion.randomness import step_keys, uniform
 from sciflow_hf.diffusion.sources import source_name, source_names_in
 from sciflow_hf.errors import CacheError, SciflowError
@@ -258,6 +259,36 @@ def test_without_dropout_the_batches_are_as_ever(shards):
     sampler = BucketBatchSampler(found.batch_keys, batch_size=2)
     (batch, *_) = batches_of(BucketLoader(found, sampler, threads=0), 1)
     assert "step_key" not in batch
+
+
+def test_caches_of_one_kind_are_mixed(tmp_path):
+    """Generations in npz without any column of sources, edits in shards: rows, weights, streams, one conversion."""
+    plain, edits = make(tmp_path / "plain", "npz"), make(tmp_path / "edits", "shards")
+    generations = [row for row, ids in enumerate(SOURCES) if not ids]
+    for file in plain.glob("*.parquet"):
+        table = pq.read_table(file)
+        names = [int(name.split(".")[0]) for name in table.column("image_path").to_pylist()]
+        table = table.filter(pa.array([name in generations for name in names]))
+        pq.write_table(table.drop_columns(["source_ids", "source_shapes"]), file)
+    both = [plain, edits]
+    rows = [*generations, *range(ROWS)]
+    found = load_cache(both)
+    for number, row in enumerate(rows):
+        same(found[number], samples()[row])
+    assert Counter(found.kinds) == {"generation": 6, "edit": 9}
+    stream = StreamingCache(both, weights=[1.0, 1.0], shuffle_buffer=4)
+    loader = StreamLoader(stream, batch_size=2, seed=2)
+    seen: Counter[str] = Counter()
+    for batch in batches_of(loader, 12):
+        batch["row"] = torch.tensor([rows[row] for row in batch["row"]])
+        check_batch(batch)
+        seen.update("edit" if SOURCES[row] else "generation" for row in batch["row"].tolist())
+    loader.close()
+    assert min(seen.values()) >= 8 and len(seen) == 2
+    convert_cache(both, tmp_path / "one", payload="inline")
+    one = load_cache(tmp_path / "one")
+    for number, row in enumerate(rows):
+        same(one[number], samples()[row])
 
 
 # --- samples that must not share a batch, and masks ---
