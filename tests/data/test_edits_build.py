@@ -388,6 +388,23 @@ def test_any_other_source_is_shown_as_the_pipeline_does(tmp_path: Path) -> None:
     assert shown.shape == expected.shape and np.abs(shown.astype(int) - expected).max() <= 1
 
 
+def test_a_text_encoder_sees_the_window_in_the_sources_own_pixels(tmp_path: Path) -> None:
+    folder = save(tmp_path / "in", t=noise(64, 64), s=noise(64, 64, seed=1))
+    write_notes(folder, [{"file_name": "t.png", "caption": "x", "source_image": "s.png"}])
+    records, _ = find_records(folder)
+    found = find_jobs(
+        records, [[(32, 32)]], resolution=32, crops=1, flip=True, with_caption=False, skip=lambda *reason: None,
+        sources=EditEncoders().rules(text=True),
+    )  # fmt: skip
+    jobs = {job.view.variant: job for job in found}
+    shown = {variant: np.asarray(job.sources[0].window()) for variant, job in jobs.items()}
+    whole = np.asarray(noise(64, 64, seed=1))
+    top, left = jobs["crop1"].view.crop
+    assert np.array_equal(shown[""], whole) and np.array_equal(shown["flip"], whole[:, ::-1])
+    window = whole[top : top + 32, left : left + 32]
+    assert np.array_equal(shown["crop1"], window) and np.array_equal(shown["crop1-flip"], window[:, ::-1])
+
+
 @pytest.mark.parametrize("payload", PAYLOADS)
 def test_text_that_depends_on_the_sources_is_stored_with_them(tmp_path: Path, payload: str) -> None:
     folder = save(tmp_path / "in", a=picture(40, 40), b=picture(40, 40), c=picture(24, 24), red=picture(40, 40, RED))
