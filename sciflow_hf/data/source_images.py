@@ -97,7 +97,7 @@ class EditViews:
         return nearest_bucket(height, width, fitting or self.sizes)
 
     def shown(self, sources: Sequence[Image.Image], size: _Size, family: Any) -> list[Image.Image]:
-        """What the pipeline is given of `sources` to draw an edit of `size`.
+        """The images that the pipeline is given of `sources` to draw an edit of `size`.
 
         Those as large as the first one lose what exceeds the shape of the edit, and are resized as in training.
 

@@ -53,7 +53,7 @@ def save_sources(folder: Path, sources: Sequence[Sequence["Image"]]) -> None:
 
 
 def source_paths(folder: Path, prompt: int) -> list[Path]:
-    """What `save_sources` wrote for a prompt, in order."""
+    """The files that `save_sources` wrote for a prompt, in order."""
     found = (folder / SOURCES).glob(f"p{prompt:02d}_source*.png")
     return sorted(found, key=lambda path: int(path.stem.partition("_source")[2]))
 

@@ -172,7 +172,7 @@ def _write(path: Path, text: str) -> Path:
 def _tasks(facts: CardFacts) -> list[str]:
     """The Hub's tasks, the main one first."""
     edits = facts.dataset.get("edits", 0)
-    tasks = [facts.task, *(["image-to-image"] if edits else [])]
+    tasks = list(dict.fromkeys([facts.task, *(["image-to-image"] if edits else [])]))
     return tasks[::-1] if edits == facts.dataset.get("samples") else tasks
 
 
@@ -252,7 +252,7 @@ def _other_metrics(facts: CardFacts) -> dict[str, float]:
 
 
 def _samples_word(facts: CardFacts) -> str:
-    return "figures" if facts.task == "text-to-image" else "images"
+    return "figures" if facts.task == "text-to-image" or facts.dataset.get("edits") else "images"
 
 
 def _kind(facts: CardFacts) -> str:
@@ -277,8 +277,8 @@ def _base(facts: CardFacts) -> str:
 def _introduction(facts: CardFacts) -> str:
     article = "An" if _kind(facts) in ("adapter", "OFT adapter") else "A"
     samples = facts.dataset.get("samples")
-    figures = "captioned figures" if facts.task == "text-to-image" else "images"
-    edits = facts.dataset.get("edits", 0)
+    figures, edits = _samples_word(facts), facts.dataset.get("edits", 0)
+    figures = f"captioned {figures}" if figures == "figures" else figures
     figures = "edits of figures" if edits and edits == samples else figures
     figures = f"{samples:,} {figures}" if isinstance(samples, int) else figures
     if edits and edits != samples:

@@ -206,11 +206,11 @@ def _next_commands(trainer: Trainer, other_formats: Sequence[str]) -> Iterator[s
     """Next steps after a run: use it, convert it, publish it."""
     args, here = trainer.args, shlex.quote(str(trainer.args.output_dir))
     prompt = shlex.quote((args.validation_prompts or ["..."])[0])
-    what = {"text-to-image": f"--prompts {prompt} ", "image-to-image": "--input_dir measured "}.get(
-        trainer.family.task, ""
-    )
-    if source := next(iter(args.validation_source_images), ""):
-        what += f"--source_images {shlex.quote(source)} "
+    task, takes_sources = trainer.family.task, trainer.family.max_sources > 0
+    what = {"text-to-image": f"--prompts {prompt} ", "image-to-image": "--input_dir measured "}.get(task, "")
+    source = next(iter(args.validation_source_images), "figure.png" if task == "image-to-image" else "")
+    if takes_sources and source:
+        what = f"--prompts {prompt} --source_images {shlex.quote(source)} "
     yield f"sciflow-hf sample --model_path {here} {what}--output_dir {'restored' if 'input' in what else 'drawn'}"
     if other_formats:
         *others, name = other_formats

@@ -28,7 +28,7 @@ def test_better_or_worse_is_said_only_where_the_interval_excludes_zero(tmp_path,
         state=SimpleNamespace(global_step=7, log_history=history),
         optimizer=None,
         model=torch.nn.Linear(1, 1),
-        family=SimpleNamespace(component="transformer", task="text-to-image"),
+        family=SimpleNamespace(component="transformer", task="text-to-image", max_sources=0),
     )
     line = summary(trainer).splitlines()[0].partition(". ")[2]
     assert line.startswith("Held-out loss: 0.4000 base model, 0.3500 now; gain 0.0500 (95 % interval") and words in line

@@ -19,7 +19,9 @@ from transformers import TrainerControl, TrainerState
 import sciflow_hf as sf
 from sciflow_hf.adapters.layers import adapter_disabled
 from sciflow_hf.cli import main
+from sciflow_hf.data.build.convert import convert_cache
 from sciflow_hf.data.source_images import EditViews, read_sources, source_files
+from sciflow_hf.data.stream.stream import StreamingCache
 from sciflow_hf.diffusion.randomness import hash64, signed64
 from sciflow_hf.report.contact_sheet import read_image
 from sciflow_hf.report.model_card import CardFacts, model_card
@@ -67,6 +69,27 @@ def wrapped(compute_loss, seen):
         return compute_loss(model, inputs, *args, **kwargs)
 
     return noted
+
+
+def test_every_layout_and_a_stream_train_alike(tmp_path, family, data):
+    """Losses and weights are the same bits from npz, shards and inline files, as rows and as a stream."""
+    order = sf.BucketBatchSampler(data.batch_keys, batch_size=4, seed=3).batches()
+    rows = data.select([row for batch in order for row in batch])
+    folders = {payload: tmp_path / payload for payload in ("shards", "npz")}
+    for payload, folder in folders.items():
+        convert_cache(data, folder, payload=payload)
+    runs = {name: sf.load_cache(folder, dtype=torch.float32) for name, folder in folders.items()}
+    inline = convert_cache(rows, tmp_path / "inline", payload="inline").output_dir
+    runs["stream"] = StreamingCache(inline, dtype=torch.float32, shuffle_buffer=0)
+    found = {}
+    for name, cache in runs.items():
+        trainer = make_trainer(
+            tmp_path / f"run {name}", family, cache, gradient_accumulation_steps=2, source_dropout=0.3
+        )
+        trainer.train()
+        found[name] = losses(trainer), trained(trainer)
+    for name in ("npz", "stream"):
+        assert found[name][0] == found["shards"][0] and same(found[name][1], found["shards"][1])
 
 
 def test_sources_and_their_loss_change_what_is_learnt(tmp_path, family, data):
