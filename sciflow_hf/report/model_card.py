@@ -29,6 +29,8 @@ SECRET_VALUE = re.compile(
 """Access tokens of the Hub, OpenAI and its like, AWS, GitHub, GitLab, Google, Slack, PyPI, npm and others; web tokens,
 signatures and keys of Azure storage; names and passwords in a URL."""
 _SECRET_KEY = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
+_NEEDS = {"QwenImageEditPlusPipeline": "torchvision"}
+"""Packages that a pipeline needs beyond those of diffusers."""
 KINDS = {"eval_gain_edit": "edits", "eval_gain_generation": "figures drawn from text"}
 """The gain of each kind of rows, and what they are."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -45,6 +47,8 @@ class CardFacts:
         pipeline_class: name of the diffusers pipeline that loads the result.
         weight_name: the adapter's file; None for full fine-tuning.
         component: name of the trained network in the pipeline.
+        size_arguments: arguments of the pipeline's call that draw the size of most figures; by default their height and
+            width.
         call_arguments: code of further arguments in the pipeline's call.
         task: of the Hub's tasks.
         whole_pipeline: the folder loads by itself, with the code that it carries.
@@ -80,6 +84,7 @@ class CardFacts:
     pipeline_class: str
     weight_name: str | None = "pytorch_lora_weights.safetensors"
     component: str = "transformer"
+    size_arguments: dict[str, int] = field(default_factory=dict)
     call_arguments: list[str] = field(default_factory=list)
     task: str = "text-to-image"
     whole_pipeline: bool = False
@@ -326,21 +331,30 @@ def _usage(facts: CardFacts) -> str:
             load = f'from_single_file("{path}", config="{base}", subfolder="{name}"'
         before += f"{name} = {kind}.{load}, {dtype})\n"
         argument += f", {name}={name}"
-    size, sources, given = _largest_bucket(facts), _sources(facts), ""
+    sources, given = _sources(facts), ""
     if sources:
         imports += "from diffusers.utils import load_image\n"
         given = "image=image, " if len(sources) == 1 else "image=images, "
-        size = None if facts.dataset.get("as_targets") else size  # the pipeline's: that of the source
-    call = f"{given}prompt=prompt" + (f", height={size[0]}, width={size[1]}" if size else "")
+    call = f"{given}prompt=prompt" + "".join(f", {name}={value}" for name, value in _size_arguments(facts).items())
     if "max_sequence_length" in facts.non_default_args:
         call += f", max_sequence_length={facts.non_default_args['max_sequence_length']}"
     call += "".join(f", {argument}" for argument in facts.call_arguments)
     return (
-        f"## Use\n\n```python\nimport torch\n{imports}\n{before}"
+        f"## Use\n\n{_needed(facts)}```python\nimport torch\n{imports}\n{before}"
         f'pipeline = {pipeline}.from_pretrained("{base}"{revision}{argument}, {dtype}).to("cuda")\n'
         f"{after}{_loaded(facts, sources)}"
         f"image = pipeline({call}).images[0]\n```" + _files(facts, here)
     )
+
+
+def _needed(facts: CardFacts) -> str:
+    package = _NEEDS.get(facts.pipeline_class)
+    return f"The pipeline needs `pip install {package}`.\n\n" if package else ""
+
+
+def _size_arguments(facts: CardFacts) -> dict[str, int]:
+    size = _largest_bucket(facts)
+    return facts.size_arguments or ({} if size is None else dict(zip(("height", "width"), size, strict=True)))
 
 
 def _sources(facts: CardFacts) -> list[str]:

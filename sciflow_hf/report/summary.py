@@ -19,6 +19,7 @@ from ..data.prior import without_prior
 from ..data.source_images import EditViews
 from ..engines.optimizers import effective_learning_rate
 from ..errors import counted
+from ..families.base import ModelFamily, PipelineFamily
 from .contact_sheet import sample_images, source_paths
 from .model_card import KINDS, PROGRAMS, CardFacts, own_reader, save_card
 from .plots import PLOT_NAME, loss_names, plot_training
@@ -51,6 +52,7 @@ def save_model_card(trainer: Trainer) -> None:
         pipeline_class=family.pipeline_class().__name__,
         weight_name=weight_name(adapter["type"]) if adapter else None,
         component=family.component,
+        size_arguments=_size_arguments(family, train),
         call_arguments=family.call_arguments(args),
         task=family.task,
         whole_pipeline=family.whole_pipeline and not adapter,
@@ -79,6 +81,12 @@ def save_model_card(trainer: Trainer) -> None:
         plot=_save_plot(trainer),
     )
     save_card(facts, folder)
+
+
+def _size_arguments(family: ModelFamily, train: Any) -> dict[str, int]:
+    """Arguments of the pipeline's call that draw an image of the commonest size."""
+    size = next((size for size, _ in image_sizes(train).most_common(1)), None)
+    return family.size_options(*size) if size is not None and isinstance(family, PipelineFamily) else {}
 
 
 def _edits(trainer: Trainer, train: Any, metrics: Mapping[str, float]) -> dict[str, Any]:

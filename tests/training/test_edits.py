@@ -235,12 +235,12 @@ def test_the_card_says_what_was_edited(evaluated):
     code = card.split("```python")[1].split("```")[0]
     assert "from diffusers.utils import load_image" in code
     assert 'images = [load_image("figure.png").resize((96, 64)), load_image("figure1.png")]' in code
-    assert "pipeline(image=images, prompt=prompt, " in code and "height=" not in code
+    assert "pipeline(image=images, prompt=prompt, height=64, width=96" in code
     compile(code, "card", "exec")
 
 
 def test_the_card_of_one_kind_of_edits():
-    """All are edits of one source that is shown as a large one is: nothing to resize; its size is the source's."""
+    """All are edits of one source that is shown as a large one is: there is nothing to resize."""
     facts = CardFacts(
         repo_name="user/edits", family="flux2_klein", base_model="black-forest-labs/FLUX.2-klein-base-9B",
         pipeline_class="Flux2KleinPipeline", sample_images=["validation/step-000001/p00_seed0.png"],
@@ -250,11 +250,11 @@ def test_the_card_of_one_kind_of_edits():
     card = str(model_card(facts))
     assert "trained on 9 edits of figures" in card and "pipeline_tag: image-to-image" in card
     assert 'image = load_image("figure.png")  # the figure to edit\n' in card
-    assert "image = pipeline(image=image, prompt=prompt).images[0]" in card
+    assert "image = pipeline(image=image, prompt=prompt, height=1024, width=1024).images[0]" in card
     assert "![source](validation/sources/p00_source0.png) ![make it blue](validation/step" in card
     whole = facts.dataset | {"as_targets": False, "edits": 4}  # such as sketches, which are no figures' size
-    card = str(model_card(dataclasses.replace(facts, dataset=whole)))
-    assert "pipeline(image=image, prompt=prompt, height=1024, width=1024)" in card
+    card = str(model_card(dataclasses.replace(facts, dataset=whole, size_arguments={"height": 64, "max_area": 4096})))
+    assert "pipeline(image=image, prompt=prompt, height=64, max_area=4096)" in card
     assert "# Without `image` it draws from a caption alone.\n" in card and "pipeline_tag: text-to-image" in card
 
 
