@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..errors import SciflowError, counted
 from .batches.buckets import TOLERANCE, image_sizes, nearest_bucket
 from .build.sources.pixels import to_rgb, unreadable
+from .build.views import view_of
 from .stream.stream import StreamingCache
 
 NONE = "none"
@@ -99,23 +100,19 @@ class EditViews:
     def shown(self, sources: Sequence[Image.Image], size: _Size, family: Any) -> list[Image.Image]:
         """The images that the pipeline is given of `sources` to draw an edit of `size`.
 
-        Those as large as the first one lose what exceeds the shape of the edit, and are resized as in training.
+        Those as large as the first one lose what exceeds the shape of the edit, and are resized as in training where
+        the pipeline does not do that itself.
 
         Raises:
             SciflowError: the family refuses them at that size.
         """
         if not self.as_targets:
             return list(sources)
-        height, width = family.source_size(*size)
-        if refused := family.check_source(height, width):
+        shown, resizes = family.source_size(*size), self.resized(size, family) is not None
+        if refused := family.check_source(*shown):
             name = sources[0].info.get("source_image", "the source")
             raise SciflowError(f"{name}, shown as in training, has {refused}. Draw a larger edit.")
-        return [
-            _named(ImageOps.fit(each, (width, height), Image.Resampling.LANCZOS), each)
-            if each.size == sources[0].size
-            else each
-            for each in sources
-        ]
+        return [_window(each, shown, resizes) if each.size == sources[0].size else each for each in sources]
 
     def resized(self, size: _Size, family: Any) -> _Size | None:
         """(height, width) that a user must bring a source to before the pipeline edits it at `size`; None: to none.
@@ -126,6 +123,11 @@ class EditViews:
         return shown if self.as_targets and family.source_size(2 * height, 2 * width) != shown else None
 
 
-def _named(image: Image.Image, like: Image.Image) -> Image.Image:
-    image.info = dict(like.info)
-    return image
+def _window(image: Image.Image, size: _Size, resizes: bool) -> Image.Image:
+    """The part of an image in the shape (height, width) of `size`, in that size or in its own pixels."""
+    box = view_of("", "", (image.height, image.width), size).box
+    part = (
+        image.resize(size[::-1], Image.Resampling.LANCZOS, box=box) if resizes else image.crop(tuple(map(round, box)))
+    )
+    part.info = dict(image.info)
+    return part

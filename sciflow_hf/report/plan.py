@@ -58,7 +58,7 @@ def plan(
             f"{steps:,} steps ({steps_per_epoch:,} an epoch), {total_batch} samples a step "
             f"({args.train_batch_size} x {args.world_size} ranks x {args.gradient_accumulation_steps} accumulation); "
             f"{len(without_prior(train_dataset)):,} samples to train on, {len(eval_dataset or []):,} held out"
-            f"{_prior(train_dataset)}{_images(train_dataset)}"
+            f"{_edits(train_dataset)}{_prior(train_dataset)}{_images(train_dataset)}"
         ),
         "Memory and disk, estimated": _needed(model, args, steps, steps_per_epoch, **tokens) + _frozen(encoders),
     }
@@ -66,6 +66,11 @@ def plan(
         fits = f"Options that fit into {memory / 1e9:.3g} GB, of which {USABLE:.0%} are counted on"
         sections[fits] = _fitting(model, args, memory - sum(encoders.values()), **tokens)
     return "\n\n".join(f"{name}\n{'-' * len(name)}\n{text}" for name, text in sections.items())
+
+
+def _edits(train_dataset: Any) -> str:
+    edits = sum(1 for sources in getattr(train_dataset, "source_shapes", ()) if sources)
+    return f", {edits:,} to train on are edits" if edits else ""
 
 
 def _prior(train_dataset: Any) -> str:
