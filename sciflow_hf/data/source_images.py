@@ -126,8 +126,10 @@ class EditViews:
 def _window(image: Image.Image, size: _Size, resizes: bool) -> Image.Image:
     """The part of an image in the shape (height, width) of `size`, in that size or in its own pixels."""
     box = view_of("", "", (image.height, image.width), size).box
-    part = (
-        image.resize(size[::-1], Image.Resampling.LANCZOS, box=box) if resizes else image.crop(tuple(map(round, box)))
-    )
+    if resizes:
+        part = image.resize(size[::-1], Image.Resampling.LANCZOS, box=box)
+    else:
+        left, top, right, bottom = map(round, box)
+        part = image.crop((left, top, right, bottom))
     part.info = dict(image.info)
     return part

@@ -15,7 +15,7 @@ from ..data.batches.threads import release
 from ..data.prior import without_prior
 from ..engines.memory import USABLE, MemoryOptions, device_memory, estimate, fitting, in_words
 from ..engines.optimizers import rates_of, state_bytes
-from ..errors import SciflowError
+from ..errors import SciflowError, counted
 from ..families.base import ModelFamily, PipelineFamily
 
 VALUES_OF_VAE = 5  # per pixel and channel of the first level, at the peak of FLUX's and SDXL's encoder, counted
@@ -57,8 +57,8 @@ def plan(
         "Steps": (
             f"{steps:,} steps ({steps_per_epoch:,} an epoch), {total_batch} samples a step "
             f"({args.train_batch_size} x {args.world_size} ranks x {args.gradient_accumulation_steps} accumulation); "
-            f"{len(without_prior(train_dataset)):,} samples to train on, {len(eval_dataset or []):,} held out"
-            f"{_edits(train_dataset)}{_prior(train_dataset)}{_images(train_dataset)}"
+            f"{len(without_prior(train_dataset)):,} samples to train on{_edits(train_dataset)}, {len(eval_dataset or []):,} held "
+            f"out{_prior(train_dataset)}{_images(train_dataset)}"
         ),
         "Memory and disk, estimated": _needed(model, args, steps, steps_per_epoch, **tokens) + _frozen(encoders),
     }
@@ -70,7 +70,7 @@ def plan(
 
 def _edits(train_dataset: Any) -> str:
     edits = sum(1 for sources in getattr(train_dataset, "source_shapes", ()) if sources)
-    return f", {edits:,} to train on are edits" if edits else ""
+    return f" ({counted(edits, 'edit')})" if edits else ""
 
 
 def _prior(train_dataset: Any) -> str:

@@ -148,9 +148,13 @@ def test_a_family_that_takes_no_sources_refuses_a_cache_of_edits(tmp_path, data,
         make_trainer(tmp_path, other, data)
 
 
-def test_memory_is_estimated_with_the_sources(family, data):
+def test_memory_is_estimated_with_the_sources(tmp_path, family, data):
     """Tokens of 8 pixels: 8 x 12 of the target, as many of the first source, 3 x 2 of the second; 12 of the text."""
     assert tokens_of(data, family) == {"tokens": 96 + 96 + 6 + 12, "image_tokens": 96 + 96 + 6}
+    model = sf.add_adapter(
+        family.load_model(dtype=torch.float32, meta=True), sf.AdapterArguments(rank=4), family=family
+    )
+    assert "24 samples to train on (16 edits), 0 held out" in sf.plan(model, family, make_args(tmp_path), data)
 
 
 # -- evaluation --
