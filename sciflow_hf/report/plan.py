@@ -57,8 +57,8 @@ def plan(
         "Steps": (
             f"{steps:,} steps ({steps_per_epoch:,} an epoch), {total_batch} samples a step "
             f"({args.train_batch_size} x {args.world_size} ranks x {args.gradient_accumulation_steps} accumulation); "
-            f"{len(without_prior(train_dataset)):,} samples to train on{_edits(train_dataset)}, {len(eval_dataset or []):,} held "
-            f"out{_prior(train_dataset)}{_images(train_dataset)}"
+            f"{len(without_prior(train_dataset)):,} samples to train on{_edits(train_dataset)}, "
+            f"{len(eval_dataset or []):,} held out{_prior(train_dataset)}{_images(train_dataset)}"
         ),
         "Memory and disk, estimated": _needed(model, args, steps, steps_per_epoch, **tokens) + _frozen(encoders),
     }
