@@ -557,7 +557,7 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
     def fingerprint(self) -> str:
         """16 hex digits over row ids, buckets, shapes and `repeats` in order; the same wherever the cache lies.
 
-        Of sources, too, where there are some.
+        Where rows have sources, their shapes are included.
         """
         digest = hashlib.sha256()
         for row_id in self.row_ids:

@@ -252,7 +252,7 @@ def test_texts_that_read_sources_are_those_of_the_row(images, tmp_path, payload)
     for target in PAYLOADS:
         convert_cache(tmp_path / "c", tmp_path / "converted" / target, payload=target)
         assert_equal(tmp_path / "c", tmp_path / "converted" / target)
-    with pytest.raises(SciflowError, match="the text encoder of the source reads the reference images, too"):
+    with pytest.raises(SciflowError, match="the text encoder of the source also reads the reference images"):
         convert_cache(tmp_path / "c", tmp_path / "none", payload="shards", embeds="none")
 
 

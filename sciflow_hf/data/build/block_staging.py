@@ -198,7 +198,7 @@ class BlockStaging(Staging):
         return {}
 
     def _items(self, job: Job) -> dict[str, Shared]:
-        """What a row shares with others, by name: the hash of its prompt, the ids of its sources."""
+        """The prompt and the sources of a row, which others may share: by the hash of the prompt, the ids of the sources."""
         prompt: dict[str, Shared] = {self.hashes[job.text_key]: job.prompt} if job.text_key in self.hashes else {}
         return prompt | {source.id: source for source in job.sources}
 

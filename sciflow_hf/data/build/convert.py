@@ -169,7 +169,7 @@ class _Conversion:
         reads = bool(source.metadata.get("text_reads_sources"))
         if reads and layout.embeds == "none":
             raise SciflowError(
-                "`embeds` is 'none', but the text encoder of the source reads the reference images, too: text is not "
+                "`embeds` is 'none', but the text encoder of the source also reads the reference images: text is not "
                 "encoded in training. Keep the embeddings."
             )
         keys = [text_key(*both) for both in zip(captions, self.source_ids, strict=True)] if reads else captions
@@ -246,11 +246,11 @@ class _Conversion:
         return sizes.tolist()
 
     def _kept(self, members: Mapping[str, Member]) -> dict[str, Member]:
-        """What is stored of a row."""
+        """The members of a row that are stored."""
         return {name: m for name, m in members.items() if self.layout.embeds != "none" or name not in TEXT_TENSORS}
 
     def _source_ids(self) -> list[list[str]]:
-        """Of each row the ids of its sources: those of the index, where it has some; else all are told apart."""
+        """The ids of each row's sources: those of the index, where it has some; else all are told apart."""
         shapes, column = self.source.source_shapes, self.source.column("source_ids")
         known = [None] * len(shapes) if column is None else column.to_pylist()
         found = []

@@ -124,5 +124,5 @@ def stored_arrays(cache: LatentCache) -> dict[str, StoredArrays]:
 
 
 def _name(tensor: str) -> str:
-    """What a tensor is listed as: all sources of a row are the same."""
+    """The name under which a tensor is listed: all sources of a row have one."""
     return source_name(0) if source_names_in([tensor]) else tensor

@@ -121,7 +121,7 @@ def compare_afresh(
 
 
 def _source_views(record: Record, view: View, rules: SourceRules) -> list[SourceView]:
-    """What is shown of the sources of an image whose view is `view`."""
+    """The views of the sources of an image that is shown as `view`."""
     found = []
     for number, file in enumerate(record.sources):
         with file.open() as image:

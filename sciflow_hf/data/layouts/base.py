@@ -593,7 +593,7 @@ class Block:
         rows: light columns (`image_path`, `caption`, `bucket_h`, ...); the schema metadata under `METADATA_KEY` holds
             the encoder settings. Columns of a payload are left out and made (but those of npz, which it must have).
         prompts: `prompt_hash` of each row. Shards store what follows from a prompt once; None: for every row.
-        sources: ids of each row's sources, which shards store once, too; empty where no row has sources.
+        sources: ids of each row's sources, which shards also store once; empty where no row has sources.
         owners: names of the blocks that store those of these prompts and sources that this one does not.
     """
 
