@@ -18,6 +18,7 @@ from sciflow_hf.data.inspect.verify import verify_cache
 from sciflow_hf.data.layouts.base import Layout
 from sciflow_hf.data.layouts.shards import read_header
 from sciflow_hf.data.stream.loader import StreamLoader
+from sciflow_hf.data.stream.own import OwnStreamLoader
 from sciflow_hf.data.stream.stream import StreamingCache
 from sciflow_hf.diffusion.randomness import step_keys, uniform
 from sciflow_hf.diffusion.sources import source_name, source_names_in
@@ -252,6 +253,47 @@ def test_dropped_sources_follow_the_step(shards):
             loader.close()
         told.append(dropped)
     assert told[0] == told[1] == told[2] and {d for drops in told[0].values() for d in drops} == {True, False}
+
+
+def test_data_sets_and_streams_of_ones_own_lose_their_sources_alike(shards):
+    """A list of samples, and a stream that gives them in the same order, lose them at the same steps as the cache."""
+
+    class Own:
+        buckets = tuple(SOURCES)
+
+        def __len__(self):
+            return ROWS
+
+        def __getitem__(self, row):
+            return samples()[row]
+
+    found, options = load_cache(shards), {"batch_size": 2, "seed": 5}
+    lost = []
+    for dataset, keys in ((found, found.batch_keys), (Own(), Own.buckets)):
+        loader = BucketLoader(dataset, BucketBatchSampler(keys, **options), source_dropout=0.5)
+        batches = batches_of(loader, len(loader))
+        lost.append([(b["row"].tolist(), "source_latents" in b, "edit_mask" in b) for b in batches])
+        loader.close()
+    assert lost[0] == lost[1] and {(True, True), (False, False)} <= {tuple(entry[1:]) for entry in lost[0]}
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([samples()[0]] * 8)
+
+    loader = OwnStreamLoader(Stream(), source_dropout=0.5, **options)
+    batches = batches_of(loader, 8)
+    expected = [bool(uniform(batch["step_key"][:1], stream="source_dropout") >= 0.5) for batch in batches]
+    assert ["source_latents" in batch for batch in batches] == expected and len(set(expected)) == 2
+
+
+def test_a_collator_must_keep_the_sources_of_every_sample():
+    def collator(rows):
+        batch = collate(rows)
+        return batch | {"source_latents": batch["source_latents"][:1]}
+
+    loader = BucketLoader([samples()[0]] * 2, BucketBatchSampler([0, 0], batch_size=2), collate_fn=collator)
+    with pytest.raises(SciflowError, match=r"made `source_latents` \(1, 4, 6, 9\) of the 2 rows"):
+        next(iter(loader))
 
 
 def test_without_dropout_the_batches_are_as_ever(shards):

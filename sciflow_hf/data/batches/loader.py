@@ -25,8 +25,8 @@ MASK = "prompt_embeds_mask"
 IDS = ("txt_ids", "text_ids")
 INDEX = ("row", "position", "noise_key", "step_key")
 """Names of the fields of an `Index` in a batch."""
-BATCHED = (*INDEX, "latents", "latents_std", "pixel_values", "class_labels", *sorted({*TEXT_KEYS} - {*IDS}))
-"""Entries of a batch that have one row for each sample."""
+BATCHED = (*INDEX, "latents", "latents_std", *MASKS, "pixel_values", "class_labels", *sorted({*TEXT_KEYS} - {*IDS}))
+"""Entries of a batch that have one row for each sample, like its sources."""
 Collate = Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]
 KeyOf = Callable[[int, Sequence[int], Sequence[int]], torch.Tensor]
 """(epoch, row numbers, positions) -> int64 keys of a batch."""
@@ -237,7 +237,8 @@ class KeyedDataset(Dataset[dict[str, Any]]):
         for name, column in zip(INDEX, zip(*indices, strict=True), strict=False):
             batch.setdefault(name, torch.tensor(column))
         size, tensors = len(batch["noise_key"]), {n: v for n, v in batch.items() if isinstance(v, torch.Tensor)}
-        odd = {n: tuple(v.shape) for n, v in tensors.items() if n in BATCHED and v.shape[:1] != (size,)}
+        batched = {*BATCHED, *source_names_in(tensors)}
+        odd = {n: tuple(v.shape) for n, v in tensors.items() if n in batched and v.shape[:1] != (size,)}
         if odd:
             told = ", ".join(f"`{name}` {shape}" for name, shape in odd.items())
             raise SciflowError(

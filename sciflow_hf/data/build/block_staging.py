@@ -198,7 +198,7 @@ class BlockStaging(Staging):
         return {}
 
     def _items(self, job: Job) -> dict[str, Shared]:
-        """The prompt and the sources of a row, which others may share: by the hash of the prompt, the ids of the sources."""
+        """The prompt of a row by its hash, and its sources by their ids: others may share both."""
         prompt: dict[str, Shared] = {self.hashes[job.text_key]: job.prompt} if job.text_key in self.hashes else {}
         return prompt | {source.id: source for source in job.sources}
 
