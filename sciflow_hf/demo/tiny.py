@@ -33,7 +33,7 @@ def make_tiny(folder: str | Path, family: str = "flux2_klein", *, seed: int = 0,
 
     Args:
         folder: where to write; must not exist or be empty. It appears complete or not at all.
-        family: flux2_klein, flux, qwen_image, sd3 or sdxl.
+        family: flux2_klein, flux, flux_kontext, qwen_image, qwen_image_edit, sd3 or sdxl.
         seed: changes every weight.
         size: "test" is the smallest (a forward takes milliseconds), "demo" can learn something in 150 steps.
 

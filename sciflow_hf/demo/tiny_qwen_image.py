@@ -27,8 +27,8 @@ _SCHEDULER = FLUX_SCHEDULER | {"shift": 1.0, "max_image_seq_len": 8192, "max_shi
 _VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
 
-def pipeline(seed: int, *, vae_width: int, heads: int, layers: int) -> Any:
-    """Words of captions are tokens: those of the file next to this one."""
+def pipeline(seed: int, *, vae_width: int, heads: int, layers: int, halvings: int = 2) -> Any:
+    """Words of captions are tokens: those of the file next to this one. Latents are 2^`halvings` times smaller."""
     from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 
     lines = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").splitlines()
@@ -36,7 +36,7 @@ def pipeline(seed: int, *, vae_width: int, heads: int, layers: int) -> Any:
     tokenizer = qwen_tokenizer((*QWEN_TOKENS, *_VISION_TOKENS), words)
     return QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**_SCHEDULER),
-        vae=_vae(seed, vae_width),
+        vae=_vae(seed, vae_width, halvings),
         text_encoder=_text_encoder(tokenizer, seed),
         tokenizer=tokenizer,
         transformer=_transformer(seed, heads, layers),
@@ -44,7 +44,7 @@ def pipeline(seed: int, *, vae_width: int, heads: int, layers: int) -> Any:
 
 
 def _text_encoder(tokenizer: Any, seed: int) -> Any:
-    """Two layers of width 16, and a vision tower that prompts do not use."""
+    """Two layers of width 16, and a vision tower, which reads the sources of edits."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     names = ("vision_start", "vision_end", "image", "video")
@@ -78,7 +78,7 @@ def _text_encoder(tokenizer: Any, seed: int) -> Any:
     return model
 
 
-def _vae(seed: int, width: int) -> Any:
+def _vae(seed: int, width: int, halvings: int) -> Any:
     """The mean and deviation of its latents are measured on drawn figures."""
     import torch
     from diffusers import AutoencoderKLQwenImage
@@ -86,9 +86,9 @@ def _vae(seed: int, width: int) -> Any:
     vae = AutoencoderKLQwenImage(
         base_dim=width,
         z_dim=LATENT_CHANNELS,
-        dim_mult=[1, 2, 2],
+        dim_mult=[1] + [2] * halvings,
         num_res_blocks=1,
-        temperal_downsample=[False, True],
+        temperal_downsample=[False] * (halvings - 1) + [True],
         latents_mean=[0.0] * LATENT_CHANNELS,
         latents_std=[1.0] * LATENT_CHANNELS,
     ).eval()

@@ -421,6 +421,8 @@ class PipelineFamily(ModelFamily):
     vae_name_or_path: str | None = part_option("VAE")
     text_encoder_name_or_path: str | None = part_option("text encoder", what=" Its tokenizer stays the pipeline's.")
 
+    exact_pipeline: ClassVar[bool] = False
+    """True: models of other pipelines are refused, also where the kind of network is the same."""
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
     """Parts of the pipeline that encode prompts."""
 
@@ -492,6 +494,12 @@ class PipelineFamily(ModelFamily):
         classes = [(index.get(part) or [None, None])[1] for part in (self.component, "transformer", "unet")]
         found = next(filter(None, classes), "pipeline without a network")
         check_kind(path, found, family=self.name, network=self.network_class().__name__)
+        wanted, kind = self.pipeline_class().__name__ if self.exact_pipeline else None, index.get("_class_name")
+        if wanted not in (None, kind):
+            raise SciflowError(
+                f"`pretrained_model_name_or_path` {path!r} holds a {kind}, but `{self.name}` trains a {wanted}, whose "
+                "network has learned to read reference images."
+            )
         if not self.trust_remote_code:
             refuse_code(path, index, revision=self.revision)
         return {"": index}

@@ -131,8 +131,8 @@ class Flux(PipelineFamily):
         if channels != config.get("in_channels"):
             raise SciflowError(
                 f"`pretrained_model_name_or_path` {path!r}: its network takes `in_channels` "
-                f"{config.get('in_channels')} and returns `out_channels` {channels}, so it sees a second image (Fill, "
-                f"Depth, Canny). `{self.name}` trains text-to-image networks such as FLUX.1-dev."
+                f"{config.get('in_channels')} and returns `out_channels` {channels}, so it sees a second "
+                f"image in them (Fill, Depth, Canny). `{self.name}` trains networks such as FLUX.1-dev's."
             )
         if not self._has_guidance and not self.config("scheduler").get("use_dynamic_shifting", False):
             logger.warning(

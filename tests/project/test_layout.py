@@ -131,12 +131,22 @@ def notebook_source(text: str) -> str:
 
 
 def family_faults(source: str, stem: str) -> list[str]:
-    """What is wrong with the file of a family: the step is the base's, a family predicts."""
+    """What is wrong with the file of a family: the step is the base's, a family predicts or is built on another."""
+    tree = ast.parse(source)
+    siblings = {
+        alias.name
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module not in ("base", "loading", "tokens")
+        for alias in node.names
+    }
     classes = [
         node
-        for node in ast.parse(source).body
+        for node in tree.body
         if isinstance(node, ast.ClassDef)
-        and any(isinstance(m, ast.FunctionDef) and m.name == "predict" for m in node.body)
+        and (
+            any(isinstance(m, ast.FunctionDef) and m.name == "predict" for m in node.body)
+            or siblings & {ast.unparse(base) for base in node.bases}
+        )
     ]
     if len(classes) != 1:
         return [f"{len(classes)} classes with predict"]
@@ -152,7 +162,7 @@ def family_faults(source: str, stem: str) -> list[str]:
     if names != [stem]:
         faults.append(f"`name` is {names}, the file is called {stem}")
     methods = [node for node in family.body if isinstance(node, ast.FunctionDef)]
-    if methods[0].name != "predict":
+    if methods[0].name != "predict" and "predict" in {method.name for method in methods}:
         faults.append(f"{methods[0].name} stands before predict")
     if any(method.name == "compute_loss" for method in methods):
         faults.append("writes the step out again")
@@ -398,6 +408,9 @@ def test_family_faults() -> None:
     late = FAMILY.replace("    def predict", "    def helper(self):\n        pass\n\n    def predict")
     assert family_faults(late, "tiny") == ["helper stands before predict"]
     assert family_faults(FAMILY + FAMILY.replace("Tiny", "Second"), "tiny") == ["2 classes with predict"]
+    built_on = 'from .tiny import Tiny\n\n\nclass Edit(Tiny):\n    name = "edit"\n\n    def network_class(self): ...\n'
+    assert family_faults(built_on, "edit") == []
+    assert family_faults(built_on.replace(".tiny", ".base"), "edit") == ["0 classes with predict"]
     assert code_lines('"""a\n\nb\n"""\n# c\n\nx = """\nd"""\n    # e\ndef f():\n    """g"""\n    return 1\n') == 4
 
 

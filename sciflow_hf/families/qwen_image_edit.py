@@ -1,0 +1,120 @@
+"""Qwen-Image-Edit-Plus (Alibaba Qwen team): Qwen-Image that edits reference images, read by its text encoder, too."""
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from ..errors import SciflowError
+from ..options import arguments
+from .loading import explain_loading
+from .qwen_image import QwenImage
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PICTURE = "<|image_pad|>"
+
+
+@arguments
+class QwenImageEdit(QwenImage):
+    """Qwen-Image-Edit-Plus: `Qwen/Qwen-Image-Edit-2509` or `Qwen/Qwen-Image-Edit-2511`."""
+
+    heading: ClassVar[str] = "Qwen-Image-Edit"
+
+    name: ClassVar[str] = "qwen_image_edit"
+    task: ClassVar[str] = "image-to-image"
+    max_sources: ClassVar[int] = 3  # what the model's page says it was trained for
+    text_reads_sources: ClassVar[bool] = True
+    exact_pipeline: ClassVar[bool] = True
+    max_sequence_length: ClassVar[None] = None  # type: ignore[misc]  # no option: the pipeline reads every token
+    text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer", "processor")
+
+    def pipeline_class(self) -> Any:
+        """`QwenImageEditPlusPipeline`."""
+        from diffusers import QwenImageEditPlusPipeline
+
+        return QwenImageEditPlusPipeline
+
+    def source_size(self, height: int, width: int) -> tuple[int, int]:
+        """As the pipeline: about 1024 x 1024 pixels of the same aspect ratio, in multiples of 32."""
+        from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit_plus
+
+        width, height = edit_plus.calculate_dimensions(edit_plus.VAE_IMAGE_SIZE, width / height)
+        return height, width
+
+    def check_source(self, height: int, width: int) -> str:
+        """Refuses the aspect ratios that the text encoder's image processor refuses, above 200."""
+        short, long = sorted((height, width))
+        return f"{height} x {width} pixels: beyond 200:1" if long > 200 * short else ""
+
+    def unread_parts(self) -> tuple[str, ...]:
+        """The processor, whose part for videos needs torchvision; see `Pictures`."""
+        return ("processor",)
+
+    def shorten_text_encoder(self, pipeline: Any) -> None:
+        """Without the vocabulary projection; and with `Pictures` for a processor."""
+        from transformers import AutoImageProcessor
+
+        pipeline.text_encoder.lm_head = torch.nn.Identity()
+        with explain_loading(self.pretrained_model_name_or_path, "processor"):
+            found = AutoImageProcessor.from_pretrained(self.source, subfolder="processor", revision=self.revision)
+        pipeline.processor = Pictures(found, pipeline.tokenizer)
+
+    def encode_prompts(
+        self, prompts: Sequence[str], encoders: Any, sources: Sequence[Sequence["Image"]] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """`prompt_embeds` (B, L, D), padded with zeros to the longest, and where any is padded its mask (B, L).
+
+        Args:
+            prompts: captions.
+            encoders: of `load_encoders`.
+            sources: the RGB images that each caption edits, read at about 384 x 384 pixels; [] for one without.
+        """
+        sources = sources or [()] * len(prompts)
+        with torch.no_grad():
+            rows = [self._encoded(prompt, read, encoders) for prompt, read in zip(prompts, sources, strict=True)]
+        mask = pad_sequence([row.new_ones(len(row), dtype=torch.int64) for row in rows], batch_first=True)
+        embeds = {"prompt_embeds": pad_sequence(rows, batch_first=True)}
+        return embeds if mask.all() else embeds | {"prompt_embeds_mask": mask}
+
+    def _encoded(self, prompt: str, sources: Sequence["Image"], encoders: Any) -> torch.Tensor:
+        """(L, D) of one caption and its sources: the pipeline takes one at a time."""
+        from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit_plus
+
+        sizes = [edit_plus.calculate_dimensions(edit_plus.CONDITION_IMAGE_SIZE, i.width / i.height) for i in sources]
+        resize = encoders.image_processor.resize
+        read = [resize(image, height, width) for image, (width, height) in zip(sources, sizes, strict=True)]
+        row: torch.Tensor = encoders.encode_prompt([prompt], image=read or None)[0][0]
+        return row
+
+    def count_tokens(self, prompts: Sequence[str]) -> None:
+        """None: no prompt is cut."""
+
+    def source_options(self, source_images: Sequence["Image"]) -> dict[str, Any]:
+        """`image`, without which the pipeline draws nothing."""
+        if not source_images:
+            raise SciflowError(
+                f"`{self.name}` draws edits alone, since its pipeline needs a reference image: give each prompt one."
+            )
+        return super().source_options(source_images)
+
+
+class Pictures:
+    """A `Qwen2VLProcessor` without its part for videos, which needs torchvision."""
+
+    def __init__(self, image_processor: Any, tokenizer: Any) -> None:
+        self.image_processor, self.tokenizer = image_processor, tokenizer
+
+    def __call__(self, *, text: Sequence[str], images: Sequence["Image"] | None, **options: Any) -> Any:
+        """Token ids of the texts, with as many tokens for each picture as the encoder makes of it, and its patches."""
+        from transformers import BatchFeature
+
+        seen: dict[str, Any] = {**self.image_processor(images=images, return_tensors="pt")} if images else {}
+        counts = iter(
+            [int(grid.prod()) // self.image_processor.merge_size**2 for grid in seen.get("image_grid_thw", [])]
+        )
+        expanded = [re.sub(re.escape(PICTURE), lambda _: PICTURE * next(counts, 1), words) for words in text]
+        return BatchFeature({**self.tokenizer(expanded, **options), **seen})
