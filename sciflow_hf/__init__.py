@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from .families.dit import DiT
     from .families.flux import Flux
     from .families.flux2_klein import Flux2Klein
+    from .families.flux_kontext import FluxKontext
     from .families.microscopy_unet import MicroscopyUNet
     from .families.qwen_image import QwenImage
+    from .families.qwen_image_edit import QwenImageEdit
     from .families.sd3 import SD3
     from .families.sdxl import SDXL
     from .images.class_source import ClassImageArguments

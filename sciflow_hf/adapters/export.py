@@ -25,7 +25,7 @@ from .files import (
 )
 from .formats import diffusers, kohya
 from .formats.diffusers import LOHA, LOKR, OFT, Adapter
-from .formats.names import DIFFUSERS, DTYPES, FAMILIES, FORMATS
+from .formats.names import DIFFUSERS, DTYPES, FAMILIES, FORMATS, names_of
 from .layers import ADAPTER_NAME, adapter_layers, network_of, trained_parts, type_of
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def check_run(model: Any, formats: Sequence[str], family: "ModelFamily") -> None
             if file_format == DIFFUSERS:
                 _refuse_for_diffusers(set(kinds.values()))
             else:
-                kohya.plan(kinds, file_format, family.name, config=dict(network_of(model).config))
+                kohya.plan(kinds, file_format, names_of(family.name), config=dict(network_of(model).config))
         except SciflowError as error:
             raise SciflowError(f"`export_formats` {file_format!r}: {error}") from error
 
@@ -191,17 +191,18 @@ def _checked_target(output_file: str | os.PathLike, file_format: str, dtype: str
 
 
 def _family(given: str | type | None, of_run: str | None, path: str) -> tuple[str | None, str]:
-    """Name of the family as far as it is said, and what its pipeline calls the network."""
+    """Name of the family whose layers' names these are, as far as it is said, and its pipeline's for the network."""
+    of_run = names_of(of_run) if of_run else None
     if given is None:
         return of_run, kohya.component_of(of_run or "")
     from ..families import load_family
 
     found: Any = load_family(given)
-    if of_run is not None and of_run != found.name:
+    if of_run is not None and of_run != names_of(found.name):
         raise SciflowError(
             f"`family` {found.name!r}: the run of `adapter_path` {path!r} trained {of_run!r}. Leave `--family` out."
         )
-    return found.name, found.component
+    return names_of(found.name), found.component
 
 
 def _read(

@@ -16,7 +16,7 @@ from ..errors import SciflowError, first_line
 from ..files import atomic_file, write_json
 from .arguments import ADAPTER_TYPES, PIPELINE_TYPES, check_weights
 from .formats import diffusers, kohya
-from .formats.names import FAMILIES
+from .formats.names import FAMILIES, names_of
 from .initial import FROM_BASE, INITIAL, as_plain_lora, split_state
 from .layers import ADAPTER_NAME, adapter_layers, fill_adapter, network_of, to_float32, trained_parts, type_of
 from .text_encoders import NetworkWithText
@@ -382,7 +382,7 @@ def _is_foreign(file: Path, path: str, family: "ModelFamily") -> bool:
     # Diffusers' names with an alpha each, as ComfyUI takes them, are read by some pipelines only.
     with_alphas = any(name.startswith("transformer.") and name.endswith(".alpha") for name in names)
     kohya_file = kohya.is_kohya_file(names, configured=diffusers.METADATA in metadata)
-    return family.name in FAMILIES and (with_alphas or kohya_file)
+    return names_of(family.name) in FAMILIES and (with_alphas or kohya_file)
 
 
 def _read_foreign(
@@ -394,10 +394,11 @@ def _read_foreign(
         SciflowError: it holds layers or types of adapters that this family or PEFT does not have.
     """
     state, metadata = read_tensors(file, path)
-    if (other := kohya.family_of(metadata) or family.name) != family.name:
+    names = names_of(family.name)
+    if (other := kohya.family_of(metadata) or names) != names:
         raise SciflowError(f"`adapter_path` {path!r} is a file for `{other}`, not for `{family.name}`.")
     try:
-        adapter = kohya.read(state, family.name, config=dict(model.config))
+        adapter = kohya.read(state, names, config=dict(model.config))
         state, config = diffusers.write(adapter)
     except SciflowError as error:
         raise SciflowError(f"`adapter_path` {path!r}: {error}") from error

@@ -15,8 +15,10 @@ from ..files import recipes_folder
 RECIPES = {
     "flux2_klein": "train_flux2klein",
     "qwen_image": "train_qwen_image",
+    "qwen_image_edit": "train_qwen_image_edit",
     "sd3": "train_sd3",
     "flux": "train_flux",
+    "flux_kontext": "train_flux_kontext",
     "sdxl": "train_sdxl",
     "dit": "train_dit",
     "microscopy_unet": "train_microscopy",

@@ -10,8 +10,6 @@ from .flux import Flux
 class FluxKontext(Flux):
     """FLUX.1 Kontext: `black-forest-labs/FLUX.1-Kontext-dev`, from a reference image or from text alone."""
 
-    heading: ClassVar[str] = "FLUX.1 Kontext"
-
     name: ClassVar[str] = "flux_kontext"
     task: ClassVar[str] = "image-to-image"
     max_sources: ClassVar[int] = 1
@@ -24,12 +22,21 @@ class FluxKontext(Flux):
         return FluxKontextPipeline
 
     def source_size(self, height: int, width: int) -> tuple[int, int]:
-        """As the pipeline: the preferred resolution, of about 1 megapixel, whose aspect ratio is nearest."""
+        """As the pipeline: the preferred resolution, of about 1 megapixel, whose aspect ratio is nearest.
+
+        To the ratio of sides that are cut to multiples of `bucket_step`.
+        """
         from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 
-        aspect, step = width / height, self.bucket_step()
+        step = self.bucket_step()
+        aspect = (width // step) / (height // step)
         _, width, height = min((abs(aspect - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
         return height // step * step, width // step * step
+
+    def check_source(self, height: int, width: int) -> str:
+        """Refuses sides under `bucket_step`, of which the pipeline has no ratio."""
+        step = self.bucket_step()
+        return f"{height} x {width} pixels: a side is under {step}" if min(height, width) < step else ""
 
     def size_options(self, height: int, width: int) -> dict[str, Any]:
         """Also `max_area`: by itself the pipeline draws 1 megapixel, whatever size it is asked for."""

@@ -1,4 +1,4 @@
-"""Qwen-Image-Edit-Plus (Alibaba Qwen team): Qwen-Image that edits reference images, read by its text encoder, too."""
+"""Qwen-Image-Edit-Plus (Alibaba Qwen team): Qwen-Image that edits images, which its text encoder also reads."""
 
 import re
 from collections.abc import Sequence
@@ -22,8 +22,6 @@ PICTURE = "<|image_pad|>"
 class QwenImageEdit(QwenImage):
     """Qwen-Image-Edit-Plus: `Qwen/Qwen-Image-Edit-2509` or `Qwen/Qwen-Image-Edit-2511`."""
 
-    heading: ClassVar[str] = "Qwen-Image-Edit"
-
     name: ClassVar[str] = "qwen_image_edit"
     task: ClassVar[str] = "image-to-image"
     max_sources: ClassVar[int] = 3  # what the model's page says it was trained for
@@ -46,9 +44,16 @@ class QwenImageEdit(QwenImage):
         return height, width
 
     def check_source(self, height: int, width: int) -> str:
-        """Refuses the aspect ratios that the text encoder's image processor refuses, above 200."""
-        short, long = sorted((height, width))
-        return f"{height} x {width} pixels: beyond 200:1" if long > 200 * short else ""
+        """Refuses aspect ratios above 200 of `_read_size`, as the text encoder's image processor does."""
+        short, long = sorted(self._read_size(height, width))
+        return f"{height} x {width} pixels: too narrow for the text encoder" if long > 200 * short else ""
+
+    def _read_size(self, height: int, width: int) -> tuple[int, int]:
+        """The size at which the text encoder reads a source: about 384 x 384 pixels."""
+        from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit_plus
+
+        width, height = edit_plus.calculate_dimensions(edit_plus.CONDITION_IMAGE_SIZE, width / height)
+        return height, width
 
     def unread_parts(self) -> tuple[str, ...]:
         """The processor, whose part for videos needs torchvision; see `Pictures`."""
@@ -82,11 +87,8 @@ class QwenImageEdit(QwenImage):
 
     def _encoded(self, prompt: str, sources: Sequence["Image"], encoders: Any) -> torch.Tensor:
         """(L, D) of one caption and its sources: the pipeline takes one at a time."""
-        from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit_plus
-
-        sizes = [edit_plus.calculate_dimensions(edit_plus.CONDITION_IMAGE_SIZE, i.width / i.height) for i in sources]
         resize = encoders.image_processor.resize
-        read = [resize(image, height, width) for image, (width, height) in zip(sources, sizes, strict=True)]
+        read = [resize(image, *self._read_size(image.height, image.width)) for image in sources]
         row: torch.Tensor = encoders.encode_prompt([prompt], image=read or None)[0][0]
         return row
 

@@ -11,10 +11,11 @@ from parity import FEW
 from safetensors.torch import load_file
 
 import sciflow_hf as sf
-from sciflow_hf.adapters.export import export_adapter
-from sciflow_hf.adapters.files import save_adapter
+from sciflow_hf.adapters.export import check_run, export_adapter
+from sciflow_hf.adapters.files import read_tensors, save_adapter
 from sciflow_hf.adapters.formats.names import COMFY, DIFFUSERS, FORMATS, KOHYA
 from sciflow_hf.adapters.layers import adapter_layers, adapter_parameters
+from sciflow_hf.demo import make_tiny
 
 TYPES = {
     "lora": {},
@@ -199,3 +200,25 @@ def test_oft_has_no_format(family, tmp_path):
     for file_format, words in said.items():
         with pytest.raises(sf.SciflowError, match=words):
             export(family, model, folder, file_format, tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(("name", "base"), [("flux_kontext", "flux"), ("qwen_image_edit", "qwen_image")])
+def test_an_adapter_of_edits_has_the_names_of_its_base(name, base, tmp_path):
+    """Whatever the family is called: in the file, in its metadata, and when it is read again."""
+    family = sf.load_family(name)(str(make_tiny(tmp_path / "tiny", name, size="test")))
+    model = trained_adapter(family, rank=4, lora_alpha=10)
+    folder = save_adapter(model, tmp_path / "adapter", family=family).parent
+    check_run(model, FORMATS, family)
+    for kind in (name, base):
+        (tmp_path / kind).mkdir()
+    for file_format in (KOHYA, COMFY):
+        options = {"file_format": file_format, "network": dict(model.config)}
+        ours, theirs = (
+            export_adapter(str(folder), tmp_path / kind / f"{file_format}.safetensors", family=kind, **options)
+            for kind in (name, base)
+        )
+        (mine, facts), (state, expected) = (read_tensors(done.file, "") for done in (ours, theirs))
+        assert ours.family == base and facts == expected and mine.keys() == state.keys()
+        assert all(torch.equal(mine[layer], value) for layer, value in state.items())
+        again = adapter_parameters(read_back(family, ours.file))
+        assert all(torch.equal(again[layer], value) for layer, value in adapter_parameters(model).items())

@@ -9,7 +9,18 @@ from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, FluxK
 from diffusers import QwenImageEditPlusPipeline as EditPlusPipeline
 from diffusers.pipelines.flux import pipeline_flux_kontext as stock_kontext
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock_edit_plus
-from edits import IDS, MISTAKES, TWO, of_network, our_inputs, rows_of, stock_inputs, unequal
+from edits import (
+    IDS,
+    MISTAKES,
+    TWO,
+    Caught,
+    instead_of,
+    of_network,
+    our_inputs,
+    rows_of,
+    stock_inputs,
+    unequal,
+)
 from family_steps import edited
 from parity import FEW, roundings
 from PIL import Image
@@ -18,7 +29,8 @@ from transformers import Qwen2VLProcessor
 import sciflow_hf as sf
 from sciflow_hf.demo import make_tiny
 from sciflow_hf.errors import SciflowError
-from sciflow_hf.families.base import PipelineFamily
+from sciflow_hf.families.qwen_image import QwenImage
+from sciflow_hf.families.qwen_image_edit import QwenImageEdit
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -26,6 +38,7 @@ LENGTH, HEIGHT, WIDTH = 12, 64, 96
 PROMPTS = ["XZ", "ZX"]  # of as many tokens
 SIZES = {"of its size": [(96, 64)], "of another size": [(75, 101)], "two": [(96, 64), (130, 70)]}  # width, height
 SIGMAS = torch.tensor([0.35, 0.8])
+PREFERRED = stock_kontext.PREFERRED_KONTEXT_RESOLUTIONS
 
 
 def noisy_image(size, seed):
@@ -45,11 +58,34 @@ def pixels(image, resized, size):
     return 2.0 * torch.from_numpy(values).permute(0, 3, 1, 2) - 1.0  # other strides round otherwise in the VAE
 
 
+def as_it_is(self, height, width):
+    """The size of a source that is cut to multiples of 32 pixels, and neither enlarged nor made smaller."""
+    return height // 32 * 32, width // 32 * 32
+
+
+def in_time(inputs, change):
+    """Position ids whose first column is changed."""
+    ids = inputs["img_ids"].clone()
+    ids[..., 0] = change(ids[..., 0])
+    return ids
+
+
+def turned(inputs):
+    """Shapes of images with height and width of the sources swapped."""
+    return [[target, *((1, w, h) for _, h, w in sources)] for target, *sources in inputs["img_shapes"]]
+
+
+def reading(change):
+    """A mistake in the images that the text encoder reads."""
+    right = QwenImageEdit._encoded
+    return instead_of("_encoded", lambda self, text, images, pipe: right(self, text, change(images), pipe))
+
+
 class Klein:
-    name, most, mistakes = "flux2_klein", 2, MISTAKES | TWO | IDS
+    name, most = "flux2_klein", 2
     options: ClassVar = {"max_sequence_length": LENGTH}
     call: ClassVar = {"guidance_scale": 1.0, "max_sequence_length": LENGTH}
-    encoder = "prepare_image_latents", "images"
+    encoder = "prepare_image_latents"
     large: ClassVar = [(1300, 900), (900, 2400), (1024, 1024), (1030, 1020), (64, 512)]
     refused: ClassVar = [(63, 64), (600, 64), (64, 513)]
 
@@ -83,14 +119,25 @@ class Klein:
         target = pipeline._pack_latents(noise - latents)
         return (predicted[:, : target.shape[1]] - target).square().mean((1, 2))
 
+    mistakes: ClassVar = {
+        **(MISTAKES | TWO | IDS),
+        "ids 1 apart": of_network(lambda inputs, tokens: {"img_ids": in_time(inputs, lambda t: t // 10)}),
+        "ids of all sources alike": of_network(
+            lambda inputs, tokens: {"img_ids": in_time(inputs, lambda t: t.clamp(max=10))}
+        ),
+        "stretched instead of cut": instead_of(
+            "source_resized", lambda self, height, width: (height // 8 * 8, width // 8 * 8)
+        ),
+    }
+
 
 class Kontext:
-    name, most, mistakes = "flux_kontext", 1, MISTAKES | IDS
+    name, most = "flux_kontext", 1
     options: ClassVar = {"max_sequence_length": LENGTH, "guidance_scale": 2.5}
     call: ClassVar = {"guidance_scale": 2.5, "max_sequence_length": LENGTH, "max_area": HEIGHT * WIDTH}
-    encoder = "prepare_latents", 0
-    large: ClassVar = [(1300, 900), (900, 2400), (1024, 1024), (30, 20), (50, 400)]
-    refused: ClassVar = []
+    encoder = "prepare_latents"
+    large: ClassVar = [(1300, 900), (900, 2400), (1024, 1024), (40, 60), (50, 400), (95, 65)]
+    refused: ClassVar = [(400, 31), (31, 31)]
 
     def pipeline(self, folder):
         return FluxKontextPipeline.from_pretrained(folder)
@@ -125,14 +172,21 @@ class Kontext:
         target = pipeline._pack_latents(noise - latents, *latents.shape)
         return (predicted[:, : target.shape[1]] - target).square().mean((1, 2))
 
+    mistakes: ClassVar = {
+        **(MISTAKES | IDS),
+        "ids as FLUX.2 has them": of_network(lambda inputs, tokens: {"img_ids": in_time(inputs, lambda t: 10 * t)}),
+        "not enlarged": instead_of("source_size", as_it_is),
+        "another guidance": of_network(lambda inputs, tokens: {"guidance": torch.ones(2)}),
+    }
+
 
 class EditPlus:
     name, most = "qwen_image_edit", 2
     options: ClassVar = {}
     call: ClassVar = {"true_cfg_scale": 1.0}
-    encoder = "prepare_latents", 0
+    encoder = "prepare_latents"
     large: ClassVar = [(1300, 900), (900, 2400), (1024, 1024), (30, 20), (50, 400)]
-    refused: ClassVar = [(10, 2001)]
+    refused: ClassVar = [(10, 2900), (4, 2400)]
 
     def pipeline(self, folder):
         """With the stock processor, without its part for videos, which needs torchvision."""
@@ -166,17 +220,22 @@ class EditPlus:
         target = pipeline._pack_latents(noise - latents, *latents.shape)
         return (predicted[:, : target.shape[1]] - target).square().mean((1, 2))
 
-    mistakes = (
-        MISTAKES
-        | TWO
-        | {
-            "the sides of the sources swapped": of_network(
-                lambda inputs, tokens: {
-                    "img_shapes": [[s[0], *((1, w, h) for _, h, w in s[1:])] for s in inputs["img_shapes"]]
-                }
-            ),
-        }
-    )
+    mistakes: ClassVar = {
+        **(MISTAKES | TWO),
+        "the sides of the sources swapped": of_network(lambda inputs, tokens: {"img_shapes": turned(inputs)}),
+        "not enlarged": instead_of("source_size", as_it_is),
+        "text without its images": reading(lambda images: []),
+        "text with the images swapped": reading(lambda images: images[::-1]),
+        "text with the images upside down": reading(lambda images: [image.rotate(180) for image in images]),
+        "text with another number of images": reading(lambda images: images[:1]),
+        "the template of text-to-image": instead_of(
+            "_encoded",
+            lambda self, text, images, pipe: QwenImage.encode_prompts(self, [text], pipe)["prompt_embeds"][0],
+        ),
+        "pictures at another size": lambda patch, family: patch.setattr(
+            stock_edit_plus, "CONDITION_IMAGE_SIZE", 256**2
+        ),
+    }
 
 
 def sources_in(batch):
@@ -263,3 +322,145 @@ def differences(setups, stock, name, sizes):
 @pytest.mark.parametrize(("name", "sizes"), SETUPS)
 def test_the_network_sees_what_the_pipeline_gives_it(setups, stock, name, sizes):
     assert differences(setups, stock, name, sizes) == []
+
+
+@pytest.mark.parametrize(("name", "mistake"), [(name, m) for name, case in CASES.items() for m in case.mistakes])
+def test_a_mistake_is_caught(monkeypatch, setups, stock, name, mistake):
+    case, family, *_ = setups(name)
+    sizes = "two" if case.most > 1 else "of another size"
+    stock(name, sizes)  # is right
+    case.mistakes[mistake](monkeypatch, family)
+    assert differences(setups, stock, name, sizes) != []
+
+
+def test_there_are_enough_mistakes():
+    assert all(len(case.mistakes) >= 10 for case in CASES.values())
+
+
+def batch_of(family, model, count):
+    """Two rows with sources of other sizes than the target's, and noise."""
+    rng, config = torch.Generator().manual_seed(0), model.config
+    channels = config.in_channels // 4
+    sizes = {"latents": (2, channels, 12, 8), "prompt_embeds": (2, 7, config.joint_attention_dim)}
+    sizes |= {"source_latents": (2, channels, 8, 10), "source_latents_1": (2, channels, 6, 4)}
+    if family.name == "flux_kontext":
+        sizes["pooled_prompt_embeds"] = (2, config.pooled_projection_dim)
+    batch = {name: torch.randn(size, generator=rng) for name, size in sizes.items()}
+    noise = torch.randn(family.clean_latents(batch).shape, generator=rng)
+    for name in sources_in(batch)[count:]:
+        del batch[name]
+    return batch, noise
+
+
+@pytest.fixture(scope="module")
+def args(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("args")
+    return sf.DiffusionTrainingArguments(output_dir=str(folder), use_cpu=True, weighting_scheme="none")
+
+
+@pytest.mark.parametrize(("name", "count"), [(name, n) for name, case in CASES.items() for n in range(case.most + 1)])
+def test_loss_and_every_gradient_equal_an_independent_step(setups, args, name, count):
+    case, family, pipeline, model, _ = setups(name)
+    batch, noise = batch_of(family, model, count)
+    difference = roundings(
+        lambda: family.compute_loss(model, batch, args, noise=noise, levels=SIGMAS)[0],
+        lambda: case.reference(pipeline, model, batch, noise),
+        model,
+    )
+    assert difference < FEW and len([p for p in model.parameters() if p.grad is not None]) > 20
+    if count:
+        keys = {"noise_key": torch.arange(2)}
+        drawn = [family.compute_loss(model, b, args)[1] for b in (batch | keys, batch_of(family, model, 0)[0] | keys)]
+        assert torch.equal(*drawn)  # the shift counts the tokens of the target alone
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_source_is_shown_as_the_pipeline_shows_it(monkeypatch, setups, name):
+    """At sizes of published models: what the pipeline gives its VAE, pixel by pixel."""
+    monkeypatch.setattr(stock_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", PREFERRED)
+    monkeypatch.setattr(stock_edit_plus, "VAE_IMAGE_SIZE", 1024 * 1024)
+    case, family, pipeline, _, _ = setups(name)
+    given = []
+
+    def stop(*args, **options):
+        given.append(options.get("images", args[0] if args else None))
+        raise Caught
+
+    monkeypatch.setattr(pipeline, case.encoder, stop)
+    for size in case.large:
+        image = noisy_image(size, 3)
+        with pytest.raises(Caught):
+            pipeline(image=[image], prompt="X", height=HEIGHT, width=WIDTH, num_inference_steps=1, **case.call)
+        seen = given[-1][0] if isinstance(given[-1], list) else given[-1]
+        height, width = image.height, image.width
+        expected = pixels(image, family.source_resized(height, width), family.source_size(height, width))
+        assert torch.equal(seen.reshape(expected.shape), expected) and family.check_source(height, width) == "", size
+    for width, height in case.refused:
+        with pytest.raises((ValueError, ZeroDivisionError)):
+            pipeline(image=[noisy_image((width, height), 3)], prompt="X", num_inference_steps=1, **case.call)
+        assert family.check_source(height, width).startswith(f"{height} x {width} pixels")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_images_are_the_stock_pipelines(setups, name):
+    """`encode_validation_prompts` and `generate` against the pipeline's own call with texts, with guidance too."""
+    case, family, pipeline, model, encoders = setups(name)
+    images = [noisy_image(size, i) for i, size in enumerate(SIZES["two" if case.most > 1 else "of another size"])]
+    inputs, other = family.encode_validation_prompts(
+        ["XZ", "ZX"], device="cpu", dtype=torch.float32, encoders=encoders, source_images=[images, images[:1]]
+    )
+    assert not torch.equal(inputs["prompt_embeds"][:, -1], other["prompt_embeds"][:, -1])
+    size = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": 2}
+    ours = family.load_pipeline(model)
+    for scale in (1.0, 4.0):
+        rng = [torch.Generator().manual_seed(0) for _ in range(2)]
+        drawn = family.generate(ours, inputs, source_images=images, generator=rng[0], guidance_scale=scale, **size)[0]
+        given = case.call | {family.guidance_argument: scale}
+        given |= {"negative_prompt": " "} if family.needs_negative_prompt() else {}
+        expected = pipeline(image=images, prompt="XZ", generator=rng[1], **size, **given).images[0]
+        assert drawn.size == (WIDTH, HEIGHT) and drawn.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sources_that_do_not_fit_are_named(setups, args, name):
+    _, family, _, model, _ = setups(name)
+    batch, _ = batch_of(family, model, 1)
+    sample = {key: value[0] for key, value in batch.items()} | {"latents_std": batch["latents"][0].abs()}
+    family.check_sample(model, sample)
+    for changes, words in (
+        ({"source_latents": torch.zeros(5, 8, 8)}, r"`source_latents` \(5, 8, 8\).*takes \(4, h, w\)"),
+        ({"source_latents": torch.zeros(4, 7, 8)}, "multiples of 2"),
+        ({"edit_mask": torch.zeros(6, 8)}, "`edit_mask`"),
+        ({f"source_latents_{i}": sample["source_latents"] for i in range(1, 11)}, "an edit of 11 reference images"),
+    ):
+        with pytest.raises(SciflowError, match=words):
+            family.check_sample(model, sample | changes)
+    if name == "qwen_image_edit":
+        with pytest.raises(SciflowError, match="`qwen_image_edit` draws edits alone"):
+            family.source_options([])
+    other = {"flux_kontext": sf.Flux, "qwen_image_edit": sf.QwenImage}.get(name)
+    if other is not None:
+        family = other(family.pretrained_model_name_or_path)
+        with pytest.raises(SciflowError, match=r"`source_latents`: this is an edit of 1 reference image, and .* none"):
+            family.compute_loss(model, batch, args)
+        with pytest.raises(SciflowError, match="takes no reference images"):
+            family.source_size(64, 64)
+
+
+def test_other_pipelines_around_the_same_network_are_refused(setups, tmp_path):
+    for name, kind in (("flux_kontext", "FluxPipeline"), ("qwen_image_edit", "QwenImageEditPipeline")):
+        _, family, pipeline, _, _ = setups(name)
+        folder = edited(family.pretrained_model_name_or_path, tmp_path / name, "model_index.json", _class_name=kind)
+        with pytest.raises(SciflowError, match=f"a {kind}, but `{name}` trains a {type(pipeline).__name__}"):
+            type(family)(str(folder)).load_model(dtype=torch.float32, meta=True)
+
+
+def test_sources_at_timestep_zero(setups):
+    """Qwen-Image-Edit-2511: its network tells sources from the target by `img_shapes`."""
+    _, family, _, model, _ = setups("qwen_image_edit")
+    batch, noise = batch_of(family, model, 2)
+    network = type(model).from_config(dict(model.config) | {"zero_cond_t": True})
+    network.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        zero, plain = (family.predict(net, batch, noise, SIGMAS) for net in (network, model))
+    assert zero.shape == plain.shape and torch.isfinite(zero).all() and not torch.allclose(zero, plain)

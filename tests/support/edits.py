@@ -5,8 +5,8 @@ import contextlib
 import torch
 
 
-class _Caught(Exception):
-    pass
+class Caught(Exception):
+    """Ends a pipeline's call."""
 
 
 def stock_inputs(pipeline, *, step, **call):
@@ -16,11 +16,11 @@ def stock_inputs(pipeline, *, step, **call):
     def hook(module, args, inputs):
         seen.append(inputs)
         if len(seen) > step:
-            raise _Caught
+            raise Caught
 
     handle = pipeline.transformer.register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        with contextlib.suppress(_Caught):
+        with contextlib.suppress(Caught):
             pipeline(**call)
     finally:
         handle.remove()
@@ -166,3 +166,20 @@ TWO = {
     "only the first source": _sources(lambda family, sources, batch: sources[:1]),
 }
 IDS = {"ids without the offset": of_network(_same_place)}
+
+
+def instead_of(method, wrong):
+    """A mistake in another method of the family."""
+    return lambda monkeypatch, family: monkeypatch.setattr(type(family), method, wrong)
+
+
+def _sampled(self, pixel_values, encoders):
+    """A draw of the posterior instead of its mode."""
+    frames = [2] if "Qwen" in type(encoders.vae).__name__ else []
+    with torch.no_grad():
+        drawn = encoders.vae.encode(pixel_values.unsqueeze(2) if frames else pixel_values).latent_dist
+        drawn = drawn.sample(torch.Generator().manual_seed(0))
+    return {"latents": drawn.squeeze(2) if frames else drawn}
+
+
+MISTAKES["a draw of the posterior"] = instead_of("encode_images", _sampled)

@@ -65,6 +65,12 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
 }
 FAMILIES = tuple(ARCHITECTURES)
+_EDITS = {"flux_kontext": "flux", "qwen_image_edit": "qwen_image"}
+
+
+def names_of(family: str) -> str:
+    """The family whose names the layers of `family` have: edits have those of the network that they are built on."""
+    return _EDITS.get(family, family)
 
 
 def _attention(layer: str, block: str, names: tuple[str, ...], output: str) -> tuple[Row, Row]:
