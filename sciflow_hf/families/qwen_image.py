@@ -140,7 +140,7 @@ class QwenImage(PipelineFamily):
             prompt_embeds, mask = encoders.encode_prompt(list(prompts), max_sequence_length=self.max_sequence_length)
         return {"prompt_embeds": prompt_embeds} | ({} if mask is None else {"prompt_embeds_mask": mask})
 
-    def count_tokens(self, prompts: Sequence[str]) -> tuple[list[int], int]:
+    def count_tokens(self, prompts: Sequence[str]) -> tuple[list[int], int] | None:
         """Tokens of each prompt after those of the template, and how many of them are read."""
         pipe, texts = self.tokenizers, map(self.tokenizers.prompt_template_encode.format, prompts)
         return token_counts(texts, pipe.tokenizer, pipe.prompt_template_encode_start_idx), self.max_sequence_length

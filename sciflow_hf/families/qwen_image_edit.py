@@ -27,7 +27,7 @@ class QwenImageEdit(QwenImage):
     max_sources: ClassVar[int] = 3  # what the model's page says it was trained for
     text_reads_sources: ClassVar[bool] = True
     exact_pipeline: ClassVar[bool] = True
-    max_sequence_length: ClassVar[None] = None  # type: ignore[misc]  # no option: the pipeline reads every token
+    max_sequence_length: ClassVar[None] = None  # type: ignore[misc, assignment]  # no option: the pipeline reads every token
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer", "processor")
 
     def pipeline_class(self) -> Any:

@@ -221,4 +221,5 @@ def test_an_adapter_of_edits_has_the_names_of_its_base(name, base, tmp_path):
         assert ours.family == base and facts == expected and mine.keys() == state.keys()
         assert all(torch.equal(mine[layer], value) for layer, value in state.items())
         again = adapter_parameters(read_back(family, ours.file))
-        assert all(torch.equal(again[layer], value) for layer, value in adapter_parameters(model).items())
+        kept = [torch.equal(again[layer], value) for layer, value in adapter_parameters(model).items()]
+        assert len(kept) == len(again) and (file_format == COMFY or all(kept))
