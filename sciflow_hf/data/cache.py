@@ -546,12 +546,14 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
 
     @cached_property
     def groups(self) -> list[str]:
-        """`paper_id` of each row where there is one, else its image, else the row id: variants stay together."""
-        papers, images = self.strings("paper_id"), self.strings("image_path")
-        groups = (
-            list(self.row_ids) if images is None else [i or row for i, row in zip(images, self.row_ids, strict=True)]
-        )
-        return groups if papers is None else [paper or group for paper, group in zip(papers, groups, strict=True)]
+        """`paper_id` of each row where there is one, else its first source, its image, or the row id.
+
+        So variants stay together, and so do the edits of one image.
+        """
+        papers, images, sources = self.strings("paper_id"), self.strings("image_path"), self.column("source_images")
+        firsts = None if sources is None else [names[0] if names else None for names in sources.to_pylist()]
+        columns = [column for column in (papers, firsts, images, self.row_ids) if column is not None]
+        return [next(name for name in names if name) for names in zip(*columns, strict=True)]
 
     @cached_property
     def fingerprint(self) -> str:

@@ -294,3 +294,20 @@ def test_samples_encoded_afresh_are_those_of_the_cache(images, tmp_path, payload
     assert not found["source_latents"].ok and not found["source_latents_1"].ok and found["latents"].ok
     assert found["source_latents"].worst.startswith("t5.png") and found["source_latents_1"].worst.startswith("t2.png")
     assert found["prompt_embeds"].ok != reads
+
+
+@payloads
+def test_edits_of_one_image_are_held_out_together(images, tmp_path, payload):
+    """With their mirror images, and with the image itself where it is a target; the same of a stream."""
+    rows = ROWS | {"s0.png": []}
+    notes = [{"file_name": name, "caption": name} for name in rows]
+    for note, sources in zip(notes, rows.values(), strict=True):
+        note |= {"source_image": sources} if sources else {}
+    write_notes(images, notes)
+    build_edits(images, tmp_path / "c", payload=payload, flip=True)
+    cache = load_cache(tmp_path / "c")
+    names = dict(zip(cache.strings("image_path"), cache.groups, strict=True))
+    assert names == {name: (sources or [name])[0] for name, sources in rows.items()}
+    held_out = [load_cache(tmp_path / "c", streaming=stream).split(0.4)[1] for stream in (False, True)]
+    assert sorted(held_out[0].row_ids) == sorted(held_out[1].row_ids) and 0 < len(held_out[0]) < len(cache)
+    assert held_out[0].groups and set(held_out[0].groups) == set(held_out[1].groups)

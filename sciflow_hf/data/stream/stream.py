@@ -230,13 +230,14 @@ class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
         """The light columns that are read: with the captions where these are encoded."""
         file = self.files[part]
         captions = [name for name in CAPTION_COLUMNS if name in file.schema.names][:1]
+        sources = ["source_images"] if "source_images" in file.schema.names else []
         if self.online_text is None:
-            return file.columns
+            return [*file.columns, *sources]
         if not captions:
             raise CacheError(
                 f"the index {file.name} has no captions (column `caption` or `text`), which online encoding needs."
             )
-        return [*file.columns, *captions]
+        return [*file.columns, *sources, *captions]
 
     def _rows_of(self, part: int, table: pa.Table, first: int) -> list[Row]:
         file = self.files[part]
@@ -334,7 +335,8 @@ class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
 
     def _group(self, row: Row) -> str:
         """As `LatentCache.groups`."""
-        names = (row.values.get(name) for name in ("paper_id", "image_path", "cache_path"))
+        paper, sources, *names = map(row.values.get, ("paper_id", "source_images", "image_path", "cache_path"))
+        names = [paper, *(sources or [])[:1], *names]
         return next((str(name) for name in names if name), f"row {self.number(row)}")
 
 
