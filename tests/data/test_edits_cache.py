@@ -8,6 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from caches import resave
+from stored_blocks import SETTINGS, write_block
 
 from sciflow_hf import BucketBatchSampler, load_cache
 from sciflow_hf.data.batches.loader import BucketLoader, batch_keys_of, collate
@@ -23,7 +25,6 @@ from sciflow_hf.data.stream.stream import StreamingCache
 from sciflow_hf.diffusion.randomness import step_keys, uniform
 from sciflow_hf.diffusion.sources import source_name, source_names_in
 from sciflow_hf.errors import CacheError, SciflowError
-from tests.support.stored_blocks import SETTINGS, write_block
 
 LAYOUTS = ("npz", "shards", "inline")
 WIDE, TALL, SMALL = (4, 6, 9), (4, 9, 6), (4, 3, 5)
@@ -360,6 +361,21 @@ def test_a_sample_without_a_mask_counts_everywhere(name, tmp_path):
         batch = collate([rows[i] for i in order])
         full = torch.full_like(mask, 255)
         assert torch.equal(batch[name], torch.stack([full if i == 0 else mask for i in order]))
+
+
+@pytest.mark.parametrize("without", [0, 3])
+def test_a_row_without_a_mask_counts_everywhere(tmp_path, without):
+    """The same of a cache, whichever row comes first, in buffers that held other batches before."""
+    folder = make(tmp_path / "c", "npz")
+    resave(folder / f"{without}.npz", edit_mask=None)
+    found = load_cache(folder).select([0, 3] * 4)
+    loader = BucketLoader(found, BucketBatchSampler(found.batch_keys, batch_size=2, shuffle=False), buffers=2)
+    for batch in loader:
+        for row, mask in zip(batch["row"].tolist(), batch["edit_mask"], strict=True):
+            expected = 255 if [0, 3][row % 2] == without else [0, 3][row % 2]
+            assert mask.dtype == torch.uint8 and (mask == expected).all()
+        batch.release()
+    loader.close()
 
 
 # --- what does not fit ---
