@@ -296,7 +296,7 @@ def test_two_edits_of_one_image_are_both_kept(tmp_path: Path, payload: str) -> N
     assert report.samples == 2 and report.tally.remarks == {"images with the same caption twice, taken once": ["t.png"]}
     cache = load_cache(tmp_path / "cache", dtype=torch.float32)
     assert sorted(colour_of(cache[i]["source_latents"]) for i in range(2)) == [BLUE, RED]
-    assert len(set(cache.row_ids)) == 2 and len(set(cache.groups)) == 1
+    assert len(set(cache.row_ids)) == 2
 
 
 @pytest.mark.parametrize("payload", PAYLOADS)
@@ -555,6 +555,17 @@ def test_families_and_options_without_sources_refuse_edits(tmp_path: Path) -> No
     with pytest.raises(SciflowError, match=r"t\.png has a reference image, but `latents` is none"):
         edit_cache(folder, tmp_path / "cache", payload="shards", latent_shape=lambda h, w: (3, h // STEP, w // STEP))
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_source_that_would_be_shown_too_small_is_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path / "in", t=picture(24, 32), u=picture(24, 32), s=picture(24, 32, RED), other=picture(32, 32))
+    notes = [
+        {"file_name": f"{t}.png", "caption": t, "source_image": f"{s}.png"} for t, s in (("t", "s"), ("u", "other"))
+    ]
+    write_notes(folder, notes)
+    report = edit_cache(folder, tmp_path / "cache", resolution=8)  # buckets of 8 x 8 pixels
+    told = "its source s.png, as large as the image's bucket (raise `--resolution`): 8 x 8 pixels are too few"
+    assert report.skipped == [("t.png", told)] and list(edits_of(tmp_path / "cache")) == [("u.png", "u")]
 
 
 def test_a_table_with_a_bad_source_keeps_the_others(tmp_path: Path) -> None:

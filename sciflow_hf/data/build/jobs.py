@@ -220,10 +220,10 @@ def find_jobs(
         if isinstance(seen, str):
             skip(record.sample if record.sources else record.name, seen)
             continue
-        if sources is not None and (reason := _unusable(record, seen, sources)):
+        bucket = bucket_of(*seen.size)
+        if sources is not None and (reason := _unusable(record, seen, bucket, sources)):
             skip(record.sample, reason)
             continue
-        bucket = bucket_of(*seen.size)
         if record.name != last and seen.more_frames:
             remark("images with several frames or pages, of which the first is taken", record.name)
         last, original = record.name, seen.size
@@ -257,13 +257,15 @@ def have_regions(records: Iterable[Record], compute: bool) -> bool:
     return any(record.sources and (compute or record.edit_mask is not None) for record in records)
 
 
-def _unusable(record: Record, seen: _SeenRow, rules: SourceRules) -> str:
+def _unusable(record: Record, seen: _SeenRow, bucket: _Bucket, rules: SourceRules) -> str:
     """Why the sources or the changed region of a record cannot be used; "" if they can."""
     if len(seen.sources) > rules.most:
         return f"it has {len(seen.sources)} sources, but the family takes at most {rules.most}"
     for name, source in zip(record.source_names, seen.sources, strict=True):
         if reason := rules.check(*source.size):
             return f"its source {name}: {reason}"
+        if source.size == seen.size and (reason := rules.check(*bucket)):
+            return f"its source {name}, as large as the image's bucket (raise `--resolution`): {reason}"
     height, width = seen.size
     for box in record.edit_mask if isinstance(record.edit_mask, tuple) else ():
         if not (box[0] >= 0 and box[1] >= 0 and box[2] <= width and box[3] <= height):
