@@ -287,7 +287,7 @@ def _introduction(facts: CardFacts) -> str:
     figures = "edits of figures" if edits and edits == samples else figures
     figures = f"{samples:,} {figures}" if isinstance(samples, int) else figures
     if edits and edits != samples:
-        figures += ", some of them edits" if edits is True else f", {edits:,} of them edits"
+        figures += f" ({'some' if edits is True else f'{edits:,}'} of them edits)"
     if not facts.base_model:
         return (
             f"# {facts.repo_name.split('/')[-1]}\n\nA network of the family `{facts.family}`, trained from scratch on "
@@ -334,7 +334,7 @@ def _usage(facts: CardFacts) -> str:
     sources, given = _sources(facts), ""
     if sources:
         imports += "from diffusers.utils import load_image\n"
-        given = "image=image, " if len(sources) == 1 else "image=images, "
+        given = "image=source, " if len(sources) == 1 else "image=sources, "
     call = f"{given}prompt=prompt" + "".join(f", {name}={value}" for name, value in _size_arguments(facts).items())
     if "max_sequence_length" in facts.non_default_args:
         call += f", max_sequence_length={facts.non_default_args['max_sequence_length']}"
@@ -372,9 +372,9 @@ def _loaded(facts: CardFacts, sources: Sequence[str]) -> str:
         return 'prompt = "..."  # a caption in the style of the training data\n'
     sized = ", in the size that was trained on" if facts.dataset.get("source_size") else ""
     if len(sources) == 1:
-        lines = f"image = {sources[0]}  # the figure to edit{sized}\n"
+        lines = f"source = {sources[0]}  # the figure to edit{sized}\n"
     else:
-        lines = f"images = [{', '.join(sources)}]  # the first is edited{sized}; as many as in training\n"
+        lines = f"sources = [{', '.join(sources)}]  # the first is edited{sized}; as many as in training\n"
     if facts.dataset["edits"] != facts.dataset.get("samples"):
         lines = f"# Without `image` it draws from a caption alone.\n{lines}"
     return lines + 'prompt = "..."  # an instruction in the style of the training data\n'
@@ -480,7 +480,7 @@ def _training(facts: CardFacts) -> str:
         if isinstance(facts.dataset.get(key), int):
             rows.append((label, f"{facts.dataset[key]:,}"))
     if facts.dataset.get("edits") and facts.dataset["edits"] is not True:
-        rows.append(("of them edits", f"{facts.dataset['edits']:,}"))
+        rows.append(("edits among these", f"{facts.dataset['edits']:,}"))
     if isinstance(prior := facts.dataset.get("prior_samples"), int):
         rows.append(("prior preservation", f"{prior:,} figures, weight {facts.dataset.get('prior_weight', 1):g}"))
     if shown := facts.dataset.get("shown"):

@@ -217,7 +217,8 @@ def prepare_data(
         state.wait_for_everyone()
         places = [{record.name: record for record in report.records}]
         places += ([*data_args.image_dir, None][:1]) * (data_args.prior_dataset_dir is not None)
-        data_args = dataclasses.replace(data_args, input_dir=None, dataset_dir=[directory])
+        of_input: dict[str, Any] = {"source_dir": [], "source_column": [], "edit_masks": DataArguments.edit_masks}
+        data_args = dataclasses.replace(data_args, input_dir=None, dataset_dir=[directory], **of_input)
     where = {"device": args.device, "dtype": args.weight_dtype}
     encode = online_text(family, **where, watch=data_args.streaming and not built) if online else None
     images = None

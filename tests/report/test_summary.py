@@ -41,7 +41,7 @@ def test_better_or_worse_is_said_only_where_the_interval_excludes_zero(tmp_path,
         "eval_gain_generation": 0.02,
     }
     history[0] = metrics | kinds
-    told = "; edits 0.0700 (95 % interval 0.0100 to 0.1000: better); figures drawn from text 0.0200 (fewer than"
+    told = "; edits 0.0700 (95 % interval 0.0100 to 0.1000: better); figures drawn from text 0.0200 (no interval)"
     assert told in summary(trainer)
     for gain in (math.nan, math.inf):
         history[0] = metrics | {"eval_gain": gain, "eval_gain_low": math.nan, "eval_gain_high": math.nan}

@@ -126,6 +126,21 @@ def test_options_that_do_not_go_together_are_named(tmp_path, options, words):
         make_args(tmp_path, **options)
 
 
+def test_a_folder_of_edits_trains(tmp_path, family, pictures):
+    """Built first, by the options of the recipe: sources by their folder, the changed region computed."""
+    for name in ("wide", "same"):
+        for folder in ("after", "before"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            shutil.copy(pictures / f"{name}.png", tmp_path / folder / f"{name}.png")
+    (tmp_path / "after" / "wide.txt").write_text("Keep it.")
+    (tmp_path / "after" / "same.txt").write_text("Keep it, too.")
+    options = dict(input_dir=str(tmp_path / "after"), source_dir=[str(tmp_path / "before")], edit_masks="computed")
+    args = make_args(tmp_path / "run", edit_loss="weighted")
+    train, _ = sf.prepare_data(sf.DataArguments(**options, resolution=96, eval_fraction=0), family, args)
+    assert train.kinds == ["edit", "edit"] and not train[0]["edit_mask"].any(), "nothing has changed"
+    make_trainer(tmp_path / "run", family, train, max_steps=1, edit_loss="weighted")
+
+
 def test_a_loss_of_the_changed_region_needs_one(tmp_path, family, tiny_cache, data):
     with pytest.raises(sf.SciflowError, match=r"`edit_loss` weighted: none of 0 edits of this data has a mask"):
         make_trainer(tmp_path, family, tiny_cache, edit_loss="weighted")
@@ -229,7 +244,7 @@ def test_the_card_says_what_was_edited(evaluated):
     trainer.create_model_card()
     folder = Path(trainer.args.output_dir)
     card = (folder / "README.md").read_text()
-    assert "trained on 24 captioned figures, 16 of them edits" in card
+    assert "trained on 24 captioned figures (16 of them edits) with" in card
     assert f"| gain (base - this), edits | {metrics['eval_gain_edit']:.4f} (95 % interval: " in card
     assert f"| gain (base - this), figures drawn from text | {metrics['eval_gain_generation']:.4f} (" in card
     assert "- image-to-image" in card and "pipeline_tag: text-to-image" in card
@@ -238,8 +253,8 @@ def test_the_card_says_what_was_edited(evaluated):
     assert facts["source_size"] == [64, 96]
     code = card.split("```python")[1].split("```")[0]
     assert "from diffusers.utils import load_image" in code
-    assert 'images = [load_image("figure.png").resize((96, 64)), load_image("figure1.png")]' in code
-    assert "pipeline(image=images, prompt=prompt, height=64, width=96" in code
+    assert 'sources = [load_image("figure.png").resize((96, 64)), load_image("figure1.png")]' in code
+    assert "pipeline(image=sources, prompt=prompt, height=64, width=96" in code
     compile(code, "card", "exec")
 
 
@@ -253,12 +268,12 @@ def test_the_card_of_one_kind_of_edits():
     )  # fmt: skip
     card = str(model_card(facts))
     assert "trained on 9 edits of figures" in card and "pipeline_tag: image-to-image" in card
-    assert 'image = load_image("figure.png")  # the figure to edit\n' in card
-    assert "image = pipeline(image=image, prompt=prompt, height=1024, width=1024).images[0]" in card
+    assert 'source = load_image("figure.png")  # the figure to edit\n' in card
+    assert "image = pipeline(image=source, prompt=prompt, height=1024, width=1024).images[0]" in card
     assert "![source](validation/sources/p00_source0.png) ![make it blue](validation/step" in card
     whole = facts.dataset | {"as_targets": False, "edits": 4}  # such as sketches, which are no figures' size
     card = str(model_card(dataclasses.replace(facts, dataset=whole, size_arguments={"height": 64, "max_area": 4096})))
-    assert "pipeline(image=image, prompt=prompt, height=64, max_area=4096)" in card
+    assert "pipeline(image=source, prompt=prompt, height=64, max_area=4096)" in card
     assert "# Without `image` it draws from a caption alone.\n" in card and "pipeline_tag: text-to-image" in card
 
 
