@@ -50,6 +50,9 @@ def test_one_of_two_options_is_needed() -> None:
         ({"dataset_dir": ["a"], "streaming": True, "max_train_samples": 3}, "`max_train_samples` does not go with"),
         ({"dataset_dir": ["a"], "max_train_samples": 0}, "`max_train_samples` 0: at least 1"),
         ({"dataset_dir": ["a"], "prior_loss_weight": 2.0}, "weighs nothing"),
+        ({"dataset_dir": ["a"], "source_dir": ["b"]}, r"`source_dir` \['b'\] is for `--input_dir`"),
+        ({"dataset_dir": ["a"], "edit_masks": "computed"}, "`edit_masks` computed is for `--input_dir`"),
+        ({"input_dir": "a", "edit_masks": "drawn"}, "`edit_masks` 'drawn': use one of given, computed"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], words: str) -> None:

@@ -436,6 +436,19 @@ def test_text_that_depends_on_the_sources_is_stored_with_them(tmp_path: Path, pa
         )
 
 
+def test_odd_sources_are_told(tmp_path: Path) -> None:
+    folder = save(tmp_path / "in", t=picture(24, 32))
+    values = np.full((24, 32), 0.5, np.float32)
+    values[3, 4] = np.nan
+    Image.fromarray(values).save(folder / "nan.tif")
+    Image.new("RGB", (32, 24)).save(folder / "two.gif", save_all=True, append_images=[Image.new("RGB", (32, 24), RED)])
+    write_notes(folder, [{"file_name": "t.png", "caption": "x", "source_image": ["nan.tif", "two.gif"]}])
+    assert edit_cache(folder, tmp_path / "cache").tally.remarks == {
+        "sources with several frames or pages, of which the first is taken": ["two.gif"],
+        "sources with pixels that are NaN (white) or infinite": ["nan.tif"],
+    }
+
+
 # --- changed regions ---
 
 

@@ -610,7 +610,9 @@ class _Builder:
     ) -> Iterator[tuple[SourceView, torch.Tensor | str]]:
         """The latents (C, h, w) of sources, of one size in each batch; a text says why there are none."""
         ahead = 2 * self.batch_size + THREADS
-        with contextlib.closing(in_order(read_source, itertools.chain(*batches), ahead=ahead)) as pixels:
+        odd: set[str] = set()
+        read_one = functools.partial(read_source, odd=odd.add)
+        with contextlib.closing(in_order(read_one, itertools.chain(*batches), ahead=ahead)) as pixels:
             for batch in batches:
                 read = list(itertools.islice(pixels, len(batch)))
                 good = [found for _, found in read if not isinstance(found, str)]
@@ -620,6 +622,8 @@ class _Builder:
                     if not isinstance(latents, str) and self._not_finite({"latents": latents}):
                         latents = f"its latents hold NaN or Inf in {self.settings['dtype']}"
                     yield source, latents
+        for name in sorted(odd):
+            self.report.tally.remark("sources with pixels that are NaN (white) or infinite", name)
 
     def _encode_sources(self, batches: Sequence[Sequence[SourceView]]) -> None:
         """Encodes and saves sources that are stored on their own."""

@@ -1,6 +1,6 @@
 """The pixels of views, and their masks, read from the files of their images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -76,9 +76,15 @@ def _opened(mask: Stored | None) -> Image.Image | None:
         return to_rgb(file)
 
 
-def read_source(source: SourceView) -> np.ndarray | str:
-    """The pixels of a source, (3, H, W), float32 in [-1, 1]; a text says why it cannot be used."""
+def read_source(source: SourceView, odd: Callable[[str], None] = lambda name: None) -> np.ndarray | str:
+    """The pixels of a source, (3, H, W), float32 in [-1, 1]; a text says why it cannot be used.
+
+    `odd` is called with the name of a source with pixels that are NaN or infinite.
+    """
     try:
-        return fit_pixels(source.read(), source.view)
+        image = source.read()
+        if NOT_NUMBERS in image.info:
+            odd(source.name)
+        return fit_pixels(image, source.view)
     except Exception as error:  # PIL lets through whatever its decoders raise
         return unreadable(error)
