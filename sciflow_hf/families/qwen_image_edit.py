@@ -1,5 +1,6 @@
 """Qwen-Image-Edit-Plus (Alibaba Qwen team): Qwen-Image that edits images, which its text encoder also reads."""
 
+import importlib.util
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -67,6 +68,14 @@ class QwenImageEdit(QwenImage):
         with explain_loading(self.pretrained_model_name_or_path, "processor"):
             found = AutoImageProcessor.from_pretrained(self.source, subfolder="processor", revision=self.revision)
         pipeline.processor = Pictures(found, pipeline.tokenizer)
+
+    def load_pipeline(self, *args: Any, with_text_encoder: bool = False, **options: Any) -> Any:
+        """As `PipelineFamily.load_pipeline`; SciflowError where its processor needs torchvision and that is missing."""
+        if with_text_encoder and importlib.util.find_spec("torchvision") is None:
+            raise SciflowError(
+                f"{self.pipeline_class().__name__} with its text encoder needs torchvision: `pip install torchvision`."
+            )
+        return super().load_pipeline(*args, with_text_encoder=with_text_encoder, **options)
 
     def encode_prompts(
         self, prompts: Sequence[str], encoders: Any, sources: Sequence[Sequence["Image"]] | None = None

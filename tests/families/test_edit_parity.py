@@ -455,6 +455,13 @@ def test_other_pipelines_around_the_same_network_are_refused(setups, tmp_path):
             type(family)(str(folder)).load_model(dtype=torch.float32, meta=True)
 
 
+def test_torchvision_is_asked_for_where_it_is_missing(monkeypatch, setups):
+    family = setups("qwen_image_edit")[1]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
+    with pytest.raises(SciflowError, match="needs torchvision: `pip install torchvision`"):
+        family.load_pipeline(with_text_encoder=True)
+
+
 def test_sources_at_timestep_zero(setups):
     """Qwen-Image-Edit-2511: its network tells sources from the target by `img_shapes`."""
     _, family, _, model, _ = setups("qwen_image_edit")
