@@ -311,18 +311,31 @@ class DiffusionTrainer(Trainer):
             size = self.args.train_batch_size if dataset is self.train_dataset else self.args.eval_batch_size
             self._check_batch(first_batch(rows, batch_size=size, **self._loader_options()), rows)
             return
-        self.family.check_sample(self.model, with_text(self.model, rows[0]))
+        sample = rows[0]
+        self.family.check_sample(self.model, with_text(self.model, sample))
         if isinstance(dataset, LatentCache) and dataset.online_text is None:  # of every bucket the shapes
             for row in {(*key[:2], *key[3:]): i for i, key in enumerate(dataset.batch_keys)}.values():
                 self.family.check_sample(self.model, dataset.shapes(row))
         if isinstance(dataset, LatentCache) and dataset is self.train_dataset:
-            self._check_edits(dataset)
+            self._check_masks(dataset)
+        else:
+            self._warn_of_masks(sample)
 
-    def _check_edits(self, cache: LatentCache) -> None:
+    def _warn_of_masks(self, sample: Mapping[str, Any]) -> None:
+        """Says so where the first sample is an edit without the mask that the loss asks for."""
+        if self.args.edit_loss != "uniform" and source_name(0) in sample and "edit_mask" not in sample:
+            logger.warning(
+                "`edit_loss` %s: the first sample has source images, but no mask of its changed region (`edit_mask`); "
+                "without one the loss counts alike everywhere.", self.args.edit_loss,
+            )  # fmt: skip
+
+    def _check_masks(self, cache: LatentCache) -> None:
         """Refuses a loss of the changed region where no edit has one."""
+        if self.args.edit_loss == "uniform":
+            return
         edits = [row for row, sources in enumerate(cache.source_shapes) if sources]
         looked_at = [edits[i] for i in spread(len(edits), min(len(edits), 100))]
-        if self.args.edit_loss != "uniform" and not any("edit_mask" in cache.members(row) for row in looked_at):
+        if not any("edit_mask" in cache.members(row) for row in looked_at):
             raise SciflowError(
                 f"`edit_loss` {self.args.edit_loss}: none of {counted(len(looked_at), 'edit')} of this data has a mask "
                 "of its changed region (`edit_mask`). Build the cache with masks, boxes, or `--edit_masks computed` "
@@ -342,6 +355,7 @@ class DiffusionTrainer(Trainer):
             needs = "`captions`, a list of B strings" if CAPTIONS not in batch else "`prompt_embeds`, not `captions`"
             raise SciflowError(f"this network takes {needs}. {told}")
         sample |= {CAPTIONS: batch[CAPTIONS][0]} if CAPTIONS in batch else {}
+        self._warn_of_masks(sample)
         try:
             self.family.check_sample(self.model, with_text(self.model, sample))
         except SciflowError as error:

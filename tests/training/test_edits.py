@@ -147,6 +147,15 @@ def test_a_loss_of_the_changed_region_needs_one(tmp_path, family, tiny_cache, da
     make_trainer(tmp_path, family, data, edit_loss="weighted")
 
 
+def test_own_data_without_masks_is_told(tmp_path, family, data, caplog):
+    rows = [{name: value for name, value in data[row].items() if name != "txt_ids"} for row in (2, 8)]
+    make_trainer(tmp_path, family, rows, edit_loss="weighted")
+    assert "no mask of its changed region" not in caplog.text
+    plain = [{name: value for name, value in row.items() if name != "edit_mask"} for row in rows]
+    make_trainer(tmp_path, family, plain, edit_loss="weighted")
+    assert "`edit_loss` weighted: the first sample has source images, but no mask" in caplog.text
+
+
 def test_sources_are_dropped_only_where_there_are_some(tmp_path, family, tiny_cache, tiny_klein):
     with pytest.raises(sf.SciflowError, match=r"`source_dropout` 0.5: no row of this data has a source"):
         make_trainer(tmp_path, family, tiny_cache, source_dropout=0.5).train()
