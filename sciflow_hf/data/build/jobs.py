@@ -16,7 +16,7 @@ from .ahead import in_order
 from .references import SourceRules, SourceView, source_view
 from .sources.pixels import has_more_frames, oriented_size, unreadable
 from .sources.record import Record, Stored
-from .tally import Measure
+from .tally import EDITS, Measure
 from .views import View, variants, view_of
 
 _Bucket = tuple[int, int]
@@ -294,7 +294,7 @@ def source_measures(jobs: Sequence[Job]) -> dict[str, str]:
         return {}
     most = f" to {numbers[-1]}" if numbers[-1] > numbers[0] else ""
     distinct = len({source.id for job in jobs for source in job.sources})
-    return {"edits": f"{len(numbers)} of {len(jobs)} samples, of {numbers[0]}{most} sources; {distinct} are distinct"}
+    return {EDITS: f"{len(numbers)} of {len(jobs)} samples, of {numbers[0]}{most} sources; {distinct} are distinct"}
 
 
 def by_bucket(jobs: Iterator[Job], batch_size: int) -> list[Job]:

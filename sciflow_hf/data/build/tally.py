@@ -4,6 +4,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 _REASONS = 12
+EDITS = "edits"
+"""Key of the measure that a build of edits has."""
 _NAMED = 3  # examples of each reason; the messages of the build name all
 
 
@@ -41,7 +43,7 @@ class Tally:
         kept: images that an earlier build had encoded.
         skipped: {image: reason}.
         missing: {name: reason} of what the metadata list and nobody finds; no files.
-        used: number of files that hold captions, metadata, masks or tables.
+        used: number of files that hold captions, metadata, masks, sources or tables.
         ignored: {file: reason} of what was not looked at.
         remarks: {what: names} of what is in the cache otherwise than one might think.
         measures: {what: text} for what also has a size.
@@ -96,7 +98,8 @@ class Tally:
         rows.append((f"{self.unit} together", f"{self.images}"))
         rows += by_reason("listed, but missing", self.missing)
         if self.used or self.ignored:
-            what = "captions, metadata, masks" if self.unit == "images" else "tables"
+            files = "captions, metadata, masks" + ", sources" * (EDITS in self.measures)
+            what = files if self.unit == "images" else "tables"
             rows += [(what, f"{self.used}"), *by_reason("not looked at", self.ignored)]
             rows.append(("files together", f"{self.files}"))
         rows += [(what, _with_examples(names)) for what, names in self.remarks.items()]
