@@ -487,6 +487,8 @@ def test_info_tells_of_edits(cache):
     lines = {line.split("  ")[0]: line for line in text.splitlines()}
     assert lines["edits"].endswith("9 of 12 samples, of 1 to 2 sources")
     assert lines["changed regions"].endswith(" 12")
+    counts = {"none": 3, "6 x 9": 4, "9 x 6 and 3 x 5": 2, "3 x 5 and 9 x 6": 1, "3 x 5 and 3 x 5": 1, "9 x 6": 1}
+    assert {sizes: int(lines[sizes].split()[-2]) for sizes in counts} == counts
     count = {"npz": 13, "inline": 13, "shards": 4}[load_cache(cache).readers[0].payload.get("layout", "npz")]
     assert lines["source_latents"].split()[3] == str(count), lines["source_latents"]
 

@@ -151,18 +151,18 @@ def test_an_edited_source_and_more_sources(images, tmp_path, payload):
     """What changed is encoded again and nothing else; the cache is that of a build from the beginning."""
     rows = {name: sources[:1] for name, sources in ROWS.items()}
     make_edits(images, rows)
-    build_edits(images, tmp_path / "c", payload=payload)
+    build_edits(images, tmp_path / "c", payload=payload, samples_per_part=2)
     make_edits(images, ROWS)  # now with two sources
     draw(images / "s3.png", (48, 32), 999)
     encoders = EditEncoders()
-    report = build_edits(images, tmp_path / "c", encoders, payload=payload)
+    report = build_edits(images, tmp_path / "c", encoders, payload=payload, samples_per_part=2)
     assert (report.encoded, report.reused) == (3, 5), "t2 and t5 have one more source, that of t6 is another"
     if payload != "npz":
         assert encoders.num_sources == 1 and encoders.prompts == [], "s1 and s2 are known"
-    build_edits(images, tmp_path / "straight", payload=payload)
+    build_edits(images, tmp_path / "straight", payload=payload, samples_per_part=2)
     assert_equal(tmp_path / "c", tmp_path / "straight")
     assert verify_cache(load_cache(tmp_path / "c"), progress=False).clean
-    assert build_edits(images, tmp_path / "c", payload=payload).encoded == 0
+    assert build_edits(images, tmp_path / "c", payload=payload, samples_per_part=2).encoded == 0
 
 
 @payloads
@@ -202,7 +202,7 @@ def test_a_build_that_stops_at_any_source_is_finished(images, tmp_path, payload,
 def test_killed_at_any_file_a_build_is_finished_by_the_next(tmp_path, payload, monkeypatch):
     """The n-th file does not appear, or not vanish, for every n, of a build that takes blocks apart: see its twin."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    images, few = tmp_path / "few", {name: ROWS[name] for name in ("t1.png", "t2.png", "t5.png", "t6.png")}
+    images, few = tmp_path / "few", {name: ROWS[name] for name in ("t0.png", "t1.png", "t2.png", "t6.png")}
     make_edits(images, {name: sources[:1] for name, sources in few.items()})
     build_edits(images, tmp_path / "start", payload=payload, samples_per_part=2)
     make_edits(images, few)
@@ -214,8 +214,8 @@ def test_killed_at_any_file_a_build_is_finished_by_the_next(tmp_path, payload, m
         with pytest.MonkeyPatch.context() as patch, suppress(Killed):
             disk = Disk(patch, fail_at, Killed())
             build_edits(images, output, first, payload=payload, samples_per_part=2)
-        if files := list(output.glob("*.parquet")):  # what is there meanwhile can be read, whatever is missing
-            there = load_cache(files)
+        if list(output.glob("*.parquet")):  # what is there meanwhile can be read, whatever is missing
+            there = load_cache(output)
             assert [list(there[i]) for i in range(len(there))]
         build_edits(images, output, second, payload=payload, samples_per_part=2)
         assert not (output / ".staging").exists()
@@ -250,7 +250,8 @@ def test_texts_that_read_sources_are_those_of_the_row(images, tmp_path, payload)
     encoders = EditEncoders(reads=True)
     assert build_edits(images, tmp_path / "c", encoders, payload=payload).encoded == 0 and not encoders.prompts
     for target in PAYLOADS:
-        convert_cache(tmp_path / "c", tmp_path / "converted" / target, payload=target)
+        report = convert_cache(tmp_path / "c", tmp_path / "converted" / target, payload=target)
+        assert (report.prompts, report.own_copies) == (8, 0)
         assert_equal(tmp_path / "c", tmp_path / "converted" / target)
     with pytest.raises(SciflowError, match="the text encoder of the source also reads the reference images"):
         convert_cache(tmp_path / "c", tmp_path / "none", payload="shards", embeds="none")

@@ -177,9 +177,10 @@ class _Conversion:
         shards, rows = layout.payload == "shards", range(len(source))
         # Of each row, what others may share: a prompt, sources, each with the names of its tensors there.
         self.items: list[dict[str, list[str]]] = [{} for _ in rows]
+        text = [name for name in names if name in TEXT_TENSORS]
         for row in rows if shards else ():
             if layout.embeds != "none":
-                self.items[row][hashes[row]] = [name for name in names if name in TEXT_TENSORS]
+                self.items[row][hashes[row]] = text
             for number, i in enumerate(self.source_ids[row]):
                 self.items[row].setdefault(i, []).append(source_name(number))
         first: dict[str, int] = {}
@@ -203,10 +204,10 @@ class _Conversion:
         cut = [[some.start, some.stop] for some in self.ranges]
         facts = json.loads(table.schema.metadata[METADATA_KEY])
         plan = [cut, hashes, facts, table.column_names, *([self.source_ids] if layout.sources else [])]
-        text = json.dumps(plan, sort_keys=True)
+        digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
         self.settings = {
             "payload": layout.payload, "embeds": layout.embeds, "codec": layout.codec, "shard_bytes": shard_bytes,
-            "source": source.fingerprint, "plan": hashlib.sha256(text.encode()).hexdigest()[:16],
+            "source": source.fingerprint, "plan": digest,
         }  # fmt: skip
         self.report = ConvertReport(output, len(source), len(self.blocks), prompts=len(set(hashes)))
         self.report.sources = len({i for ids in self.source_ids for i in ids})

@@ -70,12 +70,17 @@ def describe_cache(cache: LatentCache, names: Sequence[str]) -> str:
         (f"{height} x {width}", f"{width / height:.2f}", f"{count}", f"{count / len(cache):.1%}")
         for (height, width), count in sorted(Counter(cache.buckets).items())
     ]
+    shown = Counter(" and ".join(f"{h} x {w}" for _, h, w in shapes) for shapes in cache.source_shapes)
+    kinds = [("source latents (height x width)", "samples", "share")] + [
+        (sizes or "none", f"{count}", f"{count / len(cache):.1%}") for sizes, count in shown.most_common()
+    ]
     settings = [(f"  {key}", f"{value}") for key, value in cache.metadata.items() if key != "payload"]
     tables = [
         text_table(facts),
         text_table(sources, right=[1]),
         text_table(tensors, right=[3, 4]),
         text_table(buckets, right=[1, 2, 3]),
+        *([text_table(kinds, right=[1, 2])] if numbers else []),
         "encoder settings\n" + text_table(settings) if settings else "encoder settings: unknown (no metadata)",
     ]
     return "\n\n".join(tables)
