@@ -430,6 +430,7 @@ class _Builder:
                 raise
             if own in numbers:  # while the next ones are encoded
                 self.behind.put(functools.partial(self._finish, own))
+        views.close()  # else the garbage collector does, in any thread, which may hold a lock that this needs
         self.behind.finish()
         if self.rank:
             self._write_note()
@@ -607,7 +608,7 @@ class _Builder:
 
     def _encoded_sources(
         self, batches: Sequence[Sequence[SourceView]]
-    ) -> Iterator[tuple[SourceView, torch.Tensor | str]]:
+    ) -> Generator[tuple[SourceView, torch.Tensor | str], None, None]:
         """The latents (C, h, w) of sources, of one size in each batch; a text says why there are none."""
         ahead = 2 * self.batch_size + THREADS
         odd: set[str] = set()
@@ -627,12 +628,13 @@ class _Builder:
 
     def _encode_sources(self, batches: Sequence[Sequence[SourceView]]) -> None:
         """Encodes and saves sources that are stored on their own."""
-        for source, latents in self._encoded_sources(batches):
-            if isinstance(latents, str):
-                if self.skip.strict:
-                    self.skip(source.record.sample, f"its source {source.name}: {latents}")
-                self.report.tally.remark("sources that cannot be used", f"{source.name} ({latents})")
-            self.behind.put(functools.partial(self._save_source, source, latents))
+        with contextlib.closing(self._encoded_sources(batches)) as encoded:
+            for source, latents in encoded:
+                if isinstance(latents, str):
+                    if self.skip.strict:
+                        self.skip(source.record.sample, f"its source {source.name}: {latents}")
+                    self.report.tally.remark("sources that cannot be used", f"{source.name} ({latents})")
+                self.behind.put(functools.partial(self._save_source, source, latents))
 
     def _save_source(self, source: SourceView, latents: torch.Tensor | str) -> list[Callable[[], None]]:
         tensors = None if isinstance(latents, str) else {source_name(0): latents}
