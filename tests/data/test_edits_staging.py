@@ -133,14 +133,16 @@ def test_layouts_hold_the_same_and_shards_hold_each_source_once(images, tmp_path
         build_edits(images, tmp_path / payload, payload=payload)
     assert_equal(tmp_path / "npz", tmp_path / "shards")
     assert_equal(tmp_path / "npz", tmp_path / "inline")
-    files = sorted((tmp_path / "shards/shards").iterdir())
-    entries = {key: entry for file in files for key, entry in read_header(str(file)).items()}
-    sources = {key: entry.nbytes for key, entry in entries.items() if key.startswith("source")}
-    rows = index_of(tmp_path / "shards")
-    sizes = {
-        i: 2 * 3 * h * w // STEP**2 for r in rows for i, (h, w) in zip(r["source_ids"], r["source_sizes"], strict=True)
-    }
-    assert sources == {f"source_latents.{i}": nbytes for i, nbytes in sizes.items()} and len(sizes) == 5
+    build_edits(images, tmp_path / "one", samples_per_part=8)
+    for name, count in (("shards", 3), ("one", 1)):  # of blocks
+        files = sorted((tmp_path / name / "shards").iterdir())
+        entries = {key: entry for file in files for key, entry in read_header(str(file)).items()}
+        sources = {key: entry.nbytes for key, entry in entries.items() if key.startswith("source")}
+        rows = index_of(tmp_path / name)
+        shown = [own for row in rows for own in zip(row["source_ids"], row["source_sizes"], strict=True)]
+        sizes = {i: 2 * 3 * height * width // STEP**2 for i, (height, width) in shown}
+        assert sources == {f"source_latents.{i}": nbytes for i, nbytes in sizes.items()}
+        assert len(files) == count and len(sizes) == 5 and len(shown) == 8
     for payload in PAYLOADS:
         convert_cache(tmp_path / "inline", tmp_path / "again" / payload, payload=payload, shard_bytes=500)
         assert_equal(tmp_path / "npz", tmp_path / "again" / payload)
@@ -202,7 +204,10 @@ def test_a_build_that_stops_at_any_source_is_finished(images, tmp_path, payload,
 def test_killed_at_any_file_a_build_is_finished_by_the_next(tmp_path, payload, monkeypatch):
     """The n-th file does not appear, or not vanish, for every n, of a build that takes blocks apart: see its twin."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    images, few = tmp_path / "few", {name: ROWS[name] for name in ("t0.png", "t1.png", "t2.png", "t6.png")}
+    images, few = (
+        tmp_path / "few",
+        {name: ROWS[name] for name in ("t0.png", "t1.png", "t3.png", "t4.png", "t2.png", "t6.png")},
+    )
     make_edits(images, {name: sources[:1] for name, sources in few.items()})
     build_edits(images, tmp_path / "start", payload=payload, samples_per_part=2)
     make_edits(images, few)
