@@ -28,6 +28,7 @@ class PretrainArguments:
 
     vae_steps: int = field(default=4000, metadata={"help": "Steps of the VAE, 16 figures each."})
     num_figures: int = field(default=28_000, metadata={"help": "Figures for the transformer."})
+    large_fraction: float = field(default=0.15, metadata={"help": "Share of them with 96 x 144 pixels."})
     dark_fraction: float = field(default=0.3, metadata={"help": "Share of them on dark pages, which they say."})
     eval_fraction: float = field(default=0.01, metadata={"help": "Share of the figures held out for eval_loss."})
     caption_dropout: float = field(default=0.1, metadata={"help": "Share of samples with the empty prompt."})
@@ -50,15 +51,16 @@ class MiniKlein(sf.Flux2Klein):
 
 
 def build_cache(family: MiniKlein, folder: Path, own: PretrainArguments, seed: int) -> list[str]:
-    """Draws figures and encodes them, the square ones and the others apart: their areas are not the same."""
+    """Draws figures and encodes them; the large ones apart, since they have the aspect of smaller ones."""
     caches, encoders = [], family.load_encoders(device="cpu", dtype=torch.float32)
-    for name, sizes, resolution in (("square", demo.SIZES[:1], 64), ("oblong", demo.SIZES[1:], 80)):
+    large = round(own.num_figures * own.large_fraction)
+    for name, sizes, number in (("small", demo.SIZES[:3], own.num_figures - large), ("large", demo.SIZES[3:], large)):
         figures, cache = folder / f"figures_{name}", folder / f"cache_{name}"
         if not figures.is_dir():
-            drawn = demo.pretraining_figures(own.num_figures // 2, own.dark_fraction, seed + resolution, sizes)
+            drawn = demo.pretraining_figures(number, own.dark_fraction, seed + sizes[0][0], sizes)
             demo.make_mini_figures(figures, drawn)
         sf.build_cache(
-            figures, cache, resolution=resolution, batch_size=32, samples_per_part=5000,
+            figures, cache, buckets=sizes, batch_size=16, samples_per_part=5000,
             encode_images=lambda pixel_values: family.encode_images(pixel_values, encoders),
             encode_prompts=lambda prompts: family.encode_prompts(prompts, encoders),
             settings=family.encoder_settings(), bucket_step=family.bucket_step(),

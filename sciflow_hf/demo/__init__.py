@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from .figures import make_figures
+from .mini_edits import edit_pairs, make_edit_pairs
 from .mini_figures import SIZES, make_mini_figures, mini_figures, night_figures, pretraining_figures
 from .mini_klein import TEXT_LENGTH, start_mini_klein
 from .mini_vae import train_mini_vae
@@ -13,6 +14,8 @@ __all__ = [
     "TEXT_LENGTH",
     "demo_figures",
     "demo_pipeline",
+    "edit_pairs",
+    "make_edit_pairs",
     "make_figures",
     "make_mini_figures",
     "make_tiny",
@@ -24,17 +27,20 @@ __all__ = [
 ]
 
 # Part of the folders' names: raise it when figures or weights change, so that an old folder is not used.
-_VERSION = 1
+_VERSION = 2
 
 
 def demo_figures(folder: str | Path, name: str = "demo") -> Path:
-    """The demo's figures (`input_dir: demo` or `demo_night`): drawn below `folder` at first use, then found.
+    """The demo's figures (`input_dir` demo, demo_night or demo_edits): drawn below `folder` at first use, then found.
 
-    "demo" has 100 of twelve kinds, "demo_night" 60 small ones, 42 of them in a style that `mini_klein` has never seen.
+    "demo" has 100 of twelve kinds, "demo_night" 60 small ones, 42 of them in a style that `mini_klein` has never seen,
+    and "demo_edits" 400 pairs of small ones with an instruction.
     """
     target = Path(folder) / f"{name.replace('demo', 'figures').replace('_', '-')}-v{_VERSION}"
     if target.is_dir():
         return target
+    if name == "demo_edits":
+        return make_edit_pairs(target, list(edit_pairs(400, seed=1)))
     return make_figures(target) if name == "demo" else make_mini_figures(target, night_figures())
 
 

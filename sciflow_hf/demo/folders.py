@@ -14,12 +14,17 @@ if TYPE_CHECKING:
 
 
 class CaptionedImage(NamedTuple):
-    """A figure as it is written: its file's name, the picture, what it shows, and the paper that it belongs to."""
+    """A figure as it is written: its file's name, the picture, what it shows, and the paper that it belongs to.
+
+    Of an edit also further columns, among them `source_image`, the name of the picture `source`.
+    """
 
     name: str
     image: "Image"
     caption: str
     paper_id: str
+    columns: dict[str, str] = {}  # noqa: RUF012
+    source: "Image | None" = None
 
 
 @contextmanager
@@ -41,12 +46,15 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def write_figures(folder: str | Path, figures: Iterable[CaptionedImage]) -> Path:
-    """Writes an imagefolder: PNG files and `metadata.jsonl` (file_name, caption, paper_id)."""
+    """Writes an imagefolder: PNG files and `metadata.jsonl` (file_name, caption, paper_id, and a figure's columns)."""
     with new_folder(folder) as target, open(target / "metadata.jsonl", "w", encoding="utf-8") as lines:
         for figure in figures:
             figure.image.save(target / figure.name)
+            if figure.source is not None:
+                (target / figure.columns["source_image"]).parent.mkdir(exist_ok=True)
+                figure.source.save(target / figure.columns["source_image"])
             row = {"file_name": figure.name, "caption": figure.caption, "paper_id": figure.paper_id}
-            lines.write(json.dumps(row) + "\n")
+            lines.write(json.dumps(row | figure.columns) + "\n")
     return Path(folder)
 
 

@@ -33,7 +33,7 @@ COLOURS: dict[str, Colour] = {
     "pink": (245, 120, 185),
 }
 COUNTS = {"two": 2, "three": 3, "four": 4}
-SIZES = ((64, 64), (64, 96), (96, 64))  # height, width in pixels
+SIZES = ((64, 64), (64, 96), (96, 64), (96, 144))  # height, width in pixels
 NIGHT = ", night style"  # what the demo teaches: a page of dark blue, bright colours, grid and frame
 DARK = ", dark page"  # pretraining also shows it: dark pages of any tint, without grid and frame
 HELD_OUT = (  # pairs that training never shows
@@ -56,6 +56,9 @@ class MiniFigure:
         style: "plain" (a nearly white page), "dark" (a dark page), "night" (the demo's style), or "any" (a page of any
             tint and darkness, drawn in any colour, with or without grid and frame: for training the VAE).
         seed: of everything else.
+        layout: seed of where things are; None: `seed` says that, too.
+        grid: whether there is one; None: as the style has it.
+        axes: whether they are drawn, where the kind has them.
     """
 
     kind: str
@@ -65,6 +68,9 @@ class MiniFigure:
     width: int = 64
     style: str = "plain"
     seed: int = 0
+    layout: int | None = None
+    grid: bool | None = None
+    axes: bool = True
 
     def caption(self) -> str:
         """One of two sentences; of the night style with its name."""
@@ -136,6 +142,8 @@ class _Page(Canvas):
     def __init__(self, figure: MiniFigure) -> None:
         self.figure, self.rng = figure, random.Random(figure.seed)
         self._choose_look()
+        if figure.layout is not None:
+            self.rng = random.Random(figure.layout)
         super().__init__(figure.width, figure.height, oversampling=_OVERSAMPLING, page=self.page)
 
     def picture(self) -> "Image":
@@ -172,6 +180,8 @@ class _Page(Canvas):
                 self.colour = _mix(self.colour, (255, 255, 255), rng.uniform(0, 0.4))
             self.grid, self.frame = rng.random() < 0.5, rng.random() < 0.5
         self.rule = _mix(self.page, self.ink, 0.2)
+        if self.figure.grid is not None:
+            self.grid = self.figure.grid
 
     def _surround(self) -> None:
         """Frame and grid, below everything else."""
@@ -184,10 +194,12 @@ class _Page(Canvas):
             self.box((2, 2, self.width - 2, self.height - 2), outline=self.ink)
 
     def _axes(self) -> tuple[float, float, float, float]:
-        """Two axes with ticks; the region between them as left, top, right, bottom."""
+        """Two axes with ticks, if they are drawn; the region between them as left, top, right, bottom."""
         rng = self.rng
         left, bottom = rng.uniform(7, 11), self.height - rng.uniform(7, 11)
         right, top = self.width - rng.uniform(5, 8), rng.uniform(5, 8)
+        if not self.figure.axes:
+            return left, top, right, bottom
         self.line([(left, top), (left, bottom), (right, bottom)], self.ink, width=1.25)
         for i in range(1, 4):
             at = bottom - (bottom - top) * i / 4
@@ -225,10 +237,10 @@ class _Page(Canvas):
     def points(self) -> None:
         rng, count = self.rng, COUNTS[self.figure.count]
         left, top, right, bottom = self._axes()
-        radius = rng.uniform(3.4, 4.2)
+        radius, low, high = rng.uniform(3.4, 4.2), left + 6, right - 4
         placed: list[tuple[float, float]] = []
-        while len(placed) < count:
-            x, y = rng.uniform(left + 6, right - 4), rng.uniform(top + 4, bottom - 6)
+        while len(placed) < count:  # each in its part of the axis
+            x, y = low + (high - low) * (len(placed) + rng.uniform(0.1, 0.9)) / count, rng.uniform(top + 4, bottom - 6)
             if all(math.dist((x, y), other) > 2.6 * radius for other in placed):
                 placed.append((x, y))
         for x, y in placed:
@@ -242,7 +254,7 @@ class _Page(Canvas):
         angle = rng.uniform(0, 2 * math.pi)
         weights = [rng.uniform(0.7, 1.3) for _ in range(count)]
         for weight in weights:
-            self.line([(x, y), (x + radius * math.cos(angle), y + radius * math.sin(angle))], self.page, width=1.6)
+            self.line([(x, y), (x + radius * math.cos(angle), y + radius * math.sin(angle))], self.page, width=3.6)
             angle += 2 * math.pi * weight / sum(weights)
 
     def boxes(self) -> None:

@@ -1,10 +1,11 @@
-"""Counting what a small drawn chart shows, by programmes and not by a network: runs, components, a ring.
+"""What a small drawn chart shows, by programmes and not by a network: counts by runs, components and a ring; colours.
 
 Written for the figures of `sciflow_hf.demo.mini_figures`: things of one saturated colour on a page of little colour,
 with axes and arrows in ink. They are exact on what is drawn, so a count that is wrong is that of the picture.
 """
 
-from collections.abc import Callable
+import colorsys
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from PIL import Image
@@ -41,6 +42,29 @@ def coloured(image: Image.Image | np.ndarray) -> np.ndarray:
     page = np.median(np.concatenate([chroma[0], chroma[-1], chroma[:, 0], chroma[:, -1]]))
     strongest = np.percentile(chroma, 99) - page
     return chroma - page > max(strongest, 40) / 2
+
+
+def colour_of(image: Image.Image | np.ndarray, colours: Mapping[str, tuple[int, int, int]]) -> str | None:
+    """The one of `colours` (name -> RGB) whose hue is nearest to that of what is coloured; None where nothing is.
+
+    Its hue is that of the median of its pixels.
+
+    Args:
+        image: RGB, (H, W, 3) in 0 to 255 if an array.
+        colours: saturated ones.
+    """
+    mask = coloured(image)
+    if not mask.any():
+        return None
+    found = _hue(np.median(np.asarray(image, dtype=np.float64)[mask], axis=0))
+    distance = {name: abs((_hue(colour) - found + 0.5) % 1 - 0.5) for name, colour in colours.items()}
+    return min(distance, key=lambda name: distance[name])
+
+
+def _hue(colour: np.ndarray | tuple[int, int, int]) -> float:
+    """In turns."""
+    red, green, blue = (float(value) / 255 for value in colour)
+    return colorsys.rgb_to_hsv(red, green, blue)[0]
 
 
 def runs(row: np.ndarray, *, at_least: int = 1) -> int:

@@ -37,7 +37,7 @@ from .run_lock import hold
 logger = logging.getLogger(__name__)
 
 DEMO = "demo"
-DEMO_NIGHT = "demo_night"  # small figures that `mini_klein` is fine-tuned on
+DEMO_FIGURES = (DEMO, "demo_night", "demo_edits")  # the latter two are small, for `mini_klein`
 
 
 def _processes(args: DiffusionTrainingArguments, make_demo: Callable[[], object]) -> PartialState:
@@ -152,12 +152,20 @@ def online_images(family: ModelFamily, *, device: Any, dtype: Any) -> Callable[[
 
 
 def resolve_demo(family: ModelFamily, data_args: DataArguments, output_dir: str) -> None:
-    """Replaces `demo` (figures: or `demo_night`) in the options by what is made below `output_dir` at first use."""
+    """Replaces `demo` (figures: one of `DEMO_FIGURES`) in the options by what is made in `output_dir` at first use."""
     folder = Path(output_dir) / "demo"
     if family.pretrained_model_name_or_path == DEMO:
         family.pretrained_model_name_or_path = str(demo_pipeline(folder, family.name))
-    if data_args.input_dir in (DEMO, DEMO_NIGHT):
+    if data_args.input_dir in DEMO_FIGURES:
         data_args.input_dir = str(demo_figures(folder, data_args.input_dir))
+
+
+def _below(entry: str, folder: str) -> str:
+    """An entry of `--validation_source_images`; files that are not found as named are looked for in `input_dir`."""
+    files = [entry] if Path(entry).is_file() else entry.split(",")
+    inside = [Path(folder, name.strip()) for name in files]
+    found = zip(files, inside, strict=True)
+    return ",".join(str(path) if path.is_file() and not Path(name).is_file() else name for name, path in found)
 
 
 def prepare_data(
@@ -181,6 +189,8 @@ def prepare_data(
     """
     state = _processes(args, lambda: resolve_demo(family, data_args, args.output_dir))
     resolve_demo(family, data_args, args.output_dir)
+    if data_args.input_dir:
+        args.validation_source_images = [_below(entry, data_args.input_dir) for entry in args.validation_source_images]
     online, built = data_args.text_encoding == "online", bool(data_args.input_dir)
     live = data_args.image_encoding == "online"
     if online and family.text_reads_sources:

@@ -4,9 +4,9 @@ import networkx
 import numpy as np
 import pytest
 
-from sciflow_hf.demo.mini_figures import COUNTS, KINDS, MiniFigure, mini_figures
+from sciflow_hf.demo.mini_figures import COLOURS, COUNTS, KINDS, MiniFigure, mini_figures
 from sciflow_hf.errors import SciflowError
-from sciflow_hf.metrics.charts import coloured, components, count_things, runs
+from sciflow_hf.metrics.charts import colour_of, coloured, components, count_things, runs
 
 
 @pytest.mark.parametrize("style", ["plain", "dark", "night"])
@@ -27,7 +27,19 @@ def test_another_count_is_seen(kind: str) -> None:
     assert counts == [2, 3, 4]
 
 
+@pytest.mark.parametrize("style", ["plain", "night"])
+def test_colours_are_named(style: str) -> None:
+    figures = list(mini_figures(240, seed=12, style=style, held_out=None))
+    wrong = [figure for figure in figures if colour_of(figure.image(), COLOURS) != figure.colour]
+    assert wrong == []
+    others = [colour_of(figure.image(), {"red": (255, 0, 0), "blue": (0, 0, 255)}) for figure in figures]
+    assert all(
+        name == "red" for name, f in zip(others, figures, strict=True) if f.colour in ("red", "orange", "yellow")
+    )
+
+
 def test_nothing_in_colour() -> None:
+    assert colour_of(np.full((64, 96, 3), 250), COLOURS) is None
     for page in (np.full((64, 96, 3), 250), np.zeros((64, 96, 3)), np.full((64, 96, 3), (20, 25, 60))):
         assert [count_things(page, kind) for kind in KINDS] == [0] * len(KINDS)
 

@@ -14,7 +14,7 @@ from recipe_runs import ROOT, environment
 FOLDER = ROOT / "notebooks"
 NAMES = [
     "01_finetune_flux2klein", "02_caches_and_buckets", "03_your_own_model_family", "04_dit_from_scratch",
-    "05_microscopy",
+    "05_microscopy", "06_edit_figures",
 ]  # fmt: skip
 
 
@@ -153,6 +153,13 @@ def test_microscopy_in_a_few_steps(tmp_path):
     assert (tmp_path / "outputs/05_microscopy/model_index.json").is_file()
 
 
+def test_edits_in_a_few_steps(tmp_path):
+    texts, pictures = run_cells(NAMES[5], tmp_path)
+    assert pictures == 3  # pairs, contact sheet, edits
+    assert "pairs to train on" in "".join(texts) and "Held-out loss" in "".join(texts)
+    assert (tmp_path / "outputs/06_edits/run/pytorch_lora_weights.safetensors").is_file()
+
+
 # -- in full -------------------------------------------------------------------------------------------------------
 
 
@@ -190,3 +197,9 @@ def test_microscopy_in_full(tmp_path):
     rows = {line[:16].strip(): numbers(r": (-?\d+\.\d) dB", [line]) for line in "".join(texts).splitlines()}
     measured, sample, mean = (rows[name] for name in ("measured", "one sample", "mean of samples"))
     assert all(m > s for m, s in zip(mean, sample, strict=True)) and sum(mean) > sum(measured) + 4 * 3
+
+
+@pytest.mark.acceptance
+def test_edits_in_full(tmp_path):
+    texts, _ = execute(NAMES[5], tmp_path)
+    assert ": better)" in "".join(texts)
