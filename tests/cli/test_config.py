@@ -355,7 +355,7 @@ def test_the_parser_of_transformers_takes_the_same_classes():
         }
         for parser in (stock, ours)
     ]
-    assert flags[1].pop("--config") and flags[0] == flags[1]
+    assert flags[1].pop("--config") and flags[1].pop("--verbose") and flags[0] == flags[1]
     words = [*NEEDED, "--optim", "prodigy", "--export_formats", "kohya", "--ema_decay", "0.5"]
     *_, args = stock.parse_args_into_dataclasses(words)
     assert type(args) is sf.DiffusionTrainingArguments and (args.optim, args.learning_rate) == ("prodigy", 1.0)
