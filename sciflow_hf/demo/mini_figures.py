@@ -56,9 +56,9 @@ class MiniFigure:
         style: "plain" (a nearly white page), "dark" (a dark page), "night" (the demo's style), or "any" (a page of any
             tint and darkness, drawn in any colour, with or without grid and frame: for training the VAE).
         seed: of everything else.
-        layout: seed of where things are; None: `seed` says that, too.
-        grid: whether there is one; None: as the style has it.
-        axes: whether they are drawn, where the kind has them.
+        layout: seed of the positions; None: they follow from `seed`.
+        grid: draw a grid; None: as the style has it.
+        axes: draw the axes, of kinds that have them.
     """
 
     kind: str

@@ -1,4 +1,4 @@
-"""What a small drawn chart shows, by programmes and not by a network: counts by runs, components and a ring; colours.
+"""Counts and colours of small drawn charts, by programmes and not by a network: runs, components, a ring, hues.
 
 Written for the figures of `sciflow_hf.demo.mini_figures`: things of one saturated colour on a page of little colour,
 with axes and arrows in ink. They are exact on what is drawn, so a count that is wrong is that of the picture.
