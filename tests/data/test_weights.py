@@ -214,7 +214,7 @@ def test_drop_last_counts_places():
     (report,) = sampler.report()
     assert (report.samples, report.batches, report.repeats, report.dropped) == (12, 4, 7, 3)
     assert len(sampler.batches()) == 4
-    assert sampler.table().splitlines()[-1].split() == ["total", "12", "4", "7", "3"]
+    assert sampler.table().splitlines()[-1].split() == ["a", "12", "4", "7", "3"]
 
 
 @pytest.mark.parametrize(
