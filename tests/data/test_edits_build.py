@@ -151,7 +151,7 @@ def test_sources_in_metadata(tmp_path: Path, write: Callable[[Path], dict[str, A
     report = edit_cache(folder, tmp_path / "cache", **write(folder))
     assert report.skipped == [] and report.tally.skipped == {} and edits_of(tmp_path / "cache") == EXPECTED
     assert report.tally.images == 2, "a file that is only a source is no target"
-    assert report.tally.measures["edits"] == "2 of 3 samples, of 1 to 2 sources; 3 are distinct"
+    assert report.tally.measures["edits"] == "2 of 3 samples, with 1 to 2 sources each; 3 distinct"
     files = sum(file.is_file() for file in folder.rglob("*"))
     assert report.tally.files == files and re.search(rf"masks, sources +{files - 2}\n", str(report.tally))
 

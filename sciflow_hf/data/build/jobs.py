@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from PIL import Image
 
+from ...errors import counted
 from ..batches.buckets import fitting_bucket
 from .ahead import in_order
 from .references import SourceRules, SourceView, source_view
@@ -292,9 +293,9 @@ def source_measures(jobs: Sequence[Job]) -> dict[str, str]:
     numbers = sorted(len(job.sources) for job in jobs if job.sources)
     if not numbers:
         return {}
-    most = f" to {numbers[-1]}" if numbers[-1] > numbers[0] else ""
+    most = f"{numbers[0]} to {numbers[-1]} sources" if numbers[-1] > numbers[0] else counted(numbers[0], "source")
     distinct = len({source.id for job in jobs for source in job.sources})
-    return {EDITS: f"{len(numbers)} of {len(jobs)} samples, of {numbers[0]}{most} sources; {distinct} are distinct"}
+    return {EDITS: f"{len(numbers)} of {counted(len(jobs), 'sample')}, with {most} each; {distinct} distinct"}
 
 
 def by_bucket(jobs: Iterator[Job], batch_size: int) -> list[Job]:
