@@ -136,7 +136,7 @@ class ModelFamily(NoiseLevels, Options, ABC):
         keys, latents = batch["noise_key"], self.clean_latents(batch)
 
         if noise is None:
-            noise = randn(keys, latents.shape, device=latents.device, draw_on_cpu=not model.training)
+            noise = self.draw_noise(keys, latents, training=model.training)
         if levels is None:
             levels = self.sample_levels(keys, args, self.image_seq_len(latents), batch)
         noise = noise.reshape(latents.shape)
@@ -148,6 +148,10 @@ class ModelFamily(NoiseLevels, Options, ABC):
 
         noised = Noised(latents, noise, noisy_latents, levels, self.process.target(latents, noise, levels))
         return self.compare(model_pred, noised, batch, args), levels.float()
+
+    def draw_noise(self, keys: Any, latents: torch.Tensor, *, training: bool) -> torch.Tensor:
+        """Noise of the shape of `clean_latents`, by key: on their device in training, else on the CPU."""
+        return randn(keys, latents.shape, device=latents.device, draw_on_cpu=not training)
 
     def prepare(self, batch: dict[str, Any], *, training: bool) -> dict[str, Any]:
         """A copy of `batch` with `noise_key` (B,), fresh keys where the loader gave none: what the step is made of."""
