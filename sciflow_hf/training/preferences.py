@@ -187,8 +187,8 @@ class DiffusionDPOTrainer(DiffusionTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             for number, level in enumerate(self.family.evaluation_levels(self.args.eval_levels)):
                 keys = [hash64(int(key), number) for key in batch["noise_key"]]
-                both = self.candidate_losses(model, batch | {"noise_key": keys}, level.expand(len(keys)))[:2]
-                both = torch.stack(both, dim=2).float()  # (B, 1 + K, 2)
+                policy, base, _ = self.candidate_losses(model, batch | {"noise_key": keys}, level.expand(len(keys)))
+                both = torch.stack([policy, base], dim=2).float()  # (B, 1 + K, 2)
                 missing = both.new_full((len(both), 1 + self._losers - both.shape[1], 2), torch.nan)
                 columns.append(torch.cat([both, missing], dim=1))
         release(inputs)
