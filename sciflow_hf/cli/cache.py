@@ -1,20 +1,18 @@
 """`sciflow-hf cache`: build, convert, info, verify."""
 
 import argparse
-import contextlib
 import functools
 import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.build.sources.edits import EDIT_MASKS
 from ..data.layouts import CODECS, EMBEDS, PAYLOADS
 from ..errors import SciflowError, counted
-from .devices import add_parts, find_device, inference_dtype, named, named_parts
+from .devices import add_parts, find_device, inference_dtype, named, named_parts, processes
 
 if TYPE_CHECKING:
     from ..data.build.build import BuildReport
@@ -129,7 +127,7 @@ def _build(args: argparse.Namespace) -> None:
     given = named(args, "resolution enlarge caption_column split batch_size strict dtype payload embeds codec crops")
     given |= named(args, "text_batch_size flip source_dir source_column edit_masks")
     given |= {"latent_shape": family.latent_shape} if args.latents == "none" else {}
-    with _processes(args.device) as (device, ranks):
+    with processes(args.device) as (device, ranks):
         where = {"device": device, "encoder_dtype": inference_dtype(device), **ranks}
         report = build_cache_for(family, args.input_dir, args.output_dir, **where, **given)
     if ranks.get("rank", 0) == 0:
@@ -147,7 +145,7 @@ def _build_classes(args: argparse.Namespace) -> None:
     family: Any = _family("dit", **options | named_parts(args))
     data_args = ClassImageArguments(**named(args, "input_dir image_column label_column"))
     given = named(args, "split batch_size strict dtype payload codec flip")
-    with _processes(args.device) as (device, ranks):
+    with processes(args.device) as (device, ranks):
         where = {"device": device, "encoder_dtype": inference_dtype(device), **ranks}
         report = build_class_cache(data_args, family, args.output_dir, **where, **given)
     if ranks.get("rank", 0) == 0:
@@ -163,7 +161,7 @@ def _convert(args: argparse.Namespace) -> None:
 
     if args.shard_size_mb < 1:
         raise SciflowError(f"`shard_size_mb` {args.shard_size_mb}: at least 1.")
-    with _processes("cpu") as (_, ranks):
+    with processes("cpu") as (_, ranks):
         options = named(args, "payload embeds codec payload_dir") | {"shard_bytes": args.shard_size_mb << 20}
         report = convert_cache(args.input_dir, args.output_dir, **options, **ranks)
     if ranks.get("rank", 0) == 0:
@@ -190,26 +188,6 @@ def _conversion(report: "ConvertReport") -> str:
     if report.waiting:
         rows.append(("waiting", f"{report.waiting} blocks for other processes: repeat the command when they are done"))
     return text_table(rows)
-
-
-@contextlib.contextmanager
-def _processes(device: str) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """This process's device, and its `rank`, `world_size` and `barrier` under torchrun or accelerate; {} if alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        yield find_device(device), {}
-        return
-    from datetime import timedelta
-
-    from accelerate import PartialState
-
-    # Ranks wait for the slowest, however long that takes.
-    state = PartialState(cpu=find_device(device).type == "cpu", timeout=timedelta(days=30))
-    try:
-        ranks = {"rank": state.process_index, "world_size": state.num_processes, "barrier": state.wait_for_everyone}
-        yield state.device, ranks
-        state.wait_for_everyone()  # a rank that leaves early may take the others with it
-    finally:
-        state.destroy_process_group()
 
 
 def _family(name: str, *, named_in: str | None = None, **options: Any) -> "ModelFamily":

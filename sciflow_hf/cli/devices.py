@@ -1,6 +1,9 @@
-"""Shared by commands: their device, the dtype that they compute in, and options handed on by name."""
+"""Shared by commands: their device and processes, the dtype that they compute in, and options handed on by name."""
 
 import argparse
+import contextlib
+import os
+from collections.abc import Iterator
 from typing import Any
 
 from ..errors import SciflowError
@@ -26,6 +29,26 @@ def inference_dtype(device: Any) -> Any:
     import torch
 
     return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+@contextlib.contextmanager
+def processes(device: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """This process's device, and its `rank`, `world_size` and `barrier` under torchrun or accelerate; {} if alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield find_device(device), {}
+        return
+    from datetime import timedelta
+
+    from accelerate import PartialState
+
+    # Ranks wait for the slowest, however long that takes.
+    state = PartialState(cpu=find_device(device).type == "cpu", timeout=timedelta(days=30))
+    try:
+        ranks = {"rank": state.process_index, "world_size": state.num_processes, "barrier": state.wait_for_everyone}
+        yield state.device, ranks
+        state.wait_for_everyone()  # a rank that leaves early may take the others with it
+    finally:
+        state.destroy_process_group()
 
 
 _PARTS = ("vae_name_or_path", "text_encoder_name_or_path", "text_encoder_2_name_or_path", "text_encoder_3_name_or_path")

@@ -7,19 +7,18 @@ microscopy UNet restores images.
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SciflowError, counted
 from ..files import atomic_file
-from .devices import add_parts, find_device, inference_dtype, named, named_parts
+from .devices import find_device, inference_dtype, named, named_parts
+from .models import add_model, call_of, load_network, pipeline_kind, text_family
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
-
-    from ..families.base import ModelFamily
 
 Draw = Callable[[int, "list[torch.Generator]"], "list[Image]"]
 """(number of the first image, a generator for each) -> the images."""
@@ -51,11 +50,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--height", type=int, help="pixels (default: the commonest of training; of an edit, that of its source)")
     add("--width", type=int, help="pixels (default: the commonest of training; of an edit, that of its source)")
     add("--batch_size", type=int, default=16, help="images of classes drawn at once (default 16)")
-    add("--base_model", help="folder or Hub repository of the pipeline that a LoRA or network belongs to")
-    add_parts(add, network=True)
-    add("--family", help="model family, if the run does not name it")
-    add("--trust_remote_code", action="store_true", help="run the code of a text-to-image pipeline's folder")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
+    add_model(add)
     add = parser.add_argument_group("microscopy, with --input_dir").add_argument
     add("--input_dir", help="folder of measured images, each restored in its own format and type")
     add("--num_samples", type=int, default=8, help="samples per image; their mean is written (default 8)")
@@ -79,7 +74,7 @@ def _sample(args: argparse.Namespace) -> None:
         if (value := getattr(args, name)) is not None:
             check_range(name, value, within)
     args.device = find_device(args.device)
-    kind = _pipeline_kind(args.model_path)
+    kind = pipeline_kind(args.model_path)
     if kind in (DIT_PIPELINE, RESTORATION_PIPELINE) and (parts := named_parts(args)):
         raise SciflowError(f"`{min(parts)}` is for pipelines that take prompts; {args.model_path!r} takes none.")
     if kind == RESTORATION_PIPELINE:
@@ -121,21 +116,6 @@ def _draw_all(draw: Draw, args: argparse.Namespace, subjects: list[dict[str, Any
             yield {"file_name": name} | about
 
 
-def _pipeline_kind(path: str) -> str | None:
-    """Name of the pipeline's class, of a folder or Hub repository; None where there is no pipeline."""
-    from diffusers import DiffusionPipeline
-
-    from ..families.loading import unreachable
-
-    try:
-        name = DiffusionPipeline.load_config(path).get("_class_name")
-    except (OSError, ValueError) as error:  # a LoRA or a network alone, or nothing
-        if away := unreachable(error):
-            raise SciflowError(f"`model_path` {path!r} {away}") from error
-        return None
-    return name[1] if isinstance(name, list | tuple) else name
-
-
 def _of_classes(args: argparse.Namespace) -> tuple[Draw, list[dict[str, Any]]]:
     """A DiT of ours, by the code of this package, not that in the folder."""
     import torch
@@ -169,18 +149,26 @@ def _of_classes(args: argparse.Namespace) -> tuple[Draw, list[dict[str, Any]]]:
 
 def _of_prompts(args: argparse.Namespace, kind: str | None) -> tuple[Draw, list[dict[str, Any]]]:
     """A text-to-image family: its pipeline, with the trained network, or with the trained adapter on its own."""
+    from ..data.source_images import read_sources
+
     for name in ("class_labels", "sampler"):
         if getattr(args, name):
             raise SciflowError(f"`{name}` is for networks of classes; {args.model_path!r} takes `--prompts`.")
     if not args.prompts:
         raise SciflowError(f"`prompts` is missing: {args.model_path!r} draws what a text says.")
-    family = _text_family(args, kind)
-    calls = _calls(args, family)
+    family = text_family(args, kind)
+    entries, number = list(args.source_images), len(args.prompts)
+    if len(entries) not in (0, 1, number):
+        raise SciflowError(
+            f"`source_images`: {len(entries)} for {number} `prompts`. Give one for each, or one for all."
+        )
+    given = read_sources(entries, family, option="source_images") or [[]]
+    calls = [call_of(args, family, images) for images in (given * number if len(given) == 1 else given)]
     sources = [call.get("source_images", []) for call in calls]
-    given = {"source_images": sources} if any(sources) and family.text_reads_sources else {}
+    read = {"source_images": sources} if any(sources) and family.text_reads_sources else {}
     dtype = inference_dtype(args.device)
-    network = _network(family, args, kind, dtype).to(args.device).eval()
-    encoded = family.encode_validation_prompts(args.prompts, device=args.device, dtype=dtype, **given)
+    network = load_network(family, args, kind, dtype).to(args.device).eval()
+    encoded = family.encode_validation_prompts(args.prompts, device=args.device, dtype=dtype, **read)
     pipeline = family.load_pipeline(network, device=args.device)
 
     def draw(start: int, generators: "list[torch.Generator]") -> "list[Image]":
@@ -196,88 +184,6 @@ def _of_prompts(args: argparse.Namespace, kind: str | None) -> tuple[Draw, list[
     names = [[image.info["source_image"] for image in images] for images in sources]
     edited = [{"source_images": ", ".join(files)} if files else {} for files in names]
     return draw, [{"prompt": prompt} | more for prompt, more in zip(args.prompts, edited, strict=True)]
-
-
-def _calls(args: argparse.Namespace, family: Any) -> list[dict[str, Any]]:
-    """Size and sources of each prompt as arguments of `generate`; both as in training, where the run says it."""
-    from ..data.source_images import EditViews, read_sources
-
-    entries, number = list(args.source_images), len(args.prompts)
-    if len(entries) not in (0, 1, number):
-        raise SciflowError(
-            f"`source_images`: {len(entries)} for {number} `prompts`. Give one for each, or one for all."
-        )
-    facts = _facts(args.model_path).get("dataset", {})
-    sizes = [(int(h), int(w)) for h, w in (size.split("x") for size in facts.get("buckets") or {})]
-    views, calls = EditViews(sizes, bool(facts.get("as_targets"))), []
-    sources = read_sources(entries, family, option="source_images") or [[]]
-    for images in sources * number if len(sources) == 1 else sources:
-        default = family.source_size(*images[0].size[::-1]) if images and not sizes else None
-        height, width = size = _size(args, family, default)
-        if images:
-            height, width = size = _size(args, family, views.size_of(images[0], size))
-            images = views.shown(images, size, family)
-        calls.append({"height": height, "width": width} | ({"source_images": images} if images else {}))
-    return calls
-
-
-def _facts(path: str) -> dict[str, Any]:
-    """`run_facts.json` of a run's folder; {} where there is none."""
-    file = Path(path) / "run_facts.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
-def _text_family(args: argparse.Namespace, kind: str | None) -> "ModelFamily":
-    """The family of a pipeline or of a run, with the base model."""
-    from ..families import BUILT_IN, family_named_in, load_family
-    from ..families.base import PipelineFamily
-
-    facts = _facts(args.model_path)
-    name, base = args.family or facts.get("family"), args.model_path if kind else args.base_model
-    if name is None and kind is not None:
-        candidates: list[Any] = [k for k in map(load_family, BUILT_IN) if issubclass(k, PipelineFamily)]
-        blank = [k(pretrained_model_name_or_path=args.model_path) for k in candidates]
-        name = next((family.name for family in blank if family.pipeline_class().__name__ == kind), None)
-    base = base or facts.get("base_model")
-    if name is None or base is None:
-        raise SciflowError(
-            f"`model_path` {args.model_path!r} is no pipeline" + (f" of a family here ({kind})" if kind else "")
-            + ", and does not say what it belongs to. Name `--family`"
-            + ("." if kind else " and `--base_model`.")
-        )  # fmt: skip
-    trusted = {"trust_remote_code": True} if args.trust_remote_code else {}
-    file = Path(args.model_path) / "run_facts.json"
-    family: Any = load_family(name) if args.family else family_named_in(str(file), name)
-    parts = {own["option"]: own["path"] for own in facts.get("parts", [])} | named_parts(args)
-    return family(pretrained_model_name_or_path=base, **trusted, **parts)
-
-
-def _network(family: Any, args: argparse.Namespace, kind: str | None, dtype: Any) -> Any:
-    """The family's network: of the pipeline, with the adapter of the run, or the run's own."""
-    if kind is None and (Path(args.model_path) / family.component).is_dir():
-        from ..families.loading import explain_loading
-
-        with explain_loading(args.model_path, family.component):
-            return family.network_class().from_pretrained(args.model_path, subfolder=family.component, dtype=dtype)
-    network = family.load_model(dtype=dtype)
-    if kind is None:
-        from ..adapters.files import load_from
-
-        load_from(args.model_path, network, family)
-    return network
-
-
-def _size(args: argparse.Namespace, family: Any, default: tuple[int, int] | None = None) -> tuple[int, int]:
-    """Height and width: as asked, else `default`, that of most images of the run, or 1024 (512 is not a multiple)."""
-    buckets = _facts(args.model_path).get("dataset", {}).get("buckets") or {}
-    commonest: Sequence[int] = default or (1024, 1024)
-    if buckets and default is None:
-        commonest = [int(side) for side in max(buckets, key=lambda size: buckets[size]).split("x")]
-    size = (args.height or commonest[0], args.width or commonest[1])
-    step = family.bucket_step()
-    if any(side < step or side % step for side in size):
-        raise SciflowError(f"`height` and `width` {size[0]}x{size[1]}: multiples of {step} for `{family.name}`.")
-    return size
 
 
 def _restore(args: argparse.Namespace) -> None:

@@ -3,7 +3,8 @@
 import functools
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -828,7 +829,7 @@ class PipelineFamily(ModelFamily):
         width: int,
         num_inference_steps: int,
         guidance_scale: float,
-        generator: torch.Generator,
+        generator: torch.Generator | list[torch.Generator],
         source_images: Sequence["Image"] = (),
         **options: Any,
     ) -> list["Image"]:
@@ -841,7 +842,7 @@ class PipelineFamily(ModelFamily):
             width: pixels, a multiple of `bucket_step`.
             num_inference_steps: denoising steps.
             guidance_scale: passed as `guidance_argument`.
-            generator: all randomness of the image.
+            generator: all randomness of the image; of several images one each.
             source_images: RGB images to edit, which the pipeline resizes by its own rule.
             options: further arguments of the call.
         """
@@ -867,6 +868,82 @@ class PipelineFamily(ModelFamily):
             **{"callback_on_step_end": as_network} | options,
         ).images
         return images
+
+    def draw(
+        self,
+        pipeline: Any,
+        encoded: Mapping[str, torch.Tensor] | Sequence[Mapping[str, torch.Tensor]],
+        *,
+        height: int,
+        width: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        generators: Sequence[torch.Generator],
+        source_images: Sequence["Image"] = (),
+        **options: Any,
+    ) -> tuple[torch.Tensor, list["Image"]]:
+        """B images in one call of the pipeline, and their latents: (B, C, h, w), as a cache holds them.
+
+        For one image the call of `generate`. Several differ from images drawn one by one by the rounding of larger
+        batches.
+
+        Args:
+            pipeline: of `load_pipeline`.
+            encoded: of `encode_validation_prompts`: one dict for all images, or one each, of texts of one shape.
+            height: pixels, a multiple of `bucket_step`.
+            width: pixels, a multiple of `bucket_step`.
+            num_inference_steps: denoising steps.
+            guidance_scale: passed as `guidance_argument`.
+            generators: one for each of the B images.
+            source_images: RGB images that all of them edit, see `generate`.
+            options: further arguments of the call.
+
+        Returns:
+            The latents, raw, in the dtype in which the VAE was given them to decode, and the images.
+
+        Raises:
+            SciflowError: texts of different shapes, or another number of them than of generators.
+        """
+        rows = [encoded] * len(generators) if isinstance(encoded, Mapping) else encoded
+        shapes = [{name: tuple(value.shape) for name, value in row.items()} for row in rows]
+        if len(rows) != len(generators) or any(shape != shapes[0] for shape in shapes):
+            raise SciflowError(
+                f"`encoded`: {len(generators)} images in one call need one text, or one each of the same shape, but "
+                f"there are {len(rows)}, of {[shape['prompt_embeds'] for shape in shapes]}. Draw them in several calls."
+            )
+        with decoded_latents(pipeline.vae) as found:
+            images = self.generate(
+                pipeline,
+                {name: torch.cat([row[name] for row in rows]) for name in rows[0]},
+                height=height,
+                width=width,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                generator=list(generators),
+                source_images=source_images,
+                **options,
+            )
+        latents = torch.cat(found)
+        return latents.squeeze(2) if latents.ndim == 5 else latents, images  # a video VAE's axis of frames
+
+
+@contextmanager
+def decoded_latents(vae: Any) -> Iterator[list[torch.Tensor]]:
+    """Collects what `vae` decodes within the block: every pipeline undoes packing and normalisation before that."""
+    decode, own = vae.decode, vars(vae).get("decode")
+    found: list[torch.Tensor] = []
+
+    def keeping(latents: torch.Tensor, *args: Any, **options: Any) -> Any:
+        found.append(latents.detach())
+        return decode(latents, *args, **options)
+
+    vae.decode = keeping
+    try:
+        yield found
+    finally:
+        del vae.decode
+        if own is not None:
+            vae.decode = own
 
 
 def network_dtype(model: torch.nn.Module) -> torch.dtype:

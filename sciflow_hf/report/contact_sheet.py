@@ -3,6 +3,7 @@
 import re
 import unicodedata
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,14 +32,20 @@ def image_name(prompt: int, seed: int) -> str:
 
 def save_image(image: "Image", path: Path, about: dict[str, str]) -> None:
     """Writes a PNG with `about` as its text fields, atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(png_bytes(image, about))
+
+
+def png_bytes(image: "Image", about: dict[str, str]) -> bytes:
+    """A PNG with `about` as its text fields."""
     from PIL.PngImagePlugin import PngInfo
 
-    fields = PngInfo()
+    fields, file = PngInfo(), BytesIO()
     for key, value in about.items():
         fields.add_itxt(key, value)
     kept = image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGB")
-    with atomic_file(path) as temporary:
-        kept.save(temporary, format="PNG", pnginfo=fields)
+    kept.save(file, format="PNG", pnginfo=fields)
+    return file.getvalue()
 
 
 def save_sources(folder: Path, sources: Sequence[Sequence["Image"]]) -> None:
