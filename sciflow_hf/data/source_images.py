@@ -48,16 +48,35 @@ def _allowed(entry: str, family: Any, option: str) -> list[str]:
     return files
 
 
+def read_target(entry: str, *, option: str) -> Image.Image | None:
+    """The image of an entry, RGB, with the name of the file in `info["target_image"]`; None of the entry none.
+
+    Raises:
+        SciflowError: a file that is missing or no image.
+    """
+    if entry.strip().lower() == NONE:
+        return None
+    if not Path(entry).is_file():
+        raise SciflowError(f"`{option}` {entry!r}: no such file. Give an image, or {NONE} for a prompt without.")
+    image = _decoded(entry, option)
+    image.info = {"target_image": Path(entry).name}
+    return image
+
+
+def _decoded(file: str, option: str) -> Image.Image:
+    try:
+        with Image.open(file) as image:
+            return to_rgb(image)
+    except Exception as error:  # PIL lets through whatever its decoders raise
+        raise SciflowError(f"`{option}` {file!r}: {unreadable(error)}.") from error
+
+
 def _read(file: str, family: Any, option: str) -> Image.Image:
     if not Path(file).is_file():
         raise SciflowError(
             f'`{option}` {file!r}: no such file. Give an image, several joined by ",", or {NONE} for a prompt without.'
         )
-    try:
-        with Image.open(file) as image:
-            shown = to_rgb(image)
-    except Exception as error:  # PIL lets through whatever its decoders raise
-        raise SciflowError(f"`{option}` {file!r}: {unreadable(error)}.") from error
+    shown = _decoded(file, option)
     if refused := family.check_source(shown.height, shown.width):
         raise SciflowError(f"`{option}` {file!r}: {refused}.")
     shown.info = {"source_image": Path(file).name}

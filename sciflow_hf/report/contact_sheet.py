@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     Font = FreeTypeFont | ImageFont
 
 STEP_FOLDER = "step-{:06d}"
-SOURCES = "sources"
+SOURCES, TARGETS = "sources", "targets"
 MAX_COLUMNS = 12
 MAX_PIXELS = 40_000_000  # thumbnails shrink until the sheet is about that large
 
@@ -57,6 +57,20 @@ def save_sources(folder: Path, sources: Sequence[Sequence["Image"]]) -> None:
             save_image(
                 image, folder / SOURCES / f"p{prompt:02d}_source{number}.png", {"source_image": names_of([image])}
             )
+
+
+def save_targets(folder: Path, targets: Sequence["Image | None"]) -> None:
+    """Writes what prompts should become into `folder`/targets, instead of an earlier run's."""
+    for old in (folder / TARGETS).glob("p*_target.png"):
+        old.unlink()
+    for prompt, image in enumerate(targets):
+        if image is not None:
+            save_image(image, target_path(folder, prompt), {"target_image": image.info.get("target_image", "")})
+
+
+def target_path(folder: Path, prompt: int) -> Path:
+    """The file that `save_targets` writes for a prompt that has a target."""
+    return folder / TARGETS / f"p{prompt:02d}_target.png"
 
 
 def source_paths(folder: Path, prompt: int) -> list[Path]:
@@ -111,9 +125,12 @@ def write_contact_sheet(
 
     folders = step_folders(folder)
     sources = [[read_image(path) for path in source_paths(folder, prompt)] for prompt in range(len(prompts))]
+    paths = [target_path(folder, prompt) for prompt in range(len(prompts))]
+    targets = [read_image(path) if path.is_file() else None for path in paths]
     before = max(map(len, sources))  # columns of sources
     columns = thin_out(list(folders), max_columns)
-    rows, number_of_columns = len(prompts) * len(seeds), before + len(columns)
+    after = int(any(targets))
+    rows, number_of_columns = len(prompts) * len(seeds), before + len(columns) + after
     shape = _image_size(folder)
     side = _thumbnail_side(shape, rows * max(number_of_columns, 1))
     scale = side / max(shape)
@@ -158,6 +175,9 @@ def write_contact_sheet(
             label(column, *(("before training", "start") if step == 0 else (f"step {step:,}", f"{step:,}")))
             for row, seed in enumerate(seeds):
                 show(_drawn(folders[step] / image_name(prompt, seed), about), column, row)
+        if targets[prompt] is not None:
+            label(number_of_columns - 1, "target")
+            show(targets[prompt], number_of_columns - 1, 0)
         for row, seed in enumerate(seeds):
             middle = top + row * (cell[1] + _GAP) + cell[1] / 2
             draw.text((margin, middle), f"seed {seed}", font=small, fill=_SOFT, anchor="lm")

@@ -66,6 +66,15 @@ def _check_source_images(args: Any) -> None:
         )
 
 
+def _check_target_images(args: Any) -> None:
+    prompts, targets = args.validation_prompts, args.validation_target_images
+    if len(targets) != len(prompts):
+        raise SciflowError(
+            f"`validation_target_images`: {len(targets)} for {len(prompts)} `validation_prompts`. Give one entry for "
+            "each prompt: a file, or none."
+        )
+
+
 def _check_loss_scale(args: Any) -> None:
     if args.fp16 and args.deepspeed:
         raise SciflowError("`loss_scale` is a part of DeepSpeed's own configuration (`fp16`): set it there.")
@@ -205,6 +214,12 @@ class ValidationArguments:
         "The image that each of --validation_prompts edits: one entry for each prompt, in order; several images of one "
         'prompt joined by ",", and none for a prompt that draws without.',
         check=_check_source_images,
+    )
+    validation_target_images: list[str] = option(
+        [],
+        "The image that each of --validation_prompts should become, shown beside it on the contact sheet: one entry "
+        "for each prompt, in order, none for a prompt without.",
+        check=_check_target_images,
     )
     validation_class_labels: list[str] = option(
         [], "Classes, by number or name, drawn instead of prompts by families that have classes."

@@ -161,7 +161,7 @@ def resolve_demo(family: ModelFamily, data_args: DataArguments, output_dir: str)
 
 
 def _below(entry: str, folder: str) -> str:
-    """An entry of `--validation_source_images`; files that are not found as named are looked for in `input_dir`."""
+    """An entry of `--validation_source_images` or `--validation_target_images`, a file as named or else in `input_dir`."""
     files = [entry] if Path(entry).is_file() else entry.split(",")
     inside = [Path(folder, name.strip()) for name in files]
     found = zip(files, inside, strict=True)
@@ -190,7 +190,8 @@ def prepare_data(
     state = _processes(args, lambda: resolve_demo(family, data_args, args.output_dir))
     resolve_demo(family, data_args, args.output_dir)
     if data_args.input_dir:
-        args.validation_source_images = [_below(entry, data_args.input_dir) for entry in args.validation_source_images]
+        for name in ("validation_source_images", "validation_target_images"):
+            setattr(args, name, [_below(entry, data_args.input_dir) for entry in getattr(args, name)])
     online, built = data_args.text_encoding == "online", bool(data_args.input_dir)
     live = data_args.image_encoding == "online"
     if online and family.text_reads_sources:

@@ -375,6 +375,7 @@ class DiffusionTrainer(Trainer):
             prompts=args.validation_prompts or args.validation_class_labels,
             negative_prompts=args.validation_negative_prompt,
             source_images=args.validation_source_images,
+            target_images=args.validation_target_images,
             edits=EditViews(() if args.validation_size else views.sizes, views.as_targets),
             seeds=args.validation_seeds,
             steps=args.validation_steps,

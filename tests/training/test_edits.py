@@ -119,6 +119,10 @@ def test_sources_and_their_loss_change_what_is_learnt(tmp_path, family, data):
             {"validation_prompts": ["bars"], "validation_source_images": ["a.png", "b.png"]},
             r"2 for 1 `validation_prompts`; 'b.png' has no prompt",
         ),
+        (
+            {"validation_prompts": ["bars"], "validation_target_images": ["a.png", "b.png"]},
+            r"`validation_target_images`: 2 for 1 `validation_prompts`. Give one entry for each",
+        ),
     ],
 )
 def test_options_that_do_not_go_together_are_named(tmp_path, options, words):
@@ -411,6 +415,24 @@ def test_validation_edits_one_by_one_and_shows_the_sources(tmp_path, pictures):
         assert both[0] >= sheet.width and both[1] == sheet.height
     shown = np.asarray(read_image(folder / "contact_sheet.png"))
     assert (shown == GREEN).all(-1).sum() > 256 * 192 * 0.9, "the source lies on the sheet, once"
+
+
+def test_the_sheet_ends_with_the_targets(tmp_path, pictures):
+    """One column more, for the prompt that has one; those of an earlier run are gone."""
+    sources, folder = [f"{pictures}/tall.png", "none"], tmp_path / "validation"
+    draw(callback(tmp_path, Editor(), source_images=sources))
+    with Image.open(folder / "contact_sheet.png") as sheet:
+        width = sheet.width
+    draw(callback(tmp_path, Editor(), source_images=sources, target_images=["none", f"{pictures}/green.png"]))
+    assert [file.name for file in (folder / "targets").iterdir()] == ["p01_target.png"]
+    shown = np.asarray(read_image(folder / "contact_sheet.png"))
+    green = np.flatnonzero((shown == GREEN).all(-1).any(0))
+    assert shown.shape[1] > width and green.min() > shown.shape[1] / 2 and len(green) > 100
+    draw(callback(tmp_path, Editor(), source_images=sources, target_images=["none", "none"]))
+    assert not any((folder / "targets").iterdir())
+    for entry, words in (("nowhere.png", "no such file"), (str(Path(__file__)), "unreadable image")):
+        with pytest.raises(sf.SciflowError, match=rf"`validation_target_images` .*{words}"):
+            callback(tmp_path, Editor(), target_images=["none", entry])
 
 
 def test_images_of_another_source_are_not_shown(tmp_path, pictures):

@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ...adapters.layers import network_of
 from ...adapters.text_encoders import NetworkWithText
 from ...data.batches.buckets import image_sizes
-from ...data.source_images import NONE, EditViews, read_sources
+from ...data.source_images import NONE, EditViews, read_sources, read_target
 from ...engines.compilation import uncompiled
 from ...engines.sharding import resharded
 from ...errors import SciflowError
@@ -30,6 +30,7 @@ from ...report.contact_sheet import (
     read_image,
     save_image,
     save_sources,
+    save_targets,
     step_folders,
     write_contact_sheet,
 )
@@ -52,7 +53,8 @@ class ValidationCallback(TrainerCallback):
     - `output_dir/validation/contact_sheet.png`: a row per prompt and seed, a column per step.
 
     Edits are drawn one by one, as the pipeline gives all its sources to every prompt of a call; their sources, as they
-    are shown, lie in `output_dir/validation/sources`, and are the first columns of the sheet.
+    are shown, lie in `output_dir/validation/sources`, and are the first columns of the sheet. Targets, where prompts
+    have one, lie in `output_dir/validation/targets` and are its last column.
 
     Where a checkpoint is due at the same step, it is saved first. Several ranks share the work and write to
     one `output_dir`; on several machines that takes a shared file system.
@@ -63,6 +65,7 @@ class ValidationCallback(TrainerCallback):
         negative_prompts: what guidance leads away from: one for all prompts, or one each; by default what the family
             takes where there is none.
         source_images: the images that the prompts edit: one entry each, see `source_files`; by default none.
+        target_images: files of what the prompts should become, one entry each; by default none.
         edits: at which size edits are drawn, and what is shown of their sources; by default at `size`, by the
             pipeline's own rule.
         seeds: distinct integers; every prompt is drawn with each of them.
@@ -87,6 +90,7 @@ class ValidationCallback(TrainerCallback):
         prompts: Sequence[str],
         negative_prompts: Sequence[str] = (),
         source_images: Sequence[str] = (),
+        target_images: Sequence[str] = (),
         edits: EditViews = EditViews(),  # noqa: B008 (frozen)
         seeds: Sequence[int],
         steps: int = 500,
@@ -115,6 +119,7 @@ class ValidationCallback(TrainerCallback):
             )
         sources = read_sources(source_images, family, option="validation_source_images")
         self.sources = sources or [[] for _ in prompts]
+        self.targets = [read_target(entry, option="validation_target_images") for entry in target_images]
         self.sizes = [edits.size_of(images[0], size) if images else size for images in self.sources]
         self.sources = [
             edits.shown(images, drawn, family) if images else []
@@ -148,6 +153,7 @@ class ValidationCallback(TrainerCallback):
         if state.is_world_process_zero:
             _drop_steps(self.folder, after=step if step > 0 else -1)
             save_sources(self.folder, self.sources)
+            save_targets(self.folder, self.targets)
         PartialState().wait_for_everyone()
         # A run that was killed between a checkpoint and its images makes up for them.
         if step == 0 or (step % self.steps == 0 and not self._is_complete(step)):
