@@ -161,7 +161,7 @@ def resolve_demo(family: ModelFamily, data_args: DataArguments, output_dir: str)
 
 
 def _below(entry: str, folder: str) -> str:
-    """An entry of `--validation_source_images` or `--validation_target_images`, a file as named or else in `input_dir`."""
+    """An entry of `--validation_source_images` or `--validation_target_images`, as named or else in `input_dir`."""
     files = [entry] if Path(entry).is_file() else entry.split(",")
     inside = [Path(folder, name.strip()) for name in files]
     found = zip(files, inside, strict=True)

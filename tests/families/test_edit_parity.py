@@ -32,7 +32,7 @@ from sciflow_hf.errors import SciflowError
 from sciflow_hf.families.qwen_image import QwenImage
 from sciflow_hf.families.qwen_image_edit import QwenImageEdit
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.usefixtures("small_sources")]
 
 LENGTH, HEIGHT, WIDTH = 12, 64, 96
 PROMPTS = ["XZ", "ZX"]  # of as many tokens
@@ -244,15 +244,6 @@ def sources_in(batch):
 
 CASES = {case.name: case for case in (Klein(), Kontext(), EditPlus())}
 SETUPS = [(name, sizes) for name, case in CASES.items() for sizes in SIZES if len(SIZES[sizes]) <= case.most]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_sources():
-    """Sources of about 128 x 128 pixels instead of 1 megapixel, in the pipelines' own modules."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stock_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", [(96, 160), (128, 128), (160, 96)])
-        patch.setattr(stock_edit_plus, "VAE_IMAGE_SIZE", 128 * 128)
-        yield
 
 
 @pytest.fixture(scope="module")

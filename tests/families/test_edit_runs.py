@@ -6,15 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers.pipelines.flux import pipeline_flux_kontext as stock_kontext
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock_edit_plus
 from PIL import Image
 from trainings import make_trainer
 
 import sciflow_hf as sf
 from sciflow_hf.demo import make_tiny
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.usefixtures("small_sources")]
 
 FAMILIES = {"flux_kontext": {"max_sequence_length": 12}, "qwen_image_edit": {}}
 
@@ -22,15 +20,6 @@ FAMILIES = {"flux_kontext": {"max_sequence_length": 12}, "qwen_image_edit": {}}
 def picture(seed, size=(96, 64)):
     blocks = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_sources():
-    """Sources of about 128 x 128 pixels instead of 1 megapixel, in the pipelines' own modules."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stock_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", [(96, 160), (128, 128), (160, 96)])
-        patch.setattr(stock_edit_plus, "VAE_IMAGE_SIZE", 128 * 128)
-        yield
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
