@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -159,11 +160,18 @@ class Judge:
             return answers
         ask = self._ask = self._ask or self._model()
 
+        ended = threading.Event()  # by an error that every further call would meet
+
         def answer(key: str) -> Answer | NoAnswerError:
+            if ended.is_set():
+                return NoAnswerError("not asked")
             try:
                 found = ask(open_ones[key])
             except NoAnswerError as error:
                 return error
+            except SciflowError:
+                ended.set()
+                raise
             self._cache.put(key, found)
             return found
 
