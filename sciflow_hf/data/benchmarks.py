@@ -93,9 +93,7 @@ def _local(path: Path, split: str) -> dict[str, list[dict[str, Any]]]:
                 raise
             raise SciflowError(f"`benchmark` {file} cannot be read as parquet ({first_line(error)}).") from error
     if not files:
-        raise SciflowError(
-            f"`benchmark` {str(path)!r} holds no parquet files: give the folder of a copy of {SCIFORMA}."
-        )
+        raise SciflowError(f"`benchmark` {str(path)!r} holds no parquet files: give a copy of {SCIFORMA}.")
     return dict(sorted(found.items(), key=lambda item: LEVELS.index(item[0]) if item[0] in LEVELS else len(LEVELS)))
 
 

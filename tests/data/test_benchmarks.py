@@ -87,9 +87,7 @@ def test_rows_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_no_benchmark(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(
-        SciflowError, match=r"'sciform' is unknown: use sciforma, sciforma:simple.*as prompts"
-    ):
+    with pytest.raises(SciflowError, match=r"'sciform' is unknown: use sciforma, sciforma:simple.*as prompts"):
         load_benchmark("sciform")
     with pytest.raises(SciflowError, match=r"has no rows in the split 'train'"):
         load_benchmark(str(copy), split="train")

@@ -190,7 +190,7 @@ class Endpoint:
         return request
 
     def _without_key(self, text: str) -> str:
-        """What a server says, which may repeat the key."""
+        """Text of a server, which may repeat the key, without it."""
         return text.replace(self._key, "***") if self._key else text
 
 

@@ -30,7 +30,7 @@ _PATCH, _LETTERS, _ANSWER = 32 * 32, 4, 150  # pixels and letters a token, and t
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the judge finds in one image.
+    """The finding on one image.
 
     Attributes:
         score: of the figure and of its axes.
@@ -55,7 +55,7 @@ class Judgement:
 
 @dataclass
 class _Row:
-    """What is asked about one image; `reason` says why nothing is."""
+    """The questions about one image; `reason` says why there are none."""
 
     elements: dict[str, list[str]]
     questions: dict[str, Question] = field(default_factory=dict)
@@ -90,7 +90,7 @@ class Judge:
         return [found.score.overall for found in self.judge(prompts, images, **columns)]
 
     def judge(self, prompts: Sequence[str], images: Sequence[Any], **columns: Any) -> list[Judgement]:
-        """What is wrong with each image.
+        """A finding on each image.
 
         Args:
             prompts: what was asked for.
@@ -211,7 +211,7 @@ class Judge:
 
 
 def estimate(questions: Iterable[Question]) -> str:
-    """What questions will cost at most, repeated calls aside: "6 calls with 12 images, about 9,000 tokens"."""
+    """The cost of questions, repeated calls aside: "6 calls with 12 images, about 9,000 tokens"."""
     asked = list(questions)
     calls, images = counted(len(asked), "call"), counted(sum(len(one.pictures) for one in asked), "image")
     return f"{calls} with {images}, about {sum(one.tokens for one in asked):,} tokens"

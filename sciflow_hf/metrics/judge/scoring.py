@@ -53,7 +53,7 @@ class Score:
 
 
 def weight(error: Error) -> float:
-    """What an error costs: critical 1, moderate 0.5, minor 0, any other severity 0.5. "Wrong ..." costs nothing."""
+    """The cost of an error: critical 1, moderate 0.5, minor 0, any other severity 0.5. "Wrong ..." costs nothing."""
     start = error.description.lower()
     kind = next((word for word, within in _KINDS if word in start[:within]), "")
     return 0.0 if kind == "wrong" else WEIGHTS.get(error.severity, UNKNOWN)
