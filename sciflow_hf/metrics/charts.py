@@ -1,4 +1,4 @@
-"""Counts and colours of small drawn charts, by programmes and not by a network: runs, components, a ring, hues.
+"""Kinds, counts and colours of small drawn charts, by programmes and not by a network: runs, components, rings, hues.
 
 Written for the figures of `sciflow_hf.demo.mini_figures`: things of one saturated colour on a page of little colour,
 with axes and arrows in ink. They are exact on what is drawn, so a count that is wrong is that of the picture.
@@ -12,8 +12,11 @@ from PIL import Image
 
 from ..errors import SciflowError
 
+KINDS = ("bar chart", "line plot", "scatter plot", "pie chart", "flow chart")
 _RINGS = (0.45, 0.55, 0.65, 0.75)  # of a pie's radius
 _ANGLES = 720
+_STROKE, _MARKER = 5, 13  # pixels: a line is no thicker, a point no larger
+_LEAST = 40  # pixels of a chart
 
 
 def count_things(image: Image.Image | np.ndarray, kind: str) -> int:
@@ -27,6 +30,28 @@ def count_things(image: Image.Image | np.ndarray, kind: str) -> int:
         raise SciflowError(f"`kind` {kind!r}: use one of {', '.join(_COUNTERS)}.")
     mask = coloured(image)
     return _COUNTERS[kind](mask) if mask.any() else 0
+
+
+def kind_of(image: Image.Image | np.ndarray) -> str | None:
+    """Which of `KINDS` a chart is, from the shapes of what is coloured and the ink between; None for none of them.
+
+    A pie fills the ellipse in its frame; lines are thin and wide, points small in both directions; bars and boxes are
+    told apart by the ink between them, which is an axis at their feet or an arrow at half their height.
+
+    Args:
+        image: RGB, (H, W, 3) in 0 to 255 if an array.
+    """
+    mask = coloured(image)
+    if mask.sum() < _LEAST:
+        return None
+    high, wide = _median_run(mask.T), _median_run(mask)
+    if high <= _STROKE:
+        return "line plot"
+    if max(high, wide) <= _MARKER:
+        return "scatter plot"
+    if _is_round(mask):
+        return "pie chart"
+    return _bars_or_boxes(image, mask)
 
 
 def coloured(image: Image.Image | np.ndarray) -> np.ndarray:
@@ -61,6 +86,24 @@ def colour_of(image: Image.Image | np.ndarray, colours: Mapping[str, tuple[int, 
     return min(distance, key=lambda name: distance[name])
 
 
+def closeness_of_hue(image: Image.Image | np.ndarray, colour: tuple[int, int, int]) -> float:
+    """How near what is coloured is to the hue of `colour`: 1 - 2d, the mean over its pixels; 0 where nothing is.
+
+    d is the distance on the circle of hues, in turns: 1 for the hue itself, 0 for its complement.
+
+    Args:
+        image: RGB, (H, W, 3) in 0 to 255 if an array.
+        colour: RGB in 0 to 255, saturated.
+    """
+    from matplotlib.colors import rgb_to_hsv
+
+    mask = coloured(image)
+    if mask.sum() < _LEAST:
+        return 0.0
+    hues = rgb_to_hsv(np.asarray(image, dtype=np.float64)[mask] / 255)[:, 0]
+    return float(1 - 2 * np.abs((hues - _hue(colour) + 0.5) % 1 - 0.5).mean())
+
+
 def _hue(colour: np.ndarray | tuple[int, int, int]) -> float:
     """In turns."""
     red, green, blue = (float(value) / 255 for value in colour)
@@ -84,6 +127,37 @@ def components(mask: np.ndarray, *, at_least: int = 1) -> int:
             break
         labels = spread
     return int((np.unique(labels[mask], return_counts=True)[1] >= at_least).sum())
+
+
+def _is_round(mask: np.ndarray) -> bool:
+    """Whether most of the ellipse in the frame of what is True is filled, and little outside of it."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    window = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    height, width = window.shape
+    y, x = np.ogrid[:height, :width]
+    inside = ((2 * y + 1) / height - 1) ** 2 + ((2 * x + 1) / width - 1) ** 2 <= 1.1
+    if max(height, width) > 1.5 * min(height, width):
+        return False
+    return bool(window[inside].mean() > 0.5 and window[~inside].mean() < 0.2)
+
+
+def _bars_or_boxes(image: Image.Image | np.ndarray, mask: np.ndarray) -> str | None:
+    """Boxes stand in a stack, or in a row with more ink between them at half height than at the foot; None of one."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.sum(0) >= 3)
+    gaps = np.setdiff1d(np.arange(columns[0], columns[-1]), columns)
+    if not len(gaps):
+        return "flow chart" if _boxes(mask) > 1 else None
+    pixels = np.asarray(image, dtype=np.float64)[:, gaps]
+    ink = np.abs(pixels - np.median(pixels, axis=(0, 1))).mean((1, 2))
+    middle, foot = (rows[0] + rows[-1]) // 2, rows[-1]
+    return "flow chart" if ink[max(0, middle - 3) : middle + 4].max() > ink[foot - 1 : foot + 4].max() else "bar chart"
+
+
+def _median_run(mask: np.ndarray) -> float:
+    """Length of the run in which the median True pixel of (R, N) lies, along the rows."""
+    edges = np.diff(np.pad(mask.astype(np.int8), ((0, 0), (1, 1))))
+    lengths = np.argwhere(edges == -1)[:, 1] - np.argwhere(edges == 1)[:, 1]
+    return float(np.median(np.repeat(lengths, lengths)))
 
 
 def _bars(mask: np.ndarray) -> int:

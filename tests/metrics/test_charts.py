@@ -1,12 +1,27 @@
-"""Programmes that count what a drawn chart shows: right on what was drawn, and on masks counted in other ways."""
+"""Programmes that read what a drawn chart shows: right on what was drawn, and on masks counted in other ways."""
+
+import colorsys
 
 import networkx
 import numpy as np
 import pytest
+import torch
+from diffusers import AutoencoderKLFlux2
 
-from sciflow_hf.demo.mini_figures import COLOURS, COUNTS, KINDS, MiniFigure, mini_figures
+from sciflow_hf.demo.mini_figures import COLOURS, COUNTS, KINDS, SIZES, MiniFigure, mini_figures
+from sciflow_hf.demo.mini_vae import pixels
 from sciflow_hf.errors import SciflowError
-from sciflow_hf.metrics.charts import colour_of, coloured, components, count_things, runs
+from sciflow_hf.families.loading import MINI_KLEIN, model_source
+from sciflow_hf.metrics import charts
+from sciflow_hf.metrics.charts import (
+    closeness_of_hue,
+    colour_of,
+    coloured,
+    components,
+    count_things,
+    kind_of,
+    runs,
+)
 
 
 @pytest.mark.parametrize("style", ["plain", "dark", "night"])
@@ -25,6 +40,56 @@ def test_another_count_is_seen(kind: str) -> None:
     """The figures of one seed with two, three and four things."""
     counts = [count_things(MiniFigure(kind, "blue", count, 64, 96, seed=5).image(), kind) for count in COUNTS]
     assert counts == [2, 3, 4]
+
+
+def test_kinds_are_told() -> None:
+    assert set(charts.KINDS) == set(KINDS)
+    for style in ("plain", "dark", "night"):
+        figures = list(mini_figures(160, seed=31, style=style, held_out=None))
+        assert [figure for figure in figures if kind_of(figure.image()) != figure.kind] == []
+
+
+def test_kinds_are_told_through_the_vae() -> None:
+    """In all sizes, plain and night: 3,839 of 3,840 were right when it was measured."""
+    vae = AutoencoderKLFlux2.from_pretrained(model_source(MINI_KLEIN), subfolder="vae")
+    wrong = []
+    for style in ("plain", "night"):
+        for size in SIZES:
+            figures = list(mini_figures(8, seed=41, style=style, sizes=[size], held_out=None))
+            with torch.no_grad():
+                seen = vae.decode(vae.encode(pixels(figures)).latent_dist.mode()).sample.clamp(-1, 1)
+            arrays = ((seen + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+            wrong += [figure for figure, a in zip(figures, arrays, strict=True) if kind_of(a) != figure.kind]
+    assert wrong == []
+
+
+def test_no_kind() -> None:
+    """Of a blank page, of a smudge, of one block, and of pages whose coloured thing touches the border."""
+    page = np.full((64, 96, 3), 250)
+    assert kind_of(page) is None
+    page[20:26, 30:36] = (210, 40, 45)
+    assert kind_of(page) is None
+    page[10:50, 30:50] = (210, 40, 45)
+    assert kind_of(page) is None
+    for side in (np.s_[:7], np.s_[-7:], np.s_[:, :7], np.s_[:, -7:]):
+        edge = np.full((64, 96, 3), 250)
+        edge[side] = (210, 40, 45)
+        assert kind_of(edge) is None
+
+
+def test_closeness_of_hue() -> None:
+    """Against the distance on the circle in degrees; it falls evenly to the complement, whatever the saturation."""
+    wanted = tuple(round(255 * c) for c in colorsys.hsv_to_rgb(0.1, 0.8, 0.8))
+    scores = []
+    for degrees in range(0, 360, 20):
+        page = np.full((20, 20, 3), 250)
+        page[5:15, 5:15] = [round(255 * c) for c in colorsys.hsv_to_rgb((36 + degrees) / 360, 0.9, 0.7)]
+        scores.append(closeness_of_hue(page, wanted))
+        assert scores[-1] == pytest.approx(1 - min(degrees, 360 - degrees) / 180, abs=0.01)
+    half = np.full((20, 20, 3), 250)
+    half[5:10, 5:15], half[10:15, 5:15] = (200, 0, 0), (0, 200, 200)
+    assert closeness_of_hue(half, (255, 0, 0)) == pytest.approx(0.5)
+    assert closeness_of_hue(np.full((20, 20, 3), 250), (255, 0, 0)) == 0
 
 
 @pytest.mark.parametrize("style", ["plain", "night"])

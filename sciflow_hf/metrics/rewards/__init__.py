@@ -1,0 +1,1 @@
+"""Rewards: functions that score drawn images, with the signature of trl. May import the rest of `metrics`."""
