@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .data.inspect.describe import describe_cache
     from .data.inspect.verify import verify_cache
     from .data.load import load_cache, load_data
+    from .data.preference_groups import PreferenceGroups, load_groups
+    from .data.preferences import TupleArguments
     from .errors import CacheError, SciflowError
     from .families import load_family
     from .families.base import ModelFamily, PipelineFamily
@@ -44,9 +46,17 @@ if TYPE_CHECKING:
     from .training.arguments import DiffusionTrainingArguments
     from .training.callbacks.ema import EMACallback
     from .training.callbacks.progressive import ProgressiveResolution
+    from .training.chosen_family import FamilyArguments, chosen_family
     from .training.finish import finish
     from .training.fit_memory import fit_memory
-    from .training.prepare import build_cache_for, prepare_class_images, prepare_data, prepare_microscopy
+    from .training.preferences import DiffusionDPOTrainer, PreferenceTrainingArguments, load_reference
+    from .training.prepare import (
+        build_cache_for,
+        prepare_class_images,
+        prepare_data,
+        prepare_groups,
+        prepare_microscopy,
+    )
     from .training.trainer import DiffusionTrainer
 
 # Public name -> module, as the imports above say to type checkers. Here they happen at first use, so that

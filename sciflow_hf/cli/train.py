@@ -23,8 +23,10 @@ RECIPES = {
     "dit": "train_dit",
     "microscopy_unet": "train_microscopy",
     "mini_klein": "pretrain_mini_klein",
+    "dpo": "train_dpo",
 }
-"""Family -> its file in recipes/, whose steps are run. mini_klein is the small klein of the demo, made from nothing."""
+"""Family -> its file in recipes/, whose steps are run. mini_klein is the small klein of the demo, made from nothing;
+dpo trains the family that `--family` names on comparisons."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

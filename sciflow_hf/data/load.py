@@ -111,7 +111,7 @@ def _chosen(train: LatentCache, args: DataArguments) -> LatentCache:
     if args.max_train_samples and args.max_train_samples < len(train):
         train = train.select(spread(len(train), args.max_train_samples))
     if args.dataset_weights:
-        train.repeats = _repeats(train.source_of_row, args.dataset_weights, args.dataset_dir)
+        train.repeats = repeats_for(train.source_of_row, args.dataset_weights, args.dataset_dir)
     return train
 
 
@@ -154,7 +154,7 @@ def _check_images(cache: LatentCache | StreamingCache) -> None:
         rows.image(row)
 
 
-def _repeats(sources: np.ndarray, weights: Sequence[float], dirs: Sequence[str]) -> np.ndarray:
+def repeats_for(sources: np.ndarray, weights: Sequence[float], dirs: Sequence[str]) -> np.ndarray:
     """How often an epoch shows each row, (N,), at least 1: draws of the caches are in the ratio of `weights`."""
     samples = np.bincount(sources, minlength=len(weights))
     if not samples.all():

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -12,9 +12,16 @@ from ..errors import SciflowError, counted
 from ..options import Options, arguments, option
 from .writing import text_table
 
-GROUP, REWARD = "group_id", "reward"
+GROUP, REWARD, ROLE, AXIS = "group_id", "reward", "role", "axis"
+"""Columns of a table of candidates: the prompt's group, and reward, or role (winner, loser) and what it is worse at."""
+WINNER, LOSER = "winner", "loser"
 WORST = "worst"
-"""Name of the loser that is the worst of all, beside those of the axes."""
+"""Name of the loser that is the worst of all, next to those of the axes."""
+
+
+def _check_worst(args: "TupleArguments") -> None:
+    if not args.axes:
+        raise SciflowError("`global_worst` is a further loser next to those of `--axes`: name these, or leave it out.")
 
 
 @arguments
@@ -35,7 +42,9 @@ class TupleArguments(Options):
     )
     every_axis: bool = option(True, "Leave out groups in which an axis has no loser.")
     global_worst: bool = option(
-        False, "Beside the axes' losers also the candidate of the least reward, if none of them is it."
+        False,
+        "Take the candidate of the least reward, too, as a further loser, if it is none of the axes'.",
+        check=_check_worst,
     )
 
 
@@ -76,6 +85,12 @@ class TupleReport:
     candidates: Counter[str] = field(default_factory=Counter)
     gaps: dict[str, list[float]] = field(default_factory=dict)
 
+    def keep(self, found: PreferenceTuple) -> None:
+        """Counts a tuple."""
+        self.kept += 1
+        for axis, gap in zip(found.axes, found.gaps, strict=False):
+            self.gaps.setdefault(axis, []).append(gap)
+
     def __str__(self) -> str:
         rows = [("groups", str(self.groups)), ("  with a winner and losers", str(self.kept))]
         rows += [(f"  {reason}", str(number)) for reason, number in self.dropped.most_common()]
@@ -85,7 +100,7 @@ class TupleReport:
 
 
 def choose_tuples(
-    groups: Sequence[str],
+    groups: Sequence[str | None],
     reward: np.ndarray,
     scores: Mapping[str, np.ndarray],
     rules: TupleArguments,
@@ -101,7 +116,7 @@ def choose_tuples(
     candidates choose first. Without axes the loser is the worst by reward.
 
     Args:
-        groups: of each of N rows.
+        groups: of each of N rows; one without is left out.
         reward: (N,), NaN where there is none.
         scores: axis -> (N,), NaN where there is none; at least the axes of `rules`.
         rules: thresholds.
@@ -118,20 +133,77 @@ def choose_tuples(
             f"`axes` {missing}: there is no such score column, but {', '.join(map(repr, scores)) or 'none'}. Score the "
             "candidates first (`sciflow-hf prefer score`), or name other axes."
         )
-    report, found = TupleReport(), []
+    report = TupleReport()
+    return _of_groups(
+        groups, report, lambda group, rows: _choose(group, rows, reward, scores, rules, kinds, contents, report)
+    )
+
+
+def given_tuples(
+    groups: Sequence[str | None],
+    roles: Sequence[str | None],
+    axes: Sequence[str | None] | None = None,
+    *,
+    kinds: Sequence[Hashable] | None = None,
+    contents: Sequence[Hashable] | None = None,
+) -> tuple[list[PreferenceTuple], TupleReport]:
+    """The tuples that a table gives by its roles: of each group one "winner" and its "loser" rows.
+
+    Args:
+        groups, kinds, contents: as of `choose_tuples`; losers of another kind than their winner are left out.
+        roles: of each row; one without is left out.
+        axes: what each loser is worse at.
+
+    Raises:
+        SciflowError: another role; no group has a winner and a loser.
+    """
+    odd = next((row for row, role in enumerate(roles) if role and role not in (WINNER, LOSER)), None)
+    if odd is not None:
+        raise SciflowError(f"`{ROLE}` of row {odd} is {roles[odd]!r}: use {WINNER!r}, {LOSER!r}, or leave it empty.")
+    report = TupleReport()
+
+    def given(group: str, rows: Sequence[int]) -> PreferenceTuple | str:
+        winners, losers = ([row for row in rows if roles[row] == role] for role in (WINNER, LOSER))
+        if len(winners) + len(losers) < len(rows):
+            report.candidates["without a role"] += len(rows) - len(winners) - len(losers)
+        if len(winners) != 1:
+            return "no winner" if not winners else "more than one winner"
+        winner = winners[0]
+        alike = [row for row in losers if kinds is None or kinds[row] == kinds[winner]]
+        if len(alike) < len(losers):
+            report.candidates[_OTHER_KIND] += len(losers) - len(alike)
+        others = _other_contents(alike, winner, contents, report)
+        if not others:
+            return "no loser"
+        usual = [WORST] if len(others) == 1 else [f"loser {number + 1}" for number in range(len(others))]
+        named = [None] * len(roles) if axes is None else axes
+        names = [named[row] or name for row, name in zip(others, usual, strict=True)]
+        return PreferenceTuple(group, winner, tuple(others), tuple(names), ())
+
+    return _of_groups(groups, report, given)
+
+
+_OTHER_KIND = "of another size, caption or sources than their group"
+
+
+def _of_groups(
+    groups: Sequence[str | None], report: TupleReport, choose: Callable[[str, list[int]], PreferenceTuple | str]
+) -> tuple[list[PreferenceTuple], TupleReport]:
+    """What `choose` makes of the rows of each group, counted."""
     members: dict[str, list[int]] = {}
     for row, group in enumerate(groups):
-        members.setdefault(group, []).append(row)
-    report.groups = len(members)
+        if group:
+            members.setdefault(group, []).append(row)
+        else:
+            report.candidates["without a group"] += 1
+    report.groups, found = len(members), []
     for group, rows in members.items():
-        chosen = _choose(group, rows, reward, scores, rules, kinds, contents, report)
+        chosen = choose(group, rows)
         if isinstance(chosen, str):
             report.dropped[chosen] += 1
-            continue
-        found.append(chosen)
-        for axis, gap in zip(chosen.axes, chosen.gaps, strict=True):
-            report.gaps.setdefault(axis, []).append(gap)
-    report.kept = len(found)
+        else:
+            report.keep(chosen)
+            found.append(chosen)
     if not found:
         worst, number = report.dropped.most_common(1)[0] if report.dropped else ("there is none", 0)
         raise SciflowError(
@@ -139,6 +211,16 @@ def choose_tuples(
             "Lower that threshold, or draw more candidates for each prompt."
         )
     return found, report
+
+
+def _other_contents(
+    rows: Sequence[int], winner: int, contents: Sequence[Hashable] | None, report: TupleReport
+) -> list[int]:
+    """The rows whose content is not the winner's."""
+    others = [row for row in rows if contents is None or contents[row] != contents[winner]]
+    if len(others) < len(rows):
+        report.candidates["with the same content as their winner"] += len(rows) - len(others)
+    return others
 
 
 def _choose(
@@ -159,9 +241,7 @@ def _choose(
         common = Counter(kinds[r] for r in known).most_common(1)[0][0]
         alike = [r for r in known if kinds[r] == common]
         if len(alike) < len(known):
-            report.candidates["of another size or number of sources than most of their group"] += len(known) - len(
-                alike
-            )
+            report.candidates[_OTHER_KIND] += len(known) - len(alike)
         known = alike
     if len(known) < rules.min_candidates:
         return f"fewer than {rules.min_candidates} candidates (`min_candidates`)"
@@ -170,7 +250,7 @@ def _choose(
         return f"best reward below {rules.min_winner_reward:g} (`min_winner_reward`)"
     if all(reward[r] == reward[winner] for r in known) and not rules.axes:
         return "all rewards are equal"
-    others = [r for r in known if r != winner and (contents is None or contents[r] != contents[winner])]
+    others = _other_contents([r for r in known if r != winner], winner, contents, report)
     lower = [r for r in others if reward[winner] - reward[r] >= rules.min_reward_gap]
     if not lower:
         return f"no reward is {rules.min_reward_gap:g} below the best (`min_reward_gap`)"

@@ -46,9 +46,24 @@ def preference_loss(
     return each.mean(dim=1)
 
 
-def hard_weights(policy: torch.Tensor, temperature: float = 0.2) -> torch.Tensor:
-    """Weights of `mdpo_mean` that favour losers with a large loss, without gradient: (B, 1 + K) -> (B, K).
+def loser_weights(
+    policy: torch.Tensor,
+    with_worst: torch.Tensor | None = None,
+    *,
+    hard: bool = False,
+    worst_weight: float = 1.0,
+    temperature: float = 0.2,
+) -> torch.Tensor:
+    """Weights of `mdpo_mean`, without gradient: (B, 1 + K) -> (B, K); those of the axes add up to 1.
 
-    Proportional to exp((policy_k - policy_w) / temperature).
+    Args:
+        policy: losses of the trained network, the winner's first.
+        with_worst: (B,), whether the last loser is the worst of all, next to the axes'; its weight is `worst_weight`.
+        hard: in proportion to exp((policy_k - policy_w) / temperature) instead of all alike.
     """
-    return ((policy[:, 1:] - policy[:, :1]) / temperature).softmax(dim=1).detach()
+    logits = (policy[:, 1:] - policy[:, :1]).detach() / temperature if hard else torch.zeros_like(policy[:, 1:])
+    if with_worst is None:
+        return logits.softmax(dim=1).detach()
+    worst = torch.zeros_like(logits, dtype=torch.bool)
+    worst[:, -1] = with_worst
+    return logits.masked_fill(worst, -torch.inf).softmax(dim=1).detach().masked_fill(worst, worst_weight)

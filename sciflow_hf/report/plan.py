@@ -211,8 +211,8 @@ def debug_batch(trainer: Trainer, *, largest: int = 20) -> str:
             inputs = next(iter(trainer.get_train_dataloader()))
             batch = trainer._prepare_inputs(inputs)
             with trainer.accelerator.autocast():  # which training puts around `forward`
-                loss, levels = trainer.family.compute_loss(model, batch, trainer.args)
-            trainer.mean_loss(loss, batch.get("row")).backward()
+                mean, found = trainer.compute_loss(model, batch, return_outputs=True)
+            mean.backward()
     finally:
         hook.remove()
     norms = {n: float(p.grad.norm()) for n, p in model.named_parameters() if p.grad is not None}
@@ -223,8 +223,8 @@ def debug_batch(trainer: Trainer, *, largest: int = 20) -> str:
     for name, ids in _flat(seen).items():
         if name.endswith("_ids") and isinstance(ids, torch.Tensor):
             lines.append(f"  {name}, first three: {ids.reshape(-1, ids.shape[-1])[:3].tolist()}")
-    lines.append(f"Noise levels: {[round(float(x), 4) for x in levels]}")
-    lines.append(f"Loss per sample: {[round(float(x), 5) for x in loss.detach()]}")
+    lines.append(f"Noise levels: {[round(float(x), 4) for x in found['levels']]}")
+    lines.append(f"Loss per sample: {[round(float(x), 5) for x in found['loss'].detach()]}")
     zero = sum(value == 0 for value in norms.values())
     lines.append(f"Gradient norms: {len(norms)} trained parameters, {zero} exactly 0 (lora_A is, until lora_B moves), "
                  f"{len(without)} without a gradient")  # fmt: skip

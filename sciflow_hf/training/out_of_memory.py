@@ -124,7 +124,8 @@ class MicroBatches:
             with trainer.compute_loss_context_manager():
                 mean, found = trainer.compute_loss(model, inputs, return_outputs=True)
                 loss = mean / (trainer.current_gradient_accumulation_steps / share)
-            trainer._losses.note(found["loss"], found["levels"], inputs.get("row"), trainer.state.global_step + 1)
+            step, numbers = trainer.state.global_step + 1, found.get("numbers")
+            trainer._losses.note(found["loss"], found["levels"], inputs.get("row"), step, numbers)
             # DeepSpeed would divide by the accumulation once more
             trainer.accelerator.backward(loss, **({"scale_wrt_gas": False} if trainer.is_deepspeed_enabled else {}))
         return loss.detach()

@@ -1,75 +1,124 @@
 """`DiffusionDPOTrainer`: learns from comparisons which of two figures is better."""
 
+import dataclasses
+import hashlib
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from transformers import EvalPrediction
 
-from ..adapters.layers import adapter_disabled, adapter_layers
+from ..adapters.initial import INITIAL
+from ..adapters.layers import adapter_disabled, adapter_layers, adapter_parameters
+from ..adapters.text_encoders import NetworkWithText, use_captions
+from ..data.batches.loader import collate
 from ..data.batches.threads import release
-from ..data.preference_groups import CANDIDATE_KEYS
+from ..data.preference_groups import CANDIDATE_KEYS, PreferenceGroups
+from ..data.preferences import WORST
 from ..data.prior import loss_weights
-from ..diffusion.preferences import PREFERENCE_LOSSES, hard_weights, preference_loss, preference_margins
-from ..diffusion.randomness import hash64
+from ..diffusion.preferences import PREFERENCE_LOSSES, loser_weights, preference_loss, preference_margins
+from ..diffusion.randomness import hash64, signed64
+from ..diffusion.sources import source_name
 from ..errors import SciflowError
+from ..families.base import ModelFamily
 from ..options import arguments, option
 from .arguments import DiffusionTrainingArguments
 from .evaluation import NUM_QUARTERS, mean_interval, summarise
+from .loss_log import LossLog
 from .trainer import DiffusionTrainer
 
 logger = logging.getLogger(__name__)
 
-_NAMES = ("margin", "right_orders", "winner_ratio", "loser_ratio")
+_NOTED = ("margin", "right_orders", "winner", "winner_reference", "loser", "loser_reference")
+_FEWEST = 16  # groups by which a drift is judged
+
+
+def _check_weights(args: Any) -> None:
+    if args.preference_loss != "mdpo_mean":
+        name = next(n for n in ("preference_weights", "worst_weight") if getattr(args, n) != getattr(type(args), n))
+        raise SciflowError(
+            f"`{name}` {getattr(args, name)} is for `--preference_loss mdpo_mean`, and that is {args.preference_loss}: "
+            "change one of them."
+        )
 
 
 @arguments
-class PreferenceTrainingArguments(DiffusionTrainingArguments):
-    """Options of `DiffusionTrainingArguments`, and how preferences are learned."""
+class PreferenceArguments:
+    """How comparisons are learnt."""
 
     heading: ClassVar[str] = "Preferences"
 
     preference_loss: str = option(
         "dpo",
-        "dpo; of groups with a loser for each axis also mdpo_contrastive, mdpo_adaptive or mdpo_mean.",
+        "dpo, the mean over a group's losers; or, for groups with a loser for each axis, mdpo_contrastive, "
+        "mdpo_adaptive or mdpo_mean.",
         choices=PREFERENCE_LOSSES,
     )
     preference_beta: float = option(
-        2000.0, "How strongly a margin between two losses counts; of losses that are means.", within="(0, inf)"
+        2000.0,
+        "How strongly a difference between losses counts, which are means over elements: 2000 to 5000 are usual.",
+        within="(0, inf)",
     )
     preference_weights: str = option(
         "uniform",
-        "Of mdpo_mean: uniform, or hard, which favours losers with a large loss.",
+        "Weights of the axes in mdpo_mean: uniform, or hard, which favours losers of a large loss.",
         choices=("uniform", "hard"),
+        check=_check_weights,
+    )
+    worst_weight: float = option(
+        1.0,
+        "Weight of the worst of all (--global_worst) in mdpo_mean, next to 1 for all axes together.",
+        within="[0, inf)",
+        check=_check_weights,
     )
     sft_weight: float = option(
         0.0,
-        "Weight of the winner's own loss beside the preference, in units of beta/4: it keeps the winner from drifting.",
+        "Weight of the winner's own loss, in units of beta/4, the size of the preference's gradient at the start. It "
+        "anchors the winner; 1 is a good value.",
         within="[0, inf)",
     )
     max_winner_drift: float = option(
         1.2,
-        "Stop where the winners' loss, between two logs, exceeds this many times that of the reference; 0 never does.",
+        "Stop where the winners' loss exceeds that of the reference this many times, between two logs and over at "
+        "least 16 groups; 0 never stops.",
         within="[0, inf)",
+    )
+    reference_model: str | None = option(
+        None,
+        "Folder or Hub repository of the reference, or of a pipeline that has it. By default it is what training "
+        "begins with: the network without its adapter, the adapter of --adapter_path, or with --no_adapter a frozen "
+        "second copy of the network.",
     )
 
 
-class DiffusionDPOTrainer(DiffusionTrainer):
-    """Trains on groups of a winner and its losers (`PreferenceGroups`): Diffusion-DPO and M-DPO.
+@arguments
+class PreferenceTrainingArguments(PreferenceArguments, DiffusionTrainingArguments):
+    """Every option of `DiffusionTrainingArguments`, and those of preferences."""
 
-    The reference is the network with its adapter switched off, or `reference_model`. Noise and level are drawn once a
-    group and are the same for all of its candidates, for the policy and the reference. `per_device_train_batch_size`
-    counts groups.
+    heading: ClassVar[str] = "Training by preferences"
+
+
+class DiffusionDPOTrainer(DiffusionTrainer):
+    """Trains on groups of a winner and its losers: Diffusion-DPO (Wallace et al. 2023) and M-DPO (SciForma 2026).
+
+    Noise and level are drawn once a group and are the same for all of its candidates, for the trained network and for
+    the reference, so that their losses can be compared. `per_device_train_batch_size` counts groups.
+
+    The reference is what training begins with: the network with its adapter switched off; where the adapter was loaded,
+    the adapter as it was then; or `reference_model`.
 
     Args:
-        model, args, options: as of `DiffusionTrainer`; `args` are `PreferenceTrainingArguments`.
-        reference_model: of full fine-tuning, a frozen network of the same shapes.
+        model, args, options: as of `DiffusionTrainer`; `args` are `PreferenceTrainingArguments`. Data sets are
+            `PreferenceGroups`, or others whose samples have `latents` (1 + losers, C, h, w), the winner first.
+        reference_model: a frozen network of the same shapes (`load_reference`); needed where all weights are trained.
 
     Raises:
-        SciflowError: options that do not go with preferences; no reference; data without groups.
+        SciflowError: options that do not go with preferences; no reference, or one of other shapes; data without
+            groups.
     """
 
     args: PreferenceTrainingArguments
@@ -85,20 +134,35 @@ class DiffusionDPOTrainer(DiffusionTrainer):
         if not isinstance(args, PreferenceTrainingArguments):
             raise SciflowError(
                 f"`args` is a `{type(args).__name__}`: give `sciflow_hf.PreferenceTrainingArguments`, which has the "
-                "options of preferences, too."
+                "options of preferences."
             )
-        self.reference_model = reference_model
-        self._told: list[torch.Tensor] = []  # of each batch since the last log (B, 4)
-        self._losers = 1
         _check_options(args, options["family"], options.get("train_dataset"))
+        self.reference_model = reference_model
+        self._start: dict[str, torch.Tensor] = {}  # of a loaded adapter
+        self._losers = 1  # of the largest group
+        self._recent = np.empty((0, 2))  # losses of the last winners, and those of the reference
         super().__init__(model, args, **options)
+        self._losses = LossLog(names=_NOTED)
+        if self._start and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise SciflowError(
+                "`adapter_path`: under FSDP or DeepSpeed a loaded adapter cannot be its own reference. Merge it into "
+                "the network and name that by `--pretrained_model_name_or_path`, or train without sharding."
+            )
         if reference_model is not None:
-            self.reference_model = reference_model.requires_grad_(False).eval().to(self.args.device)
-        elif model is not None and not adapter_layers(model):
+            reference_model.requires_grad_(False).eval()
+            self.reference_model = self.accelerator.prepare_model(reference_model, evaluation_mode=True)
+
+    def _check_model(self, model: Any, args: Any) -> None:
+        super()._check_model(model, args)
+        if self.reference_model is not None:
+            _check_reference(self.reference_model, self.family)
+        elif not adapter_layers(model):
             raise SciflowError(
                 "`reference_model` is missing: all weights are trained, so the network that training begins with is "
-                "needed beside it. Give a frozen copy, or add an adapter."
+                "needed next to it. Give `sciflow_hf.load_reference(...)`, or add an adapter."
             )
+        else:
+            self._start = {} if _is_new(model) else _copies(adapter_parameters(model))
 
     # -- the step ------------------------------------------------------------------------------------------------
 
@@ -111,14 +175,23 @@ class DiffusionDPOTrainer(DiffusionTrainer):
     ) -> Any:
         """Mean preference loss of a batch of groups; with `return_outputs` also `loss` and `levels` of each group."""
         policy, reference, levels = self.candidate_losses(model, inputs)
-        loss = self.group_losses(policy, reference)
-        self._told.append(_told(policy.detach(), reference))
-        return (loss.mean(), {"loss": loss, "levels": levels}) if return_outputs else loss.mean()
+        loss = self.group_losses(policy, reference, inputs.get("with_worst"))
+        found = {"loss": loss, "levels": levels, "numbers": _noted(policy.detach(), reference)}
+        return (loss.mean(), found) if return_outputs else loss.mean()
 
-    def group_losses(self, policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-        """The loss of each group from those of its candidates, winner first: (B, 1 + K) and (B, 1 + K) -> (B,)."""
+    def group_losses(
+        self, policy: torch.Tensor, reference: torch.Tensor, with_worst: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The loss of each group from those of its candidates: (B, 1 + K) and (B, 1 + K), the winner first -> (B,).
+
+        Args:
+            with_worst: (B,) bool, whether the last loser is the worst of all, next to those of axes.
+        """
         args = self.args
-        weights = hard_weights(policy) if args.preference_weights == "hard" else None
+        weights = None
+        if args.preference_loss == "mdpo_mean":
+            hard = args.preference_weights == "hard"
+            weights = loser_weights(policy, with_worst, hard=hard, worst_weight=args.worst_weight)
         margins = preference_margins(policy, reference)
         loss = preference_loss(margins, loss=args.preference_loss, beta=args.preference_beta, weights=weights)
         return loss + args.sft_weight * args.preference_beta / 4 * policy[:, 0] if args.sft_weight else loss
@@ -126,53 +199,117 @@ class DiffusionDPOTrainer(DiffusionTrainer):
     def candidate_losses(
         self, model: torch.nn.Module, inputs: dict[str, Any], levels: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Losses of every candidate under the policy and the reference, (B, 1 + K) each, and the levels (B,)."""
+        """Losses of every candidate under policy and reference, (B, 1 + K) each, and the levels (B,).
+
+        Noise and levels are those of the winners, whatever mode either network is in.
+        """
         family, args = self.family, self.args
         batch, size = candidates(inputs)
         groups = len(inputs["latents"])
+
         winners = family.prepare({name: value[:groups] for name, value in batch.items()}, training=model.training)
         latents = family.clean_latents(winners)
         noise = family.draw_noise(winners["noise_key"], latents, training=model.training)
         if levels is None:
             levels = family.sample_levels(winners["noise_key"], args, family.image_seq_len(latents), winners)
-        shared = {"noise": noise.repeat(size, *[1] * (noise.ndim - 1)), "levels": levels.repeat(size)}
-        policy, _ = family.compute_loss(model, batch, args, **shared)
-        with torch.no_grad(), self._as_reference(model):
-            reference, _ = family.compute_loss(self.reference_model or model, batch, args, **shared)
-        by_group = (losses.unflatten(0, (size, groups)).T for losses in (policy, reference))
-        return *by_group, levels.to(policy.device)  # type: ignore[return-value]
 
-    def _as_reference(self, model: torch.nn.Module) -> AbstractContextManager[Any]:
-        return adapter_disabled(self.model) if self.reference_model is None else nullcontext()
+        batch["noise_key"] = torch.as_tensor(winners["noise_key"]).repeat(size)
+        shared = {"noise": noise.repeat(size, *[1] * (noise.ndim - 1)), "levels": levels.repeat(size)}
+        with torch.no_grad(), self._as_reference():
+            network = model if self.reference_model is None else self.reference_model
+            reference, _ = family.compute_loss(network, batch, args, **shared)
+        policy, noise_levels = family.compute_loss(model, batch, args, **shared)
+
+        policy, reference = (losses.unflatten(0, (size, groups)).T for losses in (policy, reference))
+        return policy, reference, noise_levels[:groups]
+
+    def _as_reference(self) -> AbstractContextManager[Any]:
+        """The network as training began with it, where it is its own reference."""
+        if self.reference_model is not None:
+            return nullcontext()
+        return _values(self.model, self._start) if self._start else adapter_disabled(self.model)
+
+    # -- data ----------------------------------------------------------------------------------------------------
+
+    def _check_data(self, dataset: Any) -> None:
+        if not isinstance(dataset, PreferenceGroups):
+            super()._check_data(dataset)
+            return
+        if isinstance(self.model, NetworkWithText):
+            use_captions(dataset)
+        self._losers = max(self._losers, dataset.group_size - 1)
+        super()._check_data(dataset.winners() if self.data_collator is collate else dataset)
 
     def _check_batch(self, batch: dict[str, Any], dataset: Any = None) -> None:
-        if "latents" not in batch or batch["latents"].ndim < 5:
+        winners = dataset.winners() if isinstance(dataset, PreferenceGroups) else dataset
+        super()._check_batch(self._first_group(batch), winners)
+
+    def _first_group(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch of groups as one of candidates, for a look at its shapes."""
+        latents = batch.get("latents")
+        if not isinstance(latents, torch.Tensor) or latents.ndim < 5 or latents.shape[1] < 2:
+            shape = tuple(latents.shape) if isinstance(latents, torch.Tensor) else None
             raise SciflowError(
-                "the data has no groups of candidates: `latents` must be (B, 1 + losers, C, h, w). Make it by "
-                "`PreferenceGroups(cache, tuples)`."
+                f"the data has no groups of candidates: `latents` of a batch are {shape}, and must be (B, 1 + losers, "
+                "C, h, w). `sciflow_hf.load_groups(cache)` makes them of a cache."
             )
-        self._losers = max(self._losers, batch["latents"].shape[1] - 1)
-        super()._check_batch(candidates(batch)[0])
+        self._losers = max(self._losers, latents.shape[1] - 1)
+        return candidates(batch)[0]
+
+    def _identity(self) -> dict[str, Any]:
+        path = self.args.reference_model
+        start = "as training begins" if path is None else Path(path).name if Path(path).is_dir() else path
+        if self._start:
+            start = f"adapter {_digest(self._start)}"
+        rules = getattr(self.train_dataset, "rules", None)
+        return super()._identity() | {"reference": start, "tuples": rules}
 
     # -- logs ----------------------------------------------------------------------------------------------------
 
+    def _step_metrics(self) -> dict[str, float]:
+        """Also margin, share of right orders, and the losses of winners and losers over those of the reference."""
+        means = super()._step_metrics()
+        for name in ("winner", "loser"):
+            if f"{name}_reference" in means:
+                means[f"{name}_ratio"] = means.pop(name) / means.pop(f"{name}_reference")
+        return means
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds margin, share of right orders and drifts since the last log; stops where the winners drift."""
-        if "loss" in logs and self._told:
-            table = self.accelerator.gather(torch.cat(self._told))
-            self._told.clear()
-            logs.update(zip(_NAMES, table.double().mean(0).tolist(), strict=True))
+        """Adds what `_step_metrics` says; stops where the winners drift."""
+        recent = self._winners() if "loss" in logs else self._recent
         super().log(logs, start_time)
+        if "loss" in logs:
+            self._recent = recent
+            self._check_drift(recent)
+
+    def _winners(self) -> np.ndarray:
+        """Losses of the winners since the last log, and those of the reference: (N, 2); at least the last few."""
+        if not self._losses.notes:
+            return self._recent
+        noted = self._losses.table(self.accelerator)[:, -len(_NOTED) :]
+        now = noted[:, [_NOTED.index("winner"), _NOTED.index("winner_reference")]]
+        return now if len(now) >= _FEWEST else np.concatenate([self._recent, now])[-_FEWEST:]
+
+    def _check_drift(self, winners: np.ndarray) -> None:
         limit = self.args.max_winner_drift
-        if limit and logs.get("winner_ratio", 0.0) > limit:
+        policy, reference = winners.astype(np.float64).sum(axis=0).tolist()
+        if limit and len(winners) >= _FEWEST and policy > limit * reference:
             raise SciflowError(
-                f"the winners' loss is {logs['winner_ratio']:.2f} times that of the reference at step "
-                f"{self.state.global_step}, more than `max_winner_drift` {limit:g}: the network moves away from the "
-                "figures it should learn. Checkpoints of earlier steps are complete. Lower `--learning_rate` or "
-                "`--preference_beta`, or add `--sft_weight 1`."
+                f"the winners' loss is {policy / reference:.3f} times that of the reference at step "
+                f"{self.state.global_step}, and `max_winner_drift` is {limit:g}: the network moves away from the "
+                "figures that it should prefer. Checkpoints of earlier steps are complete. Lower `--learning_rate` or "
+                "`--preference_beta`, or anchor the winner by `--sft_weight 1`."
             )
 
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """No checkpoint is written, and none removed for it, once the winners have drifted."""
+        self._check_drift(self._winners())
+        super()._save_checkpoint(model, trial)
+
     # -- evaluation ----------------------------------------------------------------------------------------------
+
+    def _base_is_at_hand(self) -> bool:
+        return False  # the reference is measured with the policy, each time
 
     def prediction_step(
         self,
@@ -181,99 +318,115 @@ class DiffusionDPOTrainer(DiffusionTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """Losses of the candidates on the fixed grid, (B, levels * (1 + K) * 2), NaN for losers that are not there."""
+        """Losses on the fixed grid, and the row numbers (B,).
+
+        (B, levels * (1 + K) * 2 + 1): of each candidate those of policy and reference, NaN where there is none, then
+        1 for edits and 0 for groups without sources.
+        """
         batch = self._prepare_inputs(inputs)
         columns = []
         with torch.no_grad(), self.compute_loss_context_manager():
             for number, level in enumerate(self.family.evaluation_levels(self.args.eval_levels)):
-                keys = [hash64(int(key), number) for key in batch["noise_key"]]
+                keys = torch.tensor([signed64(hash64(int(key), number)) for key in batch["noise_key"]])
                 policy, base, _ = self.candidate_losses(model, batch | {"noise_key": keys}, level.expand(len(keys)))
                 both = torch.stack([policy, base], dim=2).float()  # (B, 1 + K, 2)
                 missing = both.new_full((len(both), 1 + self._losers - both.shape[1], 2), torch.nan)
-                columns.append(torch.cat([both, missing], dim=1))
+                columns.append(torch.cat([both, missing], dim=1).flatten(1))
+        columns.append(torch.full_like(columns[0][:, :1], float(source_name(0) in batch)))
         release(inputs)
-        return None, torch.stack(columns, dim=1).flatten(1), batch["row"].to(columns[0].device)
+        return None, torch.cat(columns, dim=1), batch["row"].to(columns[0].device)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """As the parent's; remembers the axes of each group."""
+        """As the parent's; remembers which losers each group has."""
         loader = super().get_eval_dataloader(eval_dataset)
-        tuples = getattr(loader.dataset, "tuples", [])
-        self._eval_axes = dict(zip(self._eval_rows, (item.axes for item in tuples), strict=False))
+        tuples = getattr(loader.dataset, "tuples", ())
+        self._eval_axes = {item.group: item.axes for item in tuples}
         return loader
 
     def _summarise(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Metrics of the groups: see `preference_metrics`."""
-        first = {self._eval_rows[int(row)]: i for i, row in reversed(list(enumerate(prediction.label_ids)))}
+        """Loss and gain of the preference, where `base_loss` is that of the reference; and `preference_metrics`."""
+        rows = [self._eval_rows[int(row)] for row in prediction.label_ids]
+        first = {row: i for i, row in reversed(list(enumerate(rows)))}
         names = sorted(first)
-        table = torch.from_numpy(np.asarray(prediction.predictions))[[first[name] for name in names]].double()
-        table = table.unflatten(1, (self.args.eval_levels, 1 + self._losers, 2))
-        levels = (self.family.evaluation_levels(self.args.eval_levels) / self.family.level_range()).numpy()
-        loss, base = (self._table_losses(table, kind).numpy() for kind in (0, 1))
-        groups = {name: self._eval_groups[name] for name in names}
-        known = dict(zip(names, base.tolist(), strict=True))
+        measured = torch.from_numpy(np.asarray(prediction.predictions))[[first[name] for name in names]].double()
+        table = measured[:, :-1].unflatten(1, (self.args.eval_levels, 1 + self._losers, 2))
+        bad = [name for name, group in zip(names, table, strict=True) if not torch.isfinite(group[:, :2]).all()]
+        if bad:
+            logger.warning("The loss of %d of %d evaluated groups is not finite: %s.", len(bad), len(names), bad[:5])
+        levels = self.family.evaluation_levels(self.args.eval_levels).numpy() / self.family.level_range()
         axes = [self._eval_axes.get(name, ()) for name in names]
-        metrics = summarise(loss, levels, names, groups, known)
-        metrics |= preference_metrics(table.numpy(), levels, [groups[name] for name in names], axes)
+        loss, base = (self._table_losses(table, axes, kind).numpy() for kind in (0, 1))
+        known = dict(zip(names, base.tolist(), strict=True))
+        edits = measured[:, -1].numpy().astype(bool)
+        metrics = summarise(loss, levels, names, self._eval_groups, known, edits)
+        metrics |= preference_metrics(table.numpy(), levels, [self._eval_groups[name] for name in names], axes)
         if self._user_metrics is not None:
             metrics |= self._user_metrics(EvalPrediction(predictions=loss, label_ids=prediction.label_ids))
         return metrics
 
-    def _table_losses(self, table: torch.Tensor, kind: int) -> torch.Tensor:
+    def _table_losses(self, table: torch.Tensor, axes: Sequence[Sequence[str]], kind: int) -> torch.Tensor:
         """Group losses (N, levels) of a table (N, levels, 1 + K, 2); kind 1: as if the policy were the reference."""
         found = torch.empty(table.shape[:2], dtype=table.dtype)
-        there = (~table[:, 0, :, 0].isnan()).sum(dim=1)
-        for size in there.unique().tolist():
-            some = table[there == size][:, :, :size]
+        sizes = (~table[:, 0, :, 1].isnan()).sum(dim=1)
+        worst = torch.tensor([len(each) > 1 and each[-1] == WORST for each in axes])
+        for size in sizes.unique().tolist():
+            chosen = sizes == size
+            some = table[chosen][:, :, :size]
             policy, reference = some[..., kind].flatten(0, 1), some[..., 1].flatten(0, 1)
-            found[there == size] = self.group_losses(policy, reference).unflatten(0, some.shape[:2])
+            with_worst = worst[chosen].repeat_interleave(table.shape[1])
+            found[chosen] = self.group_losses(policy, reference, with_worst).unflatten(0, some.shape[:2])
         return found
 
 
 def preference_metrics(
     table: np.ndarray, levels: np.ndarray, groups: Sequence[str], axes: Sequence[Sequence[str]]
 ) -> dict[str, float]:
-    """Of held-out groups: right_orders (with _low, _high, and _q1 to _q4 by noise range), margin, winner_ratio,
-    loser_ratio; where losers stand for axes right_orders and margin of each axis, too.
+    """How held-out groups are ordered, with 95 % intervals (`_low`, `_high`) where `mean_interval` gives one.
 
-    An order is right where the winner has gained more than the loser in the mean over the levels. A ratio is the loss
-    over that of the reference, of all.
+    - `right_orders`: share of losers over which the policy has gained on its winner, in the mean over the levels (a tie
+      counts half); `right_orders_q1` to `_q4` by noise range, and where losers stand for several axes, of each axis.
+    - `margin`: how much, in units of the loss; likewise of each axis.
+    - `winner_ratio`, `loser_ratio`: the loss over that of the reference, sums over all.
 
     Args:
         table: (N, levels, 1 + K, 2): losses of winner and losers under policy and reference; NaN for no loser.
         levels: (levels,), in [0, 1].
-        groups: (N,) for the interval.
+        groups: (N,) for the intervals.
         axes: of each group the axis of each loser.
     """
     gained = table[..., 1] - table[..., 0]
     margins = gained[:, :, :1] - gained[:, :, 1:]  # (N, levels, K)
-    mean = margins.mean(axis=1)
-    there = ~np.isnan(mean)
-    right = _row_means(mean > 0, there)
-    metrics = {"right_orders": float(right.mean()), "margin": float(_row_means(np.nan_to_num(mean), there).mean())}
-    if (interval := mean_interval(right, groups)) is not None:
-        low, high = interval
-        metrics |= {"right_orders_low": max(0.0, low), "right_orders_high": min(1.0, high)}
+    mean, metrics = margins.mean(axis=1), dict[str, float]()
+
+    def told(name: str, values: np.ndarray, center: float | None = None) -> None:
+        """The mean of values (N, K), NaN for none, and its interval."""
+        there = ~np.isnan(values).all(axis=1)
+        each = np.nanmean(values[there], axis=1)
+        metrics[name] = float(each.mean()) if center is None else center
+        interval = mean_interval(each, [group for group, one in zip(groups, there, strict=True) if one])
+        if interval is not None:
+            metrics[f"{name}_low"], metrics[f"{name}_high"] = interval
+
+    def right(values: np.ndarray) -> np.ndarray:
+        return np.where(np.isnan(values), np.nan, (np.sign(values) + 1) / 2)
+
+    told("right_orders", right(mean))
+    told("margin", mean)
     quarter = np.minimum((levels * NUM_QUARTERS).astype(int), NUM_QUARTERS - 1)
-    for q in range(NUM_QUARTERS):
-        if (quarter == q).any():
-            some = margins[:, quarter == q].mean(axis=1)
-            metrics[f"right_orders_q{q + 1}"] = float(_row_means(some > 0, there).mean())
+    for q in np.unique(quarter).tolist():
+        told(f"right_orders_q{q + 1}", right(margins[:, quarter == q].mean(axis=1)))
     named = np.full(mean.shape, "", dtype=object)
     for i, names in enumerate(axes):
         named[i, : len(names)] = names
     several = sorted({name for names in axes for name in names})
     for axis in several if len(several) > 1 else ():
-        values = mean[(named == axis) & there]
-        metrics |= {f"right_orders_{axis}": float((values > 0).mean()), f"margin_{axis}": float(values.mean())}
-    winners, losers = table[:, :, 0], table[:, :, 1:]
-    metrics["winner_ratio"] = float(winners[..., 0].sum() / winners[..., 1].sum())
-    metrics["loser_ratio"] = float(np.nansum(losers[..., 0]) / np.nansum(losers[..., 1]))
+        told(f"right_orders_{axis}", np.where(named == axis, right(mean), np.nan))
+        told(f"margin_{axis}", np.where(named == axis, mean, np.nan))
+    for name, losses in (("winner", table[:, :, :1]), ("loser", table[:, :, 1:])):
+        policy, reference = (np.nanmean(losses[..., kind], axis=(1, 2))[:, None] for kind in (0, 1))
+        ratio = float(policy.mean() / reference.mean())
+        told(f"{name}_ratio", ratio + (policy - ratio * reference) / reference.mean(), ratio)  # linear in both
     return metrics
-
-
-def _row_means(values: np.ndarray, there: np.ndarray) -> np.ndarray:
-    """Means over the columns that are there: (N, K), (N, K) -> (N,)."""
-    return np.asarray((values * there).sum(axis=1) / there.sum(axis=1))
 
 
 def candidates(batch: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
@@ -284,25 +437,97 @@ def candidates(batch: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
             flat[name] = value.transpose(0, 1).flatten(0, 1)
         elif isinstance(value, torch.Tensor):
             flat[name] = value.repeat(size, *[1] * (value.ndim - 1))
-        else:
+        elif name != "with_worst":
             flat[name] = list(value) * size
+    flat.pop("with_worst", None)
     return flat, size
 
 
-def _told(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Margin, share of right orders, and the losses of winner and losers over the reference's: (B, 4)."""
-    margins, ratio = preference_margins(policy, reference), policy / reference
-    columns = [margins.mean(1), (margins > 0).float().mean(1), ratio[:, 0], ratio[:, 1:].mean(1)]
+def load_reference(
+    family: ModelFamily, args: PreferenceTrainingArguments, *, trained: bool, meta: bool = False
+) -> torch.nn.Module | None:
+    """The frozen reference of `DiffusionDPOTrainer`; None where the network without its adapter is the reference.
+
+    Its dtype is that of frozen weights, 16 bit with `--bf16`.
+
+    Args:
+        family: of the network.
+        args: `reference_model` says where another one is.
+        trained: whether all weights are trained (`--no_adapter`), so that a second copy is needed.
+        meta: without weights, for `--dry_run`.
+
+    Raises:
+        SciflowError: as `family.load_model`.
+    """
+    if args.reference_model is not None:
+        family = dataclasses.replace(family, network_name_or_path=args.reference_model)  # type: ignore[call-arg]
+    elif not trained:
+        return None
+    return family.load_model(dtype=args.weight_dtype, meta=meta).requires_grad_(False).eval()
+
+
+def _check_reference(reference: torch.nn.Module, family: ModelFamily) -> None:
+    """SciflowError where a reference is not of the shapes of the family's network."""
+    network = family.load_model(dtype=torch.float32, meta=True)
+    expected = {name: tuple(p.shape) for name, p in network.named_parameters()}
+    found = {name: tuple(p.shape) for name, p in reference.named_parameters()}
+    odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if odd:
+        name = odd[0]
+        raise SciflowError(
+            f"`reference_model`: {name} has the shape {found.get(name)} there and {expected.get(name)} in the network "
+            f"that is trained ({len(odd)} differ). Give a reference of the same network."
+        )
+
+
+def _is_new(model: torch.nn.Module) -> bool:
+    """Whether a LoRA or DoRA was made in this run, so that it changes nothing yet."""
+    if adapter_parameters(model, INITIAL):
+        return True  # what subtracts the start; a loaded adapter is a plain LoRA
+    last = [p for name, p in adapter_parameters(model).items() if ".lora_B." in name]
+    return bool(last) and not any(p.detach().any() for p in last)
+
+
+def _copies(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in parameters.items()}
+
+
+def _digest(values: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(values.items()):
+        digest.update(name.encode() + value.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _values(model: torch.nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Other values of an adapter for a while."""
+    parameters = adapter_parameters(model)
+    now = {name: parameter.data for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        parameter.data = values[name].to(parameter.device)
+    try:
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = now[name]
+
+
+def _noted(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Of each group what `_NOTED` names: (B, 6)."""
+    margins = preference_margins(policy, reference)
+    columns = [margins.mean(1), ((margins.sign() + 1) / 2).mean(1)]
+    for kind in (slice(1), slice(1, None)):
+        columns += [losses[:, kind].mean(1) for losses in (policy, reference)]
     return torch.stack([column.float() for column in columns], dim=1)
 
 
 def _check_options(args: PreferenceTrainingArguments, family: Any, dataset: Any) -> None:
     """SciflowError for options of plain training that preferences have no formula for."""
-    fields = vars(family)
     refused = {
         f"`loss_type` {args.loss_type}": args.loss_type != "mse",
-        "`precondition_outputs`": bool(fields.get("precondition_outputs")),
-        "`learn_sigma`": bool(fields.get("learn_sigma")),
+        "`precondition_outputs`": bool(getattr(family, "precondition_outputs", False)),
+        "`learn_sigma`": bool(getattr(family, "learn_sigma", False)),
         "data for prior preservation": loss_weights(dataset) is not None,
     }
     for what, is_given in refused.items():

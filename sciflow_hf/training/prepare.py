@@ -5,7 +5,7 @@ import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -16,8 +16,10 @@ from ..data.build.cut import find_cut, warn_of_cut
 from ..data.build.references import SourceRules
 from ..data.build.views import MIRRORED
 from ..data.cache import LatentCache
-from ..data.load import load_cache, load_data
+from ..data.load import load_cache, load_data, repeats_for
 from ..data.online import OnlineImages
+from ..data.preference_groups import PreferenceGroups, load_groups
+from ..data.preferences import TupleArguments
 from ..data.split import spread
 from ..data.stream.stream import StreamingCache
 from ..demo import demo_figures, demo_pipeline
@@ -250,6 +252,52 @@ def prepare_data(
         captions = [pair for cache in caches for pair in zip(cache.row_ids, cache.captions, strict=True)]
         warn_of_cut(find_cut(captions, family.count_tokens), len(captions))
     return data
+
+
+def prepare_groups(
+    data_args: DataArguments, tuple_args: TupleArguments, family: ModelFamily, args: DiffusionTrainingArguments
+) -> tuple[PreferenceGroups, PreferenceGroups | None]:
+    """The groups of candidates to train on, and those held out, of caches with a row a candidate.
+
+    Caches are built first as by `prepare_data`. Groups are made of complete caches: with `--streaming`, too, the
+    columns of the index are read first; latents and embeddings are read when their group comes, from wherever the
+    caches lie. `--eval_fraction`, `--max_train_samples` and `--dataset_weights` are of groups.
+
+    Args:
+        data_args: caches or figures of candidates.
+        tuple_args: which candidates are compared.
+        family: encodes what is not cached.
+        args: the options of the run.
+
+    Returns:
+        The groups to train on, and those held out or None.
+
+    Raises:
+        SciflowError: as `prepare_data` and `load_groups`; options of data that groups do not have.
+    """
+    for name, given in (
+        ("prior_dataset_dir", data_args.prior_dataset_dir is not None),
+        ("image_encoding", data_args.image_encoding == "online"),
+    ):
+        if given:
+            raise SciflowError(
+                f"`{name}` {getattr(data_args, name)!r} does not go with preferences, which compare stored latents of "
+                "candidates: leave it out."
+            )
+    if data_args.streaming:
+        logger.info("`streaming`: the index is read at once, to find the groups; latents and text as they come.")
+    of_rows: Any = {"eval_fraction": 0.0, "max_train_samples": None, "dataset_weights": [], "streaming": False}
+    cache, _ = prepare_data(dataclasses.replace(data_args, **of_rows), family, args)
+    train = load_groups(cast(LatentCache, cache), tuple_args)
+    held_out: PreferenceGroups | None = None
+    if data_args.eval_fraction:
+        train, held_out = train.split(data_args.eval_fraction)
+    if data_args.max_train_samples and data_args.max_train_samples < len(train):
+        train = train.select(spread(len(train), data_args.max_train_samples))
+    if data_args.dataset_weights:
+        train.repeats = repeats_for(train.source_of_row, data_args.dataset_weights, data_args.dataset_dir)
+    logger.info("%s to train on, %d held out.", counted(len(train), "group"), len(held_out or []))
+    return train, held_out or None
 
 
 def prepare_class_images(

@@ -417,7 +417,7 @@ class DiffusionTrainer(Trainer):
         """Adds the loss per quarter of the noise range and other learning rates; stops at a loss that is not finite."""
         if "loss" in logs:
             self._check_finite()
-            logs.update(self._losses.means(self.accelerator, self.family.level_range()))
+            logs.update(self._step_metrics())
             rate = effective_learning_rate(self.optimizer.param_groups) if self.optimizer is not None else None
             if rate is not None:
                 logs["effective_learning_rate"] = rate
@@ -426,6 +426,10 @@ class DiffusionTrainer(Trainer):
         if "train_loss" in logs and self._loss_before is not None and self.state.global_step:  # the parent's: this call
             logs["train_loss"] = (self._loss_before + self._total_loss_scalar) / self.state.global_step
         super().log(logs, start_time)
+
+    def _step_metrics(self) -> dict[str, float]:
+        """Means over the samples since the last log."""
+        return self._losses.means(self.accelerator, self.family.level_range())
 
     def _check_finite(self) -> None:
         found = self._losses.not_finite(self.accelerator)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sciflow_hf.diffusion.preferences import PREFERENCE_LOSSES, hard_weights, preference_loss, preference_margins
+from sciflow_hf.diffusion.preferences import PREFERENCE_LOSSES, loser_weights, preference_loss, preference_margins
 
 
 def drawn(groups: int, losers: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,7 +64,7 @@ def test_large_margins_neither_overflow_nor_vanish() -> None:
 
 def test_hard_losers_weigh_more() -> None:
     policy = torch.tensor([[0.1, 0.3, 0.5]], dtype=torch.float64, requires_grad=True)
-    weights = hard_weights(policy)
+    weights = loser_weights(policy, hard=True)
     expected = np.exp([1.0, 2.0]) / np.exp([1.0, 2.0]).sum()
     np.testing.assert_allclose(weights[0], expected, rtol=1e-14)
     assert not weights.requires_grad

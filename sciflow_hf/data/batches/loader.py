@@ -310,6 +310,8 @@ class KeyedDataset(Dataset[dict[str, Any]]):
         """Adds the classes of a batch of latents, and what is encoded online of it; the same batch."""
         if (labels := getattr(self.dataset, "class_labels", None)) is not None:
             batch["class_labels"] = labels[batch["row"]]
+        if (worst := getattr(self.dataset, "with_worst", None)) is not None:
+            batch["with_worst"] = worst[batch["row"]]
         if self.images is not None:
             encoded = self.images.encoded(batch, self.dataset.dtype)
             batch.update({n: v for n, v in encoded.items() if self.posterior or n != "latents_std"})
