@@ -101,6 +101,7 @@ class PreferenceGroups(LatentCache):
         return found
 
     def read_into(self, i: int, out: Mapping[str, torch.Tensor], members: Mapping[str, Member] | None = None) -> None:
+        """As of a cache."""
         members = self.members(i) if members is None else members
         own = {name: tensor for name, tensor in out.items() if not isinstance(members.get(name), _Stacked)}
         super().read_into(i, own, members)
@@ -160,7 +161,7 @@ class PreferenceGroups(LatentCache):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the cache and the tuples; the same wherever the cache lies."""
+        """16 hex digits over the cache and the tuples; the same wherever the cache lies."""
         names = self.cache.row_ids
         told = [(t.group, names[t.winner], [names[row] for row in t.losers], t.axes) for t in self.tuples]
         return hashlib.sha256(f"{super().fingerprint} {told}".encode()).hexdigest()[:16]
@@ -180,14 +181,14 @@ def load_groups(cache: LatentCache, rules: TupleArguments | None = None) -> Pref
 
     Columns of the index: `group_id`; `reward` and a column for each axis (or `<axis>_score`), or `role`, "winner" or
     "loser", and perhaps `axis`, which a loser is worse at. Candidates of a group have the same caption, size and
-    sources: others than most of their group are left out. What was left out, and why, is logged.
+    sources: others than most of their group are left out. The log says which were left out, and why.
 
     Args:
         cache: a row a candidate.
         rules: thresholds; only where there is no `role`.
 
     Raises:
-        SciflowError: a column that is not there, or holds no numbers; rules beside `role`; no group has a winner and
+        SciflowError: a column that is not there, or holds no numbers; rules next to `role`; no group has a winner and
             its losers.
     """
     given = cache.strings(ROLE)
@@ -245,14 +246,14 @@ def _numbers(cache: LatentCache, name: str) -> np.ndarray:
 
 
 def _kinds(cache: LatentCache) -> list[Hashable]:
-    """Of each row what candidates of a group share: bucket and shapes, caption, sources."""
+    """Bucket and shapes, caption and sources of each row: the candidates of a group share them."""
     captions = next((found for found in map(cache.strings, CAPTION_COLUMNS) if found is not None), None)
     columns = [cache.batch_keys, captions, cache.strings("source_images")]
     return list(zip(*(column for column in columns if column is not None), strict=True))
 
 
 def _contents(cache: LatentCache) -> list[Hashable]:
-    """Of each row where its latents lie: rows of one place are the same figure."""
+    """Where the latents of each row lie: rows of one place are the same figure."""
     paths = cache.strings("cache_path")
     if paths is None:
         return list(range(len(cache)))

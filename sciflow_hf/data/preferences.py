@@ -28,7 +28,7 @@ def _check_worst(args: "TupleArguments") -> None:
 class TupleArguments(Options):
     """Which candidates of a group become a winner and its losers (SciForma 2026, for several axes)."""
 
-    heading: ClassVar[str] = "Preferences"
+    heading: ClassVar[str] = "Choice of comparisons"
 
     axes: list[str] = option(
         [], "Score columns, each with a loser of its own. Without: one loser, the worst by reward."
@@ -43,7 +43,7 @@ class TupleArguments(Options):
     every_axis: bool = option(True, "Leave out groups in which an axis has no loser.")
     global_worst: bool = option(
         False,
-        "Take the candidate of the least reward, too, as a further loser, if it is none of the axes'.",
+        "Also take the candidate of the least reward as a loser, if it is none of the axes'.",
         check=_check_worst,
     )
 
@@ -69,7 +69,7 @@ class PreferenceTuple:
 
 @dataclass
 class TupleReport:
-    """What became of the groups.
+    """How many groups have a tuple, and why others have none.
 
     Attributes:
         groups: all there are.
@@ -189,7 +189,7 @@ _OTHER_KIND = "of another size, caption or sources than their group"
 def _of_groups(
     groups: Sequence[str | None], report: TupleReport, choose: Callable[[str, list[int]], PreferenceTuple | str]
 ) -> tuple[list[PreferenceTuple], TupleReport]:
-    """What `choose` makes of the rows of each group, counted."""
+    """The tuples that `choose` makes of the rows of each group, counted."""
     members: dict[str, list[int]] = {}
     for row, group in enumerate(groups):
         if group:

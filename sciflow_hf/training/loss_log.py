@@ -82,7 +82,7 @@ class LossLog:
         return NotFinite(int(bad_norm), None) if bad_norm < torch.inf else None
 
     def table(self, accelerator: Any) -> np.ndarray:
-        """Of all ranks since the last `means`: (N, 2) loss and level, then prior or not, then the further numbers."""
+        """Samples of all ranks since the last `means`: (N, 2 + ...) loss, level, prior or not, the further numbers."""
         losses, levels, rows, _, numbers = self._joined()
         columns = [losses.float(), levels.float()]
         if self.prior is not None and rows is not None:

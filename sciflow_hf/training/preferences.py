@@ -514,7 +514,7 @@ def _values(model: torch.nn.Module, values: Mapping[str, torch.Tensor]) -> Itera
 
 
 def _noted(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Of each group what `_NOTED` names: (B, 6)."""
+    """The numbers that `_NOTED` names, of each group: (B, 6)."""
     margins = preference_margins(policy, reference)
     columns = [margins.mean(1), ((margins.sign() + 1) / 2).mean(1)]
     for kind in (slice(1), slice(1, None)):

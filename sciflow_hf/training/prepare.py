@@ -259,9 +259,9 @@ def prepare_groups(
 ) -> tuple[PreferenceGroups, PreferenceGroups | None]:
     """The groups of candidates to train on, and those held out, of caches with a row a candidate.
 
-    Caches are built first as by `prepare_data`. Groups are made of complete caches: with `--streaming`, too, the
-    columns of the index are read first; latents and embeddings are read when their group comes, from wherever the
-    caches lie. `--eval_fraction`, `--max_train_samples` and `--dataset_weights` are of groups.
+    Caches are built first as by `prepare_data`. Groups are made of complete indexes: their
+    columns are read first, with `--streaming` as well; latents and embeddings are read when their group comes, from
+    wherever the caches lie. `--eval_fraction`, `--max_train_samples` and `--dataset_weights` are of groups.
 
     Args:
         data_args: caches or figures of candidates.
