@@ -246,7 +246,7 @@ def _numbers(cache: LatentCache, name: str) -> np.ndarray:
 
 
 def _kinds(cache: LatentCache) -> list[Hashable]:
-    """Bucket and shapes, caption and sources of each row: the candidates of a group share them."""
+    """The bucket with its shapes, the caption and the sources of each row; candidates of a group share all."""
     captions = next((found for found in map(cache.strings, CAPTION_COLUMNS) if found is not None), None)
     columns = [cache.batch_keys, captions, cache.strings("source_images")]
     return list(zip(*(column for column in columns if column is not None), strict=True))
