@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def add_model(add: Any) -> None:
-    """Adds the options of a model beside `--model_path`, and `--device`."""
+    """Adds the options of a model in addition to `--model_path`, and `--device`."""
     add("--base_model", help="folder or Hub repository of the pipeline that a LoRA or network belongs to")
     add_parts(add, network=True)
     add("--family", help="model family, if the run does not name it")

@@ -96,6 +96,7 @@ class _Group:
 
 
 def _draw(args: argparse.Namespace) -> None:
+    from ..data.build.blocks import remove_temporaries
     from ..data.prompts import read_prompts
     from ..options import check_range  # transformers, which the help does not need
 
@@ -116,10 +117,13 @@ def _draw(args: argparse.Namespace) -> None:
         rank, number = ranks.get("rank", 0), ranks.get("world_size", 1)
         dtype = inference_dtype(device)
         facts = _facts(args, family, kind, rows) | {"dtype": str(dtype).removeprefix("torch.")}
+        barrier = ranks.get("barrier", lambda: None)
         _check_options(output, facts, write=rank == 0)
+        if rank == 0:
+            remove_temporaries(output)
+        barrier()
         _draw_missing([g for g in groups if g.index % number == rank], args, family, kind, device, dtype, rank == 0)
-        if "barrier" in ranks:
-            ranks["barrier"]()
+        barrier()
         if rank == 0:
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for group in groups for row in group.table()]
             _write(output / TABLE, "".join(lines).encode(), durable=True)
@@ -256,6 +260,11 @@ def _draw_missing(
                     generators=[torch.Generator().manual_seed(seed) for seed in group.seeds],
                     **group.call,
                 )
+                if not latents.isfinite().all():
+                    raise SciflowError(
+                        f"the candidates of {group.row['prompt']!r:.80} hold NaN or Inf: the network, or "
+                        f"`num_inference_steps` {args.num_inference_steps}, cannot be drawn with in {dtype}."
+                    )
                 _save(output, group, latents, images)
                 bar.update()
 

@@ -2,7 +2,7 @@
 
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -76,6 +76,22 @@ class QwenImageEdit(QwenImage):
                 f"{self.pipeline_class().__name__} with its text encoder needs torchvision: `pip install torchvision`."
             )
         return super().load_pipeline(*args, with_text_encoder=with_text_encoder, **options)
+
+    def draw(
+        self,
+        pipeline: Any,
+        encoded: Mapping[str, torch.Tensor] | Sequence[Mapping[str, torch.Tensor]],
+        *,
+        generators: Sequence[torch.Generator],
+        **options: Any,
+    ) -> tuple[torch.Tensor, list["Image"]]:
+        """As `PipelineFamily.draw`, but one by one: the pipeline takes one image a call."""
+        rows = [encoded] * len(generators) if isinstance(encoded, Mapping) else encoded
+        drawn = [
+            super(QwenImageEdit, self).draw(pipeline, row, generators=[generator], **options)
+            for row, generator in zip(rows, generators, strict=True)
+        ]
+        return torch.cat([latents for latents, _ in drawn]), [image for _, images in drawn for image in images]
 
     def encode_prompts(
         self, prompts: Sequence[str], encoders: Any, sources: Sequence[Sequence["Image"]] | None = None
