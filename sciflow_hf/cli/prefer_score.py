@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import SciflowError, counted, first_line
 from ..files import write_json
+from .judge import add_judge, judge_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -44,6 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--reward_weights", nargs="+", type=float, default=[], metavar="W", help="of the sum, one a reward (default 1)")
     add("--output_file", help="table to write (default: the one that was read, complete or not at all)")
     add("--batch_size", type=int, default=16, help="images scored at once, and lost by a kill (default 16)")
+    add_judge(parser)
 
 
 def _score(args: argparse.Namespace) -> None:
@@ -52,7 +54,8 @@ def _score(args: argparse.Namespace) -> None:
     from ..options import check_range
 
     check_range("batch_size", args.batch_size, "[1, inf)")
-    rewards = load_rewards(args.reward, args.reward_weights)
+    judge = judge_of(args, args.reward)
+    rewards = load_rewards(args.reward, args.reward_weights, judge=judge)
     candidates = read_candidates(input_dir=args.input_dir, table=args.table)
     output = Path(args.output_file or candidates.file)
     if output.suffix not in SUFFIXES:
@@ -64,7 +67,10 @@ def _score(args: argparse.Namespace) -> None:
     for reward in rewards:
         if reward.name not in kept.rewards and any(reward.name in row for row in candidates.rows):
             logger.warning("The column %s of %s is replaced by the scores.", reward.name, candidates.file)
-    scores = _Scoring(candidates, rewards, kept).run(args.batch_size)
+    scoring = _Scoring(candidates, rewards, kept)
+    if judge is not None:
+        judge.announce(len(candidates.rows), scoring.columns)
+    scores = scoring.run(args.batch_size)
     scores.check([row[candidates.key] for row in candidates.rows])
     columns = scores.table(rewards)
     candidates.with_columns(columns).write(output, list(columns))
@@ -115,6 +121,10 @@ class _Scoring:
         scored = {REWARD, candidates.caption, *(reward.name for reward in rewards), *kept.rewards}
         names = [name for name in dict.fromkeys(name for row in candidates.rows for name in row) if name not in scored]
         self.columns = {name: [row.get(name) for row in candidates.rows] for name in names}
+        if "reference" in self.columns:  # a file's name begins at the table
+            folder = candidates.file.parent
+            cells = self.columns["reference"]
+            self.columns["reference"] = [str(folder / cell) if isinstance(cell, str) else cell for cell in cells]
         self.prompts: list[str] = [row[candidates.caption] for row in candidates.rows]
         self.identities = {reward.name: reward.identity() for reward in rewards}
         self.found = Scores({reward.name: [None] * len(self.prompts) for reward in rewards})

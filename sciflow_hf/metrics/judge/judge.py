@@ -68,7 +68,7 @@ class Judge:
 
     Rows may bring `reference`, the picture that the figure should match, and the elements that it should have,
     `rubric_components`, `rubric_arrows` and `rubric_text`. Axes without elements are not asked; a row without any
-    elements is asked for all three axes, and scores 1 or 0.5.
+    elements is asked for all three axes, and scores 1 or 0.5. A call that failed is not repeated by the same object.
 
     Args:
         args: which model, and within what limits; by default what the environment says.
@@ -82,8 +82,15 @@ class Judge:
         self.rubric = read_rubric(self.args.rubric)
         self.model = self.args.judge_model or os.environ.get("SCIFLOW_JUDGE_MODEL", "")
         self.calls = 0
+        self.announced = False
         self._cache = AnswerCache(Path(self.args.judge_cache_dir or _default_folder()))
         self._ask = ask
+        self._failed: dict[str, NoAnswerError] = {}
+
+    @property
+    def identity(self) -> str:
+        """Changes with all that decides a score besides the row."""
+        return f"{self.model} {self.rubric.version} {self.args.scoring}"
 
     def __call__(self, prompts: Sequence[str], images: Sequence[Any], **columns: Any) -> list[float | None]:
         """The score of each image, 0 to 1; None where there is none. See `judge`."""
@@ -114,10 +121,25 @@ class Judge:
         questions = {row.keys[axis]: question for row in rows for axis, question in row.questions.items()}
         answers = self._answers(questions)
         found = [self._judgement(row, answers) for row in rows]
-        failed = [one for one in found if one.reason]
-        for reason, number in Counter(one.reason for one in failed).most_common(3):
+        reasons = Counter(one.reason for one in found if one.reason and not self.announced)
+        for reason, number in reasons.most_common():
             logger.warning("Judge: %s without an answer on every axis: %s", counted(number, "image"), reason)
         return found
+
+    def announce(self, number: int, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Says what judging `number` images in several calls will cost at most, which are silent then."""
+        cells = [columns[name] for name in COLUMNS.values() if name in columns]
+        listed = [sum(column[i] not in (None, "", "[]") for column in cells) for i in range(number)]
+        calls = len(AXES) * number if self.args.scoring == "published" else sum(n or len(AXES) for n in listed)
+        words = len(self.rubric.system + max(self.rubric.listed.values(), key=len)) // _LETTERS
+        each = 2 * jpeg_size(1024, 1024)[0] ** 2 // _PATCH + words + _ANSWER
+        logger.info(
+            "Judge: at most %s for %s, about %s tokens at 1024 x 1024 pixels; answers kept from before cost nothing.",
+            counted(calls, "call"),
+            counted(number, "image"),
+            f"{calls * each:,}",
+        )
+        self.announced = True
 
     def _row(self, i: int, prompt: str, image: Any, cells: Mapping[str, Any]) -> _Row:
         """Reads the cells of row `i`, and makes its questions."""
@@ -148,8 +170,11 @@ class Judge:
         answers: dict[str, Answer | NoAnswerError] = {
             key: kept for key in questions if (kept := self._cache.get(key)) is not None
         }
+        known = counted(len(answers), "answer")
+        answers |= {key: self._failed[key] for key in questions.keys() & self._failed.keys()}
         open_ones = {key: question for key, question in questions.items() if key not in answers}
-        logger.info("Judge: %s, %s kept from before.", estimate(open_ones.values()), counted(len(answers), "answer"))
+        if not self.announced:
+            logger.info("Judge: %s, %s kept from before.", estimate(open_ones.values()), known)
         limit = self.args.max_calls
         if limit is not None and self.calls + len(open_ones) > limit:
             raise SciflowError(
@@ -168,6 +193,7 @@ class Judge:
             try:
                 found = ask(open_ones[key])
             except NoAnswerError as error:
+                self._failed[key] = error
                 return error
             except SciflowError:
                 ended.set()
@@ -179,7 +205,8 @@ class Judge:
         pool = ThreadPoolExecutor(min(workers, len(open_ones)))
         try:
             futures = {pool.submit(answer, key): key for key in open_ones}
-            for future in tqdm(as_completed(futures), total=len(futures), desc="Judge", unit="call", disable=None):
+            hidden = True if self.announced else None  # on a terminal alone
+            for future in tqdm(as_completed(futures), total=len(futures), desc="Judge", unit="call", disable=hidden):
                 answers[futures[future]] = future.result()
         finally:  # calls under way end, and their answers are kept
             pool.shutdown(cancel_futures=True)

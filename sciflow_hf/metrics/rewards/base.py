@@ -12,17 +12,21 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from ...errors import SciflowError, counted, first_line
 
+if TYPE_CHECKING:
+    from ..judge.judge import Judge
+
 logger = logging.getLogger(__name__)
 
-RewardFunction = Callable[..., Sequence[float | None]]
+RewardFunction = Callable[..., Sequence[float | Exception | None]]
 REWARD = "reward"
 """Name of the weighted sum among the score columns."""
+_JUDGE = "judge.JudgeReward"
 BUILT_IN = {
     "ocr": ("ocr.ocr", "texts in quotes in the prompt"),
     "chart": ("chart.chart", "a kind, colour or count in the prompt, or columns of these names"),
@@ -31,8 +35,12 @@ BUILT_IN = {
     "chart_count": ("chart.chart_count", "a kind and a number of things in the prompt, or columns `kind` and `count`"),
     "aspect": ("guards.aspect", "columns `width` and `height`"),
     "blank": ("guards.blank", "nothing else"),
+    "judge": (_JUDGE, "a column `reference`, or elements in columns `rubric_...`"),
+    "judge_component": (_JUDGE, "elements in a column `rubric_components`"),
+    "judge_arrow": (_JUDGE, "elements in a column `rubric_arrows`"),
+    "judge_text": (_JUDGE, "elements in a column `rubric_text`"),
 }
-"""Name -> function below `sciflow_hf.metrics.rewards`, and what it needs."""
+"""Name -> function below `sciflow_hf.metrics.rewards`, or `JudgeReward`, and what it needs."""
 
 
 @dataclass(frozen=True)
@@ -122,16 +130,22 @@ class Scores:
             logger.warning("`reward` %s failed on %s%s; these have no `%s`.", reward, first, others, REWARD)
 
 
-def load_reward(reward: str | RewardFunction) -> RewardFunction:
+def load_reward(reward: str | RewardFunction, *, judge: "Judge | None" = None) -> RewardFunction:
     """The function of a reward.
 
     Args:
         reward: a built-in name, the dotted path of a function (`my_module.my_reward`), or the function itself.
+        judge: of the rewards that ask one; by default what the environment says.
 
     Raises:
         SciflowError: an unknown name, or a path that does not lead to a function.
     """
     found: Any = reward
+    if asks_judge(reward):
+        from ..judge.judge import Judge
+        from .judge import JudgeReward
+
+        return JudgeReward(judge or Judge(), str(reward))
     if isinstance(reward, str):
         module, _, attribute = reward.rpartition(".")
         if reward in BUILT_IN:
@@ -152,12 +166,20 @@ def load_reward(reward: str | RewardFunction) -> RewardFunction:
     return found
 
 
-def load_rewards(rewards: Sequence[str | RewardFunction], weights: Sequence[float] = ()) -> list[Reward]:
+def asks_judge(reward: str | RewardFunction) -> bool:
+    """Whether it is the name of a reward that asks the judge."""
+    return isinstance(reward, str) and reward in BUILT_IN and BUILT_IN[reward][0] == _JUDGE
+
+
+def load_rewards(
+    rewards: Sequence[str | RewardFunction], weights: Sequence[float] = (), *, judge: "Judge | None" = None
+) -> list[Reward]:
     """Rewards with their weights, named by the last part of their path.
 
     Args:
         rewards: as `load_reward` takes them.
         weights: one for each; 1 by default.
+        judge: of the rewards that ask one.
 
     Raises:
         SciflowError: an unknown reward, two of one name, another number of weights, or a weight that is not finite.
@@ -168,9 +190,13 @@ def load_rewards(rewards: Sequence[str | RewardFunction], weights: Sequence[floa
         raise SciflowError(f"`reward_weights` has {given} for {counted(len(rewards), 'reward')}: give one each.")
     if not all(math.isfinite(weight) for weight in weights):
         raise SciflowError(f"`reward_weights` {weights}: finite numbers are needed.")
+    if judge is None and any(map(asks_judge, rewards)):
+        from ..judge.judge import Judge
+
+        judge = Judge()  # one for all, which asks each question once
     found = []
     for reward, weight in zip(rewards, weights, strict=True):
-        function = load_reward(reward)
+        function = load_reward(reward, judge=judge)
         own = getattr(function, "__name__", type(function).__name__)
         found.append(Reward(reward.rpartition(".")[2] if isinstance(reward, str) else own, function, float(weight)))
     names = [reward.name for reward in found]
@@ -214,7 +240,7 @@ def score_images(
 def _ask(
     function: RewardFunction, prompts: Sequence[str], images: Sequence[Image.Image], columns: dict[str, list[Any]]
 ) -> list[float | str | None]:
-    """A score of each image, None, or a text that says why there is none."""
+    """A score of each image, None, or a text that says why there is none; a reward may return its error instead."""
     try:
         found = list(function(prompts=list(prompts), images=list(images), **columns))
     except SciflowError:
@@ -229,6 +255,8 @@ def _ask(
 def _number(score: Any) -> float | str | None:
     if score is None:
         return None
+    if isinstance(score, Exception):
+        return first_line(score)
     try:
         number = float(score)
     except (TypeError, ValueError):
