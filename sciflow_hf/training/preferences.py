@@ -459,11 +459,17 @@ def load_reference(
     Raises:
         SciflowError: as `family.load_model`.
     """
-    if args.reference_model is not None:
-        family = dataclasses.replace(family, network_name_or_path=args.reference_model)  # type: ignore[call-arg]
-    elif not trained:
+    place = args.reference_model
+    if place is None and not trained:
         return None
-    return family.load_model(dtype=args.weight_dtype, meta=meta).requires_grad_(False).eval()
+    if place is not None:
+        inside = Path(place) / family.component  # of a pipeline, or of a run that trained all weights
+        path = str(inside if (inside / "config.json").is_file() else place)
+        family = dataclasses.replace(family, network_name_or_path=path)  # type: ignore[call-arg]
+    try:
+        return family.load_model(dtype=args.weight_dtype, meta=meta).requires_grad_(False).eval()
+    except SciflowError as error:
+        raise error if place is None else SciflowError(f"`reference_model` {place!r}: {error}") from error
 
 
 def _check_reference(reference: torch.nn.Module, family: ModelFamily) -> None:

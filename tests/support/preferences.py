@@ -55,7 +55,7 @@ def groups_of(folder, **rules):
     return sf.load_groups(sf.load_cache(folder, dtype=torch.float32), sf.TupleArguments(**rules))
 
 
-def dpo_trainer(folder, family, data, held_out=None, *, adapter=None, reference_model=None, kind=None, **options):
+def dpo_trainer(folder, family, data, held_out=None, *, adapter=None, reference=None, **options):
     """A trainer of a LoRA on groups, six steps of two; as `trainings.make_trainer`."""
     adapter = adapter or {"rank": 4, "lora_alpha": 8} | {n: options.pop(n) for n in ADAPTER_OPTIONS & options.keys()}
     others = {name: options.pop(name) for name in TRAINER_OPTIONS & options.keys()}
@@ -66,8 +66,8 @@ def dpo_trainer(folder, family, data, held_out=None, *, adapter=None, reference_
     args = sf.PreferenceTrainingArguments(**(defaults | options))
     model = family.load_model(dtype=torch.float32)
     model = sf.add_adapter(model, sf.AdapterArguments(**adapter), family=family, seed=1)
-    return (kind or sf.DiffusionDPOTrainer)(
-        model, args, family=family, train_dataset=data, eval_dataset=held_out, reference_model=reference_model, **others
+    return sf.DiffusionDPOTrainer(
+        model, args, family=family, train_dataset=data, eval_dataset=held_out, reference_model=reference, **others
     )
 
 
