@@ -1,0 +1,38 @@
+"""Prompts for small figures of which half name no colour: what shall become of those is the user's taste."""
+
+import random
+from typing import Any
+
+from ..diffusion.randomness import hash64
+from .mini_figures import KINDS, MiniFigure, mini_figures
+
+HOUSE_COLOUR = "red"
+"""The colour that the demo of preferences teaches for prompts that name none."""
+UNNAMED = ("A {kind} with {count} {things}", "A {kind}", "A figure with {count} {things}, a {kind}")
+"""Wordings of a prompt without a colour; the first is the one that `mini_klein` knows, less its colour."""
+
+
+def house_prompts(number: int, *, seed: int, wordings: tuple[str, ...] = UNNAMED) -> list[dict[str, Any]]:
+    """Rows of a prompts file for rewards of charts: `prompt`, `kind`, `colour`, `names_colour`, `height`, `width`.
+
+    Every other prompt names its colour; the `colour` of the others is the house colour. Two thirds of those have the
+    first of `wordings`.
+    """
+    figures = mini_figures(number, seed=hash64(seed, "prompts"), sizes=[(64, 64)], held_out=None)
+    return [_named(figure) if i % 2 else _unnamed(figure, i // 2, wordings) for i, figure in enumerate(figures)]
+
+
+def _named(figure: MiniFigure) -> dict[str, Any]:
+    return _row(figure, figure.caption(), figure.colour, names_colour=True)
+
+
+def _unnamed(figure: MiniFigure, number: int, wordings: tuple[str, ...]) -> dict[str, Any]:
+    rng = random.Random(hash64(figure.seed, "wording"))
+    wording = rng.choice(wordings[1:]) if len(wordings) > 1 and number % 3 == 2 else wordings[0]
+    prompt = wording.format(kind=figure.kind, count=figure.count, things=KINDS[figure.kind])
+    return _row(figure, prompt, HOUSE_COLOUR, names_colour=False)
+
+
+def _row(figure: MiniFigure, prompt: str, colour: str, *, names_colour: bool) -> dict[str, Any]:
+    size = {"height": figure.height, "width": figure.width}
+    return {"prompt": prompt, "kind": figure.kind, "colour": colour, "names_colour": names_colour} | size
