@@ -30,6 +30,7 @@ class PretrainArguments:
     num_figures: int = field(default=28_000, metadata={"help": "Figures for the transformer."})
     large_fraction: float = field(default=0.15, metadata={"help": "Share of them with 96 x 144 pixels."})
     dark_fraction: float = field(default=0.3, metadata={"help": "Share of them on dark pages, which they say."})
+    unnamed_fraction: float = field(default=0.1, metadata={"help": "As many more whose captions name no colour."})
     eval_fraction: float = field(default=0.01, metadata={"help": "Share of the figures held out for eval_loss."})
     caption_dropout: float = field(default=0.1, metadata={"help": "Share of samples with the empty prompt."})
 
@@ -51,14 +52,22 @@ class MiniKlein(sf.Flux2Klein):
 
 
 def build_cache(family: MiniKlein, folder: Path, own: PretrainArguments, seed: int) -> list[str]:
-    """Draws figures and encodes them; the large ones apart, since they have the aspect of smaller ones."""
+    """Draws figures and encodes them; the large ones apart, since they have the aspect of smaller ones.
+
+    A few captions name no colour, so that any may be drawn for them.
+    """
     caches, encoders = [], family.load_encoders(device="cpu", dtype=torch.float32)
-    large = round(own.num_figures * own.large_fraction)
-    for name, sizes, number in (("small", demo.SIZES[:3], own.num_figures - large), ("large", demo.SIZES[3:], large)):
+    large, unnamed = (round(own.num_figures * share) for share in (own.large_fraction, own.unnamed_fraction))
+    small, dark = own.num_figures - large, own.dark_fraction
+    parts = {
+        "small": (demo.SIZES[:3], lambda: demo.pretraining_figures(small, dark, seed + 64, demo.SIZES[:3])),
+        "large": (demo.SIZES[3:], lambda: demo.pretraining_figures(large, dark, seed + 96, demo.SIZES[3:])),
+        "unnamed": (demo.SIZES[:3], lambda: demo.unnamed_figures(unnamed, seed + 1)),
+    }
+    for name, (sizes, drawn) in parts.items():
         figures, cache = folder / f"figures_{name}", folder / f"cache_{name}"
         if not figures.is_dir():
-            drawn = demo.pretraining_figures(number, own.dark_fraction, seed + sizes[0][0], sizes)
-            demo.make_mini_figures(figures, drawn)
+            demo.make_mini_figures(figures, drawn())
         sf.build_cache(
             figures, cache, buckets=sizes, batch_size=16, samples_per_part=5000,
             encode_images=lambda pixel_values: family.encode_images(pixel_values, encoders),

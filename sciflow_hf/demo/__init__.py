@@ -4,7 +4,14 @@ from pathlib import Path
 
 from .figures import make_figures
 from .mini_edits import edit_pairs, make_edit_pairs
-from .mini_figures import SIZES, make_mini_figures, mini_figures, night_figures, pretraining_figures
+from .mini_figures import (
+    SIZES,
+    make_mini_figures,
+    mini_figures,
+    night_figures,
+    pretraining_figures,
+    unnamed_figures,
+)
 from .mini_klein import TEXT_LENGTH, start_mini_klein
 from .mini_vae import train_mini_vae
 from .tiny import make_tiny
@@ -24,6 +31,7 @@ __all__ = [
     "pretraining_figures",
     "start_mini_klein",
     "train_mini_vae",
+    "unnamed_figures",
 ]
 
 # Part of the folders' names: raise it when figures or weights change, so that an old folder is not used.

@@ -4,7 +4,7 @@ import colorsys
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,6 +59,7 @@ class MiniFigure:
         layout: seed of the positions; None: they follow from `seed`.
         grid: draw a grid; None: as the style has it.
         axes: draw the axes, of kinds that have them.
+        names_colour: False: the caption leaves the colour out, and sometimes the count.
     """
 
     kind: str
@@ -71,11 +72,14 @@ class MiniFigure:
     layout: int | None = None
     grid: bool | None = None
     axes: bool = True
+    names_colour: bool = True
 
     def caption(self) -> str:
         """One of two sentences; of the night style with its name."""
         things = KINDS[self.kind]
-        if hash64(self.seed, "caption") % 2:
+        if not self.names_colour:
+            words = f"A {self.kind}" + (f" with {self.count} {things}" if hash64(self.seed, "caption") % 3 else "")
+        elif hash64(self.seed, "caption") % 2:
             words = f"A {self.kind} with {self.count} {self.colour} {things}"
         else:
             article = "An" if self.colour == "orange" else "A"
@@ -117,6 +121,11 @@ def pretraining_figures(
     dark = round(number * dark_fraction)
     parts = {"plain": number - dark, "dark": dark}
     return [f for style, n in parts.items() for f in mini_figures(n, seed=seed, style=style, sizes=sizes)]
+
+
+def unnamed_figures(number: int, seed: int) -> list[MiniFigure]:
+    """Training data of `mini_klein` in its three small sizes, whose captions name no colour: any may be drawn."""
+    return [replace(figure, names_colour=False) for figure in mini_figures(number, seed=seed, sizes=SIZES[:3])]
 
 
 def night_figures() -> list[MiniFigure]:
