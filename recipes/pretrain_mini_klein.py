@@ -59,13 +59,16 @@ def build_cache(family: MiniKlein, folder: Path, own: PretrainArguments, seed: i
     caches, encoders = [], family.load_encoders(device="cpu", dtype=torch.float32)
     large, unnamed = (round(own.num_figures * share) for share in (own.large_fraction, own.unnamed_fraction))
     small, dark = own.num_figures - large, own.dark_fraction
+    some, others = demo.SIZES[:3], demo.SIZES[3:]
     parts = {
-        "small": (demo.SIZES[:3], lambda: demo.pretraining_figures(small, dark, seed + 64, demo.SIZES[:3])),
-        "large": (demo.SIZES[3:], lambda: demo.pretraining_figures(large, dark, seed + 96, demo.SIZES[3:])),
-        "unnamed": (demo.SIZES[:3], lambda: demo.unnamed_figures(unnamed, seed + 1)),
+        "small": (some, small, lambda: demo.pretraining_figures(small, dark, seed + 64, some)),
+        "large": (others, large, lambda: demo.pretraining_figures(large, dark, seed + 96, others)),
+        "unnamed": (some, unnamed, lambda: demo.unnamed_figures(unnamed, seed + 1)),
     }
-    for name, (sizes, drawn) in parts.items():
+    for name, (sizes, number, drawn) in parts.items():
         figures, cache = folder / f"figures_{name}", folder / f"cache_{name}"
+        if not number:
+            continue
         if not figures.is_dir():
             demo.make_mini_figures(figures, drawn())
         sf.build_cache(
