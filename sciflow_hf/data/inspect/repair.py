@@ -44,7 +44,7 @@ def write_repaired(
         raise SciflowError(f"`repair` would leave nothing: all {len(cache)} rows of {dataset_dir!r} are bad.")
     folder = Path(os.path.abspath(dataset_dir))
     target = folder.with_name(f"{folder.name}-repaired")
-    tables = [_light(reader.file, folder) for reader in cache.readers]
+    tables = [light_index(reader.file, folder) for reader in cache.readers]
     # An inline file holds its own payloads, wherever `payload_dir` is.
     roots = [str(folder) if moved else reader.root for reader, (_, moved) in zip(cache.readers, tables, strict=True)]
     root = roots[0] if len(set(roots)) == 1 else str(folder)
@@ -79,7 +79,7 @@ def write_repaired(
     return target, root
 
 
-def _light(file: str, folder: Path) -> tuple[pa.Table, bool]:
+def light_index(file: str, folder: Path) -> tuple[pa.Table, bool]:
     """An index file without the payload's bytes, with its metadata; whether its rows now refer to those bytes."""
     schema = read_schema(file)
     table = read_table(file, [field.name for field in schema if not is_binary(field.type)])

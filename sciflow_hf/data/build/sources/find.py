@@ -6,11 +6,11 @@ from pathlib import Path
 
 from ....errors import SciflowError
 from ..tally import Tally
-from .folder import HOW_TO_CAPTION, folder_records, what_lies_there
+from .folder import HOW_TO_CAPTION, folder_records, listed_records, what_lies_there
 from .listing import image_suffixes, list_files, utf8_name
 from .record import Record
 from .splits import choose_splits
-from .tables import dataset_records, load_parquet, parquet_records, saved_records
+from .tables import dataset_records, load_parquet, names_files, parquet_records, saved_records
 
 
 def find_records(
@@ -26,7 +26,8 @@ def find_records(
 
     Args:
         source: a folder of images (captions in metadata.jsonl, metadata.csv, metadata.parquet or .txt files), a folder
-            written by `datasets.Dataset.save_to_disk`, a parquet file or a folder of such, or a Hub data set's name.
+            written by `datasets.Dataset.save_to_disk`, a parquet file or a folder of such, a .jsonl, .csv or .parquet
+            table with a column `file_name`, or a Hub data set's name.
         caption_column: column with the captions; where there is no "caption", "text" is taken. A column
             `loss_mask` holds images, or paths of images relative to `source`: white counts, black does not.
         split: of a source that has several: a name, several joined by "+", or "all"; by default train, or the only one.
@@ -41,6 +42,9 @@ def find_records(
     dirs = [Path(os.path.abspath(folder)) for folder in source_dir]
     if ".." in path.parts:  # metadata are matched by path
         path = path.resolve()
+    if path.is_file() and (path.suffix in (".jsonl", ".csv") or names_files(path)):
+        _refuse_folders(dirs, source)
+        return listed_records(path, caption_column, split, source_column)
     if path.is_file() and path.suffix == ".parquet":
         choose_splits([], split, str(source))
         _refuse_folders(dirs, source)

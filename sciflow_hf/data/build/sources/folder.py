@@ -34,6 +34,7 @@ def folder_records(
     split: str | None,
     source_dir: Sequence[Path] = (),
     source_column: Sequence[str] = (),
+    table: Path | None = None,
 ) -> tuple[list[Record], Tally]:
     """The captioned images of a folder, and what became of all its files.
 
@@ -44,11 +45,12 @@ def folder_records(
         split: as `choose_splits` takes it.
         source_dir: folders with sources, as `build_cache` takes them.
         source_column: of the metadata, as `source_columns` takes them.
+        table: a file that is read as metadata, whatever its name.
 
     Raises:
         SciflowError: metadata that cannot be read; no image has a caption; a folder without images.
     """
-    return _Folder(folder, listing, caption_column, split, source_dir, source_column).records()
+    return _Folder(folder, listing, caption_column, split, source_dir, source_column, table).records()
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,9 @@ class _Folder:
         split: str | None,
         source_dir: Sequence[Path],
         source_column: Sequence[str],
+        table: Path | None,
     ) -> None:
-        self.folder, self.column, self.split, self.tally = folder, column, split, Tally()
+        self.folder, self.column, self.split, self.table, self.tally = folder, column, split, table, Tally()
         self.source_column, self.source_columns = source_column, list[str]()
         self.source_dirs = [_SourceDir(path, folder) for path in source_dir]
         for link, reason in sorted(listing.closed.items()):
@@ -80,7 +83,7 @@ class _Folder:
             (self.tally.skipped if lost else self.tally.ignored)[self.name(file)] = reason
         self.finder, self.has_splits = _Finder(listing.files), False
         files = self._of_split(listing.files, split)
-        self.notes = [file for file in files if file.name in METADATA_FILES]
+        self.notes = [file for file in files if file.name in METADATA_FILES or file == self.table]
         self.images = [file for file in files if file.suffix.lower() in image_suffixes()]
         self.texts: dict[str, list[Path]] = {}
         for suffix in TEXT_SUFFIXES:
@@ -99,6 +102,8 @@ class _Folder:
 
     def _of_split(self, files: Sequence[Path], split: str | None) -> list[Path]:
         """The files of the chosen splits, if folders are called train and test; with what lies in neither."""
+        if self.table:
+            return list(files)
         splits = {file: split_of_image(file.relative_to(self.folder)) for file in files}
         there = sorted({name for file, name in splits.items() if name and file.suffix.lower() in image_suffixes()})
         if "train" not in there or len(there) < 2:
@@ -432,19 +437,31 @@ def _key(file: Path) -> str:
 
 
 def caption_column(columns: Sequence[str], wanted: str, where: str) -> str:
-    """The column with the captions: the one that is wanted, or "text" for "caption".
+    """The column with the captions: the one that is wanted, or "text" or "prompt" for "caption".
 
     Raises:
         SciflowError: there is none.
     """
     if wanted in columns:
         return wanted
-    if wanted == "caption" and "text" in columns:
-        return "text"
+    for other in ("text", "prompt") if wanted == "caption" else ():
+        if other in columns:
+            return other
     raise SciflowError(
         f"`caption_column` is {wanted!r}, but {where} has only {', '.join(map(repr, columns))}. Name the "
         "column that holds the captions by `--caption_column`."
     )
+
+
+def listed_records(
+    table: Path, caption_column: str, split: str | None, source_column: Sequence[str] = ()
+) -> tuple[list[Record], Tally]:
+    """The captioned images that a table of any name lists, relative to its folder; see `folder_records`."""
+    folder = Path(os.path.abspath(table)).parent
+    table = folder / table.name
+    named = {Path(os.path.normpath(folder / note.name)) for note in read_notes(table)[0]}
+    files = sorted({table, *(file for file in named if file.is_file())})
+    return folder_records(folder, Listing(files), caption_column, split, (), source_column, table)
 
 
 def what_lies_there(files: Iterable[Path]) -> str:

@@ -14,6 +14,7 @@ from ..tally import Tally
 from .captions import texts_of
 from .edits import EDIT_BOXES, EDIT_MASK, boxes_of, is_none, source_columns, source_paths
 from .folder import caption_column
+from .pairs import TIE, pair_columns, roles_of
 from .record import MASK_COLUMN, Box, Record, Stored, part_name, stored_file
 from .splits import choose_splits, split_of_table
 
@@ -41,6 +42,19 @@ def parquet_records(
             reason = f"of the split {name} (`--split` chooses others)" if name else "its name has no split"
             tally.ignored[file.relative_to(folder).as_posix()] = reason
     return records, tally
+
+
+def names_files(file: Path) -> bool:
+    """Whether a file is a parquet table that names image files in `file_name`, as metadata do, and holds no images."""
+    import pyarrow.parquet as pq
+
+    if file.suffix != ".parquet":
+        return False
+    try:
+        names = pq.read_schema(file).names
+    except (OSError, ValueError):  # told where it is read
+        return False
+    return "file_name" in names and "image" not in names
 
 
 def load_parquet(files: Sequence[Path]) -> "datasets.Dataset":
@@ -91,26 +105,29 @@ def dataset_records(
     """The captioned rows of a data set, each named by the file of its image where these are known and distinct."""
     import datasets
 
+    pair = pair_columns(data.column_names)
     key = "target_image" if "image" not in data.column_names and "target_image" in data.column_names else "image"
-    if key not in data.column_names:
+    keys = pair or (key,)
+    if keys[0] not in data.column_names:
         raise SciflowError(f"`input_dir` is {where!r}: it has the columns {data.column_names}, but no `image`.")
     column = caption_column(data.column_names, column, where)
     sources = source_columns(data.column_names, sources, where)
     folder = Path(where) if Path(where).is_dir() else Path(where).parent
-    held = data.features[key]
-    data = with_images(data, key, paths=True)
-    if not isinstance(data.features[key], datasets.Image):
-        raise SciflowError(
-            f"`input_dir` is {where!r}: its column `{key}` holds {held}, not images. Those are the bytes of image "
-            "files, structs of bytes and path, or paths."
-        )
+    for key in keys:
+        held = data.features[key]
+        data = with_images(data, key, paths=True)
+        if not isinstance(data.features[key], datasets.Image):
+            raise SciflowError(
+                f"`input_dir` is {where!r}: its column `{key}` holds {held}, not images. Those are the bytes of image "
+                "files, structs of bytes and path, or paths."
+            )
     masks = [name for name in (MASK_COLUMN, EDIT_MASK) if name in data.column_names]
     for name in masks:
         data = with_images(data, name, paths=False)
     for name in sources:
         data = with_images(data, name, paths=False)  # paths may be JSON lists of them
-    pictures = [key, *(name for name in masks if isinstance(data.features[name], datasets.Image)), *sources]
-    used = (key, column, *masks, *sources)
+    pictures = [*keys, *(name for name in masks if isinstance(data.features[name], datasets.Image)), *sources]
+    used = (*keys, column, *masks, *sources)
     plain = [
         name
         for name, feature in data.features.items()
@@ -127,7 +144,7 @@ def dataset_records(
     found, refs = [], list[tuple[list[Stored], list[str]] | str]()
     marked: dict[str, list[Stored | None]] = {name: [] for name in masks}
     for i, stored in enumerate(images):
-        found.append(_file_name(stored[key]))
+        found.append("" if pair else _file_name(stored[keys[0]]))
         for name in masks:
             if name in pictures:
                 marked[name].append(cells.stored(i, name) if stored[name] else None)
@@ -155,9 +172,14 @@ def dataset_records(
             continue
         if not edit and (boxes or any(marked[name][i] for name in marked if name == EDIT_MASK)):
             tally.remark("changed regions of images without a source, not used", name)
+        roles = list(roles_of(row, pair, name)) if pair else [(keys[0], row)]
+        if not roles:
+            tally.skipped[name] = TIE
+        mask = marked[MASK_COLUMN][i] if MASK_COLUMN in marked else None
         for number, caption in enumerate(dict.fromkeys(captions)):
-            image, mask = cells.stored(i, key), marked[MASK_COLUMN][i] if MASK_COLUMN in marked else None
-            records.append(Record(name, caption, image, row, mask, part_name(number), **edit))
+            for key, columns in roles:
+                image, own = cells.stored(i, key), f"{name}/{key}" if pair else name
+                records.append(Record(own, caption, image, columns, mask, part_name(number), **edit))
     if not records:
         first = next((f" First: {name}: {reason}." for name, reason in tally.skipped.items()), "")
         raise SciflowError(f"`input_dir` is {where!r}: no row has a caption in the column {column!r}.{first}")
