@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import SciflowError, counted
 from .devices import inference_dtype, named, named_parts, processes
 from .models import add_model, call_of, load_network, pipeline_kind, text_family
+from .prompts import prompts_of
 from .sample import DIT_PIPELINE, RESTORATION_PIPELINE
 
 if TYPE_CHECKING:
@@ -97,13 +98,12 @@ class _Group:
 
 def _draw(args: argparse.Namespace) -> None:
     from ..data.build.blocks import remove_temporaries
-    from ..data.prompts import read_prompts
     from ..options import check_range  # transformers, which the help does not need
 
     for name, within in _RANGES.items():
         if (value := getattr(args, name)) is not None:
             check_range(name, value, within)
-    rows = read_prompts(args.prompts_file, split=args.split)
+    rows = prompts_of(args.prompts_file, split=args.split)
     kind = pipeline_kind(args.model_path)
     if kind in (DIT_PIPELINE, RESTORATION_PIPELINE):
         raise SciflowError(f"`model_path` {args.model_path!r} is a {kind}, which takes no prompts.")

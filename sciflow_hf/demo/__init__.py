@@ -13,6 +13,7 @@ from .mini_figures import (
     unnamed_figures,
 )
 from .mini_klein import TEXT_LENGTH, start_mini_klein
+from .mini_prompts import house_prompts
 from .mini_vae import train_mini_vae
 from .tiny import make_tiny
 
@@ -22,6 +23,7 @@ __all__ = [
     "demo_figures",
     "demo_pipeline",
     "edit_pairs",
+    "house_prompts",
     "make_edit_pairs",
     "make_figures",
     "make_mini_figures",
