@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import cache, configs, env, export, init, prefer, push, sample, train
+from . import cache, configs, env, export, init, page, prefer, push, sample, train
 from .run import explained, outlast_readers, quieten
 
 COMMANDS = {
@@ -17,6 +17,7 @@ COMMANDS = {
     "cache": (cache, "caches of latents and text embeddings"),
     "prefer": (prefer, "candidates for prompts, their scores, and pairs of them for preference training"),
     "sample": (sample, "draw images of classes or prompts, or restore measured images"),
+    "page": (page, "look at a training or an evaluation in a browser"),
     "export": (export, "export an adapter for another program"),
     "push": (push, "push a finished run to the Hub"),
     "env": (env, "versions and devices, for bug reports"),

@@ -89,11 +89,11 @@ def series(log_history: Iterable[Mapping[str, Any]], name: str) -> Line:
     return np.array(steps), np.array([found[step] for step in steps])
 
 
-def thinned(line: Line) -> Line:
-    """At most `MAX_POINTS` points: means of steps and values over equal runs of neighbours."""
-    if len(line[0]) <= MAX_POINTS:
+def thinned(line: Line, points: int = MAX_POINTS) -> Line:
+    """At most that many points: means of steps and values over equal runs of neighbours."""
+    if len(line[0]) <= points:
         return line
-    steps, values = (np.array([part.mean() for part in np.array_split(each, MAX_POINTS)]) for each in line)
+    steps, values = (np.array([part.mean() for part in np.array_split(each, points)]) for each in line)
     return steps, values
 
 

@@ -22,6 +22,7 @@ from ..errors import counted
 from ..families.base import ModelFamily, PipelineFamily
 from .contact_sheet import sample_images, source_paths
 from .model_card import KINDS, PROGRAMS, CardFacts, own_reader, save_card
+from .page import PAGE_NAME
 from .plots import PLOT_NAME, loss_names, plot_training
 
 NO_INTERVAL = "fewer than 10 held-out groups of like size"
@@ -201,6 +202,7 @@ def summary(trainer: Trainer) -> str:
         ("Model card", "README.md"),
         ("Plot", PLOT_NAME),
         ("Images", "validation/contact_sheet.png"),
+        ("Page", PAGE_NAME),
     ):
         if (folder / path).exists():
             lines.append(f"{what}: {folder / path}{reader if path == weights else ''}")

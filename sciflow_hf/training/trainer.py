@@ -74,6 +74,7 @@ from ..report.summary import save_model_card
 from .arguments import DiffusionTrainingArguments
 from .callbacks.console import ConsoleCallback
 from .callbacks.ema import EMACallback
+from .callbacks.log_file import LogCallback
 from .callbacks.preemption import PreemptionCallback
 from .callbacks.profile import ProfileCallback, steps_of
 from .callbacks.validation import ValidationCallback, commonest_size
@@ -232,7 +233,7 @@ class DiffusionTrainer(Trainer):
             eval_dataset=eval_dataset,
             model_init=model_init,
             compute_metrics=self._summarise,
-            callbacks=[self._preemption, *filter(None, [self._profile]), *(callbacks or [])],
+            callbacks=[self._preemption, *filter(None, [self._profile]), LogCallback(), *(callbacks or [])],
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
