@@ -200,6 +200,6 @@ def test_final_folder_is_a_lora_and_its_facts(tmp_path, family, even_cache):
     trainer.save_model()
     trainer.create_model_card()
     assert {p.name for p in tmp_path.iterdir() if p.is_file()} == {
-        WEIGHT_NAME, "README.md", "run.json", "run_facts.json", "training.png",
+        WEIGHT_NAME, "README.md", "run.json", "run_facts.json", "training.png", "log.jsonl",
     }  # fmt: skip
     assert "gain" in sf.summary(trainer) and "README.md" in sf.summary(trainer)

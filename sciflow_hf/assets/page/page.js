@@ -101,7 +101,7 @@ function update(keep = false) {
   const sort = $("sort").value, metric = sort in page.metrics, of = $("of").value, first = $("order").value === "first";
   $("of-label").hidden = !metric;
   const asked = $("filter").value.toLowerCase().split(/\s+/).filter(Boolean);
-  const text = (row) => [row.prompt, row.name, ...Object.values(row.facts)].join(" ").toLowerCase();
+  const text = ({ prompt, name, facts: { seed, size, ...others } }) => [prompt || name, ...Object.values(others)].join(" ").toLowerCase();
   ordered = page.rows.filter((row) => asked.every((word) => text(row).includes(word)));
   if (metric) {
     const up = page.metrics[sort] === first ? 1 : -1; // worst first: ascending where higher is better
