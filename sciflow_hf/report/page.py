@@ -24,7 +24,7 @@ ASSETS = Path(__file__).parents[1] / "assets" / "page"
 SIDE, SMALLEST, MANY = 320, 128, 1000
 """Pixels of a thumbnail's longer side: `SIDE`, fewer where there are more than `MANY`, `SMALLEST` at least."""
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-"""What Pillow raises for an image that it cannot read."""
+"""Errors of Pillow for an image that it cannot read."""
 _BLOCK = 48  # thumbnails that the page decodes together
 _NAMED = 5  # images that a notice names
 

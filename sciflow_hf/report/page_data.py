@@ -1,4 +1,4 @@
-"""What a page shows, from the files of a training run or an evaluation."""
+"""The data of a page, from the files of a training run or an evaluation."""
 
 import functools
 import json
