@@ -14,7 +14,7 @@ from recipe_runs import ROOT, environment
 FOLDER = ROOT / "notebooks"
 NAMES = [
     "01_finetune_flux2klein", "02_caches_and_buckets", "03_your_own_model_family", "04_dit_from_scratch",
-    "05_microscopy", "06_edit_figures",
+    "05_microscopy", "06_edit_figures", "07_preferences",
 ]  # fmt: skip
 
 
@@ -158,6 +158,14 @@ def test_edits_in_a_few_steps(tmp_path):
     assert pictures == 3  # pairs, contact sheet, edits
     assert "pairs to train on" in "".join(texts) and "Held-out loss" in "".join(texts)
     assert (tmp_path / "outputs/06_edits/run/pytorch_lora_weights.safetensors").is_file()
+
+
+def test_preferences_in_a_few_steps(tmp_path):
+    texts, pictures = run_cells(NAMES[6], tmp_path)
+    text = "".join(texts)
+    assert pictures == 3  # candidates, contact sheet, a drawn figure
+    assert "groups to train on" in text and "'names_colour': False" in text
+    assert (tmp_path / "outputs/07_preferences/run/pytorch_lora_weights.safetensors").is_file()
 
 
 # -- in full -------------------------------------------------------------------------------------------------------
