@@ -64,10 +64,12 @@ def run(
     return done
 
 
-def run_and_kill(*flags: object, when: str, times: int = 1, ranks: int = 1, delay: float = 0.0) -> str:
+def run_and_kill(
+    *flags: object, when: str, times: int = 1, ranks: int = 1, delay: float = 0.0, script: Path = RECIPE
+) -> str:
     """Starts the recipe and SIGKILLs it with all its ranks `delay` seconds after the n-th line that matches `when`."""
     reader, writer = os.pipe()
-    processes = [forked.start(job, stdout=writer, stderr=writer) for job in jobs(*flags, ranks=ranks)]
+    processes = [forked.start(job, stdout=writer, stderr=writer) for job in jobs(*flags, ranks=ranks, script=script)]
     os.close(writer)
     lines = []
     with os.fdopen(reader, encoding="utf-8") as output:
