@@ -76,6 +76,7 @@ class CardFacts:
         exports: file name -> the programs it is for, of LoRA files next to diffusers' own.
         other_formats: formats of `sciflow-hf export` that can hold the adapter.
         plot: path inside the folder of the plot of losses and learning rate.
+        preferences: of a run on comparisons `loss`, one of `PREFERENCE_LOSSES`, `beta` and `axes`, the losers' names.
     """
 
     repo_name: str
@@ -104,6 +105,7 @@ class CardFacts:
     exports: dict[str, str] = field(default_factory=dict)
     other_formats: list[str] = field(default_factory=list)
     plot: str | None = None
+    preferences: dict[str, Any] = field(default_factory=dict)
 
 
 def public_value(value: Any, *, key: str = "") -> Any:
@@ -139,7 +141,7 @@ def model_card(facts: CardFacts) -> ModelCard:
         base_model_relation=relation if on_hub else None,
         library_name="diffusers",
         pipeline_tag=_tasks(facts)[0],
-        tags=[*kind, *_tasks(facts), facts.family, "sciflow_hf", "scientific-figures"],
+        tags=[*kind, *_tasks(facts), facts.family, "sciflow_hf", "scientific-figures", *_method_tags(facts)],
         model_name=facts.repo_name.split("/")[-1],
         eval_results=_eval_results(facts) or None,
     )
@@ -250,13 +252,67 @@ def _other_metrics(facts: CardFacts) -> dict[str, float]:
     known = ["loss", "loss_edit", "loss_generation", "base_loss", "gain"]
     known += ["runtime", "samples_per_second", "steps_per_second"]
     names = {key: key.removeprefix("eval_") for key in _measured(facts) if key.startswith("eval_")}
+    names = {key: name for key, name in names.items() if not (facts.preferences and name.startswith(_ORDERS))}
     return {
         name: _measured(facts)[key] for key, name in names.items() if not name.startswith("loss_q")
         and not name.startswith("gain_") and name not in known
     }  # fmt: skip
 
 
+_ORDERS = ("right_orders", "margin", "winner_ratio", "loser_ratio")
+_PAPERS = {"Diffusion-DPO": "2311.12908", "M-DPO": "2607.18091"}
+
+
+def _methods(facts: CardFacts) -> list[str]:
+    """The papers whose method a run on comparisons follows, the main one first; [] for another run."""
+    if not facts.preferences:
+        return []
+    return ["M-DPO", "Diffusion-DPO"] if str(facts.preferences.get("loss")).startswith("mdpo") else ["Diffusion-DPO"]
+
+
+def _method_tags(facts: CardFacts) -> list[str]:
+    return ["dpo", *(f"arxiv:{_PAPERS[name]}" for name in _methods(facts))] if facts.preferences else []
+
+
+def _method(facts: CardFacts) -> str:
+    """The sentence on the method of a run on comparisons; "" for another run."""
+    if not facts.preferences:
+        return ""
+    names = [f"{name} ([{_PAPERS[name]}](https://arxiv.org/abs/{_PAPERS[name]}))" for name in _methods(facts)]
+    loss, beta = _inline(facts.preferences.get("loss")), facts.preferences.get("beta")
+    return (
+        f" In each group one figure is better than the others. Method: {', based on '.join(names)}; `{loss}` with beta "
+        f"{beta:g}, and the network that training began with as the reference."
+    )
+
+
+def _orders(facts: CardFacts) -> str:
+    """The table of how held-out groups are ordered; "" where nothing was measured."""
+    measured, cells = _measured(facts), []
+    ranges = {f"q{i}": f"quarter {i} of the noise range" for i in range(1, 5)}
+    for name, words in (("right_orders", "right orders"), ("margin", "margin")):
+        for key in (key for key in measured if re.fullmatch(f"eval_{name}(_.*)?", key)):
+            part = key.removeprefix(f"eval_{name}").lstrip("_")
+            if part not in ("low", "high") and not part.endswith(("_low", "_high")):
+                cells.append((key, words + (f", {ranges.get(part, part)}" if part else "")))
+    cells += [(f"eval_{kind}_ratio", f"{kind}s' loss over the reference's") for kind in ("winner", "loser")]
+    rows = []
+    for key, words in cells:
+        if key in measured:
+            interval = _gain_interval(facts, key)
+            spread = f" (95 % interval: {interval[0]:.4g} to {interval[1]:.4g})" if interval else ""
+            rows.append((words, f"{measured[key]:.4g}{spread}"))
+    if not rows:
+        return ""
+    told = (
+        "Right orders: the share of losers over which their winner has gained; a tie counts half (the reference: 0.5)."
+    )
+    return f"\n\n{told}\n\n" + _table(("", "held-out groups"), rows)
+
+
 def _samples_word(facts: CardFacts) -> str:
+    if facts.preferences:
+        return "groups of figures"
     return "figures" if facts.task == "text-to-image" or facts.dataset.get("edits") else "images"
 
 
@@ -296,7 +352,7 @@ def _introduction(facts: CardFacts) -> str:
     return (
         f"# {facts.repo_name.split('/')[-1]}\n\n"
         f"{article} {_kind(facts)} for {_base(facts)}, trained on {figures} with `sciflow_hf` for "
-        f"{facts.global_step:,} steps."
+        f"{facts.global_step:,} steps.{_method(facts)}"
     )
 
 
@@ -455,11 +511,13 @@ def _results(facts: CardFacts) -> str:
     held_out = facts.dataset.get("eval_samples")
     figures = f"held-out {_samples_word(facts)}"
     figures = f"{held_out:,} {figures}" if isinstance(held_out, int) else figures
+    what = "Preference" if facts.preferences else "Training"
     text = (
-        f"## Results\n\nTraining loss on {figures}, at a fixed grid of noise levels with fixed noise; lower "
+        f"## Results\n\n{what} loss on {figures}, at a fixed grid of noise levels with fixed noise; lower "
         "is better.\n\n" + _table(("", "held-out loss"), cells)
     )
     text += "\n\n" + _table(("noise range", "held-out loss"), quarters) if quarters else ""
+    text += _orders(facts) if facts.preferences else ""
     return text + ("\n\n" + _table(("measured on samples", ""), others) if others else "")
 
 

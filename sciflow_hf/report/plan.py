@@ -58,7 +58,8 @@ def plan(
             f"{steps:,} steps ({steps_per_epoch:,} an epoch), {total_batch} samples a step "
             f"({args.train_batch_size} x {args.world_size} ranks x {args.gradient_accumulation_steps} accumulation); "
             f"{len(without_prior(train_dataset)):,} samples to train on{_edits(train_dataset)}, "
-            f"{len(eval_dataset or []):,} held out{_prior(train_dataset)}{_images(train_dataset)}"
+            f"{len(eval_dataset or []):,} held out{_groups(train_dataset)}{_prior(train_dataset)}"
+            f"{_images(train_dataset)}"
         ),
         "Memory and disk, estimated": _needed(model, args, steps, steps_per_epoch, **tokens) + _frozen(encoders),
     }
@@ -71,6 +72,11 @@ def plan(
 def _edits(train_dataset: Any) -> str:
     edits = sum(1 for sources in getattr(train_dataset, "source_shapes", ()) if sources)
     return f" ({counted(edits, 'edit')})" if edits else ""
+
+
+def _groups(train_dataset: Any) -> str:
+    size = getattr(train_dataset, "group_size", None)
+    return f"; a sample is a group of up to {size} candidates" if size else ""
 
 
 def _prior(train_dataset: Any) -> str:
@@ -86,18 +92,19 @@ def _images(train_dataset: Any) -> str:
 
 
 def encoder_bytes(model: torch.nn.Module, family: ModelFamily, args: Any, train_dataset: Any) -> dict[str, float]:
-    """About what the frozen encoders take next to the network, where some encode in training: bytes by part."""
+    """About what frozen encoders that encode in training, and a frozen reference, take: bytes by part."""
     images, text = (getattr(train_dataset, name, None) for name in ("online_images", "online_text"))
+    found: dict[str, float] = {}
+    if getattr(train_dataset, "group_size", None) and (args.reference_model or adapter_facts(model) is None):
+        found["reference"] = args.weight_dtype.itemsize * sum(p.numel() for p in network_of(model).parameters())
     if not isinstance(family, PipelineFamily) or (images is None and text is None):
-        return {}
+        return found
     parts, size = ["vae"] if images is not None else [], args.weight_dtype.itemsize
     if text is not None:
         trained = family.trained_text_parts if isinstance(model, NetworkWithText) else ()
         left_out = (*trained, *family.unread_parts())
         parts += [part for part in family.text_parts if "tokenizer" not in part and part not in left_out]
-    found: dict[str, float] = {
-        part: size * sum(p.numel() for p in family.empty_part(part).parameters()) for part in parts
-    }
+    found |= {part: size * sum(p.numel() for p in family.empty_part(part).parameters()) for part in parts}
     if images is not None:
         vae, keys = family.config("vae"), [key for key in batch_keys_of(train_dataset) if isinstance(key, tuple)]
         widest = (vae.get("block_out_channels") or [vae.get("base_dim", 128)])[0]
@@ -108,7 +115,7 @@ def encoder_bytes(model: torch.nn.Module, family: ModelFamily, args: Any, train_
 
 def _frozen(encoders: Mapping[str, float]) -> str:
     told = ", ".join(f"{name} {in_words(size)}" for name, size in encoders.items())
-    return f"\nfrozen encoders next to the network, about: {told}" if encoders else ""
+    return f"\nfrozen next to the network, about: {told}" if encoders else ""
 
 
 def _lines(options: dict[str, Any]) -> str:
@@ -126,7 +133,10 @@ def _trained(model: torch.nn.Module, args: TrainingArguments) -> str:
 
 
 def tokens_of(train_dataset: Any, family: ModelFamily) -> dict[str, int]:
-    """`tokens` of the largest sample with its text, and `image_tokens` of the largest image with its sources."""
+    """`tokens` of the largest sample with its text, and `image_tokens` of the largest image with its sources.
+
+    Of a group of candidates those of all.
+    """
     keys = [key for key in set(batch_keys_of(train_dataset)) if isinstance(key, tuple) and len(key) >= 2]
     step = family.bucket_step() if keys else 1
     # of (height, width, perhaps the text length, and of edits the shape (C, h, w) of each source's latents)
@@ -134,8 +144,8 @@ def tokens_of(train_dataset: Any, family: ModelFamily) -> dict[str, int]:
     image = [(key[0] // step) * (key[1] // step) + more for key, more in zip(keys, sources, strict=True)]
     online = vars(family).get("max_sequence_length", 0)  # where the text is encoded in training
     texts = [next((n for n in key[2:] if isinstance(n, int)), online) for key in keys]
-    both = [size + text for size, text in zip(image, texts, strict=True)]
-    return {"tokens": max(both, default=0), "image_tokens": max(image, default=0)}
+    both, each = [size + text for size, text in zip(image, texts, strict=True)], getattr(train_dataset, "group_size", 1)
+    return {"tokens": each * max(both, default=0), "image_tokens": each * max(image, default=0)}
 
 
 def _described(values: Mapping[str, Any]) -> list[str]:

@@ -80,6 +80,7 @@ def save_model_card(trainer: Trainer) -> None:
         exports={done.file.name: done.readers for done in trainer.exported},
         other_formats=other_formats(trainer.model, family) if adapter else [],
         plot=_save_plot(trainer),
+        preferences=trainer.preference_facts() if hasattr(trainer, "preference_facts") else {},
     )
     save_card(facts, folder)
 
@@ -191,6 +192,8 @@ def summary(trainer: Trainer) -> str:
     lines = [f"Trained {counted(trainer.state.global_step, 'step')}."]
     if "eval_loss" in metrics:
         lines[0] += f" {held_out_words(metrics)}."
+    if "eval_right_orders" in metrics:
+        lines.append(f"{_orders(metrics)}.")
     rate = effective_learning_rate(trainer.optimizer.param_groups) if trainer.optimizer is not None else None
     if rate is not None:
         lines.append(f"Prodigy's step size at the end: {rate:.2e}; it starts at 1e-06 and grows for some 100 steps.")
@@ -212,6 +215,14 @@ def summary(trainer: Trainer) -> str:
         there = {done.format for done in trainer.exported}
         others = [name for name in other_formats(trainer.model, trainer.family) if name not in there]
     return "\n".join([*lines, "Next:", *(f"  {command}" for command in _next_commands(trainer, others))])
+
+
+def _orders(metrics: Mapping[str, float]) -> str:
+    """ "Held-out groups: right orders 71 % (95 % interval 60 to 80), winners' loss 1.02 times the reference's"."""
+    low, high = (metrics.get(f"eval_right_orders_{end}") for end in ("low", "high"))
+    spread = "no interval" if low is None or high is None else f"95 % interval {100 * low:.0f} to {100 * high:.0f}"
+    told = f"Held-out groups: right orders {100 * metrics['eval_right_orders']:.0f} % ({spread})"
+    return f"{told}, winners' loss {metrics['eval_winner_ratio']:.3g} times the reference's"
 
 
 def _next_commands(trainer: Trainer, other_formats: Sequence[str]) -> Iterator[str]:

@@ -360,7 +360,7 @@ def test_the_plan_names_them_and_loads_nothing(pipelines, run, tmp_path, monkeyp
     assert f"network_name_or_path='{other}'" in text and f"vae_name_or_path='{other / VAE_FILE}'" in text
     sizes = {part: sum(v.numel() * 4 for v in load_file(next((other / part).glob("*.safetensors"))).values())
              for part in ("vae", "text_encoder")}  # fmt: skip
-    found = text.partition("frozen encoders next to the network, about: ")[2].partition("\n")[0]
+    found = text.partition("frozen next to the network, about: ")[2].partition("\n")[0]
     height, width = max(data.buckets, key=lambda size: size[0] * size[1])
     widest = json.loads((other / "vae" / "config.json").read_text())["block_out_channels"][0]
     for bytes_, name in ((sizes["vae"], "vae"), (2 * 4 * 5 * widest * height * width, "encoding an image")):

@@ -131,7 +131,7 @@ def test_the_recipe_and_what_it_writes(tmp_path, tiny_klein, folder):
     pipeline.load_lora_weights(out)
     assert pipeline.get_active_adapters()
     plan = run(*words, "--dry_run", script=RECIPE).stdout
-    assert "groups of up to 4 candidates" in plan
+    assert "a sample is a group of up to 4 candidates" in plan
     assert "Loss per sample: [1.0986" not in run(*words, "--debug_batch", script=RECIPE).stdout
 
 
