@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_NAMES = ("file_name", "group_id", "number", "seed")  # columns that name a candidate, and decide no score
+_NAMES = (
+    "file_name",
+    "latents_file",
+    "group_id",
+    "number",
+    "seed",
+)  # columns that name a candidate, and decide no score
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -13,6 +13,7 @@ from ..files import atomic_file
 from .build.sources.captions import METADATA_FILES, read_notes
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
+_PATHS = ("latents_file", "source_image", "reference")  # columns that may name further files
 CAPTIONS = ("caption", "prompt", "text")
 
 
@@ -44,15 +45,22 @@ class Candidates:
         return replace(self, rows=[row | new for row, new in zip(self.rows, added, strict=True)])
 
     def write(self, file: Path, numbers: Sequence[str]) -> None:
-        """Writes the table; the images' names become relative to the folder of `file`.
+        """Writes the table; names of images, latents and sources become relative to the folder of `file`.
 
         Args:
             file: .jsonl, .csv or .parquet.
             numbers: names of float columns, for parquet.
+
+        Raises:
+            SciflowError: a column of bytes, in another format than parquet.
         """
-        rows = [row | {self.key: _relative(self.image(i), file.parent)} for i, row in enumerate(self.rows)]
-        if file.parent.resolve() == self.file.parent.resolve():
-            rows = self.rows
+        rows, paths = self.rows, (self.key, *_PATHS)
+        if file.parent.resolve() != self.file.parent.resolve():
+            rows = [r | {name: self._moved(r[name], file.parent) for name in paths if name in r} for r in rows]
+        if file.suffix != ".parquet" and (held := [n for row in rows for n, v in row.items() if isinstance(v, bytes)]):
+            raise SciflowError(
+                f"The column {held[0]!r} of {self.file} holds bytes: write the table to a .parquet file."
+            )
         with atomic_file(file) as temporary:
             if file.suffix == ".parquet":
                 self._write_parquet(temporary, rows, numbers)
@@ -60,10 +68,18 @@ class Candidates:
                 with temporary.open("w", encoding="utf-8", newline="") as text:
                     writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row))
                     writer.writeheader()
-                    writer.writerows(rows)
+                    writer.writerows({n: _cell(value) for n, value in row.items()} for row in rows)
             else:
                 lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
                 temporary.write_text("".join(lines), encoding="utf-8")
+
+    def _moved(self, path: Any, folder: Path) -> Any:
+        """A path, or a list of them, relative to another folder."""
+        if isinstance(path, list):
+            return [self._moved(one, folder) for one in path]
+        if not isinstance(path, str) or not (self.file.parent / path).is_file():
+            return path
+        return Path(os.path.relpath(self.file.parent / path, folder)).as_posix()
 
     def _write_parquet(self, file: Path, rows: list[dict[str, Any]], numbers: Sequence[str]) -> None:
         import pyarrow as pa
@@ -135,5 +151,5 @@ def _checked(file: Path) -> Candidates:
     return Candidates(file, rows, names.pop(), caption, schema)
 
 
-def _relative(file: Path, folder: Path) -> str:
-    return Path(os.path.relpath(file, folder)).as_posix()
+def _cell(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value

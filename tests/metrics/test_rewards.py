@@ -184,7 +184,9 @@ def test_a_reward_that_always_fails_ends_the_run() -> None:
         return None
 
     scores = score_images(load_rewards([brightness, broken]), PROMPTS, IMAGES)
-    with pytest.raises(SciflowError, match=r"`reward` broken failed on all of 4 images, first on a.png \(TypeError"):
+    with pytest.raises(
+        SciflowError, match=r"`reward` broken failed on all of 4 images it applies to, first on a.png \(TypeError"
+    ):
         scores.check(["a.png", "b.png", "c.png", "d.png"])
     with pytest.raises(SciflowError, match="`reward` chart_colour applies to none of 4 images: it needs one colour"):
         score_images(load_rewards(["chart_colour"]), PROMPTS, IMAGES).check(PROMPTS)

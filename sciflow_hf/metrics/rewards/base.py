@@ -123,9 +123,9 @@ class Scores:
                     f"`reward` {reward} applies to none of {counted(len(column), 'image')}{needs}. Leave it out, or "
                     "score prompts that it applies to."
                 )
-            first, images = f"{names[failures[0].row]} ({failures[0].reason})", counted(len(column), "image")
-            if len(failures) == len(column):
-                raise SciflowError(f"`reward` {reward} failed on all of {images}, first on {first}.")
+            first, images = f"{names[failures[0].row]} ({failures[0].reason})", counted(len(failures), "image")
+            if all(score is None for score in column):
+                raise SciflowError(f"`reward` {reward} failed on all of {images} it applies to, first on {first}.")
             others = f", and on {len(failures) - 1} more" if len(failures) > 1 else ""
             logger.warning("`reward` %s failed on %s%s; these have no `%s`.", reward, first, others, REWARD)
 
@@ -213,9 +213,9 @@ def score_images(
 ) -> Scores:
     """Scores of N images by several rewards.
 
-    A reward that raises, or returns other than N finite numbers or None, is asked for one image at a time, and what
-    then fails is in `Scores.failures`. A `SciflowError` of a reward is a mistake in the setting, such as a missing
-    package, and is passed on.
+    A reward that raises, or returns another number of scores, is asked for one image at a time; what then fails, and
+    scores that are no finite number, are in `Scores.failures`. A `SciflowError` of a reward is a mistake in the
+    setting, such as a missing package, and is passed on.
 
     Args:
         rewards: of `load_rewards`.
@@ -226,12 +226,11 @@ def score_images(
     scores = Scores()
     for reward in rewards:
         taken = {name: list(column) for name, column in reward.taken(columns or {}).items()}
-        found: list[float | str | None] = []
-        if images:
-            found = _ask(reward.function, prompts, images, taken)
-        if len(images) > 1 and any(isinstance(score, str) for score in found):
+        found = _ask(reward.function, prompts, images, taken) if images else []
+        if isinstance(found, str):
             each = [({n: [c[i]] for n, c in taken.items()}, i) for i in range(len(images))]
-            found = [_ask(reward.function, [prompts[i]], [images[i]], own)[0] for own, i in each]
+            alone = [_ask(reward.function, [prompts[i]], [images[i]], own) for own, i in each] if each[1:] else [found]
+            found = [one if isinstance(one, str) else one[0] for one in alone]
         scores.columns[reward.name] = [None if isinstance(score, str) else score for score in found]
         scores.failures += [Failure(reward.name, i, s) for i, s in enumerate(found) if isinstance(s, str)]
     return scores
@@ -239,16 +238,19 @@ def score_images(
 
 def _ask(
     function: RewardFunction, prompts: Sequence[str], images: Sequence[Image.Image], columns: dict[str, list[Any]]
-) -> list[float | str | None]:
-    """A score of each image, None, or a text that says why there is none; a reward may return its error instead."""
+) -> list[float | str | None] | str:
+    """Of each image a score, None, or a text that says why there is none; or why the call failed.
+
+    A reward may return an error as a score.
+    """
     try:
         found = list(function(prompts=list(prompts), images=list(images), **columns))
     except SciflowError:
         raise
     except Exception as error:
-        return [f"{type(error).__name__}: {first_line(error)}"] * len(images)
+        return f"{type(error).__name__}: {first_line(error)}"
     if len(found) != len(images):
-        return [f"it returned {counted(len(found), 'score')} for {counted(len(images), 'image')}"] * len(images)
+        return f"it returned {counted(len(found), 'score')} for {counted(len(images), 'image')}"
     return [_number(score) for score in found]
 
 
