@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .images.microscopes import MicroscopyDataArguments
     from .images.optics import ForwardModel
     from .metrics.restoration import RestorationMetrics
+    from .metrics.rewards.base import load_reward, load_rewards, score_images
     from .metrics.samples import SampleMetrics
     from .options import parse_args
     from .report.plan import debug_batch, plan

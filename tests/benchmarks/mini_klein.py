@@ -3,11 +3,11 @@
     python -m tests.benchmarks.mini_klein --model sciflow_hf/assets/mini_klein [--lora RUN] [--images 300]
 
 The classifier (five kinds, eight colours, three counts, night style or not) is trained, or found in `--work`. "Exact
-count" is that of `sciflow_hf.metrics.charts`, which knows what kind of chart was asked for. Then: both on figures that
-the classifier has not seen; the same figures through the VAE; the pipeline's images in four sizes at guidance 4 and 1,
-of pairs of kind and colour that training showed and of those it never did, and at text lengths up to the pipeline's
-default of 512; with `--lora`, the images with the trigger and without it. Shares in per cent with Wilson's 95 %
-interval.
+count" and "exact kind" are those of `sciflow_hf.metrics.charts`; the count knows what kind was asked for. Then: both on
+figures that the classifier has not seen; the same figures through the VAE; the pipeline's images in four sizes at
+guidance 4 and 1, of pairs of kind and colour that training showed and of those it never did, and at text lengths up to
+the pipeline's default of 512; with `--lora`, the images with the trigger and without it. Shares in per cent with
+Wilson's 95 % interval.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from torch import nn
 from sciflow_hf.demo.mini_figures import COLOURS, COUNTS, HELD_OUT, KINDS, NIGHT, SIZES, MiniFigure, mini_figures
 from sciflow_hf.demo.mini_klein import TEXT_LENGTH
 from sciflow_hf.demo.mini_vae import pixels
-from sciflow_hf.metrics.charts import count_things
+from sciflow_hf.metrics.charts import count_things, kind_of
 
 CLASSES = {"kind": list(KINDS), "colour": list(COLOURS), "count": list(COUNTS), "style": ["plain", "night"]}
 
@@ -94,13 +94,15 @@ def share(right: torch.Tensor | Sequence[bool]) -> str:
 
 
 def judge(model: Classifier, x: torch.Tensor, figures: Sequence[MiniFigure]) -> dict[str, torch.Tensor]:
-    """Per question whether the classifier, or the exact count, finds what was asked for, (B,) each."""
+    """Per question whether the classifier, or a programme, finds what was asked for, (B,) each."""
     with torch.no_grad():
         out = model(x)
     arrays = ((x + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
     exact = [count_things(a, f.kind) == COUNTS[f.count] for a, f in zip(arrays, figures, strict=True)]
+    kinds = [kind_of(a) == f.kind for a, f in zip(arrays, figures, strict=True)]
     right = {name: out[name].argmax(1) == true for name, true in labels(figures).items()}
-    return right | {"exact count": torch.tensor(exact), "number": labels(figures)["kind"]}
+    right |= {"exact count": torch.tensor(exact), "exact kind": torch.tensor(kinds)}
+    return right | {"number": labels(figures)["kind"]}
 
 
 def joined(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -109,7 +111,7 @@ def joined(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 def line(title: str, right: dict[str, torch.Tensor]) -> None:
     right = right | {"kind+colour": right["kind"] & right["colour"]}
-    names = ("kind+colour", "kind", "colour", "count", "exact count", "style")
+    names = ("kind+colour", "kind", "colour", "count", "exact count", "exact kind", "style")
     print(f"{title:44} n={len(right['kind']):4}  " + "  ".join(f"{n} {share(right[n])}" for n in names), flush=True)
     of_kind = {kind: right["exact count"][right["number"] == i] for i, kind in enumerate(KINDS)}
     four = torch.cat([found for kind, found in of_kind.items() if kind != "pie chart"])

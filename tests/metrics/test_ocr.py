@@ -1,4 +1,4 @@
-"""Texts in images: quotes of a prompt, the score of Flow-GRPO and error rates, with an engine that reads what it is told."""
+"""Texts in images: quotes of a prompt, the score of Flow-GRPO, error rates; the engine reads what the test says."""
 
 import functools
 import random

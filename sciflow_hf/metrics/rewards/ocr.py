@@ -14,7 +14,7 @@ from ...errors import SciflowError
 
 _LONGEST_SIDE = 1536  # pixels of what is searched for text; found text is read at full size
 _UPSIDE_DOWN = 0.98  # certainty at which a text is turned round: at 0.9 some upright words are, at 1 no axis label
-_QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”|„([^“”]+)[“”]|«([^»]+)»|「([^」]+)」')
+_QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”|„([^“”]*)[“”]|«([^»]*)»|「([^」]*)」')
 
 
 def ocr(prompts: Sequence[str], images: Sequence[Image.Image]) -> list[float | None]:
