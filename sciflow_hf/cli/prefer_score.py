@@ -179,7 +179,7 @@ class _Scoring:
             self.kept.add([reward.name for reward in self.rewards], new)
 
     def _key(self, reward: "Reward", row: int, content: str) -> str:
-        """Of all that decides a score: image, prompt, reward, and the columns that it takes."""
+        """A hash of image, prompt, reward and the columns that it takes, which decide a score."""
         columns = {name: column[row] for name, column in reward.taken(self.columns).items() if name not in _NAMES}
         deciding = [self.identities[reward.name], content, self.prompts[row], columns]
         return hashlib.sha256(json.dumps(deciding, sort_keys=True, default=str).encode()).hexdigest()

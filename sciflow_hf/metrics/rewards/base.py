@@ -239,7 +239,7 @@ def score_images(
 def _ask(
     function: RewardFunction, prompts: Sequence[str], images: Sequence[Image.Image], columns: dict[str, list[Any]]
 ) -> list[float | str | None] | str:
-    """Of each image a score, None, or a text that says why there is none; or why the call failed.
+    """A score of each image, None, or a text that says why there is none; one text if the call failed.
 
     A reward may return an error as a score.
     """
