@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..errors import counted, first_line, printable
+from ..errors import counted, printable
 from ..files import atomic_file, disk_full_named
 
 PAGE_NAME = "report.html"
@@ -25,6 +25,7 @@ SIDE, SMALLEST, MANY = 320, 128, 1000
 """Pixels of a thumbnail's longer side: `SIDE`, fewer where there are more than `MANY`, `SMALLEST` at least."""
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 """Errors of Pillow for an image that it cannot read."""
+UNREAD = "cannot be read"
 _BLOCK = 48  # thumbnails that the page decodes together
 _NAMED = 5  # images that a notice names
 
@@ -163,9 +164,9 @@ def page_html(page: Page, folder: Path) -> str:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         made = dict(zip(files, pool.map(lambda file: _data_uri(file, side), files.values()), strict=True))
     for picture in page.pictures():
-        if isinstance(error := made[picture.path], BaseException):
-            picture.problem = f"cannot be read ({first_line(error)})"
-    thumbnails = {path: uri for path, uri in made.items() if isinstance(uri, str)}
+        if picture.path in made and made[picture.path] is None:
+            picture.problem = UNREAD
+    thumbnails = {path: uri for path, uri in made.items() if uri is not None}
     paths = list(thumbnails)
     blocks = [{path: thumbnails[path] for path in paths[i : i + _BLOCK]} for i in range(0, len(paths), _BLOCK)]
     places = {path: i // _BLOCK for i, path in enumerate(paths)}
@@ -202,12 +203,12 @@ def thumbnail(file: Path, side: int = SIDE) -> bytes:
     return written.getvalue()
 
 
-def _data_uri(file: Path, side: int) -> str | Exception:
-    """A thumbnail, or why there is none."""
+def _data_uri(file: Path, side: int) -> str | None:
+    """A thumbnail; None of an image that cannot be read."""
     try:
         return f"data:image/webp;base64,{base64.b64encode(thumbnail(file, side)).decode()}"
-    except UNREADABLE as error:
-        return error
+    except UNREADABLE:
+        return None
 
 
 def json_types(value: Any) -> Any:

@@ -14,7 +14,7 @@ from PIL import Image
 from ..errors import SciflowError, counted, first_line
 from .contact_sheet import source_paths, step_folders
 from .model_card import RUN_FACTS_NAME, CardFacts, public_value, read_facts
-from .page import UNREADABLE, Chart, Line, Page, Picture, Row, Table
+from .page import UNREAD, UNREADABLE, Chart, Line, Page, Picture, Row, Table
 from .plots import Line as Points
 from .plots import loss_names, series, thinned
 
@@ -58,7 +58,7 @@ def run_page(folder: Path) -> Page:
     """Validation images of all steps side by side, losses by noise range, buckets and options of a run."""
     page = Page(title=folder.resolve().name)
     facts = _facts(folder, page)
-    identity = _read_json(folder / "run.json", page) or {}
+    identity = _read_json(folder / "run.json", page) or _of_checkpoint(folder, "run.json", page)
     history = read_log(folder, page)
     page.rows, page.columns = _validation_rows(folder / "validation", page)
     drawn = [column for column in page.columns if not column.startswith("source")]
@@ -113,10 +113,14 @@ def read_log(folder: Path, page: Page) -> list[dict[str, Any]]:
                 if line.endswith("\n"):  # otherwise it is being written
                     page.notices.append(f"{LOG_NAME}, line {number}: is no JSON object and was left out.")
         return entries
-    states = {int(path.parent.name[11:]): path for path in folder.glob("checkpoint-*/trainer_state.json")
-              if path.parent.name[11:].isdigit()}  # fmt: skip
-    state = _read_json(states[max(states)], page) if states else None
-    return list((state or {}).get("log_history", []))
+    return list(_of_checkpoint(folder, "trainer_state.json", page).get("log_history", []))
+
+
+def _of_checkpoint(folder: Path, name: str, page: Page) -> dict[str, Any]:
+    """A JSON file of the newest checkpoint that has it; {} without one."""
+    numbers = {path: path.parent.name.removeprefix("checkpoint-") for path in folder.glob(f"checkpoint-*/{name}")}
+    files = {int(number): path for path, number in numbers.items() if number.isdigit()}
+    return (_read_json(files[max(files)], page) or {}) if files else {}
 
 
 def _validation_rows(folder: Path, page: Page) -> tuple[list[Row], list[str]]:
@@ -331,8 +335,8 @@ def _picture(folder: Path, file: Path) -> tuple[Picture, dict[str, str]]:
         (picture.width, picture.height), about = _header(file, picture.version)
     except FileNotFoundError:
         picture.problem, about = "missing", {}
-    except UNREADABLE as error:
-        picture.problem, about = f"cannot be read ({type(error).__name__})", {}
+    except UNREADABLE:
+        picture.problem, about = UNREAD, {}
     return picture, about
 
 

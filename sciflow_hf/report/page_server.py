@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from ..errors import SciflowError, first_line
-from .page import UNREADABLE, embedded, served_html, thumbnail
+from ..errors import SciflowError
+from .page import UNREAD, UNREADABLE, embedded, served_html, thumbnail
 from .page_data import page_of
 
 ADDRESS = "127.0.0.1"
@@ -79,8 +79,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._image(path, named)
         except SciflowError as error:
             return self._answer(HTTPStatus.SERVICE_UNAVAILABLE, f"{error}\n".encode())
-        except UNREADABLE as error:
-            return self._answer(HTTPStatus.NOT_FOUND, f"{first_line(error)}\n".encode())
+        except UNREADABLE:
+            return self._answer(HTTPStatus.NOT_FOUND, f"{path} {UNREAD}.\n".encode())
         return self._answer(HTTPStatus.NOT_FOUND, b"The page names no such file.\n")
 
     def _data(self, body: bytes) -> None:

@@ -189,7 +189,7 @@ def test_missing_broken_and_foreign_images_are_named(tmp_path):
     told = "\n".join(data["notices"])
     assert "1 image missing: images/base/0.png." in told
     assert "2 images outside the folder, left out: " in told and "secret.png" in told
-    assert "cannot be read" in told and "images/lora/1.png" in told and "images/lora/2.png" in told
+    assert "2 images cannot be read: images/lora/1.png, images/lora/2.png." in told
     assert len(block) == 12 - 5
     assert data["rows"][0]["pictures"]["base"]["problem"] == "missing"
 
@@ -275,6 +275,8 @@ def test_a_run_of_an_earlier_version_has_its_log_in_checkpoints(run):
         (run / f"checkpoint-{step}").mkdir()
         (run / f"checkpoint-{step}/trainer_state.json").write_text(json.dumps({"log_history": history}))
     assert page_of(run).charts[0].lines[0].values == [0.5, 0.4]
+    (run / "run.json").rename(run / "checkpoint-20/run.json")  # which a run under way has there alone
+    assert page_of(run).subtitle == "flux2_klein · lora, rank 4 · 20 steps so far"
 
 
 def test_images_of_other_prompts_are_left_out_and_named(run):
