@@ -1,5 +1,6 @@
 """`sciflow-hf prefer score` by the judge: scores of each axis from one set of answers, failures asked again alone."""
 
+import argparse
 import json
 import logging
 from dataclasses import fields
@@ -10,8 +11,9 @@ import pytest
 from judge_server import GOOD, serving
 from PIL import Image
 
-from sciflow_hf.cli.judge import _FLAGS
+from sciflow_hf.cli.judge import _FLAGS, add_judge, judge_of
 from sciflow_hf.cli.main import main
+from sciflow_hf.errors import SciflowError
 from sciflow_hf.metrics.judge.arguments import JudgeArguments
 from sciflow_hf.metrics.rewards.base import load_rewards
 from sciflow_hf.metrics.rewards.judge import JudgeReward
@@ -73,11 +75,16 @@ def test_scores_of_the_axes_cost_no_further_calls(
         assert table()[0] == first[1] and len(server.requests) == 5
 
 
-def test_flags_of_a_judge_whom_no_reward_asks(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["prefer", "score", "--input_dir", str(folder), "--reward", "blank", "--judge_url", "http://a"]) == 2
-    assert "`judge_url` is for the judge, whom no reward asks" in capsys.readouterr().err
-    asked = ["prefer", "score", "--input_dir", str(folder), "--reward", "judge"]
-    assert main([*asked, "--judge_parallel", "0"]) == 2 and "`judge_parallel` 0: 1 to 256" in capsys.readouterr().err
+def test_flags_of_a_judge() -> None:
+    parser = argparse.ArgumentParser()
+    add_judge(parser)
+    with pytest.raises(SciflowError, match="`judge_url` is for the judge, whom no reward asks"):
+        judge_of(parser.parse_args(["--judge_url", "http://a"]), ["blank"])
+    with pytest.raises(SciflowError, match="`judge_parallel` 0: 1 to 256"):
+        judge_of(parser.parse_args(["--judge_parallel", "0"]), ["blank", "judge_text"])
+    assert judge_of(parser.parse_args([]), ["blank"]) is None
+    judge = judge_of(parser.parse_args(["--scoring", "published"]), ["judge"])
+    assert judge is not None and judge.args == JudgeArguments(scoring="published")
 
 
 def test_the_flags_are_the_options() -> None:

@@ -152,11 +152,12 @@ REFUSED = [
     ("errors that are no list", ['{"errors": "none"}'], 2, "no complete list of errors"),
     ("a refusal", [(200, LIMIT, '{"choices": [{"message": {"content": null, "refusal": "no"}}]}')], 2, "is empty"),
     ("no choices", [(200, LIMIT, '{"choices": []}')], 2, "answered with application/json"),
+    ("a message that is text", [(200, LIMIT, '{"choices": [{"message": "hello"}]}')], 2, "application/json"),
     ("a page", [(200, {"Content-Type": "text/html"}, "<html>Sign in</html>")], 2, "text/html: '<html>Sign in"),
     ("a picture", [(200, {"Content-Type": "image/png"}, "\x89PNG")], 2, "image/png"),
     ("400", [(400, {}, "content was filtered")], 1, "status 400: content was filtered"),
     ("413", [(413, {}, "too large")], 1, "status 413"),
-    ("429 for ever", [(429, {}, "quota")], 6, "status 429: quota (6 tries)"),
+    ("429 for ever", [(429, {}, "quota")], 6, "status 429: quota (tried 6 times)"),
     ("500 for ever", [(500, {}, "")], 6, "status 500"),
     ("dropped for ever", ["drop"], 6, "cannot be reached"),
 ]
@@ -173,7 +174,7 @@ def test_no_answer_costs_one_axis_and_says_why(script: list[Any], calls: int, sa
 
 def test_silence_ends_at_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint, "TRIES", 2)
-    with serving("hang") as server, pytest.raises(NoAnswerError, match=r"no answer within 0.05 s \(2 tries\)"):
+    with serving("hang") as server, pytest.raises(NoAnswerError, match=r"no answer within 0.05 s \(tried 2 times\)"):
         asking(server, timeout=0.05)(QUESTION)
     assert len(server.requests) == 2
 
@@ -205,6 +206,17 @@ def test_what_every_call_would_meet_ends_the_run_at_once(tmp_path: Path, status:
         server.script = [FINE]
         assert judging(server, tmp_path)(["a"] * 4, [image()] * 4, **rows) == [1.0] * 4
     assert len(server.requests) == 2 + 3  # the first answer was kept
+
+
+def test_a_call_that_is_stopped_waits_for_nothing() -> None:
+    def answer(body: dict[str, Any]) -> Any:
+        ask.stopped.set()
+        return 500, {}, "busy"
+
+    with serving(answer) as server:
+        ask = Endpoint(server.url, "m")
+        with pytest.raises(NoAnswerError, match=r"busy \(tried 1 time\)"):
+            ask(QUESTION)
 
 
 def test_a_server_that_is_down_ends_the_run(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import requests
 from PIL import Image
 
-from ...errors import SciflowError, first_line, printable
+from ...errors import SciflowError, counted, first_line, printable
 from .answers import SCHEMA, NoAnswerError, Question, read_answer
 from .scoring import Answer
 
@@ -40,7 +40,7 @@ _DISPENSABLE = ("temperature", "max_completion_tokens", "response_format")  # so
 
 
 class Endpoint:
-    """Asks a server. Threads may share it.
+    """Asks a server. Threads may share it; once `stopped` is set no call is tried again.
 
     Args:
         url: address of the API, such as http://localhost:8000/v1.
@@ -48,7 +48,7 @@ class Endpoint:
         key: sent as bearer token; never shown or kept.
         timeout: seconds until a call is given up.
         max_calls: most calls, repeated ones included.
-        sleep: waits so many seconds.
+        sleep: waits so many seconds; by default until `stopped` at most.
         clock: seconds.
     """
 
@@ -60,7 +60,7 @@ class Endpoint:
         *,
         timeout: float = 120.0,
         max_calls: int | None = None,
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], Any] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         parts = urlsplit(url)
@@ -77,7 +77,8 @@ class Endpoint:
         self.url, self.model, self.timeout, self.max_calls = url.rstrip("/"), model, timeout, max_calls
         self.calls = 0
         self._failed = 0
-        self._key, self._sleep, self._clock = key, sleep, clock
+        self.stopped = threading.Event()
+        self._key, self._sleep, self._clock = key, sleep or self.stopped.wait, clock
         self._left_out: tuple[str, ...] = ()
         self._lock = threading.Lock()
 
@@ -98,6 +99,8 @@ class Endpoint:
                 reason, wait = str(error), error.wait
                 if trial < TRIES - 1:
                     self._sleep(min(LONGEST_WAIT, 2**trial * (1 + random.random() / 4) if wait is None else wait))
+                if self.stopped.is_set():
+                    break
             except _UnreadableError as error:
                 reason, unreadable = str(error), unreadable + 1
                 if unreadable == ANSWER_TRIES:
@@ -110,7 +113,7 @@ class Endpoint:
                     f"The judge failed {GIVE_UP} times in a row, each after {TRIES} tries. {reason}. Run the same "
                     "command again when it answers: what it has answered is kept."
                 )
-        raise NoAnswerError(f"{reason} ({trial + 1} tries)")
+        raise NoAnswerError(f"{reason} (tried {counted(trial + 1, 'time')})")
 
     def _ask(self, question: Question) -> Answer:
         with self._lock:
@@ -125,7 +128,7 @@ class Endpoint:
                 return read_answer(_content(text))
             except NoAnswerError as error:
                 raise _UnreadableError(str(error)) from None
-            except (ValueError, LookupError, TypeError):
+            except (ValueError, LookupError, TypeError, AttributeError):
                 kind = headers.get("Content-Type", "no content type")
                 raise _UnreadableError(f"the server answered with {kind}: {text!r:.120}") from None
         said = f"{self.url} answered with status {status}: {printable(' '.join(text.split())):.200}"

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from tqdm import tqdm
 
 from ...errors import SciflowError, counted, first_line
@@ -75,9 +76,8 @@ class Judge:
         ask: question -> answer, instead of the model that `args` name.
     """
 
-    name = "judge"
-
     def __init__(self, args: JudgeArguments | None = None, *, ask: Callable[[Question], Answer] | None = None) -> None:
+        self.__name__ = "judge"  # of its column, as with a function
         self.args = args or JudgeArguments()
         self.rubric = read_rubric(self.args.rubric)
         self.model = self.args.judge_model or os.environ.get("SCIFLOW_JUDGE_MODEL", "")
@@ -151,7 +151,7 @@ class Judge:
         for one in pictures:
             try:
                 pixels = picture(one)
-            except (OSError, KeyError, SyntaxError) as error:
+            except (OSError, KeyError, SyntaxError, Image.DecompressionBombError) as error:
                 name = "image" if one is image else f"`{REFERENCE}`"
                 raise SciflowError(f"judge, row {i}: its {name} cannot be read ({first_line(error)}).") from error
             width, height = jpeg_size(*pixels.size)
@@ -184,19 +184,20 @@ class Judge:
         if not open_ones:
             return answers
         ask = self._ask = self._ask or self._model()
-
-        ended = threading.Event()  # by an error that every further call would meet
+        stopped = getattr(ask, "stopped", threading.Event())
+        stopped.clear()
 
         def answer(key: str) -> Answer | NoAnswerError:
-            if ended.is_set():
+            if stopped.is_set():
                 return NoAnswerError("not asked")
             try:
                 found = ask(open_ones[key])
             except NoAnswerError as error:
-                self._failed[key] = error
+                if not stopped.is_set():
+                    self._failed[key] = error
                 return error
-            except SciflowError:
-                ended.set()
+            except SciflowError:  # every further call would meet it
+                stopped.set()
                 raise
             self._cache.put(key, found)
             return found
@@ -208,7 +209,8 @@ class Judge:
             hidden = True if self.announced else None  # on a terminal alone
             for future in tqdm(as_completed(futures), total=len(futures), desc="Judge", unit="call", disable=hidden):
                 answers[futures[future]] = future.result()
-        finally:  # calls under way end, and their answers are kept
+        finally:  # after an error or Ctrl-C calls under way end, and their answers are kept
+            stopped.set()
             pool.shutdown(cancel_futures=True)
             self.calls = getattr(ask, "calls", self.calls + len(open_ones))
         return answers
