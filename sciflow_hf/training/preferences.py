@@ -27,7 +27,8 @@ from ..errors import SciflowError
 from ..families.base import ModelFamily
 from ..options import arguments, option
 from .arguments import DiffusionTrainingArguments
-from .evaluation import NUM_QUARTERS, mean_interval, summarise
+from ..metrics.intervals import mean_interval
+from .evaluation import NUM_QUARTERS, summarise
 from .loss_log import LossLog
 from .trainer import DiffusionTrainer
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from sciflow_hf.training.evaluation import mean_interval
+from sciflow_hf.metrics.intervals import mean_interval
 
 DRAWS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "normal": lambda rng, n: rng.standard_normal(n),

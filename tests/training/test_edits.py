@@ -26,7 +26,7 @@ from sciflow_hf.diffusion.randomness import hash64, signed64
 from sciflow_hf.report.contact_sheet import read_image
 from sciflow_hf.report.model_card import CardFacts, model_card
 from sciflow_hf.report.plan import tokens_of
-from sciflow_hf.training.evaluation import mean_interval
+from sciflow_hf.metrics.intervals import mean_interval
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -4,15 +4,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sciflow_hf.training.evaluation import (
+from sciflow_hf.metrics.intervals import (
     MIN_EFFECTIVE_GROUPS,
     _degrees_of_freedom,
     _unskewed,
     mean_interval,
-    quarter_means,
     student_quantile,
-    summarise,
 )
+from sciflow_hf.training.evaluation import quarter_means, summarise
 
 
 def simple_interval(gains, groups):

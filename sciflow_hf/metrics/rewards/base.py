@@ -27,8 +27,13 @@ RewardFunction = Callable[..., Sequence[float | Exception | None]]
 REWARD = "reward"
 """Name of the weighted sum among the score columns."""
 _JUDGE = "judge.JudgeReward"
+_TEXTS = "texts in quotes in the prompt, in a column `rubric_text`, or in the picture in a column `reference`"
+_EDITS = "columns `reference` and `sources`"
 BUILT_IN = {
     "ocr": ("ocr.ocr", "texts in quotes in the prompt"),
+    "ocr_word_accuracy": ("texts.ocr_word_accuracy", _TEXTS),
+    "ocr_character_error": ("texts.ocr_character_error", _TEXTS),
+    "ocr_edit_distance": ("texts.ocr_edit_distance", _TEXTS),
     "chart": ("chart.chart", "a kind, colour or count in the prompt, or columns of these names"),
     "chart_kind": ("chart.chart_kind", "a kind of chart in the prompt, or a column `kind`"),
     "chart_colour": ("chart.chart_colour", "one colour in the prompt, or a column `colour`"),
@@ -39,6 +44,10 @@ BUILT_IN = {
     "judge_component": (_JUDGE, "elements in a column `rubric_components`"),
     "judge_arrow": (_JUDGE, "elements in a column `rubric_arrows`"),
     "judge_text": (_JUDGE, "elements in a column `rubric_text`"),
+    "psnr": ("edits.psnr", "a column `reference`"),
+    "ssim": ("edits.ssim", "a column `reference`"),
+    "changed_psnr": ("edits.changed_psnr", _EDITS),
+    "kept_psnr": ("edits.kept_psnr", _EDITS),
 }
 """Name -> function below `sciflow_hf.metrics.rewards`, or `JudgeReward`, and what it needs."""
 
