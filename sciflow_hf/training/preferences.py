@@ -25,9 +25,9 @@ from ..diffusion.randomness import hash64, signed64
 from ..diffusion.sources import source_name
 from ..errors import SciflowError
 from ..families.base import ModelFamily
+from ..metrics.intervals import mean_interval
 from ..options import arguments, option
 from .arguments import DiffusionTrainingArguments
-from ..metrics.intervals import mean_interval
 from .evaluation import NUM_QUARTERS, summarise
 from .loss_log import LossLog
 from .trainer import DiffusionTrainer

@@ -23,10 +23,10 @@ from sciflow_hf.data.build.convert import convert_cache
 from sciflow_hf.data.source_images import EditViews, read_sources, source_files
 from sciflow_hf.data.stream.stream import StreamingCache
 from sciflow_hf.diffusion.randomness import hash64, signed64
+from sciflow_hf.metrics.intervals import mean_interval
 from sciflow_hf.report.contact_sheet import read_image
 from sciflow_hf.report.model_card import CardFacts, model_card
 from sciflow_hf.report.plan import tokens_of
-from sciflow_hf.metrics.intervals import mean_interval
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
