@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import cache, configs, env, export, init, page, prefer, push, sample, train
+from . import cache, configs, env, evaluate, export, init, page, prefer, push, sample, train
 from .run import explained, outlast_readers, quieten
 
 COMMANDS = {
@@ -15,6 +15,7 @@ COMMANDS = {
     "configs": (configs, "the configs that come with the package"),
     "init": (init, "inspect a folder of images and write a config that trains on it"),
     "cache": (cache, "caches of latents and text embeddings"),
+    "evaluate": (evaluate, "score the images of a base model and of adapters on the same prompts"),
     "prefer": (prefer, "candidates for prompts, their scores, and pairs of them for preference training"),
     "sample": (sample, "draw images of classes or prompts, or restore measured images"),
     "page": (page, "look at a training or an evaluation in a browser"),

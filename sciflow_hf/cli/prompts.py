@@ -6,8 +6,8 @@ DEMO = "demo_preferences"
 _NUMBER = 120  # of the demo's prompts
 
 
-def prompts_of(source: str, *, split: str | None = None) -> list[dict[str, Any]]:
-    """Rows of `read_prompts`; for `demo_preferences` those of small charts of which half name no colour.
+def prompts_of(source: str, *, split: str | None = None, option: str = "prompts_file") -> list[dict[str, Any]]:
+    """Rows of `read_prompts`, whose arguments these are; for `demo_preferences` those of small charts of which half name no colour.
 
     Raises:
         SciflowError: as `read_prompts`.
@@ -15,4 +15,4 @@ def prompts_of(source: str, *, split: str | None = None) -> list[dict[str, Any]]
     from ..data.prompts import read_prompts
     from ..demo import house_prompts
 
-    return house_prompts(_NUMBER, seed=1) if source == DEMO else read_prompts(source, split=split)
+    return house_prompts(_NUMBER, seed=1) if source == DEMO else read_prompts(source, split=split, option=option)

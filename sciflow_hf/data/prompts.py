@@ -20,13 +20,14 @@ _HOW = (
 )
 
 
-def read_prompts(source: str, *, split: str | None = None) -> list[dict[str, Any]]:
+def read_prompts(source: str, *, split: str | None = None, option: str = "prompts_file") -> list[dict[str, Any]]:
     """The prompts of a file or data set, a dict each.
 
     Args:
         source: a file (.txt with a prompt a line, .jsonl, .csv, .parquet), a folder written by
             `datasets.Dataset.save_to_disk`, or a Hub data set (user/name, or user/name:configuration).
         split: of a data set that has several.
+        option: which holds `source`, for messages.
 
     Returns:
         Of each row `prompt`, from the first column there is of `prompt`, `caption` and `text`; where the table has
@@ -42,22 +43,22 @@ def read_prompts(source: str, *, split: str | None = None) -> list[dict[str, Any
     elif path.is_file() and path.suffix in _READERS:
         rows = list(_READERS[path.suffix](path))
     elif path.is_file():
-        raise SciflowError(f"`prompts_file` {source!r}: {path.suffix or 'no suffix'} is not read. {_HOW}")
+        raise SciflowError(f"`{option}` {source!r}: {path.suffix or 'no suffix'} is not read. {_HOW}")
     else:
-        rows = _dataset(source, split)
+        rows = _dataset(source, split, option)
         split = None
     if split is not None:
-        raise SciflowError(f"`split` {split!r} is for data sets; `prompts_file` {source!r} is a file. Leave it out.")
+        raise SciflowError(f"`split` {split!r} is for data sets; `{option}` {source!r} is a file. Leave it out.")
     if not rows:
-        raise SciflowError(f"`prompts_file` {source!r} holds no prompts.")
+        raise SciflowError(f"`{option}` {source!r} holds no prompts.")
     columns = dict.fromkeys(name for row in rows for name in row)
     column = next((name for name in PROMPT_COLUMNS if name in columns), None)
     if column is None:
         raise SciflowError(
-            f"`prompts_file` {source!r} has the columns {', '.join(map(repr, columns))}, but none called "
+            f"`{option}` {source!r} has the columns {', '.join(map(repr, columns))}, but none called "
             f"{', '.join(PROMPT_COLUMNS)}. Rename the one that holds the prompts."
         )
-    return [_row(row, column, f"`prompts_file` {source!r}, row {i}", path.parent) for i, row in enumerate(rows)]
+    return [_row(row, column, f"`{option}` {source!r}, row {i}", path.parent) for i, row in enumerate(rows)]
 
 
 def _row(row: dict[str, Any], column: str, where: str, folder: Path) -> dict[str, Any]:
@@ -93,7 +94,7 @@ def _text(file: Path) -> str:
     try:
         return read_text(file)[0]
     except (OSError, ValueError) as error:
-        raise SciflowError(f"`prompts_file` {str(file)!r} cannot be read as text ({first_line(error)}).") from error
+        raise SciflowError(f"{file} cannot be read as text ({first_line(error)}).") from error
 
 
 def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
@@ -128,31 +129,31 @@ def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
     try:
         yield from pq.ParquetFile(file).read().to_pylist()
     except (OSError, ValueError) as error:
-        raise SciflowError(f"`prompts_file` {str(file)!r} cannot be read as parquet ({first_line(error)}).") from error
+        raise SciflowError(f"{file} cannot be read as parquet ({first_line(error)}).") from error
 
 
 _READERS = {".jsonl": _json_lines, ".csv": _csv_rows, ".parquet": _parquet_rows}
 
 
-def _dataset(source: str, split: str | None) -> list[dict[str, Any]]:
+def _dataset(source: str, split: str | None, option: str) -> list[dict[str, Any]]:
     """The rows of a data set; images in it stay encoded."""
     import datasets
 
     local = Path(source).is_dir()
     hub = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?::([\w.-]+))?", source)
     if not local and hub is None:
-        raise SciflowError(f"`prompts_file` {source!r}: there is no such file. {_HOW}")
+        raise SciflowError(f"`{option}` {source!r}: there is no such file. {_HOW}")
     try:
         address = [part for part in hub.groups() if part] if hub is not None else []
         found = datasets.load_from_disk(source) if local else datasets.load_dataset(*address)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         kind = "cannot be read as a `datasets` folder" if local else "is neither a file nor a Hub data set in reach"
-        raise SciflowError(f"`prompts_file` {source!r} {kind} ({first_line(error)}). {_HOW}") from error
+        raise SciflowError(f"`{option}` {source!r} {kind} ({first_line(error)}). {_HOW}") from error
     splits = {"": found} if isinstance(found, datasets.Dataset) else dict(found)
     if (split or "") not in splits and (split is not None or len(splits) > 1):
         named = f"`split` {split!r}: " if split else ""
         there = f"the splits {', '.join(splits)}" if "" not in splits else "no splits"
-        raise SciflowError(f"{named}`prompts_file` {source!r} has {there}. Choose one by `--split`.")
+        raise SciflowError(f"{named}`{option}` {source!r} has {there}. Choose one by `--split`.")
     data = splits[split] if split else next(iter(splits.values()))
     pictures = [name for name, feature in data.features.items() if isinstance(feature, datasets.Image)]
     for name in pictures:

@@ -126,6 +126,11 @@ class Judge:
             logger.warning("Judge: %s without an answer on every axis: %s", counted(number, "image"), reason)
         return found
 
+    def check(self) -> None:
+        """SciflowError where the options name no model, before anything is asked; a local one is not loaded yet."""
+        if self.args.judge_backend != "local" or not self.model:
+            self._ask = self._ask or self._model()
+
     def announce(self, number: int, columns: Mapping[str, Sequence[Any]]) -> None:
         """Says what judging `number` images in several calls will cost at most, which are silent then."""
         cells = [columns[name] for name in COLUMNS.values() if name in columns]

@@ -61,7 +61,7 @@ def wanted_texts(prompt: str, rubric_text: Any = None, reference: Any = None) ->
     if isinstance(rubric_text, str) and rubric_text.strip():
         rubric_text = json.loads(rubric_text)
     if rubric_text is not None and rubric_text == rubric_text and not isinstance(rubric_text, str):
-        cells = [cell.get("text") if isinstance(cell, Mapping) else cell for cell in rubric_text]
+        cells: list[Any] = [cell.get("text") if isinstance(cell, Mapping) else cell for cell in rubric_text]
         if not all(isinstance(cell, str) for cell in cells):
             raise ValueError(f'`rubric_text` {rubric_text!r:.80} is no list of texts or of {{"text": "..."}}')
         if texts := [cell for cell in cells if _bare(cell)]:
