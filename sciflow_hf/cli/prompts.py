@@ -7,7 +7,7 @@ _NUMBER = 120  # of the demo's prompts
 
 
 def prompts_of(source: str, *, split: str | None = None, option: str = "prompts_file") -> list[dict[str, Any]]:
-    """Rows of `read_prompts`, whose arguments these are; for `demo_preferences` those of small charts of which half name no colour.
+    """Rows of `read_prompts`; for `demo_preferences` those of small charts of which half name no colour.
 
     Raises:
         SciflowError: as `read_prompts`.
