@@ -130,7 +130,7 @@ def _report(output: Path, summary: dict[str, Any], models: Mapping[str, str | No
 
 
 def _notes(summary: Mapping[str, Any]) -> Iterator[str]:
-    """What a reader of the table should know."""
+    """Remarks below the table."""
     if len(summary["models"]) > 1:
         clear = any("low" in found for models in summary["paired"].values() for found in models.values())
         interval = "with their 95 % interval over prompts" if clear else "without an interval: it takes 10 prompts"

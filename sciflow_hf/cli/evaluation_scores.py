@@ -42,7 +42,7 @@ _SCORED_AT_ONCE, _FEATURES_AT_ONCE = 16, 32
 
 
 class Metrics:
-    """What `--metrics` names, checked before anything is drawn."""
+    """The metrics that `--metrics` names, checked before anything is drawn."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         from ..data.pictures import find_pictures

@@ -74,7 +74,7 @@ class Scoring:
 
         Args:
             batch_size: images scored at once, and lost by a kill.
-            join: whether what is kept becomes one file; not where other processes score, too.
+            join: whether what is kept becomes one file; leave that to the first of several processes.
         """
         from tqdm import tqdm
 
