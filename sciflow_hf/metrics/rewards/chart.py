@@ -1,7 +1,7 @@
 """Rewards for small charts: whether kind, colour and count are those that were asked for, by `metrics/charts.py`.
 
-What was asked for is read from the prompt ("A bar chart with three red bars"), and from the columns `kind`, `colour`
-and `count` where a row has them, so that a house colour is a column of prompts that name none.
+They are read from the prompt ("A bar chart with three red bars"), and from the columns `kind`, `colour` and `count` if
+a row has them: a house colour is a column of prompts that name none.
 """
 
 import re

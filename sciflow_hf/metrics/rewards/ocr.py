@@ -65,7 +65,7 @@ def text_score(text: str, read: str) -> float:
 
 
 def word_accuracy(texts: Sequence[str], read: Sequence[str]) -> float:
-    """Share of the words of `texts` that are among those of `read`, each as often as it is there; case is ignored.
+    """Share of the words of `texts` that are among those of `read`, a repeated word counting as often as it was read; case is ignored.
 
     At least one word is wanted.
     """
