@@ -65,9 +65,9 @@ def text_score(text: str, read: str) -> float:
 
 
 def word_accuracy(texts: Sequence[str], read: Sequence[str]) -> float:
-    """Share of the words of `texts` that are among those of `read`, a repeated word counting as often as it was read; case is ignored.
+    """Share of the words of `texts` that are among those of `read`, whatever their case; at least one is wanted.
 
-    At least one word is wanted.
+    A word that is wanted twice has to be read twice.
     """
     wanted, found = (Counter(" ".join(lines).lower().split()) for lines in (texts, read))
     return (wanted & found).total() / wanted.total()
