@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..diffusion.sources import source_name, source_names_in
-from ..errors import CacheError, SciflowError, first_line
+from ..errors import CacheError, SciflowError, counted, first_line
 from . import storage
 from .layouts.base import (
     BROKEN,
@@ -54,6 +54,7 @@ EMPTY_PROMPT_FILE = "empty_prompt.npz"
 CAPTION_COLUMNS = ("caption", "text")
 NAME_COLUMNS = ("image_path", "paper_id", "variant")
 REQUIRED_COLUMNS = ("cache_path", "latent_shape", "prompt_embeds_shape", "bucket_h", "bucket_w")
+_SHAPES = {"latent_shape": "latents", "prompt_embeds_shape": "prompt_embeds"}
 MEMBER_COLUMNS = ("cache_path", "inline_row", "latents_offset", "prompt_embeds_path", "prompt_embeds_offset")
 _FILES_AT_ONCE = 8
 _KEPT = (*NAME_COLUMNS, "cache_path", "inline_row")  # in memory; shapes and places become arrays
@@ -663,8 +664,11 @@ def open_index(dataset_dir: _PathLike | Sequence[_PathLike], *, payload_dir: _Pa
     for file in files:
         table = read_table(file.name, file.columns)
         columns = Columns(table, file.name, starts[-1])
+        root = file.root(columns, payload_dir)
+        if "latent_shape" not in columns.names:
+            columns = _with_shapes(columns, root)
         shapes.append(row_shapes(columns))
-        readers.append(file.reader(columns, file.root(columns, payload_dir), *shapes[-1][:3]))
+        readers.append(file.reader(columns, root, *shapes[-1][:3]))
         kept.append(table.select([n for n in _KEPT if n in columns.names]).replace_schema_metadata(None))
         starts.append(starts[-1] + table.num_rows)
     latent_shapes, text_shapes, source_shapes, sizes = (np.concatenate(parts) for parts in zip(*shapes, strict=True))
@@ -681,6 +685,25 @@ def open_index(dataset_dir: _PathLike | Sequence[_PathLike], *, payload_dir: _Pa
         metadata=metadata,
         empty_prompt_file=find_empty_prompt([*(file.folder for file in files), *(reader.root for reader in readers)]),
     )
+
+
+def _with_shapes(columns: Columns, root: str) -> Columns:
+    """The columns of a table without shapes, with those that the arrays in its npz files have."""
+    reader, table = NpzReader(columns, root, {}), columns.table
+    logger.info("%s says no shapes: they are read from its %s.", columns.file, counted(len(table), "file"))
+
+    def shapes_of(row: int) -> list[list[int]]:
+        where = f"Row {columns.start + row} (in {columns.file})"
+        members = reader.members(row, where)
+        if missing := [name for name in _SHAPES.values() if name not in members]:
+            raise CacheError(f"{where}: its npz holds no `{missing[0]}`, but {', '.join(members)}. {BUILD}.")
+        return [list(members[name].shape) for name in _SHAPES.values()]
+
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        found = list(pool.map(shapes_of, range(len(table))))
+    for name, values in zip(_SHAPES, zip(*found, strict=True), strict=True):
+        table = table.append_column(name, pa.array(list(values), pa.list_(pa.int64())))
+    return Columns(table, columns.file, columns.start)
 
 
 def row_shapes(columns: Columns) -> tuple[np.ndarray, ...]:
@@ -755,6 +778,8 @@ def wanted_columns(file: str, schema: pa.Schema, facts: Mapping[str, Any]) -> li
         and not (name == "prompt_embeds_shape" and facts.get("embeds") == "none")
     ]
     missing = [name for name in required if name not in schema.names]
+    if layout == "npz" and "group_id" in schema.names and missing == [*_SHAPES]:
+        missing = []  # a published table of candidates: `open_index` reads them from the files
     if missing:
         raise CacheError(
             f"The index {file} lacks the column{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}; "

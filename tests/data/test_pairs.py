@@ -7,6 +7,7 @@ from io import BytesIO
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -20,6 +21,7 @@ from sciflow_hf.data.build.sources.find import find_records
 from sciflow_hf.data.inspect.describe import describe_cache
 from sciflow_hf.data.inspect.verify import verify_cache
 from sciflow_hf.data.load import load_cache
+from sciflow_hf.errors import CacheError
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
@@ -277,3 +279,37 @@ def test_a_winner_that_is_its_loser_by_content(candidates, tmp_path, capsys):
     (candidates / "b_0.png").write_bytes(b"no image")
     assert pairs("--input_dir", candidates, "--output_file", tmp_path / "q.parquet") == 2
     assert "b_0.png: " in capsys.readouterr().err
+
+
+# ---- published tables ----
+
+
+@pytest.mark.parametrize("own_text", [True, False])
+def test_a_published_table_of_candidates(candidates, tmp_path, own_text):
+    """Without shapes, and with the text in files of its own: opens as a cache, and trains as one."""
+    build(candidates, tmp_path / "cache", RandomEncoders(), payload="npz")
+    built = load_cache(tmp_path / "cache", dtype=torch.float32)
+    rows, kept = [], ("group_id", "caption", "cache_path", "bucket_h", "bucket_w", "reward", "text_score")
+    for row in index_of(tmp_path / "cache"):
+        new = {name: row[name] for name in kept} | {"component_score": row["reward"]}
+        if not own_text:
+            file = tmp_path / "cache" / row["cache_path"]
+            arrays = dict(np.load(file))
+            text = {name: arrays.pop(name) for name in list(arrays) if name != "latents"}
+            new["text_cache_path"] = f"texts/{row['group_id']}.npz"
+            (tmp_path / "cache" / "texts").mkdir(exist_ok=True)
+            np.savez(tmp_path / "cache" / new["text_cache_path"], **text)
+            np.savez(file, latents=arrays["latents"])
+        rows.append(new)
+    before = {name: built[i] for i, name in enumerate(built.strings("cache_path"))} if own_text else {}
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "dpo.parquet")
+    cache = load_cache(tmp_path / "dpo.parquet", payload_dir=tmp_path / "cache", dtype=torch.float32)
+    assert len(cache) == 12 and cache[0]["prompt_embeds"].shape == (5, 6)
+    for name, sample in before.items():
+        mine = cache[cache.strings("cache_path").index(name)]
+        assert mine.keys() == sample.keys() and all(torch.equal(mine[key], sample[key]) for key in mine)
+    groups = sf.load_groups(cache, sf.TupleArguments(axes=["component"], min_axis_gap=0.2))
+    assert {t.group for t in groups.tuples} == {"a", "b"} and groups[0]["latents"].shape == (2, 3, 4, 4)
+    np.savez(tmp_path / "cache" / rows[5]["cache_path"], other=np.zeros(3))
+    with pytest.raises(CacheError, match=r"Row 5 .*: its npz holds no `latents`"):
+        load_cache(tmp_path / "dpo.parquet", payload_dir=tmp_path / "cache")

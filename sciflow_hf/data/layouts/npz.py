@@ -17,6 +17,7 @@ from .. import storage
 from ..writing import output_file
 from .base import BROKEN, DTYPES, Block, Columns, Member, Reader, Sample, Writer, explain, numpy_reader
 
+_TEXT_PATH = "text_cache_path"
 _TAIL = 1 << 10  # bytes; holds the central directory of a handful of arrays
 _HEAD = 256  # bytes; holds a local header and the array's own header
 _LARGEST_DECODED = 256 << 20  # bytes; ten times the text of a FLUX model in float32. zlib packs zeros a thousandfold
@@ -38,14 +39,23 @@ _HEADER = re.compile(
 
 
 class NpzReader(Reader):
-    """Rows whose payloads are npz files of their own, named by `cache_path`."""
+    """Rows whose payloads are npz files of their own, named by `cache_path`, their text perhaps by another column."""
 
     def __init__(self, columns: Columns, root: str, payload: Mapping[str, Any], *shapes: np.ndarray) -> None:
         super().__init__(columns, root, payload, *shapes)
         self._paths = columns.column("cache_path")
+        self._texts = columns.column(_TEXT_PATH) if _TEXT_PATH in columns.names else None
+
+    @classmethod
+    def columns(cls, payload: Mapping[str, Any]) -> list[str]:
+        return ["cache_path", _TEXT_PATH]
 
     def members(self, i: int, where: object) -> dict[str, Member]:
-        return npz_members(storage.join(self.root, self._paths[i].as_py()), where)
+        found = npz_members(storage.join(self.root, self._paths[i].as_py()), where)
+        if self._texts is None:
+            return found
+        text = npz_members(storage.join(self.root, self._texts[i].as_py()), where)
+        return found | {name: member for name, member in text.items() if not name.startswith("latents")}
 
     def check_file(self, members: Mapping[str, Member]) -> list[str]:
         return npz_problems(members["latents"].file)
