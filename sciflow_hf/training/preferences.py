@@ -455,7 +455,9 @@ def load_reference(
 ) -> torch.nn.Module | None:
     """The frozen reference of `DiffusionDPOTrainer`; None where the network without its adapter is the reference.
 
-    Its dtype is that of frozen weights, 16 bit with `--bf16`.
+    Where all weights are trained, it computes as the trained network does under autocast, bit for bit, so that no
+    rounding is taken for a gain: with `--bf16` or `--fp16` its matrices are kept in 16 bit, the rest in float32. Next
+    to an adapter it has the dtype of the frozen network.
 
     Args:
         family: of the network.
@@ -474,9 +476,20 @@ def load_reference(
         path = str(inside if (inside / "config.json").is_file() else place)
         family = dataclasses.replace(family, network_name_or_path=path)  # type: ignore[call-arg]
     try:
-        return family.load_model(dtype=args.weight_dtype, meta=meta).requires_grad_(False).eval()
+        network = family.load_model(dtype=torch.float32 if trained else args.weight_dtype, meta=meta)
     except SciflowError as error:
         raise error if place is None else SciflowError(f"`reference_model` {place!r}: {error}") from error
+    if trained:
+        _matrices_to(network, args.weight_dtype)
+    return network.requires_grad_(False).eval()
+
+
+def _matrices_to(network: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Changes the weights that autocast would round to `dtype`; but the first, by which inputs have their dtype."""
+    first = next(network.parameters())
+    for module in network.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and module.weight is not first:
+            module.weight.data = module.weight.data.to(dtype)
 
 
 def _check_reference(reference: torch.nn.Module, family: ModelFamily) -> None:

@@ -56,7 +56,8 @@ def by_mode(family):
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory, by_mode, triples):
     """A trainer whose adapter has values, a batch of two groups, and the losses of its candidates one by one."""
-    trainer = dpo_trainer(tmp_path_factory.mktemp("measured"), by_mode, triples, stratified_levels=True, max_steps=1)
+    options = dict(stratified_levels=True, gradient_accumulation_steps=2)  # levels depend on positions in the step of 4
+    trainer = dpo_trainer(tmp_path_factory.mktemp("measured"), by_mode, triples, **options)
     moved(trainer.model.train(), 0.3)
     batch = first_batch(trainer)
     return trainer, batch, one_by_one(trainer, triples, batch)
@@ -255,6 +256,18 @@ def test_all_weights_with_a_frozen_copy(tmp_path, family, pairs):
     assert same(dict(again.named_parameters()), dict(trainer.model.named_parameters()))
     with pytest.raises(SciflowError, match="`reference_model` is missing: all weights are trained"):
         dpo_trainer(tmp_path / "b", family, pairs, **options)
+
+
+def test_a_copy_in_16_bit_computes_as_the_network(tmp_path, family, pairs):
+    """Under autocast: a margin of rounding alone would be taken for a preference, 2000 times as strong."""
+    options = dict(bf16=True, adapter={"no_adapter": True}, learning_rate=1e-6, max_steps=1)
+    args = sf.PreferenceTrainingArguments(output_dir=str(tmp_path), use_cpu=True, bf16=True)
+    reference = sf.load_reference(family, args, trained=True)
+    sizes = [p.numel() for p in reference.parameters() if p.dtype == torch.bfloat16]
+    assert sum(sizes) > 0.9 * sum(p.numel() for p in reference.parameters())
+    trainer = dpo_trainer(tmp_path, family, pairs, reference=reference, **options)
+    trainer.train()
+    assert losses(trainer) == [pytest.approx(math.log(2), rel=EPS)] and trainer.state.log_history[0]["margin"] == 0.0
 
 
 def test_a_reference_of_other_shapes(tmp_path, family, pairs):
