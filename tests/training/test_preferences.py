@@ -150,6 +150,7 @@ def test_the_gradient_is_that_of_the_policy_alone(measured, monkeypatch):
     for name, ours, theirs in zip(parameters, found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2000 * EPS * largest, msg=name)
     assert all(p.requires_grad for p in parameters.values()), "the adapter is on again"
+    assert not trainer.candidate_losses(trainer.model, batch)[1].requires_grad
 
 
 def test_at_the_start_the_loss_is_log_2_and_its_slope_half_of_beta(tmp_path, by_mode, pairs):
@@ -231,6 +232,9 @@ def test_a_loaded_adapter_is_its_own_reference(tmp_path, family, pairs):
     adapter = {"adapter_path": str(tmp_path / "before")}
     trainer = dpo_trainer(tmp_path / "after", family, pairs, adapter=adapter)
     start = trained(trainer)
+    trainer.compute_loss(trainer.model.train(), first_batch(trainer)).backward()
+    gradients = [p.grad.abs().max() for p in trainer.model.parameters() if p.requires_grad]
+    assert max(gradients) > 1, "were the gradient through the reference, too, it would be 0 here"
     first, then = starts_at_log_2(trainer)
     assert first == np.float32(math.log(2)) and then == first  # `moved` gives the same values again
     moved(trainer.model, 0.4)
