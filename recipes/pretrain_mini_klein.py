@@ -52,27 +52,17 @@ class MiniKlein(sf.Flux2Klein):
 
 
 def build_cache(family: MiniKlein, folder: Path, own: PretrainArguments, seed: int) -> list[str]:
-    """Draws figures and encodes them; the large ones apart, since they have the aspect of smaller ones.
-
-    A few captions name no colour, so that any may be drawn for them.
-    """
+    """Draws figures and encodes them."""
     caches, encoders = [], family.load_encoders(device="cpu", dtype=torch.float32)
-    large, unnamed = (round(own.num_figures * share) for share in (own.large_fraction, own.unnamed_fraction))
-    small, dark = own.num_figures - large, own.dark_fraction
-    some, others = demo.SIZES[:3], demo.SIZES[3:]
-    parts = {
-        "small": (some, small, lambda: demo.pretraining_figures(small, dark, seed + 64, some)),
-        "large": (others, large, lambda: demo.pretraining_figures(large, dark, seed + 96, others)),
-        "unnamed": (some, unnamed, lambda: demo.unnamed_figures(unnamed, seed + 1)),
-    }
-    for name, (sizes, number, drawn) in parts.items():
+    shares = {"large": own.large_fraction, "dark": own.dark_fraction, "unnamed": own.unnamed_fraction}
+    for name, drawn in demo.pretraining_parts(own.num_figures, **shares, seed=seed).items():
         figures, cache = folder / f"figures_{name}", folder / f"cache_{name}"
-        if not number:
+        if not drawn:
             continue
         if not figures.is_dir():
-            demo.make_mini_figures(figures, drawn())
+            demo.make_mini_figures(figures, drawn)
         sf.build_cache(
-            figures, cache, buckets=sizes, batch_size=16, samples_per_part=5000,
+            figures, cache, buckets=sorted({(f.height, f.width) for f in drawn}), batch_size=16, samples_per_part=5000,
             encode_images=lambda pixel_values: family.encode_images(pixel_values, encoders),
             encode_prompts=lambda prompts: family.encode_prompts(prompts, encoders),
             settings=family.encoder_settings(), bucket_step=family.bucket_step(),

@@ -10,6 +10,7 @@ from .mini_figures import (
     mini_figures,
     night_figures,
     pretraining_figures,
+    pretraining_parts,
     unnamed_figures,
 )
 from .mini_klein import TEXT_LENGTH, start_mini_klein
@@ -31,6 +32,7 @@ __all__ = [
     "mini_figures",
     "night_figures",
     "pretraining_figures",
+    "pretraining_parts",
     "start_mini_klein",
     "train_mini_vae",
     "unnamed_figures",

@@ -128,6 +128,26 @@ def unnamed_figures(number: int, seed: int) -> list[MiniFigure]:
     return [replace(figure, names_colour=False) for figure in mini_figures(number, seed=seed, sizes=SIZES[:3])]
 
 
+def pretraining_parts(
+    number: int, *, large: float, dark: float, unnamed: float, seed: int
+) -> dict[str, list[MiniFigure]]:
+    """All training data of `mini_klein`, in parts of which each fills its own cache.
+
+    Args:
+        number: of figures, the unnamed ones apart.
+        large: share of them with 96 x 144 pixels, apart because smaller ones have their aspect.
+        dark: share of them on dark pages.
+        unnamed: as many more of this share whose captions name no colour.
+        seed: of all parts.
+    """
+    many = round(number * large)
+    return {
+        "small": pretraining_figures(number - many, dark, seed + SIZES[0][0], SIZES[:3]),
+        "large": pretraining_figures(many, dark, seed + SIZES[3][0], SIZES[3:]),
+        "unnamed": unnamed_figures(round(number * unnamed), seed + 1),
+    }
+
+
 def night_figures() -> list[MiniFigure]:
     """The demo's 60 figures: 42 of the night style and 18 plain ones, so that its name is what calls it."""
     night = mini_figures(42, seed=1, style="night", sizes=SIZES[1:2])
