@@ -217,7 +217,7 @@ class ValidationArguments:
     )
     validation_target_images: list[str] = option(
         [],
-        "The image that each of --validation_prompts should become, shown beside it on the contact sheet: one entry "
+        "The image that each of --validation_prompts should become, shown next to it on the contact sheet: one entry "
         "for each prompt, in order, none for a prompt without.",
         check=_check_target_images,
     )
