@@ -278,3 +278,30 @@ def test_free_columns_of_a_built_cache_are_those_of_the_table(tmp_path, family):
     train, _ = sf.prepare_groups(data, sf.TupleArguments(), family, args)
     assert train.row_ids == ["0", "1"] and [t.gaps for t in train.tuples] == [(0.75,), (0.75,)]
     assert [train.strings("image_path")[i] for i in range(2)] == ["3.png", "7.png"]
+
+
+def test_text_in_training_posteriors_and_dropped_captions(tmp_path, folder):
+    """A group has one text, of which the caption may be dropped, and a draw for each candidate."""
+    groups = groups_of(folder, **PUBLISHED)
+    groups.__dict__["empty_prompt"] = {"prompt_embeds": torch.zeros(12, 48)}
+    sampler = BucketBatchSampler(batch_keys_of(groups), batch_size=2, seed=5)
+    loader = BucketLoader(groups, sampler, caption_dropout=0.5)
+    dropped = [batch["prompt_embeds"].flatten(1).any(1) for batch in released(loader)]
+    assert 0 < int(torch.cat(dropped).sum()) < 10
+
+    groups = groups_of(folder, **PUBLISHED)
+    groups.online_text = lambda captions: {"prompt_embeds": torch.tensor([[[float(len(c))]] for c in captions])}
+    batch = next(released(BucketLoader(groups, sampler)))
+    assert batch["prompt_embeds"].shape == (2, 1, 1)
+    assert batch["prompt_embeds"][0] == len(groups.captions[batch["row"][0]])
+    assert groups[0]["prompt_embeds"].item() == len(groups.captions[0])
+
+    other = write_candidates(tmp_path / "cache", "x", buckets={(32, 48): 4})
+    for row in range(4):
+        resave(payload_of(other, row), latents_std=np.ones((4, 8, 12), np.float32))
+    groups = groups_of(other, **PUBLISHED)
+    sampler = BucketBatchSampler(batch_keys_of(groups), batch_size=1, seed=5)
+    batch = next(released(BucketLoader(groups, sampler, posterior=True)))
+    drawn = batch["latents"][0] - groups[0]["latents"]
+    assert "latents_std" not in batch and 0.9 < drawn.std() < 1.1
+    assert not torch.equal(drawn[0], drawn[1]), "each candidate has a draw of its own"

@@ -13,6 +13,8 @@ from preferences import dpo_trainer, first_batch, groups_of, write_candidates
 from recipe_runs import ROOT, flags, logged_losses, run, run_and_kill, weights
 from trainings import losses, make_args, same
 
+import sciflow_hf as sf
+
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 RECIPE = ROOT / "recipes" / "train_dpo.py"
@@ -181,3 +183,15 @@ def test_two_ranks_take_the_steps_of_one(tmp_path, tiny_klein, folder):
     assert len(ours) >= 8 and [e.keys() for e in ours] == [e.keys() for e in theirs]
     for one_log, other in zip(ours, theirs, strict=True):
         assert one_log == pytest.approx(other, rel=1e-4, abs=1e-7)
+
+
+def test_the_family_that_is_named(tmp_path, monkeypatch):
+    """By the flag, else by the config, else klein; by a dotted path, too."""
+    config = tmp_path / "run.yaml"
+    config.write_text("family: sdxl\n")
+    assert sf.chosen_family(["--config", str(config)]) is sf.SDXL
+    assert sf.chosen_family(["--config", str(config), "--family", "sd3", "--axes", "a", "b"]) is sf.SD3
+    assert sf.chosen_family([]) is sf.Flux2Klein
+    assert sf.chosen_family(["--family=sciflow_hf.families.flux.Flux"]) is sf.Flux
+    with pytest.raises(sf.SciflowError, match="`family` 'klein' is unknown: use one of dit, flux"):
+        sf.chosen_family(["--family", "klein"])
