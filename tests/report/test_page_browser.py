@@ -186,6 +186,7 @@ def test_a_thousand_images_do_not_stall(visit, tmp_path):
         for (const task of list.getEntries()) window.longest = Math.max(window.longest, task.duration);
     }).observe({type: 'longtask', buffered: true}); }""")
     assert len(tab.evaluate(PROMPTS)) < 100  # not all at once
+    assert tab.evaluate("thumbnails.size") <= 3 < tab.evaluate("blocks.length") == 21
     tab.select_option("#sort", "ocr")
     tab.select_option("#order", "last")
     tab.fill("#filter", "number 4")
@@ -195,7 +196,7 @@ def test_a_thousand_images_do_not_stall(visit, tmp_path):
         tab.wait_for_timeout(20)
     tab.wait_for_timeout(200)
     assert len(tab.evaluate(PROMPTS)) > 100 and len(records) == 1000
-    assert tab.evaluate("window.longest") < 1000, "milliseconds"
+    assert tab.evaluate("window.longest") < 2000, "milliseconds"
 
 
 def test_a_page_follows_a_training(visit, tmp_path, monkeypatch):
