@@ -73,14 +73,12 @@ class _Group:
         index: of its row in the prompts file.
         row: of `read_prompts`.
         seeds: of each candidate, for its generator.
-        call: arguments of `draw`: size, and sources of an edit.
         about: columns of all its candidates.
     """
 
     index: int
     row: dict[str, Any]
     seeds: Sequence[int]
-    call: dict[str, Any]
     about: dict[str, Any]
 
     @property
@@ -132,11 +130,11 @@ def _groups(rows: Sequence[dict[str, Any]], args: argparse.Namespace, family: An
     times: Counter[tuple[int, str]] = Counter()
     groups = []
     for index, row in enumerate(rows):
-        prompt, where = row["prompt"], f"`prompts_file` {args.prompts_file!r}, row {index}"
+        prompt = row["prompt"]
         seed = row.get("seed", args.seed)
         key = [seed, prompt, times[seed, prompt]]  # a prompt that is there twice is drawn anew
         times[seed, prompt] += 1
-        call = call_of_row(row, args, family, where)
+        call = _call(index, row, args, family)
         about: dict[str, Any] = {"group_id": f"{hash64(*key, call['height'], call['width']):016x}"}
         if files := row.get("source_images"):
             about["source_image"] = [os.path.abspath(file) for file in files]
@@ -147,11 +145,16 @@ def _groups(rows: Sequence[dict[str, Any]], args: argparse.Namespace, family: An
                 else:
                     about[name] = value
         seeds = [hash64(*key, "candidate", number) & 0xFFFFFFFF for number in range(args.num_candidates)]
-        groups.append(_Group(index, row, seeds, call, about))
+        groups.append(_Group(index, row, seeds, about))
     for name in left_out:
         why = "candidates have a column of that name" if name in OWN_COLUMNS else "it holds neither texts nor numbers"
         logger.warning("The column `%s` of %s is left out: %s.", name, args.prompts_file, why)
     return groups
+
+
+def _call(index: int, row: dict[str, Any], args: argparse.Namespace, family: Any) -> dict[str, Any]:
+    """Arguments of `draw` for a prompt; the sources of an edit are read for it, and not kept."""
+    return call_of_row(row, args, family, f"`prompts_file` {args.prompts_file!r}, row {index}")
 
 
 def _facts(args: argparse.Namespace, family: Any, kind: str | None, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -190,15 +193,16 @@ def _draw_missing(
     with tqdm(total=len(groups), initial=len(groups) - len(missing), desc="prompts", disable=not shows) as bar:
         for start in range(0, len(missing), ENCODED_AT_ONCE):
             chunk = missing[start : start + ENCODED_AT_ONCE]
-            pairs = [(group.row["prompt"], group.call) for group in chunk]
-            for group, encoded in zip(chunk, encoded_each(pairs, family, device, dtype), strict=True):
+            pairs = [(group.row["prompt"], _call(group.index, group.row, args, family)) for group in chunk]
+            texts = encoded_each(pairs, family, device, dtype)
+            for group, (_, call), encoded in zip(chunk, pairs, texts, strict=True):
                 latents, images = family.draw(
                     pipeline,
                     encoded,
                     num_inference_steps=args.num_inference_steps,
                     guidance_scale=args.guidance_scale,
                     generators=[torch.Generator().manual_seed(seed) for seed in group.seeds],
-                    **group.call,
+                    **call,
                 )
                 if not latents.isfinite().all():
                     raise SciflowError(
