@@ -39,6 +39,14 @@ def toned(prompts: Sequence[str], images: Sequence[Image.Image], tone: Sequence[
     return [float(value) for value in tone]
 
 
+def flaky(prompts: Sequence[str], images: Sequence[Image.Image], file_name: Sequence[str]) -> list[float]:
+    """Fails at the second image when it is asked for the first time."""
+    ASKED.extend(file_name)
+    if "00001.png" in file_name and ASKED.count("00001.png") <= 2:
+        raise RuntimeError("busy")
+    return [1.0] * len(images)
+
+
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     figures = list(mini_figures(6, seed=3, sizes=[(64, 96)]))
@@ -130,6 +138,14 @@ def test_a_broken_image_is_named_and_has_no_reward(folder: Path, caplog: pytest.
         rows = table(folder)
         assert [row["reward"] is None for row in rows] == [i == 2 for i in range(6)] and rows[2]["length"] is None
     assert len(ASKED) == 5
+
+
+def test_a_score_that_failed_is_asked_for_again(folder: Path) -> None:
+    score(folder, "--reward", f"{__name__}.flaky")
+    assert [row["flaky"] for row in table(folder)] == [1, None, 1, 1, 1, 1]
+    ASKED[:] = ["00001.png"] * 2
+    score(folder, "--reward", f"{__name__}.flaky")
+    assert ASKED[2:] == ["00001.png"] and [row["reward"] for row in table(folder)] == [1.0] * 6
 
 
 def test_tables_of_every_kind(folder: Path, tmp_path: Path) -> None:

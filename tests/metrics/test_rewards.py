@@ -114,6 +114,7 @@ def test_aspect() -> None:
     scores = aspect(PROMPTS, images, width=[96, 96, None, "1200"], height=[64, 64, 64, 800])
     assert scores == [1.0, pytest.approx((64 / 96) / (96 / 64)), None, 1.0]
     assert aspect(PROMPTS, images) == [None] * 4
+    assert aspect(["a"], [page(size=(96, 64))], width=[64], height=[64]) == [pytest.approx(2 / 3)]
 
 
 def test_blank() -> None:
