@@ -210,50 +210,56 @@ def evaluation_page(folder: Path) -> Page:
     metrics = _metrics(records, summary)
     lower = summary.get("lower_is_better", [name for name in metrics if _LOWER.search(name)])
     page.metrics = {name: name not in lower for name in metrics}
-    rows: dict[str, Row] = {}
+    grouped: dict[str, list[dict[str, Any]]] = {}
     for record in records:
-        name, model = str(record["row"]), str(record["model"])
-        if name not in rows:
-            rows[name] = _given(record, folder, metrics)
-        picture = _picture(folder, folder / str(record.get("image") or f"images/{model}/{name}.png"))[0]
-        picture.scores = {metric: _number(record.get(metric)) for metric in metrics}
-        failed = record.get("incomplete")
-        picture.note = "" if not failed else "incomplete" if failed is True else f"incomplete: {_text(failed)}"
-        rows[name].pictures[model] = picture
-    given = {column for row in rows.values() for column in row.pictures if column not in models}
-    page.rows, page.columns = list(rows.values()), [*sorted(given, key=_given_order), *models]
+        grouped.setdefault(str(record["row"]), []).append(record)
+    page.rows = [_row(found, folder, metrics, models) for found in grouped.values()]
+    given = {column for row in page.rows for column in row.pictures if column not in models}
+    page.columns = [*sorted(given, key=_given_order), *models]
     page.base = models[0] if models else ""
     if not any(_shown(row, model) for row in page.rows for model in models):
         told = " ".join(page.document()["notices"]) or "It has no rows."
         raise SciflowError(f"{str(folder)!r} has no images to show. {told} Run the evaluation again.")
-    page.subtitle = f"{counted(len(rows), 'prompt')} · {', '.join(models)}"
+    page.subtitle = f"{counted(len(page.rows), 'row')} · {', '.join(models)}"
     page.scores = _score_tables(summary, models)
     sizes = Counter(row.facts.get("size", "unknown") for row in page.rows)
     page.details = [
-        Table("Sizes", ["width x height", "prompts"], [[size, f"{n:,}"] for size, n in sizes.most_common()]),
+        Table("Sizes", ["width x height", "rows"], [[size, f"{n:,}"] for size, n in sizes.most_common()]),
         _pairs("Options", summary.get("options", {})),
     ]
     page.details = [table for table in page.details if table.rows]
     return page
 
 
-def _given(record: Mapping[str, Any], folder: Path, metrics: Sequence[str]) -> Row:
-    """The row of a record with what the models were given: sources, reference, facts."""
-    row = Row(str(record["row"]), str(record.get("prompt") or ""), {})
+def _row(records: Sequence[Mapping[str, Any]], folder: Path, metrics: Sequence[str], models: Sequence[str]) -> Row:
+    """The images of a prompt and seed: sources, reference, and those of the models with their scores."""
+    first = records[0]
+    row = Row(str(first["row"]), str(first.get("prompt") or ""), {})
     for kind in ("sources", "reference"):
-        paths = _paths(record.get(kind))
+        paths = _paths(first.get(kind))
         columns = _numbered(kind.removesuffix("s"), len(paths))
+        columns = [f"{column} image" if column in models else column for column in columns]
         row.pictures |= {c: _picture(folder, folder / path)[0] for c, path in zip(columns, paths, strict=True)}
-    size = {"size": f"{record['width']} x {record['height']}"} if record.get("width") else {}
-    others = {key: value for key, value in record.items() if key not in (*_KNOWN, *metrics)}
-    facts = {"seed": record.get("seed"), **size, **others}
+    others = [name for name in first if name not in (*_KNOWN, *metrics)]
+    shared = {name: first[name] for name in others if all(record.get(name) == first[name] for record in records)}
+    size = {"size": f"{first['width']} x {first['height']}"} if first.get("width") else {}
+    facts = {"seed": first.get("seed"), **size, **shared}
     row.facts = {key: _text(value) for key, value in facts.items() if value not in (None, "")}
+    for record in records:
+        model = str(record["model"])
+        picture = _picture(folder, folder / str(record.get("image") or f"images/{model}/{row.name}.png"))[0]
+        picture.scores = {metric: _number(record.get(metric)) for metric in metrics}
+        own = [
+            f"{name.replace('_', ' ')} {_text(record[name])}" for name in others if name not in shared and record[name]
+        ]
+        picture.note = ", ".join([*(["incomplete"] if record.get("incomplete") else []), *own])
+        row.pictures[model] = picture
     return row
 
 
 def _given_order(column: str) -> tuple[bool, int, str]:
     """Sources, then the reference."""
-    return column == "reference", len(column), column
+    return column.startswith("reference"), len(column), column
 
 
 def _shown(row: Row, column: str) -> bool:
@@ -301,9 +307,17 @@ def _score_tables(summary: Mapping[str, Any], models: Sequence[str]) -> list[Tab
         for metric, found in paired.items()
     ]
     base = models[0] if models else "base"
+    copies = [
+        [found["image"], model, found["training_image"], f"{found['similarity']:.3f}"]
+        for model, copied in summary.get("copies", {}).items()
+        for found in copied
+    ]
+    incomplete = [[model, f"{number:,}"] for model, number in summary.get("incomplete", {}).items() if number]
     tables = [
         Table("Mean (95 % interval)", ["metric", *models], means),
         Table(f"Difference from {base}, paired by prompt", ["metric", *adapters], differences),
+        Table("Near copies of training figures", ["image", "model", "training figure", "similarity"], copies),
+        Table("Images without all of their scores", ["model", "images"], incomplete),
     ]
     return [table for table in tables if table.rows]
 

@@ -128,7 +128,8 @@ def test_data_and_thumbnails_are_those_of_the_folder(evaluation):
         assert picture["scores"]["character_error_rate"] == (
             None if record["row"] == 1 else record["character_error_rate"]
         )
-        assert picture["note"] == ("incomplete" if record["row"] == 2 else "")
+        copied = ["training image paper.png"] if record["training_image"] else []
+        assert picture["note"] == ", ".join((["incomplete"] if record["row"] == 2 else []) + copied)
         uri = blocks[data["blocks"][record["image"]]][record["image"]]
         small = Image.open(io.BytesIO(base64.b64decode(uri.partition("base64,")[2])))
         with Image.open(folder / record["image"]) as image:
@@ -136,6 +137,8 @@ def test_data_and_thumbnails_are_those_of_the_folder(evaluation):
     assert set(data["blocks"]) == {path for block in blocks for path in block}
     assert ["ocr", "0.5 (0.4 to 0.6)", "0.5 (0.4 to 0.6)"] in data["scores"][0]["rows"]
     assert ["ocr", "+0.3 (0.1 to 0.5)"] in data["scores"][1]["rows"]
+    assert ["images/lora/3.png", "lora", "paper.png", "0.990"] in data["scores"][2]["rows"]
+    assert data["scores"][3]["rows"] == [["base", "1"]] and len(data["scores"]) == 4
     assert data["details"][0]["rows"] == [["96 x 64", "8"]]
     assert ["api_key", "***"] in data["details"][1]["rows"]
 
