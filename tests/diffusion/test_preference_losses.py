@@ -48,6 +48,25 @@ def test_at_the_start_a_pair_has_log_2_and_slope_minus_half_beta(loss: str) -> N
     np.testing.assert_allclose(margins.grad, -1000.0, rtol=1e-15)
 
 
+def test_gradients_by_hand() -> None:
+    """Weights, adaptive ones and those of hard losers, are constants: only the losses have a gradient."""
+    policy, reference = drawn(5, 3)
+    s = preference_margins(policy, reference)
+    x = -7.0 * s
+    slopes = -7.0 * x.sigmoid()  # of each -log sigmoid(beta s)
+    hard = loser_weights(policy, hard=True)
+    expected = {
+        "dpo": slopes / 3,
+        "mdpo_contrastive": -7.0 * x.exp() / (1 + x.exp().sum(1, keepdim=True)) / 3,
+        "mdpo_adaptive": x.softmax(1) * slopes,
+        "mdpo_mean": hard * slopes,
+    }
+    for loss, wanted in expected.items():
+        margins = s.clone().requires_grad_()
+        preference_loss(margins, loss=loss, beta=7.0, weights=hard).sum().backward()
+        torch.testing.assert_close(margins.grad, wanted, rtol=1e-12, atol=0)
+
+
 def test_one_axis_is_dpo() -> None:
     margins = preference_margins(*drawn(6, 1))
     found = {loss: preference_loss(margins, loss=loss, beta=30.0) for loss in PREFERENCE_LOSSES}
