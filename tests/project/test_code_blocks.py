@@ -11,6 +11,7 @@ import torch
 from caches import encoder_settings, write_cache
 from dits import make_network
 from documents import DOCUMENTS, ROOT, read, relative
+from PIL import Image
 from trainings import make_trainer
 
 import sciflow_hf as sf
@@ -84,6 +85,9 @@ def draws(page: str, found: dict[str, Any]) -> None:
     if page == "docs/configuration.md":
         assert (found["adapter"].rank, found["adapter"].rank_pattern) == (16, {"ff": 32})
         assert found["run"]["options"]["learning_rate"] == 1e-2 and found["args"].learning_rate == 2e-4
+    if page == "docs/preferences.md":
+        grey = Image.new("RGB", (4, 4), (51, 51, 51))
+        assert found["bright"](["a", "b"], [grey, Image.new("RGB", (4, 4))], colour=[None, None]) == [0.2, 0.0]
     if page == "docs/dit.md":
         assert len(found["images"]) == 2
     if page == "docs/microscopy.md":
@@ -91,7 +95,17 @@ def draws(page: str, found: dict[str, Any]) -> None:
         assert found["trainer"].family.intensity["low"] == [0]
 
 
-DOCS = ("add_a_callback", "add_a_loss", "caches", "configuration", "dit", "microscopy", "publishing", "quickstart")
+DOCS = (
+    "add_a_callback",
+    "add_a_loss",
+    "caches",
+    "configuration",
+    "dit",
+    "microscopy",
+    "preferences",
+    "publishing",
+    "quickstart",
+)
 PAGES = ["README.md", *(f"docs/{name}.md" for name in DOCS), relative(CARD)]
 
 
