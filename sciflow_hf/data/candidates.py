@@ -41,7 +41,7 @@ class Candidates:
 
     def with_columns(self, columns: Mapping[str, Sequence[Any]]) -> "Candidates":
         """The table with further columns of numbers or None, which replace those of these names."""
-        added = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        added = [{name: column[i] for name, column in columns.items()} for i in range(len(self.rows))]
         return replace(self, rows=[row | new for row, new in zip(self.rows, added, strict=True)])
 
     def write(self, file: Path, numbers: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 """Texts in images, read by RapidOCR (the extra `ocr`): a reward for texts in quotes in the prompt, and error rates."""
 
 import functools
+import hashlib
 import importlib
 import re
 from collections import Counter
@@ -34,7 +35,7 @@ def ocr(prompts: Sequence[str], images: Sequence[Image.Image]) -> list[float | N
         texts = quoted_texts(prompt)
         if not texts:
             return None
-        read = "".join(read_texts(image))
+        read = "".join(read_once(image))
         return sum(text_score(text, read) for text in texts) / len(texts)
 
     return [score(prompt, image) for prompt, image in zip(prompts, images, strict=True)]
@@ -53,6 +54,30 @@ def read_texts(image: Image.Image) -> list[str]:
         SciflowError: RapidOCR is not installed.
     """
     return list(_engine()(np.asarray(image.convert("RGB"))[:, :, ::-1]).txts or ())
+
+
+class _Pixels:
+    """An image that is told apart by its pixels."""
+
+    def __init__(self, image: Image.Image) -> None:
+        self.image = image.convert("RGB")
+        self.digest = hashlib.sha256(f"{image.size}".encode() + self.image.tobytes()).digest()
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Pixels) and self.digest == other.digest
+
+
+def read_once(image: Image.Image) -> list[str]:
+    """As `read_texts`, but an image that was read lately is not read again: several rewards ask of each."""
+    return _read_once(_Pixels(image))
+
+
+@functools.lru_cache(maxsize=64)
+def _read_once(pixels: _Pixels) -> list[str]:
+    return read_texts(pixels.image)
 
 
 def text_score(text: str, read: str) -> float:

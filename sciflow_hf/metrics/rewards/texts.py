@@ -1,14 +1,12 @@
 """Rewards for texts that a row names in quotes, lists in its rubric, or shows in its reference image."""
 
-import functools
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
 
-from .ocr import character_error_rate, levenshtein, quoted_texts, read_texts, word_accuracy
+from .ocr import character_error_rate, levenshtein, quoted_texts, read_once, word_accuracy
 from .pictures import opened
 
 Column = Sequence[Any] | None
@@ -68,7 +66,7 @@ def wanted_texts(prompt: str, rubric_text: Any = None, reference: Any = None) ->
             return texts
     if texts := quoted_texts(prompt):
         return texts
-    return [line for line in _read(opened(reference)) if _bare(line)] if reference is not None else []
+    return [line for line in read_once(opened(reference)) if _bare(line)] if reference is not None else []
 
 
 def _compare(
@@ -80,30 +78,7 @@ def _compare(
 ) -> list[float | None]:
     none = [None] * len(prompts)
     wanted = map(wanted_texts, prompts, rubric_text or none, reference or none)
-    return [score(texts, _read(image)) if texts else None for texts, image in zip(wanted, images, strict=True)]
-
-
-class _Pixels:
-    """An image that is told apart by its pixels."""
-
-    def __init__(self, image: Image.Image) -> None:
-        self.image = image.convert("RGB")
-        self.digest = hashlib.sha256(f"{image.size}".encode() + self.image.tobytes()).digest()
-
-    def __hash__(self) -> int:
-        return hash(self.digest)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Pixels) and self.digest == other.digest
-
-
-def _read(image: Image.Image) -> list[str]:
-    return _read_once(_Pixels(image))
-
-
-@functools.lru_cache(maxsize=64)  # several rewards read each image
-def _read_once(pixels: _Pixels) -> list[str]:
-    return read_texts(pixels.image)
+    return [score(texts, read_once(image)) if texts else None for texts, image in zip(wanted, images, strict=True)]
 
 
 def _bare(text: str) -> str:
