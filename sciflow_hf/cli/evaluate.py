@@ -15,7 +15,7 @@ from ..errors import SciflowError, counted
 from .devices import inference_dtype, processes
 from .drawing import RANGES, check_folder, check_ranges, identity_of, prompt_family
 from .evaluation_prompts import draw_missing, facts_of, models_of, plan_prompts, read_rows
-from .evaluation_scores import GROUPS, SETS, SUMMARY, Metrics
+from .evaluation_scores import SETS, SUMMARY, Metrics
 from .judge import add_judge
 from .models import add_model
 
@@ -24,7 +24,7 @@ OPTIONS = "evaluation.json"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `sciflow-hf evaluate`, and its function as `run`."""
-    from ..metrics.rewards.base import BUILT_IN
+    from ..metrics.rewards.base import BUILT_IN, GROUPS
 
     add = parser.add_argument
     parser.set_defaults(run=_evaluate)

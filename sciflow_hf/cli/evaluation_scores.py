@@ -28,13 +28,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SCORES, SUMMARY = "scores.parquet", "summary.json"
-GROUPS = {
-    "ocr": ("ocr", "ocr_word_accuracy", "ocr_character_error", "ocr_edit_distance"),
-    "chart": ("chart", "chart_kind", "chart_colour", "chart_count"),
-    "judge": ("judge", "judge_component", "judge_arrow", "judge_text"),
-    "edits": ("psnr", "ssim", "changed_psnr", "kept_psnr"),
-}
-"""Name of a metric -> rewards that it stands for; one that applies to no image has no column."""
 SETS = ("fid", "kid")
 """Metrics of all images of a model together."""
 LOWER_IS_BETTER = ("ocr_character_error", "ocr_edit_distance", "training_similarity", *SETS)
@@ -46,7 +39,7 @@ class Metrics:
 
     def __init__(self, args: argparse.Namespace) -> None:
         from ..data.pictures import find_pictures
-        from ..metrics.rewards.base import asks_judge, load_rewards
+        from ..metrics.rewards.base import GROUPS, asks_judge, load_rewards, try_packages
         from ..metrics.samples import made
 
         groups = {name: GROUPS.get(name, (name,)) for name in args.metrics if name not in SETS}
@@ -60,7 +53,7 @@ class Metrics:
         self.unjudged = [r for r in self.rewards if not asks_judge(r.name)]
         if self.judge is not None:
             self.judge.check()
-        _try_packages([reward for reward in self.unjudged if reward.name in names])
+        try_packages(self.rewards)
         self.sets = [name for name in SETS if name in args.metrics]
         if self.sets and args.metric_network is None:
             raise SciflowError(f"`metrics` {self.sets[0]} needs a feature network: name one by `--metric_network`.")
@@ -172,16 +165,6 @@ class Metrics:
                 base = summary["metrics"][name][models[0]]["mean"]
                 if model != models[0]:
                     summary["paired"].setdefault(name, {})[model] = {"difference": values["mean"] - base}
-
-
-def _try_packages(rewards: Sequence["Reward"]) -> None:
-    """SciflowError where a package that a built-in reward needs is missing: before hours of drawing."""
-    from PIL import Image
-
-    from ..metrics.rewards.base import score_images
-
-    white, black = Image.new("RGB", (32, 32), "white"), Image.new("RGB", (32, 32))
-    score_images(rewards, ['"a"'], [white], {"reference": [black], "sources": [[white]]})
 
 
 def _candidates(output: Path, prompts: Sequence[Prompt], models: Sequence[str]) -> "Candidates":

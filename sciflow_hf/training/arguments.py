@@ -75,6 +75,11 @@ def _check_target_images(args: Any) -> None:
         )
 
 
+def _check_figure_metrics(args: Any) -> None:
+    if not args.validation_prompts:
+        raise SciflowError("`figure_metrics` are scores of `validation_prompts`, of which there are none: give both.")
+
+
 def _check_loss_scale(args: Any) -> None:
     if args.fp16 and args.deepspeed:
         raise SciflowError("`loss_scale` is a part of DeepSpeed's own configuration (`fp16`): set it there.")
@@ -220,6 +225,12 @@ class ValidationArguments:
         "The image that each of --validation_prompts should become, shown next to it on the contact sheet: one entry "
         "for each prompt, in order, none for a prompt without.",
         check=_check_target_images,
+    )
+    figure_metrics: list[str] = option(
+        [],
+        "Metrics of `sciflow-hf evaluate`, such as ocr and chart: in every evaluation --validation_prompts are drawn "
+        "and scored, as `eval_ocr` and so on. Dotted paths of reward functions, too.",
+        check=_check_figure_metrics,
     )
     validation_class_labels: list[str] = option(
         [], "Classes, by number or name, drawn instead of prompts by families that have classes."

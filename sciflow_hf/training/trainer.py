@@ -90,6 +90,7 @@ from .checkpoints import (
     write_manifest,
 )
 from .evaluation import summarise
+from .figure_metrics import FigureMetrics
 from .loss_log import LossLog
 from .out_of_memory import MicroBatches
 from .resume import (
@@ -247,7 +248,17 @@ class DiffusionTrainer(Trainer):
             self._check_data(dataset)
         self._fingerprint = (train_dataset, data_fingerprint(train_dataset))
         if args.validation_prompts or args.validation_class_labels:
-            self.add_callback(self._validation_callback())
+            validation = self._validation_callback()
+            self.add_callback(validation)
+            if args.figure_metrics:
+                if eval_dataset is None:
+                    raise SciflowError(
+                        "`figure_metrics` are measured in evaluations, for which there is no held-out data: hold some "
+                        "out by `--eval_fraction`, or leave them out."
+                    )
+                self._user_metrics = FigureMetrics(
+                    args.figure_metrics, validation, args, lambda: (self.model, self.state.global_step), compute_metrics
+                )
 
     def _check_model(self, model: Any, args: DiffusionTrainingArguments) -> None:
         check_run(model, args.export_formats, self.family)

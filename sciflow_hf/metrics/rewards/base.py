@@ -50,6 +50,13 @@ BUILT_IN = {
     "kept_psnr": ("edits.kept_psnr", _EDITS),
 }
 """Name -> function below `sciflow_hf.metrics.rewards`, or `JudgeReward`, and what it needs."""
+GROUPS = {
+    "ocr": ("ocr", "ocr_word_accuracy", "ocr_character_error", "ocr_edit_distance"),
+    "chart": ("chart", "chart_kind", "chart_colour", "chart_count"),
+    "judge": ("judge", "judge_component", "judge_arrow", "judge_text"),
+    "edits": ("psnr", "ssim", "changed_psnr", "kept_psnr"),
+}
+"""Name of a metric -> rewards that it stands for; one that applies to no image has no column."""
 
 
 @dataclass(frozen=True)
@@ -273,3 +280,11 @@ def _number(score: Any) -> float | str | None:
     except (TypeError, ValueError):
         return f"it returned {score!r:.60}, not a number"
     return number if math.isfinite(number) else f"it returned {number}"
+
+
+def try_packages(rewards: Sequence[Reward]) -> None:
+    """SciflowError where a package that a built-in reward needs is missing: before hours of drawing."""
+    white, black = Image.new("RGB", (32, 32), "white"), Image.new("RGB", (32, 32))
+    own = [r for r in rewards if r.name in BUILT_IN and not asks_judge(r.name) and inspect.isfunction(r.function)]
+    own = [reward for reward in own if reward.function.__module__.startswith(f"{__package__}.")]
+    score_images(own, ['"a"'], [white], {"reference": [black], "sources": [[white]]})

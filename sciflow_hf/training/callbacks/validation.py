@@ -181,6 +181,23 @@ class ValidationCallback(TrainerCallback):
     ) -> None:
         """Draws, writes and logs the images of now under `step` (default: the current one). All ranks."""
         step = state.global_step if step is None else step
+        for prompt, seed, image in self.images(args, model, step):
+            about = {"prompt": self.prompts[prompt], "seed": str(seed), "step": str(step)}
+            about |= {"negative_prompt": self.negative_prompts[prompt]} if self.negative_prompts else {}
+            about |= {"source_images": names_of(self.sources[prompt])} if self.sources[prompt] else {}
+            save_image(image, self._path(step, prompt, seed), about)
+        self._last_step = step
+        PartialState().wait_for_everyone()
+        if state.is_world_process_zero:
+            write_contact_sheet(self.folder, prompts=self.prompts, seeds=self.seeds)
+            if self.trackers is not None:
+                log_images(self.trackers(), self._images(step), step=step)
+
+    def images(self, args: TrainingArguments, model: torch.nn.Module, step: int) -> Iterator[tuple[int, int, "Image"]]:
+        """Number of the prompt, seed and image of all that this rank draws with the weights of now.
+
+        All ranks must go to its end. Of a sharded network all draw everything, and the first has the images.
+        """
         self._encode(args, model)
         with self.weights(), _at_rest(model) as network:
             if isinstance(network, NetworkWithText):
@@ -191,20 +208,11 @@ class ValidationCallback(TrainerCallback):
                 pipeline = self.family.load_pipeline(network_of(network), device=next(network.parameters()).device)
             for prompt, seed in share:
                 image = self._draw(pipeline, prompt, seed, step)
-                if state.is_world_process_zero or not sharded:
-                    about = {"prompt": self.prompts[prompt], "seed": str(seed), "step": str(step)}
-                    about |= {"negative_prompt": self.negative_prompts[prompt]} if self.negative_prompts else {}
-                    about |= {"source_images": names_of(self.sources[prompt])} if self.sources[prompt] else {}
-                    save_image(image, self._path(step, prompt, seed), about)
+                if PartialState().process_index == 0 or not sharded:
+                    yield prompt, seed, image
             del pipeline
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # sampling leaves blocks of other sizes than training's
-        self._last_step = step
-        PartialState().wait_for_everyone()
-        if state.is_world_process_zero:
-            write_contact_sheet(self.folder, prompts=self.prompts, seeds=self.seeds)
-            if self.trackers is not None:
-                log_images(self.trackers(), self._images(step), step=step)
 
     def _is_due(self, state: TrainerState, control: TrainerControl) -> bool:
         """Also where training stops: TensorBoard's callback closes its file before our `on_train_end`."""
