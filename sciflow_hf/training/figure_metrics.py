@@ -78,7 +78,7 @@ class FigureMetrics:
         """Of each image reward -> score, None, or why it failed."""
         of, numbers = self.validation, [prompt for prompt, _ in drawn]
         targets = of.targets or [None] * len(of.prompts)
-        columns = {
+        columns: dict[str, list[Any]] = {
             "reference": [targets[prompt] for prompt in numbers],
             "sources": [of.sources[prompt] for prompt in numbers],
             "height": [of.sizes[prompt][0] for prompt in numbers],

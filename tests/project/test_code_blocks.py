@@ -90,6 +90,8 @@ def draws(page: str, found: dict[str, Any]) -> None:
         assert found["bright"](["a", "b"], [grey, Image.new("RGB", (4, 4))], colour=[None, None]) == [0.2, 0.0]
     if page == "docs/dit.md":
         assert len(found["images"]) == 2
+    if page == "docs/evaluating.md":
+        assert found["ink"](["", ""], [Image.new("RGB", (4, 4), colour) for colour in ("black", "white")]) == [1, 0]
     if page == "docs/microscopy.md":
         assert found["restored"].shape == found["spread"].shape == (1, 1, 16, 16)
         assert found["trainer"].family.intensity["low"] == [0]
@@ -101,6 +103,7 @@ DOCS = (
     "caches",
     "configuration",
     "dit",
+    "evaluating",
     "microscopy",
     "preferences",
     "publishing",
