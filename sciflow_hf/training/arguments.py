@@ -229,7 +229,7 @@ class ValidationArguments:
     figure_metrics: list[str] = option(
         [],
         "Metrics of `sciflow-hf evaluate`, such as ocr and chart: in every evaluation --validation_prompts are drawn "
-        "and scored, as `eval_ocr` and so on. Dotted paths of reward functions, too.",
+        "and scored, as `eval_ocr` and so on. Also dotted paths of reward functions.",
         check=_check_figure_metrics,
     )
     validation_class_labels: list[str] = option(

@@ -75,7 +75,7 @@ class FigureMetrics:
         return means
 
     def _scores(self, drawn: Sequence[tuple[int, Any]]) -> list[dict[str, float | str | None]]:
-        """Of each image reward -> score, None, or why it failed."""
+        """A dict for each image: reward -> score, None, or why it failed."""
         of, numbers = self.validation, [prompt for prompt, _ in drawn]
         targets = of.targets or [None] * len(of.prompts)
         columns: dict[str, list[Any]] = {
