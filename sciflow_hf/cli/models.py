@@ -71,7 +71,11 @@ def text_family(args: argparse.Namespace, kind: str | None) -> "ModelFamily":
 
 
 def load_network(family: Any, args: argparse.Namespace, kind: str | None, dtype: Any) -> Any:
-    """The family's network: of the pipeline, with the adapter of the run, or the run's own."""
+    """The family's network: of the pipeline, with the adapter of the run, or the run's own.
+
+    Raises:
+        SciflowError: the run also trained text encoders, with which the commands cannot draw.
+    """
     if kind is None and (Path(args.model_path) / family.component).is_dir():
         from ..families.loading import explain_loading
 
@@ -81,7 +85,13 @@ def load_network(family: Any, args: argparse.Namespace, kind: str | None, dtype:
     if kind is None:
         from ..adapters.files import load_from
 
-        load_from(args.model_path, network, family)
+        state, _ = load_from(args.model_path, network, family)
+        parts = [name for name in family.trained_text_parts if any(key.startswith(f"{name}.") for key in state)]
+        if parts:
+            raise SciflowError(
+                f"`model_path` {args.model_path!r} also adapts {' and '.join(parts)}, which commands do not load: its "
+                "images would be wrong. Draw with diffusers, as its model card shows."
+            )
     return network
 
 

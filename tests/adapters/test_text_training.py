@@ -13,6 +13,7 @@ import sciflow_hf as sf
 from sciflow_hf.adapters.files import WEIGHT_NAME, load_adapter_weights, save_adapter, text_states
 from sciflow_hf.adapters.layers import adapter_disabled, adapter_facts, adapter_parameters, network_of
 from sciflow_hf.adapters.text_encoders import NetworkWithText
+from sciflow_hf.cli import main
 from sciflow_hf.data.load import load_cache
 from sciflow_hf.demo import make_tiny
 from sciflow_hf.training.prepare import build_cache_for, online_text
@@ -126,6 +127,15 @@ def test_the_file_loads_into_the_stock_pipeline(family, tmp_path, caplog):
         torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(switched_off[name], base[name], rtol=1e-6, atol=1e-6)
     assert any((base[name] - ours[name]).abs().max() > 1e-2 for name in base)
+
+
+def test_commands_refuse_what_they_would_draw_wrongly(family, tmp_path, capsys):
+    save_adapter(make_model(family), tmp_path, family=family)
+    words = ["--model_path", tmp_path, "--base_model", family.pretrained_model_name_or_path, "--family", family.name]
+    assert main(["sample", *map(str, words), "--prompts", "a", "--output_dir", str(tmp_path / "a")]) == 2
+    assert (
+        f"also adapts {' and '.join(family.trained_text_parts)}, which commands do not load" in capsys.readouterr().err
+    )
 
 
 def test_saved_weights_come_back_bit_for_bit(family, tmp_path):

@@ -72,11 +72,11 @@ class _Pixels:
 
 def read_once(image: Image.Image) -> list[str]:
     """As `read_texts`, but an image that was read lately is not read again: several rewards ask of each."""
-    return _read_once(_Pixels(image))
+    return _read_once(_engine(), _Pixels(image))
 
 
 @functools.lru_cache(maxsize=64)
-def _read_once(pixels: _Pixels) -> list[str]:
+def _read_once(engine: Any, pixels: _Pixels) -> list[str]:
     return read_texts(pixels.image)
 
 
