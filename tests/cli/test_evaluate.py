@@ -161,8 +161,12 @@ def test_models_draw_from_the_same_seeds_and_the_same_command_gives_the_same_num
     assert [c["seed"] for c in calls[:24]] == [c["seed"] for c in calls[24:48]]
     assert len({c["seed"] for c in calls}) == 24
     assert table(tmp_path / "a") == table(tmp_path / "b") and summary(tmp_path / "a") == summary(tmp_path / "b")
-    groups = [row["light"] for row in table(tmp_path / "a")]
-    assert summary(tmp_path / "a")["metrics"]["light"]["base"]["number"] == 24 == len(groups) // 2
+    rows = table(tmp_path / "a")
+    base, night = (np.array([row["light"] for row in rows if row["model"] == m]) for m in ("base", "night"))
+    paired = summary(tmp_path / "a")["paired"]["light"]["night"]
+    by_prompt = (night - base).reshape(12, 2).mean(1)  # which the interval is over
+    np.testing.assert_allclose([paired["low"], paired["high"]], hall_interval(by_prompt), rtol=1e-3)
+    assert paired["number"] == 24
     run("c", "--num_images_per_prompt", 2, "--seed", 1)
     assert not {c["seed"] for c in calls} & {c["seed"] for c in drawn()[96:]}
 
@@ -177,7 +181,8 @@ def test_an_image_depends_on_no_other_prompt(run, drawn, tmp_path):
 @pytest.mark.parametrize("die_at", [3, 9, 28, 29, 31])
 def test_killed_and_continued(run, drawn, asked, tmp_path, die_at):
     """kill -9 as a file is renamed; only the image that was being written is drawn twice, and a batch of scores."""
-    assert run("whole") == 0
+    six = ["--prompts", write_prompts(tmp_path / "six.jsonl", PROMPTS[:6]), "--num_images_per_prompt", 2]
+    assert run("whole", *six) == 0
     wanted, once = table(tmp_path / "whole"), summary(tmp_path / "whole")
     for name in ("asked", "drawn"):
         (tmp_path / name).unlink()
@@ -193,16 +198,16 @@ def test_killed_and_continued(run, drawn, asked, tmp_path, die_at):
             replace(source, target)
 
         os.replace = replace_or_die
-        run("a")
+        run("a", *six)
         os._exit(0)
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL
     kept = len(list((tmp_path / "a").glob("images/*/*.png")))
-    assert run("a") == 0
+    assert run("a", *six) == 0
     being_written = 4 <= die_at <= 27
     assert len(drawn()) == 24 + being_written and (kept == die_at - 4 if being_written else kept in (0, 24))
     assert len(asked()) - len(set(asked())) == {28: 16, 29: 8}.get(die_at, 0)  # the batch that was being written
     assert table(tmp_path / "a") == wanted and summary(tmp_path / "a") == once
-    assert run("a") == 0 and len(drawn()) == 24 + being_written
+    assert run("a", *six) == 0 and len(drawn()) == 24 + being_written
 
 
 def test_two_ranks_are_one(run, drawn, asked, tmp_path, monkeypatch, capsys):
@@ -221,6 +226,8 @@ def test_two_ranks_are_one(run, drawn, asked, tmp_path, monkeypatch, capsys):
         assert run("two") == 0
         if rank:
             assert len(drawn()) == 12 and len(asked()) == 12 and not (tmp_path / "two" / "summary.json").exists()
+            kept = tmp_path / "two" / ".scores.parquet.scores"
+            assert not (kept / "all.json").exists()  # which would replace files that the other one writes
     assert len(drawn()) == 24 and len(asked()) == 24 == len(set(asked()))
     assert table(tmp_path / "two") == table(tmp_path / "one") and summary(tmp_path / "two") == summary(tmp_path / "one")
     assert capsys.readouterr().out.count("24 images in") == 1
