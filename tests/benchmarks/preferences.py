@@ -77,7 +77,7 @@ def main() -> None:
     args = parser.parse_args()
     classifier = train_classifier(args.work / "classifier.pt")
     for run in [*([] if args.no_base else [None]), *args.lora]:
-        pipeline = Flux2KleinPipeline.from_pretrained(args.model)
+        pipeline = Flux2KleinPipeline.from_pretrained(args.model, dtype=torch.float32)
         pipeline.set_progress_bar_config(disable=True)
         if run is not None:
             pipeline.load_lora_weights(run)
