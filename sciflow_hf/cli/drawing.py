@@ -46,7 +46,7 @@ def call_of_row(row: Mapping[str, Any], args: argparse.Namespace, family: Any, w
     """Size and sources of a row of `read_prompts` as arguments of `draw`; options go before the row's columns."""
     from ..data.source_images import read_sources
 
-    files = row.get("source_images", [])
+    files = row.get("source_images", row.get("source_image", []))
     if not (isinstance(files, list) and all(isinstance(file, str) for file in files)):
         raise SciflowError(f"{where}: `source_images` is {files!r:.60}, but must be paths of images.")
     sides = {side: getattr(args, side) or row.get(side) for side in ("height", "width")}

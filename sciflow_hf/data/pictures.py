@@ -28,7 +28,6 @@ def find_pictures(source: str, *, option: str = "training_images") -> dict[str, 
         try:
             found = {record.name: record.image for record in find_records(source)[0]}
         except SciflowError as error:
-            raise SciflowError(
-                f"`{option}` {source!r}: {error} A cache holds no images: give what it was built from."
-            ) from error
+            told = str(error).replace("`input_dir`", f"`{option}`")
+            raise SciflowError(f"{told} A cache holds no images: give what it was built from.") from error
     return found

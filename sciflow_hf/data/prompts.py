@@ -32,7 +32,8 @@ def read_prompts(source: str, *, split: str | None = None, option: str = "prompt
     Returns:
         Of each row `prompt`, from the first column there is of `prompt`, `caption` and `text`; where the table has
         them and the row's field is not empty `width`, `height` and `seed` (int), and `source_images` (list of paths,
-        relative ones below the file's folder); and the other columns as they are.
+        relative ones below the file's folder; from a column `source_image` if there is none); and the other columns as
+        they are.
 
     Raises:
         SciflowError: nothing there, no column with prompts, a row without one, or a number that is none.
@@ -69,6 +70,8 @@ def _row(row: dict[str, Any], column: str, where: str, folder: Path) -> dict[str
     for name in _NUMBERS:
         if name in row:
             row[name] = _integer(row[name], f"{where}: `{name}`")
+    if "source_images" not in row and isinstance(row.get("source_image"), str | list):  # as training data have it
+        row["source_images"] = row.pop("source_image")
     if isinstance(named := row.get("source_images"), str):
         named = json.loads(named) if named.lstrip().startswith("[") else [file.strip() for file in named.split(",")]
         row["source_images"] = named

@@ -285,8 +285,9 @@ def test_edits_sets_and_copies(run, drawn, tmp_path, capsys):
     (tmp_path / "training").mkdir()
     Image.fromarray(source).resize((48, 32)).save(tmp_path / "training" / "known.png")
     Image.fromarray(255 - source.transpose(1, 0, 2)).save(tmp_path / "training" / "other.png")
-    edit = {"source_images": "source.png", "target_image": "target.png"}
-    rows = write_prompts(tmp_path / "edits.jsonl", [{"prompt": f"figure {i}", **edit} for i in range(2)])
+    names = [{"source_images": "source.png"}, {"source_image": ["source.png"]}]
+    edits = [{"prompt": f"figure {i}", "target_image": "target.png", **names[i]} for i in range(2)]
+    rows = write_prompts(tmp_path / "edits.jsonl", edits)
     words = ["--prompts", rows, "--height", 64, "--width", 96, "--training_images", tmp_path / "training"]
     words += ["--metric_network", f"{__name__}.make_features"]
     assert run("a", *words, metrics=["edits", "fid", "kid"]) == 0
@@ -351,14 +352,16 @@ def test_a_folder_of_another_evaluation(run, drawn, tmp_path, capsys, monkeypatc
         ([{"prompt": "figure 1"}], ["--metric_network", f"{__name__}.make_features"], ["fid"], "0 rows with a ref"),
         ([{"prompt": "figure 1"}], ["--benchmark", "x"], ["blank"], "give one of `--prompts`, `--dataset`"),
         ([{"prompt": "figure 1"}], ["--adapters", "a/base"], ["blank"], "the name 'base' is taken"),
-        ([{"prompt": "figure 1"}], ["--training_images", "nowhere"], ["blank"], "`training_images` 'nowhere'"),
+        ([{"prompt": "figure 1"}], ["--training_images", "nowhere"], ["blank"], "`training_images` is 'nowhere'"),
+        ([{"prompt": "figure 1"}], ["--training_images", "cache"], ["blank"], "A cache holds no images: give what"),
         ([{"prompt": "figure 1"}], ["--num_images_per_prompt", "0"], ["blank"], "`num_images_per_prompt` 0"),
         ([{"prompt": "figure 1"}], ["--judge_model", "m"], ["blank"], "is for the judge, whom no"),
         ([{"prompt": "figure 1"}], [], ["judge"], "The judge needs a model"),
     ],
 )
-def test_mistakes(run, drawn, tmp_path, capsys, monkeypatch, rows, flags, metrics, said):
+def test_mistakes(run, drawn, tiny_cache, tmp_path, capsys, monkeypatch, rows, flags, metrics, said):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "cache").symlink_to(tiny_cache)
     for name in ("SCIFLOW_JUDGE_MODEL", "SCIFLOW_JUDGE_URL"):
         monkeypatch.delenv(name, raising=False)
     write_prompts(tmp_path / "p.jsonl", rows)
