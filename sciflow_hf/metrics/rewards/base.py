@@ -31,9 +31,6 @@ _TEXTS = "texts in quotes in the prompt, in a column `rubric_text`, or in the pi
 _EDITS = "columns `reference` and `sources`"
 BUILT_IN = {
     "ocr": ("ocr.ocr", "texts in quotes in the prompt"),
-    "ocr_word_accuracy": ("texts.ocr_word_accuracy", _TEXTS),
-    "ocr_character_error": ("texts.ocr_character_error", _TEXTS),
-    "ocr_edit_distance": ("texts.ocr_edit_distance", _TEXTS),
     "chart": ("chart.chart", "a kind, colour or count in the prompt, or columns of these names"),
     "chart_kind": ("chart.chart_kind", "a kind of chart in the prompt, or a column `kind`"),
     "chart_colour": ("chart.chart_colour", "one colour in the prompt, or a column `colour`"),
@@ -44,6 +41,9 @@ BUILT_IN = {
     "judge_component": (_JUDGE, "elements in a column `rubric_components`"),
     "judge_arrow": (_JUDGE, "elements in a column `rubric_arrows`"),
     "judge_text": (_JUDGE, "elements in a column `rubric_text`"),
+    "ocr_word_accuracy": ("texts.ocr_word_accuracy", _TEXTS),
+    "ocr_character_error": ("texts.ocr_character_error", _TEXTS),
+    "ocr_edit_distance": ("texts.ocr_edit_distance", _TEXTS),
     "psnr": ("edits.psnr", "a column `reference`"),
     "ssim": ("edits.ssim", "a column `reference`"),
     "changed_psnr": ("edits.changed_psnr", _EDITS),
