@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import Flux2KleinPipeline
 
@@ -40,12 +41,12 @@ def asked(number: int) -> dict[str, list[dict[str, Any]]]:
 
 
 def spread(images: torch.Tensor, prompts: Sequence[str]) -> float:
-    """Mean absolute difference between images of equal prompts."""
+    """Mean absolute difference between images of equal prompts; NaN where none are equal."""
     rows: dict[str, list[int]] = {}
     for i, prompt in enumerate(prompts):
         rows.setdefault(prompt, []).append(i)
     pairs = [pair for same in rows.values() for pair in itertools.combinations(same[:6], 2)]
-    return float(torch.stack([(images[i] - images[j]).abs().mean() for i, j in pairs]).mean()) * 127.5
+    return float(np.mean([(images[i] - images[j]).abs().mean() for i, j in pairs] or [np.nan])) * 127.5
 
 
 def measure(pipeline: Any, classifier: Any, number: int, guidance: float, steps: int, path: Path) -> None:
