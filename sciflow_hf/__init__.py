@@ -50,7 +50,8 @@ if TYPE_CHECKING:
     from .training.chosen_family import FamilyArguments, chosen_family
     from .training.finish import finish
     from .training.fit_memory import fit_memory
-    from .training.preferences import DiffusionDPOTrainer, PreferenceTrainingArguments, load_reference
+    from .training.preference_arguments import PreferenceTrainingArguments
+    from .training.preferences import DiffusionDPOTrainer, load_reference
     from .training.prepare import (
         build_cache_for,
         prepare_class_images,

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from words import WORDS, page_of_words
 
 from sciflow_hf.errors import SciflowError
 from sciflow_hf.metrics.rewards import ocr
 from sciflow_hf.metrics.rewards.base import load_rewards, score_images
-from tests.support.words import WORDS, page_of_words
 
 PAGE = Image.new("RGB", (32, 32), (10, 20, 30))
 Reads = Callable[..., list[np.ndarray]]

@@ -14,7 +14,7 @@ from sciflow_hf.families import BUILT_IN, load_family
 from sciflow_hf.images.class_source import ClassImageArguments
 from sciflow_hf.images.microscopes import MicroscopyDataArguments
 from sciflow_hf.training.arguments import _STOCK_RANGES
-from sciflow_hf.training.preferences import PreferenceArguments
+from sciflow_hf.training.preference_arguments import PreferenceArguments
 
 REFUSED = [
     ("min_snr_gamma", -1), ("min_snr_gamma", 0), ("timestep_shift", "inf"), ("timestep_shift", "nan"),

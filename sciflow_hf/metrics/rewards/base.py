@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
 from ...errors import SciflowError, counted, first_line
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from ..judge.judge import Judge
 
 logger = logging.getLogger(__name__)
@@ -224,7 +224,7 @@ def load_rewards(
 def score_images(
     rewards: Sequence[Reward],
     prompts: Sequence[str],
-    images: Sequence[Image.Image],
+    images: "Sequence[Image.Image]",
     columns: Mapping[str, Sequence[Any]] | None = None,
 ) -> Scores:
     """Scores of N images by several rewards.
@@ -253,7 +253,7 @@ def score_images(
 
 
 def _ask(
-    function: RewardFunction, prompts: Sequence[str], images: Sequence[Image.Image], columns: dict[str, list[Any]]
+    function: RewardFunction, prompts: Sequence[str], images: "Sequence[Image.Image]", columns: dict[str, list[Any]]
 ) -> list[float | str | None] | str:
     """A score of each image, None, or a text that says why there is none; one text if the call failed.
 
@@ -284,6 +284,8 @@ def _number(score: Any) -> float | str | None:
 
 def try_packages(rewards: Sequence[Reward]) -> None:
     """SciflowError where a package that a built-in reward needs is missing: before hours of drawing."""
+    from PIL import Image
+
     white, black = Image.new("RGB", (32, 32), "white"), Image.new("RGB", (32, 32))
     own = [r for r in rewards if r.name in BUILT_IN and not asks_judge(r.name) and inspect.isfunction(r.function)]
     own = [reward for reward in own if reward.function.__module__.startswith(f"{__package__}.")]
