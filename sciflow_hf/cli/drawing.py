@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SciflowError
+from .devices import named, named_parts
 from .models import call_of, pipeline_kind, text_family
 from .sample import DIT_PIPELINE, RESTORATION_PIPELINE
 
@@ -79,6 +80,16 @@ def identity_of(path: str, component: str) -> str:
         return path
     files = sorted([*folder.glob("*.safetensors"), *folder.glob(f"{component}/*.safetensors")])
     return " ".join(Place("", str(file)).identity for file in files)
+
+
+def facts_of_model(args: argparse.Namespace, family: Any, kind: str | None, number: str) -> dict[str, Any]:
+    """Model and options that decide images, `number` being the option that says how many a prompt has."""
+    facts = {"model_path": identity_of(args.model_path, family.component)}
+    if kind is None:
+        facts["base_model"] = identity_of(family.source, family.component)
+    options = named(args, f"seed {number} guidance_scale num_inference_steps height width")
+    length = {"max_sequence_length": vars(family).get("max_sequence_length")}
+    return facts | {"family": family.name} | named_parts(args) | options | length
 
 
 def check_folder(folder: Path, name: str, facts: Mapping[str, Any], *, holds: str, write: bool) -> None:

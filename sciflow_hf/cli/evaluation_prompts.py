@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SciflowError, first_line
-from .devices import named, named_parts
-from .drawing import ENCODED_AT_ONCE, call_of_row, encoded_each, identity_of, write_file
+from .devices import named
+from .drawing import ENCODED_AT_ONCE, call_of_row, encoded_each, facts_of_model, write_file
 from .models import load_network, pipeline_kind
 from .prompts import prompts_of
 
@@ -195,13 +195,8 @@ def facts_of(
         numbers = {name: value for name, value in prompt.call.items() if name != "source_images"}
         digest.update(json.dumps([prompt.prompt, prompt.seeds, numbers]).encode())
         digest.update(b"".join(hashlib.sha256(picture.tobytes()).digest() for picture in pictures))
-    model = {"model_path": identity_of(args.model_path, family.component)}
-    if kind is None:
-        model["base_model"] = identity_of(family.source, family.component)
-    options = named(args, "seed num_images_per_prompt guidance_scale num_inference_steps height width")
-    options |= {"max_sequence_length": vars(family).get("max_sequence_length")}
     own = {"dtype": str(dtype).removeprefix("torch."), "prompts": digest.hexdigest()[:16]}
-    return model | {"family": family.name} | named_parts(args) | options | own
+    return facts_of_model(args, family, kind, "num_images_per_prompt") | own
 
 
 def draw_missing(

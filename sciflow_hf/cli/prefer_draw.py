@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SciflowError, counted
-from .devices import inference_dtype, named, named_parts, processes
+from .devices import inference_dtype, processes
 from .drawing import (
     ENCODED_AT_ONCE,
     RANGES,
@@ -24,7 +24,7 @@ from .drawing import (
     check_folder,
     check_ranges,
     encoded_each,
-    identity_of,
+    facts_of_model,
     is_plain,
     prompt_family,
     write_file,
@@ -162,12 +162,7 @@ def _facts(args: argparse.Namespace, family: Any, kind: str | None, rows: Sequen
     import hashlib
 
     prompts = hashlib.sha256(json.dumps(rows, default=repr, sort_keys=True).encode()).hexdigest()[:16]
-    model = {"model_path": identity_of(args.model_path, family.component)}
-    if kind is None:
-        model["base_model"] = identity_of(family.source, family.component)
-    options = named(args, "num_candidates seed guidance_scale num_inference_steps height width")
-    options |= {"max_sequence_length": vars(family).get("max_sequence_length")}
-    return {"prompts_file": prompts, "family": family.name} | model | named_parts(args) | options
+    return {"prompts_file": prompts} | facts_of_model(args, family, kind, "num_candidates")
 
 
 def _draw_missing(
