@@ -90,6 +90,14 @@ def family(tiny_klein: Path) -> Any:
     return sf.Flux2Klein(pretrained_model_name_or_path=str(tiny_klein), max_sequence_length=12)
 
 
+@pytest.fixture(autouse=True)
+def family_is_shared(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that puts a spy into `family` works on a copy: other tests have the same object."""
+    yield
+    if "family" in request.fixturenames and (shared := vars(request.getfixturevalue("family"))):
+        assert not [name for name, value in shared.items() if callable(value)], "a spy is left in the shared family"
+
+
 @pytest.fixture
 def hub() -> Iterator[HubServer]:
     """A running Hub whose only token, "dummy", belongs to "user" of the organisation "lab"."""

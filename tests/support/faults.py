@@ -1,6 +1,7 @@
 """Faults put into a run: memory that ends, disks that fill, signals; and runs of several ranks with such faults."""
 
 import contextlib
+import copy
 import errno
 import json
 import os
@@ -41,6 +42,7 @@ class Memory:
     def __init__(self, trainer, fits, *, where="forward", after=0, error="device"):
         self.passes, self.failures, self.after, self.fits, self.error = [], [], after, fits, ERRORS[error]
         self.trained = [p for p in trainer.model.parameters() if p.requires_grad]
+        trainer.family = copy.copy(trainer.family)  # other tests share the family
         compute_loss = trainer.family.compute_loss
 
         def counted(model, batch, args, **options):
