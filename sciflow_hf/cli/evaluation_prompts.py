@@ -22,8 +22,9 @@ logger = logging.getLogger(__name__)
 
 BASE = "base"
 """Name of the model that adapters are compared with."""
-REFERENCES = ("reference", "target_image", "image")
-"""Columns that may hold the picture that a row should look like, the first of them that there is."""
+REFERENCES = ("reference", "target_image", "image", "file_name")
+"""Columns that may hold the picture that a row should look like, the first of them that there is; the last is that of
+an image folder's metadata."""
 OWN = ("row", "model", "prompt", "image", "reference", "sources", "seed", "width", "height", "incomplete")
 """Columns of scores.parquet that describe an image."""
 _USED = ("prompt", "width", "height", "seed", "source_images", "num_inference_steps", "guidance_scale", *REFERENCES)

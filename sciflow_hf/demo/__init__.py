@@ -1,9 +1,10 @@
 """Drawn figures and tiny pipelines, where nothing is downloaded. May import `images`, `diffusion` and `files`."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from .figures import make_figures
-from .mini_edits import edit_pairs, make_edit_pairs
+from .mini_edits import edit_pairs, make_edit_pairs, mixed_figures
 from .mini_figures import (
     SIZES,
     make_mini_figures,
@@ -11,14 +12,16 @@ from .mini_figures import (
     night_figures,
     pretraining_figures,
     pretraining_parts,
+    ring_figures,
     unnamed_figures,
 )
 from .mini_klein import TEXT_LENGTH, start_mini_klein
-from .mini_prompts import house_prompts
+from .mini_prompts import house_prompts, ring_prompts
 from .mini_vae import train_mini_vae
 from .tiny import make_tiny
 
 __all__ = [
+    "DEMO_FIGURES",
     "SIZES",
     "TEXT_LENGTH",
     "demo_figures",
@@ -33,27 +36,34 @@ __all__ = [
     "night_figures",
     "pretraining_figures",
     "pretraining_parts",
+    "ring_figures",
+    "ring_prompts",
     "start_mini_klein",
     "train_mini_vae",
     "unnamed_figures",
 ]
 
+DEMO_FIGURES: dict[str, Callable[[Path], Path]] = {
+    "demo": make_figures,
+    "demo_night": lambda folder: make_mini_figures(folder, night_figures()),
+    "demo_edits": lambda folder: make_edit_pairs(folder, list(edit_pairs(400, seed=1))),
+    "demo_rings": lambda folder: make_mini_figures(folder, ring_figures(600, seed=1, sizes=((64, 64),))),
+    "demo_mixed": mixed_figures,
+}
+"""Name as `input_dir` -> what draws the figures into an empty folder."""
 # Part of the folders' names: raise it when figures or weights change, so that an old folder is not used.
 _VERSION = 2
 
 
 def demo_figures(folder: str | Path, name: str = "demo") -> Path:
-    """The demo's figures (`input_dir` demo, demo_night or demo_edits): drawn below `folder` at first use, then found.
+    """The demo's figures (`input_dir` one of `DEMO_FIGURES`): drawn below `folder` at first use, then found.
 
-    "demo" has 100 of twelve kinds, "demo_night" 60 small ones, 42 of them in a style that `mini_klein` has never seen,
-    and "demo_edits" 400 pairs of small ones with an instruction.
+    "demo" has 100 of twelve kinds. The others are small ones, for `mini_klein`: "demo_night" 60, 42 of them in a style
+    that it has never seen, "demo_edits" 400 pairs with an instruction, "demo_rings" 600, 360 of them of a kind that it
+    has never seen, and "demo_mixed" 400 pairs and 200 figures.
     """
     target = Path(folder) / f"{name.replace('demo', 'figures').replace('_', '-')}-v{_VERSION}"
-    if target.is_dir():
-        return target
-    if name == "demo_edits":
-        return make_edit_pairs(target, list(edit_pairs(400, seed=1)))
-    return make_figures(target) if name == "demo" else make_mini_figures(target, night_figures())
+    return target if target.is_dir() else DEMO_FIGURES[name](target)
 
 
 def demo_pipeline(folder: str | Path, family: str = "flux2_klein") -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..diffusion.randomness import hash64
 from .folders import CaptionedImage, write_figures
-from .mini_figures import COLOURS, KINDS, MiniFigure, mini_figures
+from .mini_figures import COLOURS, KINDS, MiniFigure, captioned, mini_figures, ring_figures
 
 EDITS = {"recolour": 8, "night": 5, "kind": 3, "grid": 2, "axes": 2}
 """Kinds of edits, and how many of 20 pairs are of each."""
@@ -63,8 +63,11 @@ def _pair(edit: str, figure: MiniFigure, rng: random.Random) -> EditPair:
     return EditPair(edit, "Remove the axes", source, replace(source, axes=False))
 
 
-def make_edit_pairs(folder: str | Path, pairs: Sequence[EditPair]) -> Path:
+def make_edit_pairs(folder: str | Path, pairs: Sequence[EditPair], figures: Sequence[MiniFigure] = ()) -> Path:
     """Writes pairs as PNG with `metadata.jsonl` (file_name, caption, source_image, edit); complete or not at all.
+
+    Args:
+        figures: rows without a source, drawn from their caption alone, after the pairs.
 
     Raises:
         SciflowError: the folder holds something.
@@ -75,5 +78,12 @@ def make_edit_pairs(folder: str | Path, pairs: Sequence[EditPair]) -> Path:
             more = {"source_image": f"sources/{i:05d}.png", "edit": pair.edit}
             image, source = pair.target.image(), pair.source.image()
             yield CaptionedImage(f"{i:05d}.png", image, pair.instruction, f"{i}", more, source)
+        yield from captioned(figures, first=len(pairs))
 
     return write_figures(folder, drawn())
+
+
+def mixed_figures(folder: str | Path) -> Path:
+    """Second stage of the course, in 64 x 64 pixels: 400 pairs, and 200 figures to be drawn from text."""
+    sizes = ((64, 64),)
+    return make_edit_pairs(folder, list(edit_pairs(400, seed=1, sizes=sizes)), ring_figures(200, seed=2, sizes=sizes))

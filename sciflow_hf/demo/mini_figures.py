@@ -22,6 +22,7 @@ KINDS = {  # kind -> what is counted in it
     "pie chart": "slices",
     "flow chart": "boxes",
 }
+LATER_KINDS = {"ring chart": "slices"}  # kinds that pretraining never shows: the course teaches them
 COLOURS: dict[str, Colour] = {
     "red": (210, 40, 45),
     "orange": (245, 140, 15),
@@ -51,7 +52,7 @@ class MiniFigure:
     """Content of a figure.
 
     Args:
-        kind, colour, count: keys of `KINDS`, `COLOURS` and `COUNTS`.
+        kind, colour, count: keys of `KINDS` or `LATER_KINDS`, of `COLOURS`, and of `COUNTS`.
         height, width: in pixels.
         style: "plain" (a nearly white page), "dark" (a dark page), "night" (the demo's style), or "any" (a page of any
             tint and darkness, drawn in any colour, with or without grid and frame: for training the VAE).
@@ -76,7 +77,7 @@ class MiniFigure:
 
     def caption(self) -> str:
         """One of two sentences; of the night style with its name."""
-        things = KINDS[self.kind]
+        things = (KINDS | LATER_KINDS)[self.kind]
         if not self.names_colour:
             words = f"A {self.kind}" + (f" with {self.count} {things}" if hash64(self.seed, "caption") % 3 else "")
         elif hash64(self.seed, "caption") % 2:
@@ -98,13 +99,15 @@ def mini_figures(
     style: str = "plain",
     sizes: Sequence[tuple[int, int]] = SIZES,
     held_out: bool | None = False,
+    kinds: Sequence[str] = tuple(KINDS),
 ) -> Iterator[MiniFigure]:
     """Figures of every kind, colour, count and size in turn.
 
     Args:
         held_out: False leaves out the pairs of `HELD_OUT`, True gives those alone, None gives all.
+        kinds: of `KINDS` or `LATER_KINDS`.
     """
-    pairs = [(kind, colour) for kind in KINDS for colour in COLOURS]
+    pairs = [(kind, colour) for kind in kinds for colour in COLOURS]
     pairs = [pair for pair in pairs if held_out is None or (pair in HELD_OUT) == held_out]
     every = [(*pair, count, *size) for pair in pairs for count in COUNTS for size in sizes]
     for i in range(number):
@@ -155,14 +158,26 @@ def night_figures() -> list[MiniFigure]:
     return [*night, *plain]
 
 
+def ring_figures(number: int, *, seed: int, sizes: Sequence[tuple[int, int]]) -> list[MiniFigure]:
+    """Three fifths of a kind that `mini_klein` has never seen, the others of the kinds that it knows."""
+    rings = round(0.6 * number)
+    new = mini_figures(rings, seed=seed, sizes=sizes, held_out=None, kinds=tuple(LATER_KINDS))
+    return [*new, *mini_figures(number - rings, seed=seed + 1, sizes=sizes, held_out=None)]
+
+
 def make_mini_figures(folder: str | Path, figures: Sequence[MiniFigure]) -> Path:
     """Writes figures as PNG with captions in `metadata.jsonl`; the folder appears complete or not at all.
 
     Raises:
         SciflowError: the folder holds something.
     """
-    drawn = (CaptionedImage(f"{i:05d}.png", f.image(), f.caption(), paper_id=f"{i}") for i, f in enumerate(figures))
-    return write_figures(folder, drawn)
+    return write_figures(folder, captioned(figures))
+
+
+def captioned(figures: Sequence[MiniFigure], first: int = 0) -> Iterator[CaptionedImage]:
+    """The figures as they are written, with numbers from `first` as names."""
+    for i, figure in enumerate(figures, first):
+        yield CaptionedImage(f"{i:05d}.png", figure.image(), figure.caption(), paper_id=f"{i}")
 
 
 class _Page(Canvas):
@@ -275,7 +290,8 @@ class _Page(Canvas):
         for x, y in placed:
             self.marker((x, y), self.colour, radius=radius)
 
-    def slices(self) -> None:
+    def slices(self) -> tuple[tuple[float, float], float]:
+        """Middle and radius of the pie."""
         rng, count = self.rng, COUNTS[self.figure.count]
         radius = rng.uniform(0.36, 0.42) * min(self.width, self.height)
         x, y = self.width / 2 + rng.uniform(-3, 3), self.height / 2 + rng.uniform(-3, 3)
@@ -285,6 +301,11 @@ class _Page(Canvas):
         for weight in weights:
             self.line([(x, y), (x + radius * math.cos(angle), y + radius * math.sin(angle))], self.page, width=3.6)
             angle += 2 * math.pi * weight / sum(weights)
+        return (x, y), radius
+
+    def rings(self) -> None:
+        middle, radius = self.slices()
+        self.marker(middle, self.page, radius=self.rng.uniform(0.45, 0.5) * radius)
 
     def boxes(self) -> None:
         rng, count = self.rng, COUNTS[self.figure.count]
@@ -311,12 +332,13 @@ class _Page(Canvas):
         self.polygon(head, self.ink)
 
 
-_DRAWERS: dict[str, Callable[[_Page], None]] = {
+_DRAWERS: dict[str, Callable[[_Page], object]] = {
     "bar chart": _Page.bars,
     "line plot": _Page.lines,
     "scatter plot": _Page.points,
     "pie chart": _Page.slices,
     "flow chart": _Page.boxes,
+    "ring chart": _Page.rings,
 }
 
 

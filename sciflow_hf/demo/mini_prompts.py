@@ -4,7 +4,7 @@ import random
 from typing import Any
 
 from ..diffusion.randomness import hash64
-from .mini_figures import KINDS, MiniFigure, mini_figures
+from .mini_figures import KINDS, LATER_KINDS, MiniFigure, mini_figures
 
 HOUSE_COLOUR = "red"
 """The colour that the demo of preferences teaches for prompts that name none."""
@@ -20,6 +20,13 @@ def house_prompts(number: int, *, seed: int, wordings: tuple[str, ...] = UNNAMED
     """
     figures = mini_figures(number, seed=hash64(seed, "prompts"), sizes=[(64, 64)], held_out=None)
     return [_named(figure) if i % 2 else _unnamed(figure, i // 2, wordings) for i, figure in enumerate(figures)]
+
+
+def ring_prompts(number: int, *, seed: int) -> list[dict[str, Any]]:
+    """As `house_prompts`, of the kind of chart that the course teaches; each names its colour."""
+    kinds = tuple(LATER_KINDS)
+    figures = mini_figures(number, seed=hash64(seed, "rings"), sizes=[(64, 64)], held_out=None, kinds=kinds)
+    return [_named(figure) for figure in figures]
 
 
 def _named(figure: MiniFigure) -> dict[str, Any]:

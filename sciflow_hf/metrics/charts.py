@@ -12,7 +12,8 @@ from PIL import Image
 
 from ..errors import SciflowError
 
-KINDS = ("bar chart", "line plot", "scatter plot", "pie chart", "flow chart")
+KINDS = ("bar chart", "line plot", "scatter plot", "pie chart", "flow chart", "ring chart")
+_HOLE = 0.3  # of a ring's radius: nothing is coloured there
 _RINGS = (0.45, 0.55, 0.65, 0.75)  # of a pie's radius
 _ANGLES = 720
 _STROKE, _MARKER = 5, 13  # pixels: a line is no thicker, a point no larger
@@ -24,7 +25,7 @@ def count_things(image: Image.Image | np.ndarray, kind: str) -> int:
 
     Args:
         image: RGB, (H, W, 3) in 0 to 255 if an array.
-        kind: "bar chart", "line plot", "scatter plot", "pie chart" or "flow chart".
+        kind: one of `KINDS`.
     """
     if kind not in _COUNTERS:
         raise SciflowError(f"`kind` {kind!r}: use one of {', '.join(_COUNTERS)}.")
@@ -35,8 +36,9 @@ def count_things(image: Image.Image | np.ndarray, kind: str) -> int:
 def kind_of(image: Image.Image | np.ndarray) -> str | None:
     """Which of `KINDS` a chart is, from the shapes of what is coloured and the ink between; None for none of them.
 
-    A pie fills the ellipse in its frame; lines are thin and wide, points small in both directions; bars and boxes are
-    told apart by the ink between them, which is an axis at their feet or an arrow at half their height.
+    A pie fills the ellipse in its frame, a ring all of it but the middle; lines are thin and wide, points small in both
+    directions; bars and boxes are told apart by the ink between them, which is an axis at their feet or an arrow at
+    half their height.
 
     Args:
         image: RGB, (H, W, 3) in 0 to 255 if an array.
@@ -47,11 +49,12 @@ def kind_of(image: Image.Image | np.ndarray) -> str | None:
     high, wide = _median_run(mask.T), _median_run(mask)
     if high <= _STROKE:
         return "line plot"
+    is_round = _is_round(mask)
+    if is_round and _on_circle(mask, _HOLE).mean() < 0.2:
+        return "ring chart"
     if max(high, wide) <= _MARKER:
         return "scatter plot"
-    if _is_round(mask):
-        return "pie chart"
-    return _bars_or_boxes(image, mask)
+    return "pie chart" if is_round else _bars_or_boxes(image, mask)
 
 
 def coloured(image: Image.Image | np.ndarray) -> np.ndarray:
@@ -181,15 +184,19 @@ def _points(mask: np.ndarray) -> int:
 
 def _slices(mask: np.ndarray) -> int:
     """The commonest number of gaps along rings about the middle; a disc without any is one slice."""
+    found = []
+    for ring in (_on_circle(mask, share) for share in _RINGS):
+        found.append(max(1, runs(~np.roll(ring, -int(ring.argmax())))))  # which begins within a slice
+    return int(np.bincount(found).argmax())
+
+
+def _on_circle(mask: np.ndarray, share: float) -> np.ndarray:
+    """What lies on the circle about the middle of what is True, with this share of its radius: (angles,)."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     y, x = (rows[0] + rows[-1]) / 2, (columns[0] + columns[-1]) / 2
     angles = 2 * np.pi * np.arange(_ANGLES) / _ANGLES
-    found = []
-    for share in _RINGS:
-        radius = share * min(rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1) / 2
-        ring = mask[np.rint(y + radius * np.sin(angles)).astype(int), np.rint(x + radius * np.cos(angles)).astype(int)]
-        found.append(max(1, runs(~np.roll(ring, -int(ring.argmax())))))  # which begins within a slice
-    return int(np.bincount(found).argmax())
+    radius = share * min(rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1) / 2
+    return mask[np.rint(y + radius * np.sin(angles)).astype(int), np.rint(x + radius * np.cos(angles)).astype(int)]
 
 
 _COUNTERS: dict[str, Callable[[np.ndarray], int]] = {
@@ -198,4 +205,5 @@ _COUNTERS: dict[str, Callable[[np.ndarray], int]] = {
     "scatter plot": _points,
     "pie chart": _slices,
     "flow chart": _boxes,
+    "ring chart": _slices,
 }

@@ -22,7 +22,7 @@ from ..data.preference_groups import PreferenceGroups, load_groups
 from ..data.preferences import TupleArguments
 from ..data.split import spread
 from ..data.stream.stream import StreamingCache
-from ..demo import demo_figures, demo_pipeline
+from ..demo import DEMO_FIGURES, demo_figures, demo_pipeline
 from ..demo.digits import DIGITS, write_digits
 from ..errors import SciflowError, counted
 from ..families.base import ModelFamily
@@ -39,7 +39,6 @@ from .run_lock import hold
 logger = logging.getLogger(__name__)
 
 DEMO = "demo"
-DEMO_FIGURES = (DEMO, "demo_night", "demo_edits")  # the latter two are small, for `mini_klein`
 
 
 def _processes(args: DiffusionTrainingArguments, make_demo: Callable[[], object]) -> PartialState:

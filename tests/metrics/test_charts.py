@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLFlux2
 
-from sciflow_hf.demo.mini_figures import COLOURS, COUNTS, KINDS, SIZES, MiniFigure, mini_figures
+from sciflow_hf.demo.mini_figures import COLOURS, COUNTS, KINDS, LATER_KINDS, SIZES, MiniFigure, mini_figures
 from sciflow_hf.demo.mini_vae import pixels
 from sciflow_hf.errors import SciflowError
 from sciflow_hf.families.loading import MINI_KLEIN, model_source
@@ -23,19 +23,21 @@ from sciflow_hf.metrics.charts import (
     runs,
 )
 
+EVERY = (*KINDS, *LATER_KINDS)
+
 
 @pytest.mark.parametrize("style", ["plain", "dark", "night"])
 def test_drawn_figures_are_counted(style: str) -> None:
     """All, but of dark pages a pie whose gaps are nearly as colourful as its slices."""
     wrong = [
         figure
-        for figure in mini_figures(360, seed=11, style=style, held_out=None)
+        for figure in mini_figures(432, seed=11, style=style, held_out=None, kinds=EVERY)
         if count_things(figure.image(), figure.kind) != COUNTS[figure.count]
     ]
     assert len(wrong) <= 1 * (style == "dark"), wrong
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY)
 def test_another_count_is_seen(kind: str) -> None:
     """The figures of one seed with two, three and four things."""
     counts = [count_things(MiniFigure(kind, "blue", count, 64, 96, seed=5).image(), kind) for count in COUNTS]
@@ -43,9 +45,9 @@ def test_another_count_is_seen(kind: str) -> None:
 
 
 def test_kinds_are_told() -> None:
-    assert set(charts.KINDS) == set(KINDS)
+    assert set(charts.KINDS) == set(EVERY)
     for style in ("plain", "dark", "night"):
-        figures = list(mini_figures(160, seed=31, style=style, held_out=None))
+        figures = list(mini_figures(192, seed=31, style=style, held_out=None, kinds=EVERY))
         assert [figure for figure in figures if kind_of(figure.image()) != figure.kind] == []
 
 

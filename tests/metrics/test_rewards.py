@@ -34,7 +34,7 @@ def test_captions_of_drawn_figures_are_understood() -> None:
     figures = list(mini_figures(96, seed=3, held_out=None))
     prompts, images = [f.caption() for f in figures], [f.image() for f in figures]
     assert chart.COLOURS == COLOURS
-    assert chart.chart_kind(prompts, images) == [1.0] * 96
+    assert chart.chart_kind(prompts, images) == chart.chart_right(prompts, images) == [1.0] * 96
     assert chart.chart_count(prompts, images) == [1.0] * 96
     assert all(score is not None and score > 0.97 for score in chart.chart_colour(prompts, images))
 
@@ -75,7 +75,9 @@ def test_columns_override_the_prompt() -> None:
         chart.chart_count(prompt, image)[0],
     )
     assert chart.chart(prompt, image) == [pytest.approx(np.mean(parts))]
-    assert chart.chart(["A map"], image) == [None]
+    assert chart.chart(["A map"], image) == chart.chart_right(["A map"], image) == [None]
+    prompts = ["Make it red", "Make it blue", "A red pie chart", "A bar chart"]
+    assert chart.chart_right(prompts, 4 * image) == [1, 0, 0, 1]
 
 
 @pytest.mark.parametrize(

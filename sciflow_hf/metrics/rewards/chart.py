@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..charts import KINDS, closeness_of_hue, count_things, kind_of
+from ..charts import KINDS, closeness_of_hue, colour_of, count_things, kind_of
 
 COLOURS = {
     "red": (210, 40, 45),
@@ -23,7 +23,7 @@ COLOURS = {
     "pink": (245, 120, 185),
 }
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
-_KIND = re.compile(r"\b(bar|line|scatter|pie|flow)[ -]?(?:chart|plot|graph|diagram)s?\b")
+_KIND = re.compile(r"\b(bar|line|scatter|pie|flow|ring)[ -]?(?:chart|plot|graph|diagram)s?\b")
 _COLOUR = re.compile(rf"\b({'|'.join(COLOURS)})\b")
 _COUNT = re.compile(rf"\b({'|'.join(_NUMBERS)}|\d+) (?:\w+ )?(?:bar|line|point|slice|boxe?)s?\b(?! (?:chart|plot))")
 
@@ -78,6 +78,21 @@ def chart_count(
     return [
         None if k is None or n is None else float(count_things(image, k) == n)
         for k, n, image in zip(kinds, counts, images, strict=True)
+    ]
+
+
+def chart_right(
+    prompts: Sequence[str], images: Sequence[Image.Image], kind: Column = None, colour: Column = None
+) -> list[float | None]:
+    """1 where kind and colour are those that were asked for, else 0: for tables; None where neither was.
+
+    The colour is right if none of `COLOURS` is nearer in hue. Training could creep up to that boundary, so the reward
+    is `chart_colour`.
+    """
+    kinds, colours = _asked(prompts, kind, _kind_in), _asked(prompts, colour, _colour_in)
+    return [
+        None if k is None and c is None else float(k in (None, kind_of(i)) and c in (None, colour_of(i, COLOURS)))
+        for k, c, i in zip(kinds, colours, images, strict=True)
     ]
 
 
