@@ -112,7 +112,7 @@ def estimate(
     if options.activation_checkpointing:  # what comes into each block, and one of them at a time
         needed = sum(taken for taken, _ in blocks) + max(inner for _, inner in blocks)
     kept = args.weight_dtype.itemsize * options.per_device_train_batch_size * needed
-    average = 4 if args.ema_decay is not None else 0
+    average = 4 if args.ema_decay is not None and args.ema_device == "auto" else 0
     return Estimate(weights, trained * (4 + state_bytes(args.optim) + average), kept, held)
 
 

@@ -200,6 +200,12 @@ class AverageArguments:
         advice="Usually 0.99 to 0.9999; leave it out for no average.",
     )
     ema_warmup: bool = option(True, "Let that decay grow with the updates as (1 + n) / (10 + n) up to it.")
+    ema_update_every: int = option(1, "Optimizer steps between updates of that average.", within="[1, inf)")
+    ema_device: str = option(
+        "auto",
+        "Where that average lies: auto is where the weights are, cpu spares the memory of a GPU.",
+        choices=("auto", "cpu"),
+    )
 
 
 @arguments

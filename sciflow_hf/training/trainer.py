@@ -220,7 +220,9 @@ class DiffusionTrainer(Trainer):
                 )
         prepare_wandb(args)
         if args.ema_decay is not None:  # before those that look at weights
-            callbacks = [EMACallback(args.ema_decay, args.ema_warmup), *(callbacks or [])]
+            device = None if args.ema_device == "auto" else args.ema_device
+            average = EMACallback(args.ema_decay, args.ema_warmup, args.ema_update_every, device)
+            callbacks = [average, *(callbacks or [])]
         self._preemption = PreemptionCallback()
         if args.profile_steps and args.process_index == 0:
             self._profile = ProfileCallback(steps_of(args.profile_steps), Path(str(args.output_dir), "profile"))

@@ -32,25 +32,29 @@ class EMACallback(TrainerCallback):
     `DiffusionTrainer` evaluates, draws validation images and saves what users load with the average instead of the
     weights (`DiffusionTrainer.averaged_weights`). Checkpoints hold the weights as trained, and the average next to
     them as `ema.safetensors`: parameter name -> float32, with the number of updates in its metadata. Ranks compute
-    the same average, each its own, or under FSDP each that of its shards. It lies on the device of the weights; an
-    update needs as much again for a moment.
+    the same average, each its own, or under FSDP each that of its shards. An update needs as much memory again for a
+    moment.
 
     Args:
         decay: from 0 (the newest weights) to below 1. `--ema_decay` of the trainer.
         warmup: start with a smaller decay; otherwise `decay` holds from the first update. `--ema_warmup`.
-        update_every: optimizer steps between updates.
+        update_every: optimizer steps between updates. `--ema_update_every`.
+        device: where the average lies between updates, which move the weights there; None: where they are.
+            `--ema_device`.
 
     Raises:
         SciflowError: a value outside its range; weights that DeepSpeed spreads over ranks; a schedule-free optimizer;
             a checkpoint without its average.
     """
 
-    def __init__(self, decay: float = 0.9999, warmup: bool = True, update_every: int = 1) -> None:
+    def __init__(
+        self, decay: float = 0.9999, warmup: bool = True, update_every: int = 1, device: str | None = None
+    ) -> None:
         if not 0 <= decay < 1:
             raise SciflowError(f"`ema_decay` {decay}: from 0 to below 1, usually 0.99 to 0.9999, or leave it out.")
         if update_every < 1:
-            raise SciflowError(f"`update_every` {update_every} of EMACallback: optimizer steps, at least 1.")
-        self.decay, self.warmup, self.update_every = decay, warmup, update_every
+            raise SciflowError(f"`ema_update_every` {update_every}: optimizer steps, at least 1.")
+        self.decay, self.warmup, self.update_every, self.device = decay, warmup, update_every, device
         self._trained: dict[str, torch.nn.Parameter] = {}
         self._average: EMAModel | None = None
 
@@ -74,12 +78,12 @@ class EMACallback(TrainerCallback):
         """A new run starts at the weights as they are; a resumed one has been given its average by `load`."""
         if state.global_step == 0 or self._average is None:
             self._average = self._start(kwargs["model"])
-        self._average.to(device=self._values[0].device)
+        self._average.to(device=self.device or self._values[0].device)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Moves the average towards the weights, every `update_every` optimizer steps."""
         if self._average is not None and state.global_step % self.update_every == 0:
-            self._average.step(self._values)
+            self._average.step([value.to(self.device or value.device) for value in self._values])
 
     @property
     def _values(self) -> list[torch.Tensor]:
