@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .families.qwen_image_edit import QwenImageEdit
     from .families.sd3 import SD3
     from .families.sdxl import SDXL
+    from .families.z_image import ZImage
     from .images.class_source import ClassImageArguments
     from .images.microscopes import MicroscopyDataArguments
     from .images.optics import ForwardModel

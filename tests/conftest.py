@@ -94,8 +94,9 @@ def family(tiny_klein: Path) -> Any:
 def family_is_shared(request: pytest.FixtureRequest) -> Iterator[None]:
     """A test that puts a spy into `family` works on a copy: other tests have the same object."""
     yield
-    if "family" in request.fixturenames and (shared := vars(request.getfixturevalue("family"))):
-        assert not [name for name, value in shared.items() if callable(value)], "a spy is left in the shared family"
+    shared = request.node.funcargs.get("family")  # not asked for again: the fixture may be gone by now
+    spies = [name for name in getattr(shared, "__dict__", ()) if callable(getattr(type(shared), name, None))]
+    assert not spies, "a spy is left in the shared family"
 
 
 @pytest.fixture

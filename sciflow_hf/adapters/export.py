@@ -31,6 +31,9 @@ from .layers import ADAPTER_NAME, adapter_layers, network_of, trained_parts, typ
 if TYPE_CHECKING:
     from ..families.base import ModelFamily
 
+LOKR_PIPELINES = ("flux2_klein", "z_image")
+"""Families whose pipelines load a LoKr, not only their networks."""
+
 logger = logging.getLogger(__name__)
 
 _SOFTWARE = {"name": "sciflow_hf", "version": __version__}
@@ -58,7 +61,7 @@ class Exported:
     def readers(self) -> str:
         """The programs that read it."""
         if self.format == DIFFUSERS:
-            by_pipeline = self.adapter_type != LOKR or self.family == "flux2_klein"
+            by_pipeline = self.adapter_type != LOKR or self.family in LOKR_PIPELINES
             return f"diffusers ({'`load_lora_weights`' if by_pipeline else '`load_lora_adapter` of the network'})"
         return kohya.readers(self.adapter_type, self.format, str(self.family))
 

@@ -53,6 +53,7 @@ CHOICES = {
         "FLUX.2 klein base 9B, rank 16, one image at a time",
     ),
     "qwen_image": Choice("qwen_image", "qwen_image_lora", 48, _SMALL, 1.0, 1.0e6, "Qwen-Image, one image at a time"),
+    "z_image": Choice("z_image", "z_image_24gb_lora", 16, {}, 0.5, 1.0e6, "Z-Image, one image at a time"),
     "flux": Choice("flux", "flux_lora", 30, _SMALL, 1.0, 4.2e6, "FLUX.1 [dev], one image at a time", english=True),
     "sd3": Choice("sd3", "sd3_lora", 21, _SMALL, 1.0, 2.7e6, "Stable Diffusion 3.5 large", english=True),
     "sdxl": Choice("sdxl", "sdxl_lora", 7, _SMALL, 0.25, 0.3e6, "Stable Diffusion XL", english=True),

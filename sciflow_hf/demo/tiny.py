@@ -33,7 +33,7 @@ def make_tiny(folder: str | Path, family: str = "flux2_klein", *, seed: int = 0,
 
     Args:
         folder: where to write; must not exist or be empty. It appears complete or not at all.
-        family: flux2_klein, flux, flux_kontext, qwen_image, qwen_image_edit, sd3 or sdxl.
+        family: one that has a file `tiny_<family>.py` here.
         seed: changes every weight.
         size: "test" is the smallest (a forward takes milliseconds), "demo" can learn something in 150 steps.
 
@@ -131,7 +131,9 @@ def drawn(
     with torch.no_grad():
         for layer, factors in smooth.items():
             network.get_submodule(layer).weight *= factors
-        scale = rounded(network(**filled(inputs), return_dict=False)[0].double().std()).float()
+        answer = network(**filled(inputs), return_dict=False)[0]
+        answer = torch.stack(answer) if isinstance(answer, list) else answer
+        scale = rounded(answer.double().std()).float()
         for name in scaled:
             network.get_parameter(name).div_(scale)
     return network
@@ -235,13 +237,13 @@ def t5_tokenizer() -> "PreTrainedTokenizerBase":
     return T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=512)
 
 
-def qwen3(tokenizer: Any, seed: int, *, gains: dict[str, float], **options: Any) -> Any:
+def qwen3(tokenizer: Any, seed: int, *, gains: dict[str, float], num_hidden_layers: int = 28, **options: Any) -> Any:
     """28 layers, of which klein reads hidden states 9, 18 and 27."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
         vocab_size=len(tokenizer),
-        num_hidden_layers=28,
+        num_hidden_layers=num_hidden_layers,
         num_key_value_heads=1,
         head_dim=8,
         max_position_embeddings=tokenizer.model_max_length,

@@ -22,7 +22,7 @@ SIZES: dict[str, dict[str, Any]] = {
 _TEXT_HIDDEN = 16
 _TIME_CHANNELS = 64
 # What Qwen3's template makes of plain turns without tools; thinking off writes an empty thought.
-_CHAT_TEMPLATE = (
+CHAT_TEMPLATE = (
     "{%- for message in messages %}"
     "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
     "{%- endfor %}"
@@ -40,7 +40,7 @@ def pipeline(seed: int, *, vae_channels: Sequence[int], heads: int) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
     from tokenizers import AddedToken
 
-    tokenizer = qwen_tokenizer(QWEN_TOKENS, chat_template=_CHAT_TEMPLATE)
+    tokenizer = qwen_tokenizer(QWEN_TOKENS, chat_template=CHAT_TEMPLATE)
     tokenizer.add_tokens([AddedToken(token) for token in ("<think>", "</think>")])
     # 28 residual layers add up: half-size writes keep the hidden states of order one to three.
     gains, width = {"embed_tokens": 4.0, "o_proj": 0.8, "down_proj": 0.8}, _TEXT_HIDDEN

@@ -217,14 +217,10 @@ def _blocks(network: Any, tokens: int, deepest: int) -> list[tuple[int, int]]:
         (n, m) for n, m in network.named_modules() if type(m).__name__ in ("BasicTransformerBlock", "ResnetBlock2D")
     ]
     if not unet:
-        names = getattr(network, "_no_split_modules", None) or []
-        inputs = [
-            m.out_features
-            for n, m in network.named_modules()
-            if n.endswith(("x_embedder", "context_embedder", "img_in"))
-        ]
-        taken = tokens * max(inputs, default=0)
-        return [(taken, ACTIVATIONS_PER_BLOCK * taken) for m in network.modules() if type(m).__name__ in names]
+        blocks = [m for m in network.modules() if type(m).__name__ in offload.block_kinds(network)]
+        # What comes into a block is what its first layer reads, and that of each of a network is as wide.
+        width = next((m.in_features for b in blocks for m in b.modules() if isinstance(m, torch.nn.Linear)), 0)
+        return [(tokens * width, ACTIVATIONS_PER_BLOCK * tokens * width)] * len(blocks)
     found, levels = [], len(network.down_blocks)
     for name, block in unet:
         part, number = name.split(".")[:2]  # down_blocks.0 and up_blocks.2 are the widest of three levels

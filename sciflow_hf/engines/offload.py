@@ -49,7 +49,7 @@ def offload_blocks(network: Any, device: torch.device | str) -> None:
     off a recomputed forward when it has what it needs, before the hook that takes the block away (diffusers 0.42).
 
     Args:
-        network: with its adapter. The blocks are those that its class names in `_no_split_modules`.
+        network: with its adapter. For its blocks see `block_kinds`.
         device: where it is trained.
 
     Raises:
@@ -94,6 +94,11 @@ def _on_host(weight: torch.Tensor) -> torch.Tensor:
     return weight.pin_memory() if torch.cuda.is_available() else weight
 
 
+def block_kinds(network: Any) -> list[str]:
+    """The classes of a network's blocks: those that must not be split, else those that repeat, as diffusers says."""
+    return getattr(network, "_no_split_modules", None) or getattr(network, "_repeated_blocks", None) or []
+
+
 def _held_layers(network: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, torch.nn.Module, list[str]]]:
     """The layers in the blocks: (module to hook, layer, names of its frozen weights of two or more dimensions).
 
@@ -101,7 +106,7 @@ def _held_layers(network: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, to
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    kinds = getattr(network, "_no_split_modules", None) or []
+    kinds = block_kinds(network)
     seen = set()
     for block in (module for module in network.modules() if type(module).__name__ in kinds):
         for module in block.modules():
@@ -120,6 +125,6 @@ def held_bytes(network: torch.nn.Module) -> tuple[int, int]:
         layer: sum(p.numel() * p.element_size() for p in map(layer.get_parameter, names))
         for _, layer, names in _held_layers(network)
     }
-    kinds = getattr(network, "_no_split_modules", None) or []
+    kinds = block_kinds(network)
     blocks = (module for module in network.modules() if type(module).__name__ in kinds)
     return sum(sizes.values()), max((sum(sizes.get(m, 0) for m in block.modules()) for block in blocks), default=0)

@@ -630,6 +630,14 @@ class PipelineFamily(ModelFamily):
         """Pixels: `patch` times the VAE's halvings."""
         return self.patch * 2 ** (len(self.setting("vae", "block_out_channels")) - 1)
 
+    def scheduler_line(self, image_seq_len: int) -> float:
+        """`resolution_mu` as the scheduler's configuration has it: a line through its two lengths and shifts."""
+        config = self.config("scheduler")
+        base_length, max_length = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        base_shift, max_shift = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        slope = (max_shift - base_shift) / (max_length - base_length)
+        return float(slope * image_seq_len + (base_shift - slope * base_length))
+
     @property
     def pixels_per_latent(self) -> int:
         """Side of a latent in pixels."""
@@ -768,12 +776,15 @@ class PipelineFamily(ModelFamily):
         """Inputs that guidance leads away from without a negative prompt, from the row (1, ...) of `no_prompt`."""
         return row
 
+    no_guidance: ClassVar[float] = 1
+    """The pipeline draws without guidance up to this scale."""
+
     def check_negative_prompt(self, guidance_scale: float) -> None:
-        """Raises SciflowError where guidance is off (at most 1), so that a negative prompt would change nothing."""
-        if guidance_scale <= 1:
+        """Raises SciflowError where guidance is off, so that a negative prompt would change nothing."""
+        if guidance_scale <= self.no_guidance:
             raise SciflowError(
                 f"`validation_negative_prompt` does nothing at `validation_guidance_scale` {guidance_scale:g}: there "
-                f"`{self.name}` draws without. Give more than 1, or leave the negative prompt out."
+                f"`{self.name}` draws without. Give more than {self.no_guidance:g}, or leave the negative prompt out."
             )
 
     trained_text_parts: ClassVar[tuple[str, ...]] = ()

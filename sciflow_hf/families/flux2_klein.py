@@ -11,7 +11,7 @@ import torch
 from ..errors import SciflowError
 from ..options import arguments, option
 from .base import PipelineFamily, network_dtype
-from .tokens import PATCH, position_ids, token_counts
+from .tokens import PATCH, chat_counts, position_ids
 
 logger = logging.getLogger(__name__)
 
@@ -155,10 +155,8 @@ class Flux2Klein(PipelineFamily):
 
     def count_tokens(self, prompts: Sequence[str]) -> tuple[list[int], int]:
         """Tokens of each prompt in the chat template, and how many of them are read."""
-        tokenizer = self.tokenizers.tokenizer
-        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}  # as the pipeline
-        texts = [tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **options) for prompt in prompts]
-        return token_counts(texts, tokenizer), self.max_sequence_length
+        counts = chat_counts(prompts, self.tokenizers.tokenizer, enable_thinking=False)  # as the pipeline
+        return counts, self.max_sequence_length
 
     def source_resized(self, height: int, width: int) -> tuple[int, int]:
         """As the pipeline: as it is, or with its aspect ratio to 1024 x 1024 pixels where it has more."""

@@ -175,11 +175,7 @@ class QwenImage(PipelineFamily):
 
     def resolution_mu(self, image_seq_len: int) -> float:
         """The line of the pipeline's scheduler: from 0.5 at 256 to 0.9 at 8192 tokens in the published one."""
-        config = self.config("scheduler")
-        base_length, max_length = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-        base_shift, max_shift = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-        slope = (max_shift - base_shift) / (max_length - base_length)
-        return slope * image_seq_len + (base_shift - slope * base_length)
+        return self.scheduler_line(image_seq_len)
 
     def widths(self, config: Any) -> dict[str, int]:
         """Channels of the latents and width of the text."""

@@ -29,6 +29,27 @@ def position_ids(*sizes: int, device: torch.device, time: int = 0) -> torch.Tens
     return torch.cartesian_prod(torch.tensor([time], device=device), *axes)
 
 
+def own_tokens(prompt_embeds: torch.Tensor, mask: torch.Tensor | None) -> list[torch.Tensor]:
+    """Each text (l, D) of `prompt_embeds` (B, L, D), without the padding behind it; none is padded without a `mask`."""
+    lengths = [prompt_embeds.shape[1]] * len(prompt_embeds) if mask is None else mask.sum(1).tolist()
+    return [text[:length] for text, length in zip(prompt_embeds, lengths, strict=True)]
+
+
+def padded(texts: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`prompt_embeds` (B, L, D) of texts (l, D), with zeros to the longest, and where any is padded the mask (B, L)."""
+    prompt_embeds = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True)
+    lengths = torch.tensor([[len(text)] for text in texts], device=prompt_embeds.device)
+    mask = torch.arange(prompt_embeds.shape[1], device=prompt_embeds.device) < lengths
+    return {"prompt_embeds": prompt_embeds} | ({} if mask.all() else {"prompt_embeds_mask": mask})
+
+
+def chat_counts(prompts: Iterable[str], tokenizer: Any, **template: Any) -> list[int]:
+    """How many tokens each prompt has in the chat template, before it is cut; `template`: options of that."""
+    options = {"tokenize": False, "add_generation_prompt": True} | template
+    texts = [tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **options) for prompt in prompts]
+    return token_counts(texts, tokenizer)
+
+
 def token_counts(prompts: Iterable[str], tokenizer: Any, dropped: int = 0) -> list[int]:
     """How many tokens each prompt has before it is cut, without the first, of a template, that are `dropped`."""
     return [len(ids) - dropped for ids in tokenizer(list(prompts), verbose=False).input_ids]

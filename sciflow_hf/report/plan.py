@@ -155,7 +155,9 @@ def _described(values: Mapping[str, Any]) -> list[str]:
         if isinstance(value, torch.Tensor):
             lines.append(f"  {name}: {tuple(value.shape)} {value.dtype}")
         elif isinstance(value, list) and value:
-            lines.append(f"  {name}: {len(value)}, the first {value[0]!r}")
+            first = value[0]
+            told = f"{tuple(first.shape)} {first.dtype}" if isinstance(first, torch.Tensor) else repr(first)
+            lines.append(f"  {name}: {len(value)}, the first {told}")
     return lines
 
 

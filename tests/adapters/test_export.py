@@ -99,7 +99,7 @@ def test_every_pair_is_exported_and_read_back_or_refused(family, trained, tmp_pa
     assert adapter_layers(again).keys() == adapter_layers(model).keys()
     assert (answer(again, family) - expected).abs().max() < tolerance < 0.05 < changed(family, expected)
     # Where scales differ, layers of a fused matrix get one, and so do all of sdxl.
-    kept = kind in ("lora", "dora") or (kind == "patterns" and family.name == "qwen_image")
+    kept = kind in ("lora", "dora") or (kind == "patterns" and family.name in ("qwen_image", "z_image"))
     if file_format == DIFFUSERS or (file_format == KOHYA and kept):  # not a bit is lost
         ours, theirs = adapter_parameters(model), adapter_parameters(again)
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -135,8 +135,8 @@ def test_their_arithmetic_gives_the_same_weights(family, trained, tmp_path, file
 
 def diffusers_reads(family, kind, file_format):
     """What the family's pipeline loads."""
-    if kind == "lokr":  # of pipelines only FLUX.2's
-        return family == "flux2_klein" and file_format != KOHYA
+    if kind == "lokr":  # of pipelines FLUX.2's and Z-Image's
+        return family in ("flux2_klein", "z_image") and file_format != KOHYA
     if kind not in ("lora", "patterns"):
         return kind == "dora" and file_format == DIFFUSERS
     # sd3 has no reader of kohya's names. That of flux has the published widths written into it: see below.

@@ -311,3 +311,21 @@ def test_an_adapter_of_t5_is_named(families, tmp_path):
     save_file(state, tmp_path / "t5.safetensors")
     with pytest.raises(sf.SciflowError, match=r"1 of its layers are none of `sd3`.* No pipeline loads those of T5"):
         read_back(families("sd3"), tmp_path / "t5.safetensors")
+
+
+@pytest.mark.parametrize("own", [("qkv", "out"), ("to_q", "to_out.0")])
+def test_kohyas_names_of_z_image(families, tmp_path, own):
+    """The original network's, with one matrix for query, key and value, and the trainer's, as diffusers reads them."""
+    family, rng, state = families("z_image"), torch.Generator().manual_seed(0), {}
+    width = family.load_model(dtype=torch.float32, meta=True).config.dim
+    for name in own:
+        layer = f"lora_unet_noise_refiner_0_attention_{name.replace('.', '_')}"
+        state[f"{layer}.lora_down.weight"] = torch.randn(4, width, generator=rng) * 0.2
+        state[f"{layer}.lora_up.weight"] = torch.randn((1 + 2 * (name == "qkv")) * width, 4, generator=rng) * 0.2
+        state[f"{layer}.alpha"] = torch.tensor(2.0)
+    save_file(state, tmp_path / "kohya.safetensors")
+    stock = family.load_pipeline(family.load_model(dtype=torch.float32))
+    stock.load_lora_weights(str(tmp_path / "kohya.safetensors"), adapter_name="default")
+    found = read_back(family, tmp_path / "kohya.safetensors")
+    assert adapter_layers(found).keys() == adapter_layers(stock.transformer).keys()
+    assert apart(found, stock.transformer, family) < FEW < apart(found, family.load_model(dtype=torch.float32), family)

@@ -119,6 +119,8 @@ def as_given(step, latents):
     if name in PACKED:
         assert text.startswith("packed 2x2")
         return pack(latents)
+    if text == "a list of (C, 1, h, w)":
+        return latents.unsqueeze(2)
     assert text == "(B, C, h, w)"
     return latents
 
@@ -135,9 +137,12 @@ def check_posterior(step):
 
 def check_given(step):
     text = cell("latents as the network gets them", step.family.name)
-    packed = text == "packed 2x2: tokens of 4 C numbers"
-    size = (2, 24, 4 * step.channels) if packed else (2, step.channels, 12, 8)
-    assert tuple(step.image.shape) == size and (packed or text == "(B, C, h, w)")
+    sizes = {
+        "packed 2x2: tokens of 4 C numbers": (2, 24, 4 * step.channels),
+        "a list of (C, 1, h, w)": (2, step.channels, 1, 12, 8),
+        "(B, C, h, w)": (2, step.channels, 12, 8),
+    }
+    assert tuple(step.image.shape) == sizes[text]
 
 
 def check_image_ids(step):
@@ -171,14 +176,15 @@ def check_tokens(step):
     text, family = cell("text tokens by default", step.family.name), step.default
     numbers = [int(number) for number in re.findall(r"\d+", text)[:2]]
     encoders = step.family.load_text_encoder(device="cpu", dtype=torch.float32)
-    one, longer = (step.family.encode_prompts([p], encoders)["prompt_embeds"] for p in ("a", "a red bar " * 9))
+    short = dataclasses.replace(step.family, max_sequence_length=24) if family.pads_text else step.family
+    one, longer = (short.encode_prompts([p], encoders)["prompt_embeds"] for p in ("a", "a red bar " * 9))
     if family.name == "sd3":  # CLIP's share is that of its tokenizer
         assert numbers == [77, family.max_sequence_length]
         assert one.shape[1] == longer.shape[1] == encoders.tokenizer.model_max_length + 7
     else:
         assert numbers[0] == family.max_sequence_length
     if "its own length" in text:
-        assert family.pads_text and one.shape[1] < longer.shape[1] == 7
+        assert family.pads_text and one.shape[1] < longer.shape[1] == 24
     else:
         assert "padding takes part" in text and not family.pads_text and one.shape == longer.shape
     assert ("`--no_use_t5`" in text) == ("use_t5" in vars(family))
@@ -199,9 +205,11 @@ def check_pooled(step):
 
 
 def check_timestep(step):
-    text, given = cell("timestep", step.family.name), step.seen["timestep"]
+    text, given = cell("timestep", step.family.name), step.timestep
     if text == "sigma":
         torch.testing.assert_close(given, step.levels)
+    elif text == "1 - sigma":
+        torch.testing.assert_close(given, 1 - step.levels)
     elif text == "1000 sigma":
         torch.testing.assert_close(given, 1000 * step.levels)
     else:
@@ -230,8 +238,8 @@ def check_shift(step, tmp_path):
         assert not math.expm1(family.shift_mu(step.args, 1024))
         return
     shifts = {length: math.exp(family.shift_mu(step.args, length)) for length in (1024, 4096)}
-    if text.startswith("3.0"):
-        assert shifts[1024] == shifts[4096] == pytest.approx(3.0)
+    if "at every L" in text:
+        assert "scheduler's config" in text and shifts[1024] == shifts[4096] == pytest.approx(3.0)  # as the tiny one
         return
     told = [float(number) for number in re.findall(r"(\d\.\d\d) at", text)]
     assert told == [pytest.approx(shifts[length], abs=0.005) for length in (1024, 4096)]
@@ -287,7 +295,7 @@ def check_unconditional(step):
 
 PARTS = {  # words of the table -> what such layers are called
     "attention": r"(attn\d?|attention)\S*\.(to_\w+(\.0)?|add_\w+_proj|to_add_out)$",
-    "mlps": r"(ff|ff_context|img_mlp|txt_mlp)\.(net\.(0\.proj|2)|linear_in|linear_out)$",
+    "mlps": r"(ff|ff_context|img_mlp|txt_mlp)\.(net\.(0\.proj|2)|linear_in|linear_out)$|feed_forward\.w[123]$",
     "single blocks": r"single_transformer_blocks\.\d+\.(proj_mlp|proj_out|attn\.(to_qkv_mlp_proj|to_out))$",
     "all of the attention blocks": r"attentions\.\d+\.",
     "convolutions": r"(conv1|conv2|conv_shortcut|downsamplers\.0\.conv|upsamplers\.0\.conv)$",
@@ -302,7 +310,10 @@ def layers(step, preset):
 def check_standard(step):
     text = cell("`--lora_layers standard`", step.family.name)
     names = layers(step, "standard")
-    if text == "attention of both streams":
+    if text == "attention of all blocks":
+        assert all(re.search(PARTS["attention"], name) for name in names)
+        assert {name.split(".")[0] for name in names} == {"layers", "noise_refiner", "context_refiner"}
+    elif text == "attention of both streams":
         assert all(re.search(PARTS["attention"], name) for name in names)
         assert any("add_k_proj" in name for name in names) and any(name.endswith("to_k") for name in names)
     else:
@@ -333,7 +344,7 @@ def check_options(step):
     for file in re.findall(r"`(\S+\.yaml)`", cell("recommended options", step.family.name)):
         model = read_yaml(ROOT / file)["pretrained_model_name_or_path"]
         assert f"sciflow-hf train {step.family.name} --config {Path(file).stem}" in (ROOT / file).read_text()
-        assert model.split("/")[0] in ("black-forest-labs", "Qwen", "stabilityai")
+        assert model.split("/")[0] in ("black-forest-labs", "Qwen", "stabilityai", "Tongyi-MAI")
 
 
 def check_demo(step):
@@ -401,7 +412,7 @@ def test_latent_statistics(step, tmp_path):
         assert (found - expected).abs().max() < rounding
 
 
-LIMITS = {"flux2_klein": 40, "qwen_image": 40, "sd3": 90, "flux": 90, "sdxl": 12, "sd3 without T5": 16}
+LIMITS = {"flux2_klein": 40, "qwen_image": 40, "z_image": 40, "sd3": 90, "flux": 90, "sdxl": 12, "sd3 without T5": 16}
 
 
 @pytest.mark.parametrize("name", LIMITS)
@@ -420,6 +431,6 @@ def test_a_caption_is_cut_where_its_last_word_changes_nothing(name, folders):
         return torch.equal(one, other)
 
     fits = max(i for i, length in enumerate(lengths) if length <= kept)
-    after = {"flux2_klein": 40, "qwen_image": 40}.get(name, 0)  # of a template, whose end is cut first
+    after = {"flux2_klein": 40, "qwen_image": 40, "z_image": 40}.get(name, 0)  # of a template, whose end is cut first
     behind = min(i for i, length in enumerate(lengths) if length > kept + after)
     assert not same(texts[fits]) and same(texts[behind])

@@ -10,10 +10,17 @@ import sciflow_hf as sf
 from sciflow_hf.adapters.layers import adapter_parameters
 from sciflow_hf.demo import make_tiny
 
-FAMILIES = ("flux2_klein", "qwen_image", "sd3", "flux", "sdxl")
+FAMILIES = ("flux2_klein", "qwen_image", "z_image", "sd3", "flux", "sdxl")
 
 # Shapes of what the smallest networks take, beside latents (2, 4, 12, 8): widths of the text, of the pooled text.
-_TEXT = {"flux2_klein": (48, 0), "qwen_image": (16, 0), "sd3": (32, 20), "flux": (32, 8), "sdxl": (20, 12)}
+_TEXT = {
+    "flux2_klein": (48, 0),
+    "qwen_image": (16, 0),
+    "z_image": (16, 0),
+    "sd3": (32, 20),
+    "flux": (32, 8),
+    "sdxl": (20, 12),
+}
 
 
 def make_tiny_family(name: str, folder: Path) -> Any:
@@ -29,7 +36,7 @@ def batch_of(family: Any) -> dict[str, torch.Tensor]:
     batch = {"latents": torch.randn(shape, generator=rng), "prompt_embeds": torch.randn(2, 12, width, generator=rng)}
     if pooled:
         batch["pooled_prompt_embeds"] = torch.randn(2, pooled, generator=rng)
-    if family.name == "qwen_image":
+    if family.pads_text:
         batch["prompt_embeds_mask"] = torch.arange(12) < torch.tensor([[12], [7]])
     return batch | {"noise_key": torch.tensor([1, 2])}
 
@@ -62,13 +69,13 @@ class Bench:
     def output(self, model: Any) -> torch.Tensor:
         """What a float32 network answers to a fixed input."""
         with torch.no_grad():
-            return model(**self.inputs)[0]
+            return as_tensor(model(**self.inputs)[0])
 
     def exact_output(self, model: Any) -> torch.Tensor:
         """The same computed in float64, where the order of sums does not matter."""
         model.double()
         with torch.no_grad():
-            answer = model(**_double(self.inputs))[0]
+            answer = as_tensor(model(**_double(self.inputs))[0])
         model.float()
         return answer
 
@@ -91,9 +98,16 @@ class Bench:
         return self.exact_output(network)
 
 
+def as_tensor(answer: Any) -> torch.Tensor:
+    """What a network answers, of a list one tensor."""
+    return torch.stack(answer) if isinstance(answer, list) else answer
+
+
 def _double(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _double(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_double(part) for part in value]
     return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 

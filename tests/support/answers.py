@@ -9,7 +9,7 @@ import sciflow_hf as sf
 from sciflow_hf.adapters.layers import adapter_parameters
 from sciflow_hf.demo import make_tiny
 
-FAMILIES = ("flux2_klein", "qwen_image", "sd3", "flux", "sdxl")
+FAMILIES = ("flux2_klein", "qwen_image", "z_image", "sd3", "flux", "sdxl")
 
 
 def tiny_family(name, folder):
@@ -36,6 +36,9 @@ def _question(family, config):
             pooled_projections=randn(1, config.pooled_projection_dim),
             timestep=torch.tensor([400.0]),
         )
+    if family == "z_image":
+        text = randn(1, 12, config.cap_feat_dim)
+        return dict(x=[*randn(1, config.in_channels, 1, 8, 12)], t=torch.tensor([0.6]), cap_feats=[*text])
     inputs = dict(
         hidden_states=randn(1, 24, config.in_channels),
         encoder_hidden_states=randn(1, 12, config.joint_attention_dim),
@@ -63,12 +66,14 @@ def answer(model, family):
     with torch.no_grad():
         found = model(**_double(_question(family.name, model.config)), return_dict=False)[0]
     model.float()
-    return found
+    return torch.stack(found) if isinstance(found, list) else found
 
 
 def _double(value):
     if isinstance(value, dict):
         return {name: _double(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_double(part) for part in value]
     return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 

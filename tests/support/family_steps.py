@@ -8,7 +8,7 @@ import torch
 import sciflow_hf as sf
 from sciflow_hf.demo import make_tiny
 
-FAMILIES = ("flux2_klein", "qwen_image", "sd3", "flux", "sdxl")
+FAMILIES = ("flux2_klein", "qwen_image", "z_image", "sd3", "flux", "sdxl")
 PACKED = ("flux2_klein", "qwen_image", "flux")
 
 
@@ -55,15 +55,11 @@ class Step:
         self.family = sf.load_family(name)(pretrained_model_name_or_path=str(path), posterior="mode", **options)
         self.default = sf.load_family(name)(pretrained_model_name_or_path=str(path))
         self.model = self.family.load_model(dtype=torch.float32)
-        config, rng = self.model.config, torch.Generator().manual_seed(0)
-        self.channels = config.in_channels // (4 if name in PACKED else 1)
-        width = config.cross_attention_dim if name == "sdxl" else config.joint_attention_dim
-        sizes = {"latents": (2, self.channels, 12, 8), "prompt_embeds": (2, 7, width)}
-        if name in ("sd3", "flux"):
-            sizes["pooled_prompt_embeds"] = (2, config.pooled_projection_dim)
-        if name == "sdxl":
-            pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-            sizes["pooled_prompt_embeds"] = (2, pooled)
+        widths, rng = self.family.widths(self.model.config), torch.Generator().manual_seed(0)
+        self.channels = widths["latents"]
+        sizes = {"latents": (2, self.channels, 12, 8), "prompt_embeds": (2, 7, widths["prompt_embeds"])}
+        if "pooled_prompt_embeds" in widths:
+            sizes["pooled_prompt_embeds"] = (2, widths["pooled_prompt_embeds"])
         self.batch = {key: torch.randn(size, generator=rng) for key, size in sizes.items()}
         shape = (2, 4 * self.channels, 6, 4) if name == "flux2_klein" else sizes["latents"]
         self.noise = torch.randn(shape, generator=rng)
@@ -79,12 +75,19 @@ class Step:
 
     @property
     def image(self):
-        """What the network sees of the noised latents."""
+        """What the network sees of the noised latents, of lists one tensor."""
+        if self.family.name == "z_image":
+            return torch.stack(self.seen["x"])
         return self.seen["sample"] if self.family.name == "sdxl" else self.seen["hidden_states"]
 
+    @property
+    def timestep(self):
+        """The network's input for the levels."""
+        return self.seen["t"] if self.family.name == "z_image" else self.seen["timestep"]
+
     def answered(self, answer):
-        """Losses where the network answers that."""
-        network = self.model
+        """Losses where the network answers that, Z-Image's with the other sign."""
+        network, as_list = self.model, self.family.name == "z_image"
 
         class Answers(torch.nn.Module):
             config = network.config
@@ -94,6 +97,7 @@ class Step:
                 self.weight = torch.nn.Parameter(torch.zeros(()))
 
             def forward(self, **inputs):
-                return (answer + 0 * self.weight,)
+                told = answer + 0 * self.weight
+                return (list(-told) if as_list else told,)
 
         return self.run(Answers())[0]

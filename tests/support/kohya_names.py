@@ -2,7 +2,7 @@
 
 flux: sd-scripts, networks/convert_flux_lora.py. sd3: sd-scripts, library/sd3_models.py (`MMDiTBlock`). flux2_klein:
 musubi-tuner, flux_2/flux2_models.py. qwen_image: musubi-tuner, convert_lora.py (`QWEN_IMAGE_KEYS`). sdxl: sd-scripts,
-library/sdxl_model_util.py (`make_unet_conversion_map`).
+library/sdxl_model_util.py (`make_unet_conversion_map`). z_image: musubi-tuner, zimage/zimage_model.py.
 """
 
 DOUBLE = {
@@ -42,6 +42,10 @@ QWEN = (
     *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
 )
+Z_IMAGE = (
+    *("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0"),
+    *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+)
 RESNET = {"in_layers_2": "conv1", "out_layers_3": "conv2", "emb_layers_1": "time_emb_proj"}
 RESNET |= {"skip_connection": "conv_shortcut"}
 BASIC_BLOCK = (
@@ -62,6 +66,15 @@ def kohya_layers(family, network):
             f"transformer_blocks_{i}_{name.replace('.', '_')}": [f"transformer_blocks.{i}.{name}"]
             for i in range(config.num_layers)
             for name in QWEN
+        }
+    elif family == "z_image":
+        blocks = {"layers": config.n_layers, "noise_refiner": config.n_refiner_layers}
+        blocks["context_refiner"] = config.n_refiner_layers
+        found = {
+            f"{block}_{i}_{name.replace('.', '_')}": [f"{block}.{i}.{name}"]
+            for block, number in blocks.items()
+            for i in range(number)
+            for name in Z_IMAGE
         }
     elif family == "sd3":
         found = _blocks("joint_blocks", "transformer_blocks", SD3_JOINT, config.num_layers)

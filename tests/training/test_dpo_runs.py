@@ -47,12 +47,12 @@ def test_a_step_of_every_family(tmp_path, pipelines, name):
         row["latents"] = torch.randn(2, *row["latents"].shape, generator=rng)
         if name == "sdxl":
             row["time_ids"] = torch.tensor([[96.0, 64.0, 0.0, 0.0, 96.0, 64.0]] * 2)
-        if name == "qwen_image":
+        if step.family.pads_text:
             row["prompt_embeds"] = row["prompt_embeds"][: 7 - number]
         rows.append(row)
     trainer = dpo_trainer(tmp_path, step.family, rows, Groups(rows[:2]), max_steps=3, stratified_levels=True)
     batch = first_batch(trainer)
-    if name == "qwen_image":
+    if step.family.pads_text:
         assert batch["prompt_embeds_mask"].shape == batch["prompt_embeds"].shape[:2]
     assert float(trainer.compute_loss(trainer.model.train(), batch)) == np.float32(math.log(2))
     trainer.train()

@@ -27,6 +27,7 @@ OPTIONS = {
 CALL = {  # what the stock pipeline is given beside the prompts
     "flux2_klein": {"guidance_scale": 4.0, "max_sequence_length": 12},
     "qwen_image": {"true_cfg_scale": 4.0},
+    "z_image": {"guidance_scale": 4.0},
     "sd3": {"guidance_scale": 4.0, "max_sequence_length": 12},
     "flux": {"guidance_scale": 4.0, "max_sequence_length": 12, "true_cfg_scale": 3.0},
     "sdxl": {"guidance_scale": 4.0},
@@ -103,9 +104,10 @@ def test_a_negative_prompt_without_guidance_is_refused(family, folders):
         family = dataclasses.replace(family, validation_true_cfg_scale=1.0)
         words = "`validation_negative_prompt` does nothing at `validation_true_cfg_scale` 1: `flux`"
     else:
-        words = f"`validation_negative_prompt` does nothing at `validation_guidance_scale` 1: there `{family.name}`"
+        off = 0 if family.name == "z_image" else 1
+        words = f"`validation_negative_prompt` does nothing at `validation_guidance_scale` {off}: there `{family.name}`"
     with pytest.raises(SciflowError, match=words):
-        family.check_negative_prompt(1.0)
+        family.check_negative_prompt(0.0 if family.name == "z_image" else 1.0)
 
 
 def test_true_guidance_of_flux_is_off_by_default(folders):

@@ -107,17 +107,10 @@ def test_there_is_much_to_ask():
     assert len(NEEDED) > 20 and {name for name, _, _ in NEEDED} == set(FAMILIES)
 
 
-def batch_for(name, model):
+def batch_for(widths):
     """A batch of one sample whose shapes fit the network."""
-    config, rng = model.config, torch.Generator().manual_seed(0)
-    channels = config.in_channels // (1 if name in ("sd3", "sdxl") else 4)
-    width = config.cross_attention_dim if name == "sdxl" else config.joint_attention_dim
-    sizes = {"latents": (1, channels, 12, 8), "prompt_embeds": (1, 7, width)}
-    if name in ("sd3", "flux"):
-        sizes["pooled_prompt_embeds"] = (1, config.pooled_projection_dim)
-    if name == "sdxl":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        sizes["pooled_prompt_embeds"] = (1, pooled)
+    rng, ends = torch.Generator().manual_seed(0), {"latents": (12, 8), "pooled_prompt_embeds": ()}
+    sizes = {key: (1, width, *ends[key]) if key in ends else (1, 7, width) for key, width in widths.items()}
     return {key: torch.randn(size, generator=rng) for key, size in sizes.items()}
 
 
@@ -127,7 +120,7 @@ def use_all(family, args):
     if family.name == "sd3":
         family.encode_prompts(["a"], family.load_text_encoder(device="cpu", dtype=torch.float32))
     model = family.load_model(dtype=torch.float32)
-    family.compute_loss(model, batch_for(family.name, model), args)
+    family.compute_loss(model, batch_for(family.widths(model.config)), args)
 
 
 @pytest.fixture(scope="module")

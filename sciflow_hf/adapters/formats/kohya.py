@@ -337,8 +337,8 @@ def readers(kind: str, file_format: str, family: str) -> str:
         return "ComfyUI"
     if kind == DORA:
         return "LyCORIS; not for ComfyUI, which would draw other images"
-    trainer = ARCHITECTURES[family].trainer
-    return f"{trainer if kind == LORA or trainer == MUSUBI else 'LyCORIS'} and ComfyUI"
+    known = ARCHITECTURES[family]
+    return f"{known.trainer if kind == LORA or known.trainer == MUSUBI else 'LyCORIS'} and {known.other_reader}"
 
 
 def _with_whole_w1(layer: Layer) -> Layer:

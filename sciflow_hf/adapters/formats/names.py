@@ -38,6 +38,7 @@ class Architecture:
         beginnings: how it may begin in the files of the family's other models; lower case.
         repository: `modelspec.implementation`, on GitHub.
         network_module: `ss_network_module` of a LoRA.
+        other_reader: the program that also reads the trainer's names.
     """
 
     trainer: str
@@ -45,6 +46,7 @@ class Architecture:
     beginnings: tuple[str, ...]
     repository: str
     network_module: str
+    other_reader: str = "ComfyUI"
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -53,6 +55,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     "flux2_klein": Architecture(MUSUBI, "Flux.2-klein", ("flux.2",), "black-forest-labs/flux2", "networks.lora_flux_2"),
     "qwen_image": Architecture(MUSUBI, "Qwen-Image", ("qwen-image",), "QwenLM/Qwen-Image", "networks.lora_qwen_image"),
+    "z_image": Architecture(
+        MUSUBI, "Z-Image", ("z-image",), "Tongyi-MAI/Z-Image", "networks.lora_zimage", other_reader="diffusers"
+    ),
     "sd3": Architecture(
         SD_SCRIPTS, "stable-diffusion-3", ("stable-diffusion-3",), "Stability-AI/sd3-ref", "networks.lora_sd3"
     ),
@@ -173,11 +178,32 @@ _QWEN_IMAGE: tuple[Row, ...] = tuple(
     )
 )
 
+# The trainer's network has diffusers' names: musubi-tuner, zimage/zimage_model.py. ComfyUI reads them in files of
+# diffusers (comfy/utils.py, `z_image_to_diffusers`); in kohya's it has the original's, which are rows for reading.
+_Z_BLOCKS = ("layers.*", "noise_refiner.*", "context_refiner.*")
+_Z_IMAGE: tuple[Row, ...] = (
+    *(
+        (name, (name,))
+        for name in (
+            *(f"{block}.attention.{name}" for block in _Z_BLOCKS for name in (*_QKV, "to_out.0")),
+            *(f"{block}.feed_forward.w{number}" for block in _Z_BLOCKS for number in (1, 2, 3)),
+            *(f"{block}.adaLN_modulation.0" for block in _Z_BLOCKS[:2]),
+            *("t_embedder.mlp.0", "t_embedder.mlp.2", "cap_embedder.1"),
+        )
+    ),
+    *((f"{b}.attention.qkv", tuple(f"{b}.attention.{name}" for name in _QKV)) for b in _Z_BLOCKS),
+    *((f"{b}.attention.out", (f"{b}.attention.to_out.0",)) for b in _Z_BLOCKS),
+    ("x_embedder", ("all_x_embedder.2-1",)),
+    ("final_layer.linear", ("all_final_layer.2-1.linear",)),
+    ("final_layer.adaLN_modulation.1", ("all_final_layer.2-1.adaLN_modulation.1",)),
+)
+
 TABLES = {
     "flux": (*_FLUX, *((_OF_DIFFSYNTH[layer], parts) for layer, parts in _FLUX if layer in _OF_DIFFSYNTH)),
     "flux2_klein": _FLUX2,
     "qwen_image": _QWEN_IMAGE,
     "sd3": _SD3,
+    "z_image": _Z_IMAGE,
 }
 """The families whose layers have the same names in every network; for SDXL see `unet_rows`."""
 
