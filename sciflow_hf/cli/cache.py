@@ -51,6 +51,13 @@ def add_options(cache: argparse.ArgumentParser) -> None:
     add("--image_column", default="image", help="dit: column with the images (default image)")
     add("--label_column", default="label", help="dit: column with the classes (default label)")
     add("--split", help="split of the input: a name, several as in train+validation, or all (default train)")
+    _add_filter(add)
+    add(
+        "--buckets",
+        choices=("resolution", "given"),
+        default="resolution",
+        help="given: columns bucket_w and bucket_h of each row",
+    )
     _add_sources(add)
     add("--edit_masks", choices=EDIT_MASKS, default="given", help="computed: changed regions from source and target")
     add("--max_sequence_length", type=int, help="text tokens per prompt (default: the family's)")
@@ -75,6 +82,7 @@ def add_options(cache: argparse.ArgumentParser) -> None:
     add("--input_dir", required=True, nargs="+", help="one or more caches")
     add("--payload_dir", help="where their `cache_path` is rooted (default: --input_dir)")
     add("--output_dir", required=True, help="the new cache")
+    _add_filter(add)
     _add_layout(add)
     add("--shard_size_mb", type=int, default=1024, help="MiB of one shard or inline file (default 1024)")
 
@@ -106,6 +114,10 @@ def _add_sources(add: Any) -> None:
     add("--source_column", nargs="+", default=[], help="columns with reference images (default source_image)")
 
 
+def _add_filter(add: Any) -> None:
+    add("--row_filter", nargs="+", default=[], help="conditions on columns, such as quality_tier=High year>=2020")
+
+
 def _add_layout(add: Any) -> None:
     add("--payload", choices=PAYLOADS, default="shards", help="layout of the payloads (default shards)")
     add("--embeds", choices=EMBEDS, default="bf16", help="fp8: half the bytes; none: encode in training")
@@ -125,7 +137,8 @@ def _build(args: argparse.Namespace) -> None:
     options = "pretrained_model_name_or_path revision max_sequence_length posterior use_t5 trust_remote_code"
     family = _family(args.family, **named(args, options), **named_parts(args))
     given = named(args, "resolution enlarge caption_column split batch_size strict dtype payload embeds codec crops")
-    given |= named(args, "text_batch_size flip source_dir source_column edit_masks")
+    given |= named(args, "text_batch_size flip source_dir source_column edit_masks row_filter")
+    given |= {"given_buckets": args.buckets == "given"}
     given |= {"latent_shape": family.latent_shape} if args.latents == "none" else {}
     with processes(args.device) as (device, ranks):
         where = {"device": device, "encoder_dtype": inference_dtype(device), **ranks}
@@ -158,12 +171,16 @@ def _say(report: "BuildReport") -> None:
 
 def _convert(args: argparse.Namespace) -> None:
     from ..data.build.convert import convert_cache
+    from ..data.load import load_cache
 
     if args.shard_size_mb < 1:
         raise SciflowError(f"`shard_size_mb` {args.shard_size_mb}: at least 1.")
     with processes("cpu") as (_, ranks):
         options = named(args, "payload embeds codec payload_dir") | {"shard_bytes": args.shard_size_mb << 20}
-        report = convert_cache(args.input_dir, args.output_dir, **options, **ranks)
+        source: Any = args.input_dir
+        if args.row_filter:
+            source = load_cache(args.input_dir, payload_dir=args.payload_dir, row_filter=args.row_filter)
+        report = convert_cache(source, args.output_dir, **options, **ranks)
     if ranks.get("rank", 0) == 0:
         sys.stdout.write(_conversion(report) + "\n")
 

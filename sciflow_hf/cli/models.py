@@ -67,6 +67,8 @@ def text_family(args: argparse.Namespace, kind: str | None) -> "ModelFamily":
     file = Path(args.model_path) / "run_facts.json"
     family: Any = load_family(name) if args.family else family_named_in(str(file), name)
     parts = {own["option"]: own["path"] for own in facts.get("parts", [])} | named_parts(args)
+    if "network_name_or_path" in parts:  # instead of the weights that the run started from
+        parts.pop("init_weights", None)
     return family(pretrained_model_name_or_path=base, **trusted, **parts)
 
 

@@ -8,8 +8,10 @@ from ..errors import SciflowError
 from ..options import Options, arguments, option
 from .build.sources.edits import EDIT_MASKS
 from .layouts import PAYLOADS
+from .row_filter import RowFilter
 
 ENCODINGS = ("cached", "online")
+BUCKETS = ("resolution", "given")
 CROP_FROM = ("resized", "original")
 
 
@@ -65,8 +67,14 @@ def _check_online(args: "DataArguments") -> None:
 def _check_sources(args: "DataArguments") -> None:
     if not args.input_dir:
         given = {"source_dir": args.source_dir, "source_column": args.source_column, "edit_masks": args.edit_masks}
-        name = next(name for name in given if given[name] not in ([], EDIT_MASKS[0]))
-        raise SciflowError(f"`{name}` {given[name]} is for `--input_dir`: a cache that is built already has its edits.")
+        given["buckets"] = args.buckets
+        name = next(name for name in given if given[name] not in ([], EDIT_MASKS[0], BUCKETS[0]))
+        has = "buckets" if name == "buckets" else "edits"
+        raise SciflowError(f"`{name}` {given[name]} is for `--input_dir`: a cache that is built already has its {has}.")
+
+
+def _check_row_filter(args: "DataArguments") -> None:
+    RowFilter(args.row_filter)
 
 
 def _check_crop_from(args: "DataArguments") -> None:
@@ -162,6 +170,20 @@ class DataArguments(Options):
         None,
         "Split of `--input_dir` to take: a name, several as in train+validation, or all; by default train, or the only "
         "one.",
+    )
+    row_filter: list[str] = option(
+        [],
+        "Conditions that a row must meet, by the columns of `--input_dir` or of the index: column=value, "
+        "column=value,other, column>=number, column<=number, such as quality_tier=High is_tikz=false. The value none "
+        "stands for rows without one.",
+        check=_check_row_filter,
+    )
+    buckets: str = option(
+        "resolution",
+        "given: the bucket of each row is in its columns `bucket_w` and `bucket_h`, as in SciForma's data, instead of "
+        "the nearest of `--resolution`.",
+        choices=BUCKETS,
+        check=_check_sources,
     )
     source_dir: list[str] = option(
         [],

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,6 +23,7 @@ from ..diffusion.sources import source_name, source_names_in
 from ..errors import CacheError, SciflowError, counted, first_line
 from . import storage
 from .layouts.base import (
+    ATTENTION_MASK,
     BROKEN,
     DTYPES,
     INT32,
@@ -37,6 +38,7 @@ from .layouts.base import (
     same_everywhere,
     target_dtype,
 )  # fmt: skip
+from .layouts.flux_h import FluxHReader, is_table_of_images
 from .layouts.inline import InlineReader
 from .layouts.npz import NpzReader, npz_members
 from .layouts.shards import ShardReader
@@ -49,7 +51,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-READERS: dict[str, type[Reader]] = {"npz": NpzReader, "shards": ShardReader, "inline": InlineReader}
+FLUX_H = "flux_h"
+"""Layout of the caches that SciForma's own scripts write."""
+READERS: dict[str, type[Reader]] = {
+    "npz": NpzReader,
+    "shards": ShardReader,
+    "inline": InlineReader,
+    FLUX_H: FluxHReader,
+}
 EMPTY_PROMPT_FILE = "empty_prompt.npz"
 CAPTION_COLUMNS = ("caption", "text")
 NAME_COLUMNS = ("image_path", "paper_id", "variant")
@@ -96,9 +105,14 @@ class IndexFile:
         """Whether the samples of its rows lie in this file."""
         return self.payload.get("layout") == "inline" and "inline_row" not in self.columns
 
+    @property
+    def layout(self) -> str:
+        """How its payload is organised."""
+        return str(self.payload.get("layout", "npz"))
+
     def reader(self, columns: Columns, root: str, *shapes: np.ndarray) -> Reader:
         """Reader of the rows of `columns`; `shapes` are those of their latents and embeddings."""
-        return READERS[self.payload.get("layout", "npz")](columns, root, self.payload, *shapes)
+        return READERS[self.layout](columns, root, self.payload, *shapes)
 
     def root(self, columns: Columns, payload_dir: _PathLike | None) -> str:
         """Where the paths of its rows are rooted; CacheError if a path leads outside or no payload is found."""
@@ -121,9 +135,13 @@ class IndexFile:
             )
             root = next(found, None) if some else root
             if root is None:
+                of_images = self.layout == FLUX_H
+                named = "next to the image" if of_images else "column `cache_path`"
+                images = " from the images (`--input_dir`)" * of_images
                 raise CacheError(
-                    f"The payloads of {file} are missing: no {some[0]!r} (column `cache_path` of its first row) under "
-                    f"{' or '.join(roots)}. Name their folder by `--payload_dir`, or run `sciflow-hf cache build`."
+                    f"The payloads of {file} are missing: no {some[0]!r} ({named} of its first row) under "
+                    f"{' or '.join(roots)}. Name their folder by `--payload_dir`, or run `sciflow-hf cache build`"
+                    f"{images}."
                 )
         check_inside(columns, [str(root)])
         return str(root)
@@ -184,10 +202,11 @@ class CacheIndex:
         """Columns of all files, joined; all but the payloads' bytes where `names` is None."""
         tables = []
         for reader in self.readers:
-            light = [field.name for field in read_schema(reader.file) if not is_binary(field.type)]
+            light = light_names([read_schema(reader.file)])
             # At least one column: a table without forgets its number of rows.
-            wanted = [name for name in light if names is None or name in (*names, "bucket_h")]
-            tables.append(read_table(reader.file, wanted).replace_schema_metadata(None))
+            needed = reader.columns(reader.payload) if reader.payload.get("layout") == FLUX_H else ["bucket_h"]
+            wanted = [name for name in light if names is None or name in (*names, *needed)]
+            tables.append(reader.completed(read_table(reader.file, wanted)).replace_schema_metadata(None))
         joined = pa.concat_tables(tables, promote_options="permissive")
         return joined if names is None else joined.select([name for name in joined.column_names if name in names])
 
@@ -239,12 +258,14 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         online_images: where the images are, and what encodes them; where it is set, stored latents are not read.
         repeats: how often an epoch of training shows each row, at least 1; None for once.
         prior: which rows are there for prior preservation; None for none.
+        row_filter: the conditions by which its rows were chosen (`load_cache`).
     """
 
     online_text: Callable[[list[str]], dict[str, torch.Tensor]] | None = None
     online_images: OnlineImages | None = None
     repeats: np.ndarray | None = None
     prior: Prior | None = None
+    row_filter: tuple[str, ...] = ()
 
     def __init__(
         self, index: CacheIndex, *, dtype: torch.dtype = torch.bfloat16, rows: np.ndarray | None = None
@@ -284,7 +305,7 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         where = _Where(self, i)
         members = reader.members(number, where)
         if self.online_text is not None:
-            members = {name: member for name, member in members.items() if name not in TEXT_KEYS}
+            members = {n: member for n, member in members.items() if n not in (*TEXT_KEYS, ATTENTION_MASK)}
         if self.online_images is not None:
             members = {name: member for name, member in members.items() if name not in IMAGE_KEYS}
         self._check(row, members, where)
@@ -344,6 +365,12 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
                 f"{where}: `text_ids` in {ids.file} has shape {ids.shape}, but must be numbers of shape "
                 f"({index.text_shapes[row, 0]}, n), one row per token of `prompt_embeds`. {REBUILD}."
             )
+        mask = members.get(ATTENTION_MASK)
+        if mask is not None and (len(mask.shape) != 1 or mask.shape[0] != index.text_shapes[row, 0]):
+            raise CacheError(
+                f"{where}: `{ATTENTION_MASK}` in {mask.file} has shape {mask.shape}, but must have one value for each "
+                f"of the {index.text_shapes[row, 0]} tokens of `prompt_embeds`. {REBUILD}."
+            )
         for name, (column, shape) in wanted.items():
             member, expected = members.get(name), tuple(shape)
             if member is None:
@@ -358,8 +385,9 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
                 )
             if member.shape != expected:
                 raise CacheError(
-                    f"{where}: `{name}` in {member.file} has shape {member.shape}, but column `{column}` "
-                    f"says {expected}. {REBUILD}, or point `--payload_dir` to the payloads of this index."
+                    f"{where}: `{name}` in {member.file} has shape {member.shape}, but "
+                    f"{index.find(row)[0].told.format(column)} {expected}. {REBUILD}, or point `--payload_dir` to the "
+                    "payloads of this index."
                 )
 
     def select(self, rows: Sequence[int] | np.ndarray) -> "LatentCache":
@@ -377,12 +405,14 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         view.online_text, view.online_images = cache.online_text, cache.online_images
         view.repeats = None if cache.repeats is None else cache.repeats[rows]
         view.prior = None if cache.prior is None else cache.prior.select(rows)
+        view.row_filter = cache.row_filter
         return view
 
     def joined(self, other: "LatentCache") -> Self:
         """The rows of this view, then those of another view of the same cache; each comes once an epoch."""
         view = type(self)(self._index, dtype=self.dtype, rows=np.concatenate([self._rows, other._rows]))
         view.online_text, view.online_images = self.online_text, self.online_images
+        view.row_filter = self.row_filter
         return view
 
     def split(self, eval_fraction: float) -> tuple["LatentCache", "LatentCache"]:
@@ -453,6 +483,12 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
     def index_files(self) -> list[str]:
         """The parquet files of the index."""
         return [reader.file for reader in self.readers]
+
+    @property
+    def column_names(self) -> list[str]:
+        """The columns of the index, of all its caches, but the payloads' bytes."""
+        _, first = np.unique(self._index.sources, return_index=True)  # the files of one cache have the same
+        return light_names(read_schema(self.index_files[i]) for i in first.tolist())
 
     @property
     def is_complete(self) -> bool:
@@ -662,12 +698,14 @@ def open_index(dataset_dir: _PathLike | Sequence[_PathLike], *, payload_dir: _Pa
     kept: list[pa.Table] = []
     shapes, starts = [], [0]
     for file in files:
-        table = read_table(file.name, file.columns)
+        table = READERS[file.layout].completed(read_table(file.name, file.columns))
         columns = Columns(table, file.name, starts[-1])
         root = file.root(columns, payload_dir)
-        if "latent_shape" not in columns.names:
-            columns = _with_shapes(columns, root)
-        shapes.append(row_shapes(columns))
+        if file.layout == FLUX_H:
+            shapes.append(FluxHReader.row_shapes(columns, root))
+        else:
+            columns = columns if "latent_shape" in columns.names else _with_shapes(columns, root)
+            shapes.append(row_shapes(columns))
         readers.append(file.reader(columns, root, *shapes[-1][:3]))
         kept.append(table.select([n for n in _KEPT if n in columns.names]).replace_schema_metadata(None))
         starts.append(starts[-1] + table.num_rows)
@@ -753,6 +791,9 @@ def find_index(dataset_dir: _PathLike | Sequence[_PathLike]) -> tuple[list[Index
         footers = list(pool.map(read_footer, [file for _, file in names]))
     schemas = [footer.schema.to_arrow_schema() for footer in footers]
     described = check_schemas(names, schemas)
+    for schema, facts in zip(schemas, described, strict=True):
+        if not facts and is_table_of_images(schema.names):
+            facts["payload"] = {"layout": FLUX_H}
     metadata = common_metadata([file for _, file in names], described)
     files = [
         IndexFile(
@@ -771,6 +812,8 @@ def wanted_columns(file: str, schema: pa.Schema, facts: Mapping[str, Any]) -> li
     layout = payload.get("layout", "npz")
     if layout not in READERS:
         raise CacheError(f"The index {file} says its payload layout is {layout!r}; known are npz, shards and inline.")
+    if layout == FLUX_H:
+        return [name for name in (*NAME_COLUMNS, *FluxHReader.columns(payload)) if name in schema.names]
     required = [
         name
         for name in REQUIRED_COLUMNS
@@ -794,7 +837,7 @@ def wanted_columns(file: str, schema: pa.Schema, facts: Mapping[str, Any]) -> li
 
 def check_inside(columns: Columns, roots: Sequence[str], names: Sequence[str] = ()) -> None:
     """Refuses a path of a payload that leads out of all roots. Only suspicious paths are looked at one by one."""
-    for name in names or [n for n in columns.names if n.endswith("_path") and n != "image_path"]:
+    for name in names or [n for n in columns.names if n.endswith("_path") and not n.endswith("image_path")]:
         paths = columns.column(name).cast(pa.large_string())
         suspicious = pc.match_substring_regex(paths, r"\.\.|^[/\\]|^[A-Za-z]:|://|^\.?/*$").to_numpy()
         for i in np.flatnonzero(suspicious).tolist():
@@ -813,6 +856,11 @@ def check_inside(columns: Columns, roots: Sequence[str], names: Sequence[str] = 
 def is_binary(kind: pa.DataType) -> bool:
 
     return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind))
+
+
+def light_names(schemas: Iterable[pa.Schema]) -> list[str]:
+    """The columns of some schemas, but the payloads' bytes."""
+    return list(dict.fromkeys(field.name for schema in schemas for field in schema if not is_binary(field.type)))
 
 
 def read_schema(file: str) -> pa.Schema:

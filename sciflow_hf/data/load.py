@@ -14,6 +14,7 @@ from .cache import LatentCache, open_index
 from .layouts.base import NO_LATENTS
 from .online import OnlineImages
 from .prior import Prior
+from .row_filter import RowFilter
 from .split import spread
 from .storage import use_disk_cache
 from .stream.stream import StreamingCache
@@ -29,6 +30,7 @@ def load_cache(
     payload_dir: _PathLike | None = None,
     streaming: bool = False,
     dtype: torch.dtype = torch.bfloat16,
+    row_filter: Sequence[str] = (),
 ) -> LatentCache | StreamingCache:
     """Open a cache: every parquet file below `dataset_dir`, checked against each other.
 
@@ -38,17 +40,30 @@ def load_cache(
             index file's own folder, whichever holds the payloads.
         streaming: a `StreamingCache`, which never holds the complete index.
         dtype: of the floating tensors that are read: bfloat16, float16 or float32.
+        row_filter: conditions that rows must meet, such as "quality_tier=High"; see `RowFilter`.
 
     Raises:
         CacheError: for a missing or empty cache, parts that do not fit together, or a `cache_path` outside
             of its root.
-        SciflowError: for another `dtype`.
+        SciflowError: for another `dtype`, and a `row_filter` that does not fit the columns, or leaves no row.
     """
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise SciflowError(f"`dtype` is {dtype}, but must be torch.bfloat16, torch.float16 or torch.float32.")
     if streaming:
-        return StreamingCache(dataset_dir, payload_dir=payload_dir, dtype=dtype)
-    return LatentCache(open_index(dataset_dir, payload_dir=payload_dir), dtype=dtype)
+        return StreamingCache(dataset_dir, payload_dir=payload_dir, dtype=dtype, row_filter=row_filter)
+    return filtered(LatentCache(open_index(dataset_dir, payload_dir=payload_dir), dtype=dtype), row_filter)
+
+
+def filtered(cache: LatentCache, conditions: Sequence[str]) -> LatentCache:
+    """The rows that meet the conditions."""
+    if not conditions:
+        return cache
+    row_filter = RowFilter(conditions)
+    mask = row_filter.mask({name: cache.column(name) for name in row_filter.columns}, len(cache))
+    row_filter.close("`dataset_dir`", cache.column_names)
+    view = cache.select(np.flatnonzero(mask))
+    view.row_filter = row_filter.texts
+    return view
 
 
 def load_data(
@@ -79,7 +94,8 @@ def load_data(
     cache: LatentCache | StreamingCache
     if args.streaming:
         weights = args.dataset_weights or None
-        cache = StreamingCache(args.dataset_dir, shuffle_buffer=args.shuffle_buffer, weights=weights, **where)
+        where |= {"shuffle_buffer": args.shuffle_buffer, "weights": weights, "row_filter": args.row_filter}
+        cache = StreamingCache(args.dataset_dir, **where)
     else:
         cache = load_cache(folders, **where)
     cache.online_text = online_text
@@ -95,6 +111,8 @@ def load_data(
     if isinstance(cache, LatentCache) and args.prior_dataset_dir is not None:
         is_prior = cache.source_of_row == len(args.dataset_dir)
         cache, prior = cache.select(np.flatnonzero(~is_prior)), cache.select(np.flatnonzero(is_prior))
+    if isinstance(cache, LatentCache):
+        cache = filtered(cache, args.row_filter)
     train, held_out = cache.split(args.eval_fraction) if args.eval_fraction else (cache, None)
     held_out = held_out or None  # of a single group nothing is held out: a warning has said so
     if isinstance(train, LatentCache):

@@ -60,7 +60,7 @@ class PreferenceGroups(LatentCache):
         self.cache, self.tuples, self.rules = cache, list(tuples), dict(rules or {})
         winners = np.array([item.winner for item in self.tuples], dtype=np.int64)
         super().__init__(cache._index, dtype=cache.dtype, rows=cache._rows[winners])
-        self.online_text = cache.online_text
+        self.online_text, self.row_filter = cache.online_text, cache.row_filter
         keys = cache.batch_keys
         for item in self.tuples:
             odd = next((row for row in item.losers if keys[row] != keys[item.winner]), None)

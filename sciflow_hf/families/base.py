@@ -34,6 +34,7 @@ from .loading import (
     quiet_loading,
     read_config,
     refuse_code,
+    start_place,
 )
 from .tokens import token_counts
 
@@ -61,6 +62,14 @@ def posterior_option(default: str) -> Any:
         "that a cache also stores the standard deviation, which doubles the bytes of its latents.",
         choices=POSTERIORS,
     )
+
+
+def _check_start(family: Any) -> None:
+    if family.network_name_or_path:
+        raise SciflowError(
+            f"`init_weights` {family.init_weights!r} and `network_name_or_path` {family.network_name_or_path!r} both "
+            "name the weights that training starts from: give one of them."
+        )
 
 
 def part_option(part: str, *, what: str = "") -> Any:
@@ -423,6 +432,13 @@ class PipelineFamily(ModelFamily):
         False, "Load a model folder that brings code of its own for parts other than the network, and run that code."
     )
     network_name_or_path: str | None = part_option("network to train", what=" A file is in its published form.")
+    init_weights: str | None = option(
+        None,
+        "Weights of the network to start from, such as those of an earlier stage: the folder of a run that trained all "
+        "weights, a folder or Hub repository in diffusers layout, of a pipeline or of the network alone, or a "
+        "safetensors file of a network.",
+        check=_check_start,
+    )
     vae_name_or_path: str | None = part_option("VAE")
     text_encoder_name_or_path: str | None = part_option("text encoder", what=" Its tokenizer stays the pipeline's.")
 
@@ -457,7 +473,8 @@ class PipelineFamily(ModelFamily):
         names = {f"{part}_name_or_path": part for part in ("vae", *self.text_parts)}
         names["network_name_or_path"] = self.component
         given = [(part, vars(self).get(name), name) for name, part in names.items()]
-        return {part: place_of(part, path, name) for part, path, name in given if path}
+        found = {part: place_of(part, path, name) for part, path, name in given if path}
+        return found | ({self.component: start_place(self.component, self.init_weights)} if self.init_weights else {})
 
     def place(self, part: str) -> Place:
         """Where the weights of a part are."""
@@ -683,9 +700,16 @@ class PipelineFamily(ModelFamily):
         self.check_latent_extras(sample)
         for name, length in (("prompt_embeds", "L, "), ("pooled_prompt_embeds", "")):
             if name in widths and (sample[name].ndim, sample[name].shape[-1]) != (1 + bool(length), widths[name]):
+                layers = self.text_settings.get("text_encoder_layers", ())
+                one_state = name == "prompt_embeds" and sample[name].shape[-1] * len(layers) == widths[name]
+                why = (
+                    " That is one hidden state of the text encoder, as SciForma's published script for caches takes; "
+                    f"the network reads {len(layers)} of them side by side, {', '.join(map(str, layers))}. Encode the "
+                    "captions in training (`--text_encoding online`), or"
+                )
                 raise SciflowError(
-                    f"`{name}` {tuple(sample[name].shape)}: this network takes ({length}{widths[name]}). Build the "
-                    "cache with the model that you train."
+                    f"`{name}` {tuple(sample[name].shape)}: this network takes ({length}{widths[name]})."
+                    f"{f'{why} build' if one_state else ' Build'} the cache with the model that you train."
                 )
 
     prompt_tokenizer: ClassVar[str] = ""

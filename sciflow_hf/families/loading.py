@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,9 @@ from ..errors import SciflowError, first_line
 MINI_KLEIN = "mini_klein"
 PIPELINE = "pretrained_model_name_or_path"
 SINGLE_FILE = ".safetensors"
+PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
+START = "init_weights"
+_NAMED = 3  # weights, in messages
 _SAMPLED = 256  # blocks of a file
 
 
@@ -101,6 +104,31 @@ def place_of(part: str, path: str, option: str) -> Place:
     return Place(part, path, part if index is not None else "", option=option)
 
 
+def start_place(part: str, path: str) -> Place:
+    """Where the weights of a network to start from are: as `place_of`, or in a run's folder, below the part's name.
+
+    Raises:
+        SciflowError: as `place_of`; pickles, of which none is opened.
+    """
+    folder = Path(path)
+    of_run = (folder / part / "config.json").is_file() and not (folder / "model_index.json").is_file()
+    if of_run and not (folder / "config.json").is_file():
+        place = Place(part, path, part, option=START)
+    else:
+        found = [folder] if folder.is_file() or not folder.is_dir() else list(folder.rglob("*"))
+        pickles = sorted(file for file in found if file.suffix in PICKLES)
+        if pickles and not any(file.suffix == SINGLE_FILE for file in found):
+            raise SciflowError(
+                f"`{START}` {path!r}: {pickles[0].name} is a pickle, and none is opened, since that can run code. "
+                "Convert it on the machine that made it, next to its network: `names = [name for name, _ in "
+                "network.named_parameters()]; safetensors.torch.save_file(dict(zip(names, tensors, strict=True)), "
+                "'network.safetensors')`, where the tensors have no names, as averages (EMA) are often kept "
+                "(docs/families.md). Then give network.safetensors."
+            )
+        place = place_of(part, path, START)
+    return place
+
+
 def read_config(place: Place) -> dict[str, Any]:
     """The configuration of one part of a pipeline ("vae", "transformer", "scheduler"), or of the pipeline itself."""
     from diffusers import ConfigMixin
@@ -147,12 +175,17 @@ def load_part(kind: Any, place: Place, base: Place, *, dtype: torch.dtype, **opt
         SciflowError: it cannot be loaded, or some of its weights are missing.
     """
     with explain_loading(place.path, place.part, place.option):
+        if place.option == START and place.is_file:
+            _check_names(place, kind, base)
         if place.is_file:
             return _load_file(kind, place, base, dtype=dtype, **options)
         if place.option == PIPELINE:
             return kind.from_pretrained(place.source, dtype=dtype, **place.where, **options)
         given = {"dtype": dtype, "output_loading_info": True, **place.where, **options}
+        given |= {"use_safetensors": True} if place.option == START else {}
         module, info = kind.from_pretrained(place.source, **given)
+        if place.option == START:
+            _check_start(place, kind, missing=info["missing_keys"], unknown=info["unexpected_keys"])
         _check_complete(place, kind, info["missing_keys"])
         return module
 
@@ -193,6 +226,43 @@ def _load_file(kind: Any, place: Place, base: Place, *, dtype: torch.dtype, **op
     _check_complete(place, kind, module.state_dict().keys() - state.keys())
     module.load_state_dict(state, strict=False)
     return module.to(dtype).eval()
+
+
+def _check_names(place: Place, kind: Any, base: Place) -> None:
+    """Compares the names and shapes in a file with those of the network; not those of a published single file."""
+    from safetensors import safe_open
+
+    with safe_open(place.path, "pt") as file:
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    wanted = {name: tuple(p.shape) for name, p in empty_part(kind, base, read_config(base)).state_dict().items()}
+    ends = {name.partition(".")[2] for name in found}  # without a wrapper's name, such as "module"
+    if wanted.keys().isdisjoint(ends.union(found)) and _reads_single_file(kind) and not _is_adapter(found):
+        return
+    shapes = [f"{n!r} {found[n]}, here {wanted[n]}" for n in sorted(wanted.keys() & found) if wanted[n] != found[n]]
+    _check_start(place, kind, missing=wanted.keys() - found.keys(), unknown=found.keys() - wanted.keys(), shapes=shapes)
+
+
+def _is_adapter(names: Iterable[str]) -> bool:
+    return any(".lora" in name for name in names)
+
+
+def _check_start(
+    place: Place, kind: Any, *, missing: Collection[str], unknown: Collection[str], shapes: Sequence[str] = ()
+) -> None:
+    """Raises SciflowError where weights to start from are not exactly those of the network."""
+    absent, odd_names = ([f"{name!r}" for name in sorted(names)] for names in (missing, unknown))
+    odd = {"lacks": absent, "holds, unknown here,": odd_names, "holds in another shape": list(shapes)}
+    listed = [
+        f"{what} {', '.join(names[:_NAMED])}" + f" and {len(names) - _NAMED} more" * (len(names) > _NAMED)
+        for what, names in odd.items()
+        if names
+    ]
+    if listed:
+        adapter = " It is an adapter: continue it by `--adapter_path`." * _is_adapter(unknown)
+        raise SciflowError(
+            f"`{START}` {place.path!r} does not fit this {kind.__name__}: it {'; it '.join(listed)}.{adapter} Give all "
+            "weights of the same network, under the names of diffusers."
+        )
 
 
 def _check_complete(place: Place, kind: Any, missing: Collection[str]) -> None:

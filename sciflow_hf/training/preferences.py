@@ -408,7 +408,7 @@ def load_reference(
     if place is not None:
         inside = Path(place) / family.component  # of a pipeline, or of a run that trained all weights
         path = str(inside if (inside / "config.json").is_file() else place)
-        family = dataclasses.replace(family, network_name_or_path=path)  # type: ignore[call-arg]
+        family = dataclasses.replace(family, network_name_or_path=path, init_weights=None)  # type: ignore[call-arg]
     try:
         network = family.load_model(dtype=torch.float32 if trained else args.weight_dtype, meta=meta)
     except SciflowError as error:

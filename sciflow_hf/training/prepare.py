@@ -216,6 +216,8 @@ def prepare_data(
             source_dir=data_args.source_dir,
             source_column=data_args.source_column,
             edit_masks=data_args.edit_masks,
+            row_filter=data_args.row_filter,
+            given_buckets=data_args.buckets == "given",
             batch_size=data_args.encode_batch_size,
             text_batch_size=data_args.text_batch_size,
             strict=data_args.strict,
@@ -229,7 +231,9 @@ def prepare_data(
         state.wait_for_everyone()
         places = [{record.name: record for record in report.records}]
         places += ([*data_args.image_dir, None][:1]) * (data_args.prior_dataset_dir is not None)
+        row_filter = tuple(data_args.row_filter)  # by which the cache has been built
         of_input: dict[str, Any] = {"source_dir": [], "source_column": [], "edit_masks": DataArguments.edit_masks}
+        of_input |= {"buckets": DataArguments.buckets, "row_filter": []}
         data_args = dataclasses.replace(data_args, input_dir=None, dataset_dir=[directory], **of_input)
     where = {"device": args.device, "dtype": args.weight_dtype}
     encode = online_text(family, **where, watch=data_args.streaming and not built) if online else None
@@ -246,6 +250,8 @@ def prepare_data(
         if images.flip and state.is_main_process:
             logger.warning("`random_flip`: %s", MIRRORED)
     data = load_data(data_args, dtype=args.weight_dtype, online_text=encode, online_images=images)
+    if built:
+        data[0].row_filter = row_filter
     if online and not data_args.streaming and not built and state.is_main_process:
         caches = [cache for cache in data if isinstance(cache, LatentCache)]
         captions = [pair for cache in caches for pair in zip(cache.row_ids, cache.captions, strict=True)]

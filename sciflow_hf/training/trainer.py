@@ -45,6 +45,7 @@ from ..data.batches.loader import (
 )
 from ..data.batches.threads import release
 from ..data.cache import LatentCache
+from ..data.layouts.base import ATTENTION_MASK
 from ..data.prior import loss_weights, without_prior
 from ..data.source_images import EditViews, source_files
 from ..data.split import spread
@@ -327,6 +328,11 @@ class DiffusionTrainer(Trainer):
             return
         sample = rows[0]
         self.family.check_sample(self.model, with_text(self.model, sample))
+        if ATTENTION_MASK in sample and dataset is self.train_dataset:
+            logger.info(
+                "`%s` of this cache is not used: the network of `%s` takes no mask, so padding takes part in it.",
+                ATTENTION_MASK, self.family.name,
+            )  # fmt: skip
         if isinstance(dataset, LatentCache) and dataset.online_text is None:  # of every bucket the shapes
             for row in {(*key[:2], *key[3:]): i for i, key in enumerate(dataset.batch_keys)}.values():
                 self.family.check_sample(self.model, dataset.shapes(row))
@@ -721,6 +727,7 @@ class DiffusionTrainer(Trainer):
             "revision": family.revision,
             "adapter": adapter_facts(self.accelerator.unwrap_model(self.model, keep_torch_compile=False)),
             "data": self._fingerprint[1],
+            "row_filter": sorted(getattr(self.train_dataset, "row_filter", ())) or None,
             "total_train_batch_size": self.get_total_train_batch_size(args),
             "seed": args.order_seed,
             "optim": str(getattr(args.optim, "value", args.optim)),

@@ -1,6 +1,7 @@
 """Parts of a pipeline from paths of their own: the weights that are meant, in caches, checkpoints, cards and images."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from trainings import make_trainer
 
 import sciflow_hf as sf
+from sciflow_hf.adapters.layers import network_of
 from sciflow_hf.cli import main
 from sciflow_hf.demo import make_tiny
 from sciflow_hf.errors import CacheError, SciflowError
@@ -366,3 +368,82 @@ def test_the_plan_names_them_and_loads_nothing(pipelines, run, tmp_path, monkeyp
     for bytes_, name in ((sizes["vae"], "vae"), (2 * 4 * 5 * widest * height * width, "encoding an image")):
         assert f"{name} {bytes_ / 2**20:.1f} MiB" in found
     assert "text_encoder " in found and Path(cache).is_dir()
+
+
+# -- weights to start from --
+
+
+def test_weights_to_start_from(pipelines, tmp_path):
+    """A pipeline, a network alone, the folder of a run that trained all weights, files in both layouts."""
+    base, other = pipelines("flux2_klein")
+    network = load_file(next((other / "transformer").glob("*.safetensors")))
+    shutil.copytree(other / "transformer", tmp_path / "run" / "transformer")
+    save_file(network, tmp_path / "network.safetensors")
+    save_file({n: v.contiguous() for n, v in published.flux2_network(network).items()}, tmp_path / "bfl.safetensors")
+    places = [tmp_path / name for name in ("run", "network.safetensors", "bfl.safetensors")]
+    for place in (other, other / "transformer", *places):
+        family = klein(base, init_weights=place)
+        assert same(family.load_model(dtype=torch.float32).state_dict(), network), place
+    assert same(loaded(family, "vae"), loaded(klein(base), "vae")), "all else is the pipeline's"
+
+
+def test_weights_that_do_not_fit_are_named(pipelines, tmp_path):
+    base, other = pipelines("flux2_klein")
+    network = load_file(next((other / "transformer").glob("*.safetensors")))
+    first, second = sorted(network)[:2]
+    wrong = {
+        "lacks": ({n: v for n, v in network.items() if n != first}, rf"it lacks '{first}'\."),
+        "unknown": (network | {"more.bias": torch.zeros(3)}, r"it holds, unknown here, 'more\.bias'\."),
+        "shape": (network | {second: torch.zeros(2, 3)}, rf"in another shape '{second}' \(2, 3\), here \("),
+        "wrapped": ({f"module.{n}": v for n, v in network.items()}, r"it lacks .* and \d+ more; it holds, unknown"),
+        "adapter": ({"transformer.x.lora_A.weight": torch.zeros(2, 3)}, r"It is an adapter: .* `--adapter_path`"),
+    }
+    for name, (weights, message) in wrong.items():
+        save_file(weights, tmp_path / f"{name}.safetensors")
+        with pytest.raises(SciflowError, match=rf"`init_weights` '.*{name}\.safetensors' does not fit .*{message}"):
+            klein(base, init_weights=tmp_path / f"{name}.safetensors").load_model(dtype=torch.float32)
+    folder = shutil.copytree(other / "transformer", tmp_path / "folder")
+    save_file(*wrong["unknown"][:1], next(folder.glob("*.safetensors")))
+    with pytest.raises(SciflowError, match=r"does not fit this Flux2Transformer2DModel: it holds, unknown here, 'more"):
+        klein(base, init_weights=folder).load_model(dtype=torch.float32)
+    with pytest.raises(SciflowError, match=r"`init_weights` .* and `network_name_or_path` .* both name"):
+        klein(base, init_weights=other, network_name_or_path=other)
+
+
+def test_pickles_are_refused_unopened(pipelines, tmp_path):
+    base, _ = pipelines("flux2_klein")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    for file in (*(tmp_path / f"ema{end}" for end in (".pt", ".pth", ".bin", ".pkl")), folder / "pytorch_model.bin"):
+        file.write_bytes(b"no pickle: opening it would be another error")
+        for path in {file, folder if file.parent == folder else file}:
+            with pytest.raises(SciflowError, match=r"is a pickle, and none is opened.*named_parameters.*strict=True"):
+                klein(base, init_weights=path).load_model(dtype=torch.float32)
+
+
+def test_the_conversion_that_is_advised(pipelines, tmp_path):
+    """Nameless tensors in the order of the parameters become the file that training starts from."""
+    base, other = pipelines("flux2_klein")
+    network = klein(other).load_model(dtype=torch.float32)
+    tensors = [p.detach() for p in network.parameters()]
+    names = [name for name, _ in network.named_parameters()]
+    save_file(dict(zip(names, tensors, strict=True)), tmp_path / "network.safetensors")
+    started = klein(base, init_weights=tmp_path / "network.safetensors").load_model(dtype=torch.float32)
+    assert same(started.state_dict(), network.state_dict())
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_run_from_weights_resumes_with_the_same_ones(pipelines, tmp_path, tiny_klein, tiny_cache, full):
+    base, other = tiny_klein, pipelines("flux2_klein")[1]
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    options["adapter"] = {"no_adapter": True} if full else None
+    trainer = make_trainer(tmp_path / "run", klein(base, init_weights=other), tiny_cache, **options)
+    assert same(network_of(trainer.model).state_dict(), loaded(klein(other), "transformer")) or not full
+    trainer.train()
+    again = make_trainer(tmp_path / "run", klein(base, init_weights=other), tiny_cache, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert same(trainer.model.state_dict(), again.model.state_dict())
+    plain = make_trainer(tmp_path / "run", klein(base), tiny_cache, **options)
+    with pytest.raises(SciflowError, match=r"another run: parts\.init_weights: 'flux2_klein1' then, None now"):
+        plain.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))

@@ -17,7 +17,7 @@ from ...diffusion.randomness import generator, hash64, noise_keys, randn, signed
 from ...diffusion.sources import source_names_in
 from ...errors import CacheError, SciflowError, printable
 from ..cache import TEXT_KEYS
-from ..layouts.base import MASKS, Member, target_dtype
+from ..layouts.base import ATTENTION_MASK, MASKS, Member, target_dtype
 from .buckets import BucketBatchSampler
 from .threads import Carve, Index, Layout, Samples, ThreadedReader
 
@@ -331,7 +331,8 @@ class KeyedDataset(Dataset[dict[str, Any]]):
 
     def _plan(self, row: int, key: int, drops_sources: bool) -> _Plan:
         members = self.dataset.members(row)
-        wanted = {name: member for name, member in members.items() if name not in self.left_out}
+        left_out = {ATTENTION_MASK, *self.left_out}  # of SciForma's caches: klein's network takes none
+        wanted = {name: member for name, member in members.items() if name not in left_out}
         wanted = without_sources(wanted) if drops_sources else wanted
         text = {} if self.empty_prompt is None else self._empty_text(row, key, wanted)
         layout = {n: (tuple(text.get(n, m).shape), target_dtype(m, self.dataset.dtype)) for n, m in wanted.items()}

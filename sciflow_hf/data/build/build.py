@@ -26,12 +26,23 @@ from ..batches.loader import text_rows
 from ..cache import EMPTY_PROMPT_FILE
 from ..layouts.base import NO_LATENTS, Layout
 from ..layouts.npz import write_npz
+from ..row_filter import RowFilter
 from ..writing import output_file, readable_bytes
 from .ahead import THREADS, Behind, in_order
 from .block_staging import InlineStaging, ShardStaging
 from .blocks import BUILD_FILE, locked, noted_settings, remove_temporaries, write_settings
 from .cut import CUT, CountTokens, cut_text, find_cut, warn_of_cut
-from .jobs import Job, Prompt, by_bucket, find_jobs, have_regions, in_batches, shape_measures, source_measures
+from .jobs import (
+    Job,
+    Prompt,
+    by_bucket,
+    find_bucket_columns,
+    find_jobs,
+    have_regions,
+    in_batches,
+    shape_measures,
+    source_measures,
+)
 from .reading import Pixels, read_source, read_views
 from .references import SourceRules, SourceView
 from .sources.edits import EDIT_MASKS
@@ -112,6 +123,8 @@ def build_cache(
     source_dir: Sequence[str | os.PathLike[str]] = (),
     source_column: Sequence[str] = (),
     edit_masks: str = "given",
+    row_filter: Sequence[str] = (),
+    given_buckets: bool = False,
     rank: int = 0,
     world_size: int = 1,
     barrier: Callable[[], None] = lambda: None,
@@ -159,6 +172,8 @@ def build_cache(
         source_column: columns with the reference images of a row; by default `source_image`, where there is one.
         edit_masks: "given", or "computed": where an edit has no mask, what differs between it and its first source,
             if that is of its size.
+        row_filter: conditions that rows must meet, such as "quality_tier=High"; see `RowFilter`.
+        given_buckets: take each row's bucket from its columns `bucket_w` and `bucket_h`, or `width` and `height`.
         rank: which of `world_size` processes this is; each encodes its share.
         world_size: processes that call this with the same arguments.
         barrier: waits for all of them.
@@ -196,6 +211,7 @@ def build_cache(
     facts = json.loads(json.dumps({**settings, "dtype": dtype, "resolution": resolution}))  # tuples become lists
     fixed = facts | {"bucket_step": bucket_step, "payload": payload, "embeds": embeds, "codec": codec}
     fixed |= {} if latent_shape is None else {"latents": NO_LATENTS}
+    fixed |= {"buckets": "given"} if given_buckets else {}
     noted = noted_settings(output / BUILD_FILE, fixed, _OLDER)
     if noted and noted["differ"]:
         online = " Its images are encoded in training: `--image_encoding online`." * (
@@ -223,7 +239,7 @@ def build_cache(
     if records is None:
         records, tally = find_records(
             input_dir, caption_column=caption_column, split=split, leave_out=output, source_dir=source_dir,
-            source_column=source_column,
+            source_column=source_column, row_filter=RowFilter(row_filter) if row_filter else None,
         )  # fmt: skip
     edit = next((record for record in records if record.sources), None)
     if edit is not None and (reason := _no_edits(sources, layout)):
@@ -242,7 +258,8 @@ def build_cache(
     found = find_jobs(
         records, rungs, resolution=resolution, crops=crops, flip=flip, with_caption=kind.with_text,
         skip=skips.on_every_rank, remark=tally.remark, by_length=rules == 1, sources=sources,
-        compute_masks=edit_masks == "computed",
+        compute_masks=edit_masks == "computed", bucket_columns=find_bucket_columns(records) if given_buckets else (),
+        bucket_step=bucket_step,
     )  # fmt: skip
     jobs = by_bucket(found, batch_size)
     if not jobs:

@@ -24,7 +24,16 @@ from ...diffusion.sources import source_name, source_names_in
 from ...errors import CacheError, SciflowError
 from .. import storage
 from ..cache import CAPTION_COLUMNS, EMPTY_PROMPT_FILE, LatentCache, open_index
-from ..layouts.base import METADATA_KEY, TEXT_TENSORS, Block, Layout, Member, payload_columns, target_dtype
+from ..layouts.base import (
+    ATTENTION_MASK,
+    METADATA_KEY,
+    TEXT_TENSORS,
+    Block,
+    Layout,
+    Member,
+    payload_columns,
+    target_dtype,
+)
 from ..layouts.codecs import quantise
 from ..layouts.shards import read_header
 from ..writing import output_file, readable_bytes
@@ -147,6 +156,8 @@ class _Conversion:
         self.owned = lru_cache(maxsize=8)(self._read_owned)
         self.latent_shapes, self.text_shapes = source.latent_shapes, source.text_shapes
         names = source.members(0)
+        if names.pop(ATTENTION_MASK, None) is not None:
+            logger.info("`%s` of the source is left out: klein's network takes no mask.", ATTENTION_MASK)
         if layout.embeds != "none" and "prompt_embeds" not in names:
             raise SciflowError(
                 f"`embeds` is {layout.embeds!r}, but the source stores no text embeddings (it was made with `embeds` "
@@ -248,7 +259,9 @@ class _Conversion:
 
     def _kept(self, members: Mapping[str, Member]) -> dict[str, Member]:
         """The members of a row that are stored."""
-        return {name: m for name, m in members.items() if self.layout.embeds != "none" or name not in TEXT_TENSORS}
+        kept = {name: m for name, m in members.items() if self.layout.embeds != "none" or name not in TEXT_TENSORS}
+        kept.pop(ATTENTION_MASK, None)  # which no family reads
+        return kept
 
     def _source_ids(self) -> list[list[str]]:
         """The ids of each row's sources: those of the index, where it has some; else all are told apart."""

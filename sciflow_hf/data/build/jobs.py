@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from PIL import Image
 
-from ...errors import counted
+from ...errors import SciflowError, counted
 from ..batches.buckets import fitting_bucket
 from .ahead import in_order
 from .references import SourceRules, SourceView, source_view
@@ -24,6 +24,7 @@ _Bucket = tuple[int, int]
 _ROUNDING = 1e-6  # of the box of a view
 _AT_ONCE = 16
 _SOURCES = 4096  # whose facts are kept
+_BUCKET_COLUMNS = (("bucket_h", "bucket_w"), ("height", "width"))  # the latter in older tables
 _CUT_OFF = 0.1  # share of an image's area from which on it is told
 
 
@@ -197,6 +198,8 @@ def find_jobs(
     by_length: bool = False,
     sources: SourceRules | None = None,
     compute_masks: bool = False,
+    bucket_columns: Sequence[str] = (),
+    bucket_step: int = 1,
 ) -> Iterator[Job]:
     """The views of each image, of which the header is decoded; all its bytes are read for the ids.
 
@@ -212,6 +215,8 @@ def find_jobs(
         by_length: ids as in earlier versions: by the length of a file instead of its content, whatever the bucket.
         sources: how a family takes sources; needed where records have some.
         compute_masks: of edits without a changed region, compute it.
+        bucket_columns: with the height and width of each row's bucket, instead of `rungs`.
+        bucket_step: of which these must be multiples.
     """
     masked = any(record.mask is not None for record in records)
     edit_masked = have_regions(records, compute_masks)
@@ -221,7 +226,10 @@ def find_jobs(
         if isinstance(seen, str):
             skip(record.sample if record.sources else record.name, seen)
             continue
-        bucket = bucket_of(*seen.size)
+        bucket = _given_bucket(record, bucket_columns, bucket_step) if bucket_columns else bucket_of(*seen.size)
+        if isinstance(bucket, str):
+            skip(record.sample, bucket)
+            continue
         if sources is not None and (reason := _unusable(record, seen, bucket, sources)):
             skip(record.sample, reason)
             continue
@@ -251,6 +259,37 @@ def find_jobs(
             text = json.dumps([*full, variant] if variant else full)
             reads = sources is not None and sources.text
             yield Job(record, view, _digest(text.encode())[:16], tuple(shown), reads, computes)
+
+
+def find_bucket_columns(records: Iterable[Record]) -> tuple[str, str]:
+    """The columns with the height and width of the buckets: `bucket_h`, `bucket_w`, or those of older tables.
+
+    Raises:
+        SciflowError: no record has them.
+    """
+    there = {name for record in records for name in record.columns}
+    for names in _BUCKET_COLUMNS:
+        if there.issuperset(names):
+            return names
+    raise SciflowError(
+        "`buckets` given: the rows of `input_dir` have no columns `bucket_w` and `bucket_h` (or `width` and `height`), "
+        f"but {', '.join(map(repr, sorted(there))) or 'none'}. Leave it out for buckets by `--resolution`."
+    )
+
+
+def _given_bucket(record: Record, columns: Sequence[str], step: int) -> _Bucket | str:
+    """Height and width that a record names for itself; a text says why they cannot be used."""
+    sides = []
+    for name in columns:
+        value = record.columns.get(name)
+        try:
+            side = float(0 if value is None else value)  # a text in CSV; a float where pandas has seen gaps
+        except (TypeError, ValueError):
+            side = 0.0
+        if not side > 0 or side % step:  # NaN and infinity too
+            return f"its `{name}` is {value!r:.40}, but must be a positive multiple of {step} pixels"
+        sides.append(int(side))
+    return sides[0], sides[1]
 
 
 def have_regions(records: Iterable[Record], compute: bool) -> bool:

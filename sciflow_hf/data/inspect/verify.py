@@ -16,7 +16,7 @@ from ...diffusion.sources import source_name, source_names_in
 from ...errors import CacheError, SciflowError
 from .. import storage
 from ..cache import MEMBER_COLUMNS, LatentCache
-from ..layouts.base import BROKEN, DTYPES, MASKS, Member, Reader, read_members
+from ..layouts.base import ATTENTION_MASK, BROKEN, DTYPES, MASKS, Member, Reader, read_members
 from ..layouts.npz import npz_problems
 
 _STORED = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -197,6 +197,8 @@ def _value_problem(member: Member) -> str:
     if values.is_floating_point() and values.numel() and not torch.stack(torch.aminmax(values)).isfinite().all():
         odd = values.numel() - int(torch.isfinite(values).sum())
         return f"`{member.name}` holds NaN or Inf: {odd} of {values.numel()} values"
+    if member.name == ATTENTION_MASK and not ((values == 0) | (values == 1)).all():
+        return f"`{ATTENTION_MASK}` holds other values than 0 and 1"
     if member.name == "latents_std" and (values < 0).any():
         return "`latents_std` holds negative values"
     return ""

@@ -10,7 +10,7 @@ import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -56,6 +56,10 @@ BROKEN = (
 """Errors of the libraries below for a file that is not as it should be."""
 numpy_reader = threading.Lock()
 """numpy reads the headers of arrays by `ast`, which in Python 3.11 may fail in two threads at once."""
+VAE_H, ATTENTION_MASK = "vae_h", "attention_mask"
+"""Arrays of SciForma's caches: mean and log-variance of the posterior, (2C, h, w), and a mask of the text, (L,)."""
+LOG_VARIANCE = (-30.0, 20.0)
+"""Log-variances are cut to this range, as by diffusers."""
 REBUILD = "Run `sciflow-hf cache build` again"
 CONVERT = "Run `sciflow-hf cache convert` or `cache build` again"
 INT32 = 2**31 - 1
@@ -76,6 +80,7 @@ class Member:
         codec: "none"; "zstd" (see `codecs.pack`); "numpy" for an array that numpy has to decode.
         crc32: of the stored bytes, where the header of a file says so; else -1.
         scale: of an "F8_E4M3" array: float32, (shape[0],), one per token.
+        log_variance: whether logarithms of variances are stored, which are read as standard deviations.
     """
 
     name: str
@@ -87,6 +92,11 @@ class Member:
     codec: str = "none"
     scale: "Member | None" = None
     crc32: int = -1
+    log_variance: bool = False
+
+    def renamed(self, name: str) -> "Member":
+        """The same array under another name."""
+        return replace(self, name=name)
 
     @property
     def numel(self) -> int:
@@ -110,6 +120,11 @@ def read_member(member: Member, out: torch.Tensor, where: object) -> None:
         CacheError: naming `where` and the file, if the bytes are not there or do not decode.
     """
     stored = DTYPES[member.dtype]
+    if member.log_variance:
+        values = torch.empty(member.shape)
+        read_member(replace(member, log_variance=False), values, where)
+        out.copy_((values.clamp(*LOG_VARIANCE) * 0.5).exp())  # as diffusers' DiagonalGaussianDistribution
+        return
     if member.name == "txt_ids" and stored.is_floating_point and not out.is_floating_point():
         ids = torch.empty(member.shape, dtype=torch.float64)
         read_member(member, ids, where)
@@ -222,8 +237,12 @@ def _cast(piece: torch.Tensor, out: torch.Tensor) -> None:
 
 def _from_numpy(member: Member) -> torch.Tensor:
     """An array that only numpy can decode (compressed, big-endian, in Fortran order): slow, but right."""
+    name = member.name if member.name != "txt_ids" else "text_ids"
     with storage.open_file(member.file) as file, numpy_reader, np.load(file, allow_pickle=False) as payload:
-        array = payload[member.name if member.name != "txt_ids" else "text_ids"]
+        if name in payload.files:
+            array = payload[name]
+        else:  # channels of the posterior, from `offset` on
+            array = payload[VAE_H][member.offset : member.offset + member.shape[0]]
     if array.shape != member.shape:
         raise ValueError(f"shape {array.shape} instead of {member.shape}")
     array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
@@ -367,6 +386,9 @@ class Reader(ABC):
         CacheError: if columns or metadata are not what the library writes.
     """
 
+    told: ClassVar[str] = "column `{}` says"
+    """How messages call what says a shape of the index."""
+
     def __init__(self, columns: Columns, root: str, payload: Mapping[str, Any], *shapes: np.ndarray) -> None:
         self.file, self.root, self.payload = columns.file, root, payload
         self.tensors: dict[str, dict[str, Any]] = payload.get("tensors", {})
@@ -375,6 +397,11 @@ class Reader(ABC):
     def columns(cls, payload: Mapping[str, Any]) -> list[str]:
         """The index columns that a reader needs, where a file has them; without the checksums."""
         return ["cache_path"]
+
+    @classmethod
+    def completed(cls, table: pa.Table) -> pa.Table:
+        """Rows of an index file with the columns that the layout derives from others."""
+        return table
 
     @abstractmethod
     def members(self, i: int, where: object) -> dict[str, Member]:

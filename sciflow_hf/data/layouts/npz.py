@@ -7,6 +7,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,19 @@ import torch
 
 from .. import storage
 from ..writing import output_file
-from .base import BROKEN, DTYPES, Block, Columns, Member, Reader, Sample, Writer, explain, numpy_reader
+from .base import (
+    BROKEN,
+    DTYPES,
+    VAE_H,
+    Block,
+    Columns,
+    Member,
+    Reader,
+    Sample,
+    Writer,
+    explain,
+    numpy_reader,
+)
 
 _TEXT_PATH = "text_cache_path"
 _TAIL = 1 << 10  # bytes; holds the central directory of a handful of arrays
@@ -69,7 +82,8 @@ def npz_members(file: str, where: object) -> dict[str, Member]:
     """The arrays of an npz, by name; `text_ids` is called `txt_ids`, as in a batch.
 
     uint16 arrays hold the bits of bfloat16 (masks and ids apart). Arrays that are compressed, big-endian or in
-    Fortran order get the codec "numpy". Nothing is unpickled; arrays of text and the like are left out.
+    Fortran order get the codec "numpy". Nothing is unpickled; arrays of text and the like are left out. `vae_h`, mean
+    and log-variance of a posterior, becomes `latents` and `latents_std`.
 
     Raises:
         CacheError: a missing or broken file, or pickled objects.
@@ -81,7 +95,20 @@ def npz_members(file: str, where: object) -> dict[str, Member]:
         if len(set(names)) != len(names):
             raise ValueError(f"not an npz: an array twice in {names}")
         members = [_member(file, length, info, start + info.header_offset) for info in entries]
-    return {member.name: member for member in members if member is not None}
+        found = {member.name: member for member in members if member is not None}
+        return found if VAE_H not in found or "latents" in found else found | _posterior(found.pop(VAE_H))
+
+
+def _posterior(member: Member) -> dict[str, Member]:
+    """`vae_h` (2C, h, w) as `latents`, its mean, and `latents_std`."""
+    if len(member.shape) != 3 or member.shape[0] % 2:
+        raise ValueError(f"array `{VAE_H}` has shape {member.shape}, which is no mean and log-variance (2C, h, w)")
+    shape, half = (member.shape[0] // 2, *member.shape[1:]), member.nbytes // 2
+    mean = replace(member, name="latents", nbytes=half, shape=shape)
+    behind = member.offset + half
+    if member.codec == "numpy":  # offsets are channels of the array that numpy decodes
+        mean, behind = replace(mean, offset=0, nbytes=member.nbytes), shape[0]
+    return {"latents": mean, "latents_std": replace(mean, name="latents_std", offset=behind, log_variance=True)}
 
 
 def _directory(file: str, length: int) -> tuple[list[zipfile.ZipInfo], int]:

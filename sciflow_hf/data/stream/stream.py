@@ -17,10 +17,22 @@ import torch
 from torch.utils.data import IterableDataset
 
 from ...errors import CacheError, SciflowError
-from ..cache import CAPTION_COLUMNS, CacheIndex, LatentCache, check_inside, find_empty_prompt, find_index, row_shapes
+from ..cache import (
+    CAPTION_COLUMNS,
+    FLUX_H,
+    CacheIndex,
+    LatentCache,
+    check_inside,
+    find_empty_prompt,
+    find_index,
+    light_names,
+    read_table,
+    row_shapes,
+)
 from ..layouts.base import Columns, Reader, as_objects
 from ..layouts.inline import InlineReader
 from ..online import OnlineImages
+from ..row_filter import RowFilter
 from ..split import check_eval_fraction, held_out_groups, is_held_out
 from .index import read_tables, stream_file
 from .order import EpochRows, Place, Row
@@ -43,17 +55,18 @@ class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
     the files) and the samples at hand. `for sample in stream` gives every sample of an epoch once, as `cache[i]`
     does; training goes by `StreamLoader`.
 
-    Only the footers of the index files are read when it is opened.
+    Only the footers of the index files are read when it is opened, and with `row_filter` the columns that decide.
 
     Args:
         dataset_dir, payload_dir, dtype: as of `load_cache`.
         shuffle_buffer: rows of the index that are held to be shuffled; 0 keeps the order of the files.
         weights: one number per `dataset_dir`: how many samples of each an epoch draws, in proportion. Every sample
             comes at least once. Without, all index files are one sequence.
+        row_filter: as of `load_cache`; a byte a row is kept in memory.
 
     Raises:
         CacheError: for a missing or empty cache, or index files that do not fit together.
-        SciflowError: for options out of range.
+        SciflowError: for options out of range, and as `load_cache` for a `row_filter`.
 
     Attributes:
         files: of the index, in the order of the rows.
@@ -75,10 +88,16 @@ class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
         dtype: torch.dtype = torch.bfloat16,
         shuffle_buffer: int = 10_000,
         weights: Sequence[float] | None = None,
+        row_filter: Sequence[str] = (),
     ) -> None:
         if shuffle_buffer < 0:
             raise SciflowError(f"`shuffle_buffer` is {shuffle_buffer}, but must be at least 0.")
         self.files, self.metadata = find_index(dataset_dir)
+        if tables := [file.name for file in self.files if file.layout == FLUX_H]:
+            raise CacheError(
+                f"`streaming`: {tables[0]} lists images, and npz files lie next to them: it is read at once. "
+                "Leave `--streaming` out, or rewrite the cache by `sciflow-hf cache convert --payload inline`."
+            )
         sources = self.files[-1].source + 1
         if weights is not None and (len(weights) != sources or not all(weight > 0 for weight in weights)):
             raise SciflowError(
@@ -86,13 +105,26 @@ class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
             )
         self.dtype, self.shuffle_buffer, self.weights, self._payload_dir = dtype, shuffle_buffer, weights, payload_dir
         self._starts = np.cumsum([0, *(file.footer.num_rows for file in self.files)]).tolist()
-        self.seed, self._epoch, self._length = 0, 0, self._starts[-1]
+        self.row_filter, self._kept = tuple(row_filter), list[np.ndarray]()  # of each file, which rows
+        if row_filter:
+            self._filter(RowFilter(row_filter))
+        counts = [int(kept.sum()) for kept in self._kept]
+        self._counts = counts or [file.footer.num_rows for file in self.files]
+        self.seed, self._epoch, self._length = 0, 0, sum(self._counts)
         self._eval_fraction = 0.0
         self._stand_in: str | None = None
         self._running: EpochRows | None = None
         self._resumed: Mapping[str, Any] | None = None
         self._roots: dict[int, str] = {}
         self._inline: dict[int, InlineReader] = {}  # they know where values begin in the files of inline caches
+
+    def _filter(self, row_filter: RowFilter) -> None:
+        for file in self.files:
+            there = [name for name in row_filter.columns if name in file.schema.names]
+            table = read_table(file.name, there)
+            columns = {name: table.column(name) for name in there}
+            self._kept.append(row_filter.mask(columns, file.footer.num_rows))
+        row_filter.close("`dataset_dir`", light_names(file.schema for file in self.files))
 
     def __len__(self) -> int:
         """Number of samples. An epoch with `weights` shows some of them more than once."""
@@ -168,7 +200,8 @@ class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits over the footers of the index files and what decides the order; the same wherever they lie."""
-        digest = hashlib.sha256(repr((self.shuffle_buffer, self.weights, self._eval_fraction)).encode())
+        order = (self.shuffle_buffer, self.weights, self._eval_fraction)
+        digest = hashlib.sha256(repr((*order, self.row_filter) if self.row_filter else order).encode())
         for file in self.files:
             groups = map(file.footer.row_group, range(file.footer.num_row_groups))
             lie = hashlib.sha256(repr([(group.num_rows, group.total_byte_size) for group in groups]).encode())
@@ -199,7 +232,7 @@ class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
 
     @cached_property
     def _first_row(self) -> Row:
-        return self._row(0)
+        return next(row for part in range(len(self.files)) for row, _ in self.read_rows(part))
 
     # -- rows ----------------------------------------------------------------------------------------------------
 
@@ -215,6 +248,8 @@ class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
     def read_rows(self, part: int, start: int = 0, place: Place | None = None) -> Iterator[tuple[Row, Place]]:
         """Rows of index file number `part` from row `start` on, each with a place from which it can be read again.
 
+        Rows that `row_filter` leaves out are passed over.
+
         Args:
             place: of a row that was read before and is not behind `start`; else the file is read from its beginning.
 
@@ -224,7 +259,8 @@ class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
         for here, table in read_tables(self.files[part], self._columns(part), place):
             if here[0] + len(table) > start:
                 for row in self._rows_of(part, table, here[0])[max(0, start - here[0]) :]:
-                    yield row, here
+                    if not self._kept or self._kept[part][row.row]:
+                        yield row, here
 
     def _columns(self, part: int) -> list[str]:
         """The light columns that are read: with the captions where these are encoded."""
@@ -319,7 +355,7 @@ class StreamingCache(IterableDataset[dict[str, torch.Tensor]]):
         found = []
         for source, weight in enumerate(self.weights):
             parts = [number for number, file in enumerate(files) if file.source == source]
-            count = sum(files[part].footer.num_rows for part in parts)
+            count = sum(self._counts[part] for part in parts)
             if not count:
                 raise CacheError(f"The cache {files[parts[0]].folder} holds no samples: leave it out of `dataset_dir`.")
             found.append((weight, weight / count, parts))

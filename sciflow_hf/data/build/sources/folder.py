@@ -4,11 +4,12 @@ import mimetypes
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from ....errors import SciflowError, first_line
+from ...row_filter import LEFT_OUT, RowFilter
 from ..tally import Tally
 from .captions import METADATA_FILES, WINDOWS, Note, read_notes, read_text, texts_of
 from .edits import EDIT_BOXES, EDIT_MASK, boxes_of, is_none, source_columns, source_paths
@@ -35,6 +36,7 @@ def folder_records(
     source_dir: Sequence[Path] = (),
     source_column: Sequence[str] = (),
     table: Path | None = None,
+    row_filter: RowFilter | None = None,
 ) -> tuple[list[Record], Tally]:
     """The captioned images of a folder, and what became of all its files.
 
@@ -46,11 +48,13 @@ def folder_records(
         source_dir: folders with sources, as `build_cache` takes them.
         source_column: of the metadata, as `source_columns` takes them.
         table: a file that is read as metadata, whatever its name.
+        row_filter: leaves out rows, as `find_records` takes it.
 
     Raises:
         SciflowError: metadata that cannot be read; no image has a caption; a folder without images.
     """
-    return _Folder(folder, listing, caption_column, split, source_dir, source_column, table).records()
+    found = _Folder(folder, listing, caption_column, split, source_dir, source_column, table, row_filter)
+    return found.records()
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,9 @@ class _Folder:
         source_dir: Sequence[Path],
         source_column: Sequence[str],
         table: Path | None,
+        row_filter: RowFilter | None,
     ) -> None:
+        self.row_filter, self.columns = row_filter, dict[str, None]()
         self.folder, self.column, self.split, self.table, self.tally = folder, column, split, table, Tally()
         self.source_column, self.source_columns = source_column, list[str]()
         self.source_dirs = [_SourceDir(path, folder) for path in source_dir]
@@ -92,7 +98,6 @@ class _Folder:
                     self.texts.setdefault(_key(file.with_suffix("")), []).append(file)
         self.stems = {file.with_suffix("") for file in self.images}
         self.stored: dict[Path, Stored] = {}  # sources, which rows may share
-        self.unused: set[Path] = set()  # of splits that are not chosen
         self.edits: dict[str, _Edit] = {}  # of each row of the metadata, by `where`
         self.others = set(files).difference(self.notes, self.images)  # until something uses them
         self.num_files = len(files)
@@ -120,7 +125,7 @@ class _Folder:
     def records(self) -> tuple[list[Record], Tally]:
         rows = self._rows()
         listed = [note.columns for notes in rows.values() for note in notes]
-        columns = list(dict.fromkeys(name for row in listed for name in row))
+        columns = list(dict.fromkeys([*self.columns, *(name for row in listed for name in row)]))
         where = " and ".join(map(str, self.notes)) or str(self.folder)
         if rows and not (self.texts and self.column not in columns and "text" not in columns):
             self.column = caption_column(columns, self.column, where)
@@ -136,6 +141,7 @@ class _Folder:
         }
         no_targets = {*masks.values(), *self._no_targets()} - rows.keys()
         self.others -= no_targets
+        self._filter_others(rows.keys() | no_targets)
         images = [file for file in self.images if file not in no_targets]
         for source_dir in self.source_dirs:
             source_dir.match({file: file.relative_to(self.folder) for file in images})
@@ -259,7 +265,7 @@ class _Folder:
             notes, encoding = read_notes(file)
             if encoding == WINDOWS:
                 self.tally.remark(_IN_WINDOWS, self.name(file))
-            for note in self._of_published_split(file, notes):
+            for note in self._chosen(file, notes):
                 image = self.finder.find(file.parent, note.name) or Path(os.path.normpath(file.parent / note.name))
                 mine.setdefault(image, []).append(note)
             for image in mine.keys() & rows.keys():
@@ -267,26 +273,53 @@ class _Folder:
             rows |= mine
         return rows
 
-    def _of_published_split(self, file: Path, notes: Sequence[Note]) -> list[Note]:
-        """The rows of the chosen splits, where a table without `file_name` has a column `split`."""
+    def _chosen(self, file: Path, notes: Sequence[Note]) -> list[Note]:
+        """The rows of the chosen splits that the filter keeps. Files that only others name are not looked at."""
+        reasons = self._other_splits(file, notes)
+        if self.row_filter is not None:
+            there = [i for i, reason in enumerate(reasons) if not reason]
+            self.columns |= dict.fromkeys(name for i in there for name in notes[i].columns)
+            columns = {name: [notes[i].columns.get(name) for i in there] for name in self.row_filter.columns}
+            kept = self.row_filter.mask(columns, len(there)).tolist()
+            for i in [i for i, keep in zip(there, kept, strict=True) if not keep]:
+                reasons[i] = LEFT_OUT
+        taken = [note for note, reason in zip(notes, reasons, strict=True) if not reason]
+        if len(taken) < len(notes):
+            used = {path for note in taken for path in self._named(note)}
+            pairs = [pair for pair in zip(notes, reasons, strict=True) if pair[1]]
+            self._leave_out({path: reason for note, reason in pairs for path in self._named(note) if path not in used})
+        return taken
+
+    def _other_splits(self, file: Path, notes: Sequence[Note]) -> list[str]:
+        """Why a row is of no chosen split ("": it is), where a table without `file_name` has a column `split`."""
         of = [
             str(note.columns["split"]) if note.key != "file_name" and note.columns.get("split") else ""
             for note in notes
         ]
         if not (there := sorted({name for name in of if name})):
-            return list(notes)
+            return of
         self.has_splits, chosen = True, choose_splits(there, self.split, str(file))
-        taken = [note for note, name in zip(notes, of, strict=True) if not name or name in chosen]
-        used = {path for note in taken for path in self._named(note)}
-        for note, name in zip(notes, of, strict=True):
-            for path in self._named(note) if name and name not in chosen else ():
-                if path not in used:
-                    self.tally.ignored[self.name(path)] = f"of the split {name} (`--split` chooses others)"
-                    self.unused.add(path)
-        self.num_files -= len(self.unused.intersection(self.images))
-        self.images = [image for image in self.images if image not in self.unused]
-        self.others -= self.unused
-        return taken
+        return ["" if n in ("", *chosen) else f"of the split {n} (`--split` chooses others)" for n in of]
+
+    def _leave_out(self, files: Mapping[Path, str]) -> None:
+        """Files that are not looked at, and why."""
+        there = self.others.union(self.images)
+        files = {file: reason for file, reason in files.items() if file in there}
+        self.tally.ignored |= {self.name(file): reason for file, reason in files.items()}
+        self.num_files -= len(files)
+        self.images = [image for image in self.images if image not in files]
+        self.others -= files.keys()
+
+    def _filter_others(self, known: Collection[Path]) -> None:
+        """Leaves out images that no row of the metadata describes, unless the filter keeps rows without values."""
+        if self.row_filter is None:
+            return
+        plain = [file for file in self.images if file not in known]
+        kept = self.row_filter.mask({}, len(plain)).tolist()
+        left_out = [file for file, keep in zip(plain, kept, strict=True) if not keep]
+        texts = [text for file in left_out for text in self.texts.get(_key(file.with_suffix("")), ())]
+        self._leave_out(dict.fromkeys([*left_out, *texts], LEFT_OUT))
+        self.row_filter.close(f"`input_dir` {str(self.folder)!r}", self.columns)
 
     def _named(self, note: Note) -> Iterator[Path]:
         """The files in the input that a row of published metadata names."""
@@ -454,14 +487,18 @@ def caption_column(columns: Sequence[str], wanted: str, where: str) -> str:
 
 
 def listed_records(
-    table: Path, caption_column: str, split: str | None, source_column: Sequence[str] = ()
+    table: Path,
+    caption_column: str,
+    split: str | None,
+    source_column: Sequence[str] = (),
+    row_filter: RowFilter | None = None,
 ) -> tuple[list[Record], Tally]:
     """The captioned images that a table of any name lists, relative to its folder; see `folder_records`."""
     folder = Path(os.path.abspath(table)).parent
     table = folder / table.name
     named = {Path(os.path.normpath(folder / note.name)) for note in read_notes(table)[0]}
     files = sorted({table, *(file for file in named if file.is_file())})
-    return folder_records(folder, Listing(files), caption_column, split, (), source_column, table)
+    return folder_records(folder, Listing(files), caption_column, split, (), source_column, table, row_filter)
 
 
 def what_lies_there(files: Iterable[Path]) -> str:

@@ -9,7 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from ....errors import SciflowError
+from ...row_filter import LEFT_OUT, RowFilter
 from ..tally import Tally
 from .captions import texts_of
 from .edits import EDIT_BOXES, EDIT_MASK, boxes_of, is_none, source_columns, source_paths
@@ -22,11 +27,17 @@ if TYPE_CHECKING:
     import datasets
 
 _BINARY = ("binary", "large_binary", "binary_view")
+_ROWS_AT_ONCE = 1000
 _TEXT = ("string", "large_string", "string_view")
 
 
 def parquet_records(
-    folder: Path, files: Sequence[Path], column: str, split: str | None, sources: Sequence[str] = ()
+    folder: Path,
+    files: Sequence[Path],
+    column: str,
+    split: str | None,
+    sources: Sequence[str] = (),
+    row_filter: RowFilter | None = None,
 ) -> tuple[list[Record], Tally]:
     """The captioned images of parquet files in `folder`, of the chosen splits."""
     splits = {file: split_of_table(file.relative_to(folder)) for file in files}
@@ -35,7 +46,7 @@ def parquet_records(
         splits, there = {file: name or "train" for file, name in splits.items()}, ["train", *there]
     chosen = choose_splits(there, split, str(folder))
     taken = [file for file, name in splits.items() if not there or name in chosen]
-    records, tally = dataset_records(load_parquet(taken), str(folder), column, sources)
+    records, tally = dataset_records(load_parquet(taken), str(folder), column, sources, row_filter)
     tally.used = len(taken)
     for file, name in splits.items():
         if file not in taken:
@@ -69,7 +80,11 @@ def load_parquet(files: Sequence[Path]) -> "datasets.Dataset":
 
 
 def saved_records(
-    source: str | os.PathLike[str], column: str, split: str | None, sources: Sequence[str] = ()
+    source: str | os.PathLike[str],
+    column: str,
+    split: str | None,
+    sources: Sequence[str] = (),
+    row_filter: RowFilter | None = None,
 ) -> tuple[list[Record], Tally]:
     """The captioned images of a folder written by `save_to_disk`, or of a data set of the Hub."""
     import datasets
@@ -93,14 +108,18 @@ def saved_records(
     there = [key for key in splits if key]
     chosen = choose_splits(there, split, name) if there else choose_splits([], split, name) or [""]
     data = datasets.concatenate_datasets([splits[key] for key in chosen])
-    records, tally = dataset_records(data, name, column, sources)
+    records, tally = dataset_records(data, name, column, sources, row_filter)
     for key in splits.keys() - set(chosen):
         tally.remark("splits not looked at (`--split` chooses others)", f"{key} ({len(splits[key])} rows)")
     return records, tally
 
 
 def dataset_records(
-    data: "datasets.Dataset", where: str, column: str, sources: Sequence[str] = ()
+    data: "datasets.Dataset",
+    where: str,
+    column: str,
+    sources: Sequence[str] = (),
+    row_filter: RowFilter | None = None,
 ) -> tuple[list[Record], Tally]:
     """The captioned rows of a data set, each named by the file of its image where these are known and distinct."""
     import datasets
@@ -138,25 +157,30 @@ def dataset_records(
     for name in data.column_names:
         if name not in (*used, *plain, *lists):
             tally.remark("columns that are not kept", name)
+    names = [] if pair else _file_names(data, keys[0])  # of all rows, so that a filter renames none
+    unique = bool(names) and all(names) and len(set(names)) == len(names)
+    names = names if unique else [f"row_{i:08d}" for i in range(len(data))]
+    kept = np.arange(len(data)) if row_filter is None else _kept_rows(data, row_filter, where)
+    if len(kept) < len(data):
+        tally.remarks[f"rows {LEFT_OUT}"] = [names[i] for i in sorted({*range(len(data))}.difference(kept.tolist()))]
+        data = data.select(kept)
     images = data.select_columns(pictures)
     rows = data.select_columns([column, *plain, *lists, *(name for name in masks if name not in pictures)]).to_list()
     cells = _Cells({name: images.select_columns([name]) for name in pictures}, folder)
-    found, refs = [], list[tuple[list[Stored], list[str]] | str]()
+    refs = list[tuple[list[Stored], list[str]] | str]()
     marked: dict[str, list[Stored | None]] = {name: [] for name in masks}
     for i, stored in enumerate(images):
-        found.append("" if pair else _file_name(stored[keys[0]]))
         for name in masks:
             if name in pictures:
                 marked[name].append(cells.stored(i, name) if stored[name] else None)
             else:
                 path = rows[i].pop(name, None)
                 marked[name].append(None if is_none(path) else stored_file(Path(os.path.normpath(folder / str(path)))))
-        refs.append(_sources_of(stored, sources, cells, i))
-    unique = all(found) and len(set(found)) == len(found)
+        refs.append(_sources_of(stored, sources, cells, i, f"row_{kept[i]:08d}"))
     records = []
     for i, row in enumerate(rows):
-        name = found[i] if unique else f"row_{i:08d}"
-        captions = texts_of(row.pop(column), column, f"Row {i} of {where}")
+        name = names[kept[i]]
+        captions = texts_of(row.pop(column), column, f"Row {kept[i]} of {where}")
         boxes, ref = row.get(EDIT_BOXES), refs[i]
         row = {name: value for name, value in row.items() if name not in lists}
         if not captions:
@@ -241,6 +265,25 @@ def _listed(cell: Any, column: str) -> list[Any]:
     return cells
 
 
+def _kept_rows(data: "datasets.Dataset", row_filter: RowFilter, where: str) -> np.ndarray:
+    """Numbers of the rows that a filter keeps."""
+    there = [name for name in row_filter.columns if name in data.column_names]
+    table: Any = data.select_columns(there).with_format("arrow")[:] if there else None
+    mask = row_filter.mask({name: table.column(name) for name in there}, len(data))
+    row_filter.close(f"`input_dir` {where!r}", data.column_names)
+    return np.flatnonzero(mask)
+
+
+def _file_names(data: "datasets.Dataset", column: str) -> list[str]:
+    """Names of the files that the images of a column were; no bytes of images are read."""
+    found: list[str] = []
+    for table in data.select_columns([column]).with_format("arrow").iter(_ROWS_AT_ONCE):
+        cells = table.column(column)
+        cells = pc.struct_field(cells, "path") if pa.types.is_struct(cells.type) else cells
+        found += map(_file_name, cells.to_pylist())
+    return found
+
+
 def _file_name(cell: Any) -> str:
     """Name of the file that a cell's image was; "" where it is not known."""
     return os.path.basename(
@@ -249,15 +292,15 @@ def _file_name(cell: Any) -> str:
 
 
 def _sources_of(
-    row: Mapping[str, Any], columns: Sequence[str], cells: _Cells, i: int
+    row: Mapping[str, Any], columns: Sequence[str], cells: _Cells, i: int, name: str
 ) -> tuple[list[Stored], list[str]] | str:
-    """The sources of a row and their names; a text says what is wrong."""
+    """The sources of row `i`, which is called `name`, and their names; a text says what is wrong."""
     files, names = [], []
     try:
         for column in columns:
             for number, one in enumerate(_listed(row[column], column)):
                 files.append(cells.stored(i, column, number))
-                names.append(_file_name(one) or f"row_{i:08d}/{column}" + (f"_{number}" if number else ""))
+                names.append(_file_name(one) or f"{name}/{column}" + (f"_{number}" if number else ""))
     except ValueError as error:
         return str(error)
     return files, names
