@@ -59,7 +59,11 @@ if TYPE_CHECKING:
         prepare_data,
         prepare_groups,
         prepare_microscopy,
+        prepare_prompts,
     )
+    from .training.reward_arguments import RewardTrainingArguments
+    from .training.reward_prompts import PromptArguments, Prompts
+    from .training.rewards import DiffusionRewardTrainer
     from .training.trainer import DiffusionTrainer
 
 # Public name -> module, as the imports above say to type checkers. Here they happen at first use, so that

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SciflowError, first_line
+from ..training.prompts import prompts_of
 from .devices import named
 from .drawing import ENCODED_AT_ONCE, call_of_row, encoded_each, facts_of_model, write_file
 from .models import load_network, pipeline_kind
-from .prompts import prompts_of
 
 if TYPE_CHECKING:
     import torch

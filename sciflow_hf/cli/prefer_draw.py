@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SciflowError, counted
+from ..training.prompts import prompts_of
 from .devices import inference_dtype, processes
 from .drawing import (
     ENCODED_AT_ONCE,
@@ -30,7 +31,6 @@ from .drawing import (
     write_file,
 )
 from .models import add_model, load_network
-from .prompts import prompts_of
 
 if TYPE_CHECKING:
     import torch

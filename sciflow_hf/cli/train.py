@@ -25,9 +25,10 @@ RECIPES = {
     "microscopy_unet": "train_microscopy",
     "mini_klein": "pretrain_mini_klein",
     "dpo": "train_dpo",
+    "reward": "train_reward",
 }
 """Family -> its file in recipes/, whose steps are run. mini_klein is the small klein of the demo, made from nothing;
-dpo trains the family that `--family` names on comparisons."""
+dpo and reward train the family that `--family` names, on comparisons and by rewards of its own images."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

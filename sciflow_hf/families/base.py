@@ -142,22 +142,39 @@ class ModelFamily(NoiseLevels, Options, ABC):
             levels: final noise levels (B,), after any shift: sigmas, or timesteps of DDPM; drawn from the keys unless
                 given.
         """
-        batch = self.prepare(batch, training=model.training)
+        batch, noised = self.noised(batch, args, training=model.training, noise=noise, levels=levels)
+
+        model_pred = self.predict(model, batch, noised.noisy_latents, noised.levels)
+
+        return self.compare(model_pred, noised, batch, args), noised.levels.float()
+
+    def noised(
+        self,
+        batch: dict[str, torch.Tensor],
+        args: LossArguments,
+        *,
+        training: bool,
+        noise: torch.Tensor | None = None,
+        levels: torch.Tensor | None = None,
+    ) -> tuple[dict[str, torch.Tensor], Noised]:
+        """The batch with its keys, and its clean latents mixed with noise: what `predict` and `compare` are given.
+
+        Args:
+            batch, args, noise, levels: as in `compute_loss`.
+            training: whether noise is drawn on the device, see `draw_noise`.
+        """
+        batch = self.prepare(batch, training=training)
         keys, latents = batch["noise_key"], self.clean_latents(batch)
 
         if noise is None:
-            noise = self.draw_noise(keys, latents, training=model.training)
+            noise = self.draw_noise(keys, latents, training=training)
         if levels is None:
             levels = self.sample_levels(keys, args, self.image_seq_len(latents), batch)
         noise = noise.reshape(latents.shape)
         levels = levels.to(latents.device, self.process.level_dtype, non_blocking=True)
 
         noisy_latents = self.process.mix(latents, noise, levels)
-
-        model_pred = self.predict(model, batch, noisy_latents, levels)
-
-        noised = Noised(latents, noise, noisy_latents, levels, self.process.target(latents, noise, levels))
-        return self.compare(model_pred, noised, batch, args), levels.float()
+        return batch, Noised(latents, noise, noisy_latents, levels, self.process.target(latents, noise, levels))
 
     def draw_noise(self, keys: Any, latents: torch.Tensor, *, training: bool) -> torch.Tensor:
         """Noise of the shape of `clean_latents`, by key: on their device in training, else on the CPU."""

@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -185,6 +185,35 @@ def write_contact_sheet(
     target = folder / "contact_sheet.png"
     save_image(sheet, target, {"steps": ", ".join(map(str, columns))})
     return target
+
+
+def write_reward_sheet(file: Path, rows: Mapping[str, Sequence[tuple["Image", str]]], *, title: str) -> None:
+    """A sheet of images in rows, each image with words below it.
+
+    Args:
+        file: to write.
+        rows: name -> images and words.
+        title: above all.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    columns = max((len(row) for row in rows.values()), default=1)
+    text, small = ImageFont.load_default(16), ImageFont.load_default(12)
+    side, margin, words = 160, 20, 3 * 15 + 2 * _GAP
+    size = 2 * margin + columns * (side + _GAP) - _GAP, 2 * margin + 30 + len(rows) * (30 + side + words)
+    sheet = Image.new("RGB", (max(size[0], _MIN_WIDTH), size[1]), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((margin, margin), title, font=text, fill=_INK)
+    top = margin + 30
+    for name, row in rows.items():
+        draw.text((margin, top), name, font=text, fill=_SOFT)
+        for column, (image, told) in enumerate(row):
+            left = margin + column * (side + _GAP)
+            sheet.paste(_fitted(image, (side, side)), (left, top + 30))
+            for number, line in enumerate(_wrap(_readable(told, small), small, side)):
+                draw.text((left, top + 30 + side + 4 + 15 * number), line, font=small, fill=_INK)
+        top += 30 + side + words
+    save_image(sheet, file, {"title": title})
 
 
 def _image_size(folder: Path) -> tuple[int, int]:

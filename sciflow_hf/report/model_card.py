@@ -77,6 +77,7 @@ class CardFacts:
         other_formats: formats of `sciflow-hf export` that can hold the adapter.
         plot: path inside the folder of the plot of losses and learning rate.
         preferences: of a run on comparisons `loss`, one of `PREFERENCE_LOSSES`, `beta` and `axes`, the losers' names.
+        rewards: of a run by rewards `algorithm`, `beta`, `rewards` (name -> weight) and `watched`, names.
     """
 
     repo_name: str
@@ -106,6 +107,7 @@ class CardFacts:
     other_formats: list[str] = field(default_factory=list)
     plot: str | None = None
     preferences: dict[str, Any] = field(default_factory=dict)
+    rewards: dict[str, Any] = field(default_factory=dict)
 
 
 def public_value(value: Any, *, key: str = "") -> Any:
@@ -260,25 +262,33 @@ def _other_metrics(facts: CardFacts) -> dict[str, float]:
 
 
 _ORDERS = ("right_orders", "margin", "winner_ratio", "loser_ratio")
-_PAPERS = {"Diffusion-DPO": "2311.12908", "M-DPO": "2607.18091"}
+_PAPERS = {"Diffusion-DPO": "2311.12908", "M-DPO": "2607.18091", "DiffusionNFT": "2509.16117"}
 
 
 def _methods(facts: CardFacts) -> list[str]:
-    """The papers whose method a run on comparisons follows, the main one first; [] for another run."""
+    """The papers whose method a run on comparisons or by rewards follows, the main one first; [] for another run."""
     if not facts.preferences:
-        return []
+        return ["DiffusionNFT"] if facts.rewards.get("algorithm") == "nft" else []
     return ["M-DPO", "Diffusion-DPO"] if str(facts.preferences.get("loss")).startswith("mdpo") else ["Diffusion-DPO"]
 
 
 def _method_tags(facts: CardFacts) -> list[str]:
-    return ["dpo", *(f"arxiv:{_PAPERS[name]}" for name in _methods(facts))] if facts.preferences else []
+    own = [*(["dpo"] if facts.preferences else []), *(["reinforcement-learning"] if facts.rewards else [])]
+    return [*own, *(f"arxiv:{_PAPERS[name]}" for name in _methods(facts))]
 
 
 def _method(facts: CardFacts) -> str:
-    """The sentence on the method of a run on comparisons; "" for another run."""
+    """The sentence on the method of a run on comparisons or by rewards; "" for another run."""
+    names = [f"{name} ([{_PAPERS[name]}](https://arxiv.org/abs/{_PAPERS[name]}))" for name in _methods(facts)]
+    if facts.rewards:
+        weights = facts.rewards.get("rewards", {}).items()
+        rewards = ", ".join(
+            f"`{_inline(name)}`" + (f" x {weight:g}" if weight != 1 else "") for name, weight in weights
+        )
+        method = f"{names[0]} with beta {facts.rewards.get('beta', 1):g}" if names else "its own best images (`rft`)"
+        return f" It learnt from rewards of images that it drew itself: {rewards}. Method: {method}."
     if not facts.preferences:
         return ""
-    names = [f"{name} ([{_PAPERS[name]}](https://arxiv.org/abs/{_PAPERS[name]}))" for name in _methods(facts)]
     loss, beta = _inline(facts.preferences.get("loss")), facts.preferences.get("beta")
     return (
         f" In each group one figure is better than the others. Method: {', based on '.join(names)}; `{loss}` with beta "
@@ -310,9 +320,25 @@ def _orders(facts: CardFacts) -> str:
     return f"\n\n{told}\n\n" + _table(("", "held-out groups"), rows)
 
 
+def _reward_results(facts: CardFacts) -> str:
+    """The table of rewards of held-out prompts as training began and now; "" where nothing was measured."""
+    measured, rows = _measured(facts), []
+    for key in (key for key in measured if re.fullmatch(r"eval_(reward|watched)(_.*)?", key)):
+        base, gain = key.replace("eval_", "eval_base_", 1), f"{key}_gain"
+        if base in measured and gain in measured:
+            interval = _gain_interval(facts, gain)
+            spread = f" (95 % interval: {interval[0]:.4g} to {interval[1]:.4g})" if interval else ""
+            name = key.removeprefix("eval_").replace("_", " ")
+            rows.append((name, f"{measured[base]:.4g}", f"{measured[key]:.4g}", f"{measured[gain]:.4g}{spread}"))
+    if not rows:
+        return ""
+    told = "Rewards of held-out prompts, drawn with the same seeds; watched ones did not train. Higher is better."
+    return f"## Results\n\n{told}\n\n" + _table(("", "before", "now", "gain"), rows)
+
+
 def _samples_word(facts: CardFacts) -> str:
-    if facts.preferences:
-        return "groups of figures"
+    if facts.preferences or facts.rewards:
+        return "groups of figures" if facts.preferences else "prompts"
     return "figures" if facts.task == "text-to-image" or facts.dataset.get("edits") else "images"
 
 
@@ -484,12 +510,14 @@ def _largest_bucket(facts: CardFacts) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
-def _table(header: tuple[str, str], rows: list[tuple[str, str]]) -> str:
-    lines = [header, ("---", "---"), *rows]
-    return "\n".join(f"| {name} | {value} |" for name, value in lines)
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _results(facts: CardFacts) -> str:
+    if facts.rewards:
+        return _reward_results(facts)
     measured = _measured(facts)
     rows = [("base model", "eval_base_loss"), (f"with this {_kind(facts)}", "eval_loss")]
     cells = [(label, f"{measured[key]:.4f}") for label, key in rows if key in measured]

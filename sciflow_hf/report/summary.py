@@ -81,6 +81,7 @@ def save_model_card(trainer: Trainer) -> None:
         other_formats=other_formats(trainer.model, family) if adapter else [],
         plot=_save_plot(trainer),
         preferences=trainer.preference_facts() if hasattr(trainer, "preference_facts") else {},
+        rewards=trainer.reward_facts() if hasattr(trainer, "reward_facts") else {},
     )
     save_card(facts, folder)
 
@@ -144,7 +145,7 @@ def last_metrics(trainer: Trainer) -> dict[str, float]:
     """The newest value of every evaluation metric in the log."""
     found: dict[str, float] = {}
     for entry in trainer.state.log_history:
-        if "eval_loss" in entry:
+        if "eval_loss" in entry or "eval_reward" in entry:
             found = {k: v for k, v in entry.items() if k.startswith("eval_")}
     return found
 
@@ -157,8 +158,12 @@ def _no_interval(metrics: dict[str, float]) -> str:
 def held_out_words(metrics: Mapping[str, float], prefix: str = "eval") -> str:
     """ "Held-out loss: 0.6055 base model, 0.2340 now; gain 0.3715 (95 % interval 0.0992 to 0.5917: better)".
 
-    Where there are edits and other rows, the gain of each kind follows.
+    Where there are edits and other rows, the gain of each kind follows. Of a training by rewards it is the reward.
     """
+    if f"{prefix}_reward" in metrics:
+        before, now = (metrics.get(f"{prefix}_{name}", math.nan) for name in ("base_reward", "reward"))
+        gain = _gain(metrics, prefix, "_reward_gain") if f"{prefix}_reward_gain" in metrics else "unknown"
+        return f"Held-out reward: {before:.4f} as training began, {now:.4f} now; gain {gain}"
     loss = f"{metrics[f'{prefix}_loss']:.4f}"
     if f"{prefix}_gain" not in metrics:
         return f"Held-out loss: {loss}"
@@ -173,7 +178,7 @@ def _gain(metrics: Mapping[str, float], prefix: str, name: str = "_gain") -> str
     """ "0.3715 (95 % interval 0.0992 to 0.5917: better)"; why there is no interval only where no kind is named."""
     gain, low = metrics[f"{prefix}{name}"], metrics.get(f"{prefix}{name}_low")
     verdict = "no interval"
-    if name == "_gain":
+    if name in ("_gain", "_reward_gain"):
         verdict = f"{NO_INTERVAL if math.isfinite(gain) else NOT_FINITE}: no interval"
     if low is not None and math.isfinite(gain):
         high = metrics[f"{prefix}{name}_high"]
@@ -190,7 +195,7 @@ def summary(trainer: Trainer) -> str:
     """
     metrics, folder = last_metrics(trainer), Path(trainer.args.output_dir)
     lines = [f"Trained {counted(trainer.state.global_step, 'step')}."]
-    if "eval_loss" in metrics:
+    if metrics:
         lines[0] += f" {held_out_words(metrics)}."
     if "eval_right_orders" in metrics:
         lines.append(f"{_orders(metrics)}.")

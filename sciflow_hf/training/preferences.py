@@ -1,10 +1,9 @@
 """`DiffusionDPOTrainer`: learns from comparisons which of two figures is better."""
 
 import dataclasses
-import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ import numpy as np
 import torch
 from transformers import EvalPrediction
 
-from ..adapters.initial import INITIAL
-from ..adapters.layers import adapter_disabled, adapter_layers, adapter_parameters
+from ..adapters.layers import adapter_layers
 from ..adapters.text_encoders import NetworkWithText, use_captions
+from ..adapters.values import at_start, digest, starting_values
 from ..data.batches.loader import collate
 from ..data.batches.threads import release
 from ..data.preference_groups import CANDIDATE_KEYS, PreferenceGroups
@@ -97,7 +96,7 @@ class DiffusionDPOTrainer(DiffusionTrainer):
                 "needed next to it. Give `sciflow_hf.load_reference(...)`, or add an adapter."
             )
         else:
-            self._start = {} if _is_new(model) else _copies(adapter_parameters(model))
+            self._start = starting_values(model)
 
     # -- the step ------------------------------------------------------------------------------------------------
 
@@ -162,7 +161,7 @@ class DiffusionDPOTrainer(DiffusionTrainer):
         """The network as training began with it, where it is its own reference."""
         if self.reference_model is not None:
             return nullcontext()
-        return _values(self.model, self._start) if self._start else adapter_disabled(self.model)
+        return at_start(self.model, self._start)
 
     # -- data ----------------------------------------------------------------------------------------------------
 
@@ -195,7 +194,7 @@ class DiffusionDPOTrainer(DiffusionTrainer):
         path = self.args.reference_model
         start = "as training begins" if path is None else Path(path).name if Path(path).is_dir() else path
         if self._start:
-            start = f"adapter {_digest(self._start)}"
+            start = f"adapter {digest(self._start)}"
         rules = getattr(self.train_dataset, "rules", None)
         return super()._identity() | {"reference": start, "tuples": rules}
 
@@ -438,39 +437,6 @@ def _check_reference(reference: torch.nn.Module, family: ModelFamily) -> None:
             f"`reference_model`: {name} has the shape {found.get(name)} there and {expected.get(name)} in the network "
             f"that is trained ({len(odd)} differ). Give a reference of the same network."
         )
-
-
-def _is_new(model: torch.nn.Module) -> bool:
-    """Whether a LoRA or DoRA was made in this run, so that it changes nothing yet."""
-    if adapter_parameters(model, INITIAL):
-        return True  # what subtracts the start; a loaded adapter is a plain LoRA
-    last = [p for name, p in adapter_parameters(model).items() if ".lora_B." in name]
-    return bool(last) and not any(p.detach().any() for p in last)
-
-
-def _copies(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in parameters.items()}
-
-
-def _digest(values: Mapping[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(values.items()):
-        digest.update(name.encode() + value.float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-@contextmanager
-def _values(model: torch.nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Other values of an adapter for a while."""
-    parameters = adapter_parameters(model)
-    now = {name: parameter.data for name, parameter in parameters.items()}
-    for name, parameter in parameters.items():
-        parameter.data = values[name].to(parameter.device)
-    try:
-        yield
-    finally:
-        for name, parameter in parameters.items():
-            parameter.data = now[name]
 
 
 def _noted(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,8 @@ from ..images.microscopes import MicroscopyDataArguments, MicroscopyTiles, load_
 from ..images.optics import ForwardModel
 from .arguments import DiffusionTrainingArguments
 from .checkpoints import check_output_dir
+from .prompts import prompts_of
+from .reward_prompts import PromptArguments, Prompts, prompts_for
 from .run_lock import hold
 
 logger = logging.getLogger(__name__)
@@ -303,6 +305,33 @@ def prepare_groups(
         train.repeats = repeats_for(train.source_of_row, data_args.dataset_weights, data_args.dataset_dir)
     logger.info("%s to train on, %d held out.", counted(len(train), "group"), len(held_out or []))
     return train, held_out or None
+
+
+def prepare_prompts(
+    prompt_args: PromptArguments, family: ModelFamily, args: DiffusionTrainingArguments
+) -> tuple[Prompts, Prompts | None]:
+    """The prompts that a network learns from by rewards, and those held out.
+
+    Args:
+        prompt_args: where they are, and what is held out.
+        family: which sizes it draws.
+        args: the options of the run.
+
+    Returns:
+        The prompts to train on, and those held out or None.
+
+    Raises:
+        SciflowError: an output folder with checkpoints and no word on them; prompts that cannot be read or drawn.
+    """
+    pipeline = Path(args.output_dir) / DEMO
+    is_demo = family.pretrained_model_name_or_path == DEMO
+    _processes(args, lambda: demo_pipeline(pipeline, family.name) if is_demo else None)
+    if is_demo:
+        family.pretrained_model_name_or_path = str(demo_pipeline(pipeline, family.name))
+    rows = prompts_of(prompt_args.prompts_file, split=prompt_args.prompts_split)
+    train, held_out = prompts_for(rows, family, prompt_args.rollout_size).split(prompt_args.eval_fraction)
+    logger.info("%s to train on, %d held out.", counted(len(train), "prompt"), len(held_out))
+    return train, held_out if len(held_out) else None
 
 
 def prepare_class_images(

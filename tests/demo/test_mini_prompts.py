@@ -2,11 +2,11 @@
 
 from collections import Counter
 
-from sciflow_hf.cli.prompts import prompts_of
 from sciflow_hf.demo import house_prompts, unnamed_figures
 from sciflow_hf.demo.mini_figures import COLOURS, COUNTS, KINDS
 from sciflow_hf.demo.mini_prompts import HOUSE_COLOUR, UNNAMED
 from sciflow_hf.metrics.rewards.chart import chart_colour, chart_kind
+from sciflow_hf.training.prompts import prompts_of
 
 
 def names_of(words, text):

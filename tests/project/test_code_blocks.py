@@ -88,6 +88,9 @@ def draws(page: str, found: dict[str, Any]) -> None:
     if page == "docs/preferences.md":
         grey = Image.new("RGB", (4, 4), (51, 51, 51))
         assert found["bright"](["a", "b"], [grey, Image.new("RGB", (4, 4))], colour=[None, None]) == [0.2, 0.0]
+    if page == "docs/rewards.md":
+        assert found["grey"]([""] * 2, [Image.new("RGB", (4, 4), colour) for colour in ("red", "grey")]) == [-1, 0]
+        assert found["trainer"].state.global_step == 2
     if page == "docs/dit.md":
         assert len(found["images"]) == 2
     if page == "docs/evaluating.md":
@@ -108,6 +111,7 @@ DOCS = (
     "preferences",
     "publishing",
     "quickstart",
+    "rewards",
 )
 PAGES = ["README.md", *(f"docs/{name}.md" for name in DOCS), relative(CARD)]
 

@@ -15,6 +15,7 @@ from sciflow_hf.images.class_source import ClassImageArguments
 from sciflow_hf.images.microscopes import MicroscopyDataArguments
 from sciflow_hf.training.arguments import _STOCK_RANGES
 from sciflow_hf.training.preference_arguments import PreferenceArguments
+from sciflow_hf.training.reward_arguments import RewardArguments
 
 REFUSED = [
     ("min_snr_gamma", -1), ("min_snr_gamma", 0), ("timestep_shift", "inf"), ("timestep_shift", "nan"),
@@ -56,7 +57,7 @@ def test_every_number_has_a_range():
     assert without == []
     for name in BUILT_IN:
         assert [n for n, r in numbers(load_family(name)) if not r] == []
-    preferences = (PreferenceArguments, sf.TupleArguments)
+    preferences = (PreferenceArguments, sf.TupleArguments, RewardArguments, sf.PromptArguments)
     for kind in (sf.DataArguments, sf.AdapterArguments, ClassImageArguments, MicroscopyDataArguments, *preferences):
         assert [n for n, r in numbers(kind) if not r] == []
 

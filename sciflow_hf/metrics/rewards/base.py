@@ -34,6 +34,7 @@ BUILT_IN = {
     "chart": ("chart.chart", "a kind, colour or count in the prompt, or columns of these names"),
     "chart_kind": ("chart.chart_kind", "a kind of chart in the prompt, or a column `kind`"),
     "chart_colour": ("chart.chart_colour", "one colour in the prompt, or a column `colour`"),
+    "chart_look": ("chart.chart_look", "a kind of chart and one colour in the prompt, or columns `kind` and `colour`"),
     "chart_count": ("chart.chart_count", "a kind and a number of things in the prompt, or columns `kind` and `count`"),
     "chart_right": ("chart.chart_right", "a kind or one colour in the prompt, or columns `kind` and `colour`"),
     "aspect": ("guards.aspect", "columns `width` and `height`"),

@@ -70,6 +70,14 @@ def chart_colour(prompts: Sequence[str], images: Sequence[Image.Image], colour: 
     return [None if c is None else closeness_of_hue(i, COLOURS[c]) for c, i in zip(asked, images, strict=True)]
 
 
+def chart_look(
+    prompts: Sequence[str], images: Sequence[Image.Image], kind: Column = None, colour: Column = None
+) -> list[float | None]:
+    """`chart_colour` of charts of the right kind, 0 for others: neither makes up for the other; None without both."""
+    kinds, colours = chart_kind(prompts, images, kind), chart_colour(prompts, images, colour)
+    return [None if k is None or c is None else k * c for k, c in zip(kinds, colours, strict=True)]
+
+
 def chart_count(
     prompts: Sequence[str], images: Sequence[Image.Image], kind: Column = None, count: Column = None
 ) -> list[float | None]:

@@ -12,6 +12,7 @@ from ...report.summary import held_out_words
 from ..arguments import DiffusionTrainingArguments
 
 LINES, SECONDS = 20, 60
+_SHORT = {"loss": "loss", "reward": "reward", "eval_gain": "gain", "learning_rate": "rate"}
 
 
 class ConsoleCallback(ProgressCallback):
@@ -61,12 +62,12 @@ class ConsoleCallback(ProgressCallback):
     ) -> None:
         if self.training_bar is None or not logs or not state.is_world_process_zero:
             return
-        for name, short in (("loss", "loss"), ("eval_gain", "gain"), ("learning_rate", "rate")):
+        for name, short in _SHORT.items():
             if name in logs:
                 self.shown[short] = f"{logs[name]:.3g}"
         self.training_bar.set_postfix(self.shown)
         for name in logs:
-            prefix = name.removesuffix("_loss")
+            prefix = name.removesuffix("_loss").removesuffix("_reward")
             if name.startswith("eval_") and f"{prefix}_runtime" in logs:
                 of = f" of {prefix.removeprefix('eval_')}" if prefix != "eval" else ""
                 self.training_bar.write(f"Step {state.global_step}{of}. {held_out_words(logs, prefix)}.", sys.stderr)

@@ -199,7 +199,7 @@ class ValidationCallback(TrainerCallback):
         All ranks must go to its end. Of a sharded network all draw everything, and the first has the images.
         """
         self._encode(args, model)
-        with self.weights(), _at_rest(model) as network:
+        with self.weights(), at_rest(model) as network:
             if isinstance(network, NetworkWithText):
                 self._encode_with(network)
             sharded = _is_sharded(network)
@@ -232,7 +232,7 @@ class ValidationCallback(TrainerCallback):
         """Encodes this rank's prompts, once; what is kept lies on the CPU. Not where text encoders are trained."""
         if self._prompt_inputs:
             return
-        with _at_rest(model) as network:
+        with at_rest(model) as network:
             if isinstance(network, NetworkWithText):
                 return
             wanted = sorted({prompt for prompt, _ in _share(self._pairs, _is_sharded(network))})
@@ -352,7 +352,7 @@ def log_images(callbacks: Iterable[TrainerCallback], images: dict[str, tuple["Im
 
 
 @contextmanager
-def _at_rest(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+def at_rest(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """The bare network, in evaluation mode, without gradients; then modes and random states are as before."""
     # Keeps accelerate's mixed-precision forward.
     network = extract_model_from_parallel(model, keep_torch_compile=False)

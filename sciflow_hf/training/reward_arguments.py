@@ -1,0 +1,114 @@
+"""Options of training by rewards."""
+
+from typing import Any, ClassVar
+
+from ..diffusion.rewards import OLD_POLICY_DECAYS, REWARD_ALGORITHMS, SPREADS
+from ..errors import SciflowError
+from ..options import arguments, option
+from .arguments import DiffusionTrainingArguments
+
+
+def _check_algorithm(args: Any) -> None:
+    for name, algorithm in (("nft_beta", "nft"), ("rft_threshold", "rft")):
+        if getattr(args, name) != getattr(type(args), name) and args.reward_algorithm != algorithm:
+            raise SciflowError(
+                f"`{name}` {getattr(args, name):g} is for `--reward_algorithm {algorithm}`, and that is "
+                f"{args.reward_algorithm}: change one of them."
+            )
+
+
+def _check_watched(args: Any) -> None:
+    if not args.watch_rewards:
+        raise SciflowError("`stop_if_watched_falls` without `watch_rewards` watches nothing: give both.")
+
+
+@arguments
+class RewardArguments:
+    """How a network learns from the rewards of its own images."""
+
+    heading: ClassVar[str] = "Rewards"
+
+    reward_funcs: list[str] = option(
+        [], "Rewards that train: names as of `sciflow-hf prefer score`, or dotted paths of functions."
+    )
+    reward_weights: list[float] = option([], "Weight of each in the sum; 1 by default.", within="(-inf, inf)")
+    watch_rewards: list[str] = option(
+        [],
+        "Rewards that do not train, but must not fall: they are measured on the held-out prompts, against hacking of "
+        "the others.",
+    )
+    stop_if_watched_falls: bool = option(
+        False,
+        "Stop where one of --watch_rewards is below its start with 95 % confidence; else a warning.",
+        check=_check_watched,
+    )
+    reward_timeout: float = option(
+        600.0, "Seconds that the rewards may take for the images of one draw; 0 waits for ever.", within="[0, inf)"
+    )
+    reward_algorithm: str = option(
+        "nft",
+        "nft, DiffusionNFT; or rft, its baseline: plain training on those images that are better than the others of "
+        "their prompt.",
+        choices=REWARD_ALGORITHMS,
+    )
+    num_generations: int = option(
+        8,
+        "Images of each prompt, a group.",
+        within="[2, inf)",
+        advice="Images are compared with the others of their prompt.",
+    )
+    prompts_per_rollout: int = option(16, "Prompts that are drawn before the weights are updated.", within="[1, inf)")
+    rollout_batch_size: int = option(
+        8,
+        "Images that are drawn at once; a prompt's are never divided, so at least --num_generations are.",
+        within="[1, inf)",
+    )
+    rollout_steps: int = option(10, "Sampling steps of the images that are learnt from.", within="[1, inf)")
+    rollout_guidance: float = option(
+        1.0, "Their guidance; 1 is none, as in the paper: the rewards replace it.", within="[0, inf)"
+    )
+    updates_per_rollout: int | None = option(
+        None,
+        "Optimizer steps after each rollout, which together are an epoch; as many as show every image once when not "
+        "given.",
+        within="[1, inf)",
+    )
+    nft_beta: float = option(
+        1.0,
+        "How far the implied good policy lies from the one that draws; .1 is bolder, and published for texts and "
+        "several rewards.",
+        within="(0, inf)",
+        check=_check_algorithm,
+    )
+    rft_threshold: float = option(
+        0.0,
+        "Least advantage of images that rft trains on, in standard deviations.",
+        within="(-inf, inf)",
+        check=_check_algorithm,
+    )
+    advantage_spread: str = option(
+        "rollout",
+        "Whose standard deviation advantages are measured in: that of all rewards of a rollout, or of each group.",
+        choices=SPREADS,
+    )
+    kl_weight: float = option(
+        1e-4, "Weight of the squared distance to the velocity that training began with.", within="[0, inf)"
+    )
+    old_policy_decay: str = option(
+        "on_policy",
+        "How the policy that draws follows the trained one after rollout n: on_policy, at once; slow, keeping "
+        "min(.001 n, .5) of itself; late, at once up to n = 75, then keeping min(.0075 (n - 75), .999).",
+        choices=OLD_POLICY_DECAYS,
+    )
+
+
+@arguments
+class RewardTrainingArguments(RewardArguments, DiffusionTrainingArguments):
+    """Every option of `DiffusionTrainingArguments`, and those of rewards; an epoch is a rollout."""
+
+    heading: ClassVar[str] = "Training by rewards"
+
+    @property
+    def images_per_rollout(self) -> int:
+        """Images of a rollout."""
+        return self.prompts_per_rollout * self.num_generations
