@@ -17,11 +17,6 @@ def _check_algorithm(args: Any) -> None:
             )
 
 
-def _check_watched(args: Any) -> None:
-    if not args.watch_rewards:
-        raise SciflowError("`stop_if_watched_falls` without `watch_rewards` watches nothing: give both.")
-
-
 @arguments
 class RewardArguments:
     """How a network learns from the rewards of its own images."""
@@ -38,9 +33,7 @@ class RewardArguments:
         "the others.",
     )
     stop_if_watched_falls: bool = option(
-        False,
-        "Stop where one of --watch_rewards is below its start with 95 % confidence; else a warning.",
-        check=_check_watched,
+        False, "Stop where one of --watch_rewards is below its start with 95 % confidence; else a warning."
     )
     reward_timeout: float = option(
         600.0, "Seconds that the rewards may take for the images of one draw; 0 waits for ever.", within="[0, inf)"

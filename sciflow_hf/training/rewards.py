@@ -97,11 +97,9 @@ class DiffusionRewardTrainer(DiffusionTrainer):
         self._start: Values = {}
         self._forget()
         prompts, held_out = (_as_prompts(data, family) for data in (train_dataset, eval_dataset))
-        if args.stop_if_watched_falls and held_out is None:
-            raise SciflowError(
-                "`stop_if_watched_falls`: `watch_rewards` are measured on held-out prompts, and there are none. Hold "
-                "some out by `--eval_fraction`."
-            )
+        if args.stop_if_watched_falls and not (watched and held_out):
+            what = "held-out prompts: hold some out by `--eval_fraction`" if watched else "`watch_rewards`: give some"
+            raise SciflowError(f"`stop_if_watched_falls` stops nothing without {what}, or leave it out.")
         self._images = _Images(self, _rows_of_rollout(args))
         super().__init__(
             model, args, family=family, train_dataset=prompts, eval_dataset=held_out or None,

@@ -134,7 +134,7 @@ def test_rewards(check):
 
 
 MISTAKES = {
-    "good and bad are swapped": ("optimality * good + (1 - optimality) * bad", "(1 - optimality) * good + optimality * bad"),
+    "good and bad are swapped": ("good, bad = ", "bad, good = "),
     "not divided by beta": ("* bad) / beta", "* bad)"),
     "without the limit": ("return _LIMIT * (optimality", "return (optimality"),
     "error of the velocity": ("sigma * (policy - target)", "(policy - target)"),

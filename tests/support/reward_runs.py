@@ -1,4 +1,4 @@
-"""Short trainings by rewards of a tiny klein: in this process, or as a script that kills itself, on one rank or more."""
+"""Short trainings by rewards of a tiny klein: in this process, or as a script that kills itself, on any ranks."""
 
 import json
 import os

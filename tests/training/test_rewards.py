@@ -353,16 +353,16 @@ def test_other_rewards_are_refused_on_resume(tmp_path, family):
 def broken(kind):
     """A reward that fails for every third image, or in every call."""
 
-    def reward(prompts, images):
+    def odd_one(prompts, images):
         found = [mean(image) for image in images]
         if kind == "raises":
             raise RuntimeError("the judge is away")
         if kind == "wrong length":
             return found[:-1] if len(found) > 1 else [*found, 1.0]
-        odd = {"NaN": math.nan, "None": None, "text": "good", "often NaN": math.nan, "infinite": math.inf}[kind]
-        return [odd if kind != "often NaN" or i % 3 == 0 else value for i, value in enumerate(found)]
+        bad = {"NaN": math.nan, "None": None, "text": "good", "often NaN": math.nan, "infinite": math.inf}[kind]
+        return [bad if kind != "often NaN" or i % 3 == 0 else value for i, value in enumerate(found)]
 
-    return reward
+    return odd_one
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,7 @@ def test_a_reward_that_fails_everywhere_ends_the_run_and_costs_no_image(tmp_path
     reward = broken(kind)
     with pytest.raises(SciflowError) as error:
         reward_trainer(tmp_path, family, rewards=[reward]).train()
-    assert all(word in str(error.value) for word in ["`reward` reward", *words])
+    assert all(word in str(error.value) for word in ["`reward` odd_one", *words])
     drawn = {path: path.read_bytes() for path in (tmp_path / "rollouts" / "000000").glob("draw_*")}
     assert len(drawn) == 2
     mended = reward_trainer(tmp_path, family, rewards=[dark], save_strategy="no")
@@ -392,7 +392,7 @@ def test_single_failures_are_counted_and_do_not_train(tmp_path, family, caplog):
     trainer = reward_trainer(tmp_path, family, rewards=[broken("often NaN")])
     trainer.train()
     assert (
-        "`reward` reward failed on an image of" in caplog.text
+        "`reward` odd_one failed on an image of" in caplog.text
         and "and on 3 more; these have no `reward`" in caplog.text
     )
     assert torch.isfinite(trainer._advantages).all() and (trainer._advantages == 0).sum() >= 4
@@ -506,8 +506,8 @@ def test_rewards_of_the_start_are_kept_and_measured_again_where_options_change(t
         (dict(weighting_scheme="cosmap"), "`weighting_scheme` cosmap does not go with rewards"),
         (dict(nft_beta=0.5, reward_algorithm="rft"), "`nft_beta` 0.5 is for `--reward_algorithm nft`"),
         (dict(rft_threshold=0.5), "`rft_threshold` 0.5 is for `--reward_algorithm rft`"),
-        (dict(stop_if_watched_falls=True), "`stop_if_watched_falls` without `watch_rewards`"),
-        (dict(stop_if_watched_falls=True, watch_rewards=["blank"]), "are measured on held-out prompts"),
+        (dict(stop_if_watched_falls=True), "stops nothing without `watch_rewards`"),
+        (dict(stop_if_watched_falls=True, watch_rewards=["blank"]), "stops nothing without held-out prompts"),
         (dict(updates_per_rollout=3), "`updates_per_rollout` 3: with 2 images a step these show 6 of the 8"),
         (dict(adapter={"no_adapter": True}), "would need three networks"),
     ],
@@ -536,7 +536,7 @@ def test_families_and_prompts_that_are_refused(tmp_path, family):
     ):
         with pytest.raises(SciflowError, match=words):
             prompts_for(rows, family, (1024, 1024))
-    with pytest.raises(SciflowError, match="`eval_fraction` 0.9 holds out all"):
+    with pytest.raises(SciflowError, match=r"`eval_fraction` 0\.9 holds out all"):
         prompts(1).split(0.9)
 
 
