@@ -18,7 +18,7 @@ def copies(parameters: Mapping[str, torch.Tensor]) -> Values:
 
 
 def starting_values(model: torch.nn.Module) -> Values:
-    """What an adapter that was loaded has now; {} for a LoRA or DoRA made in this run, which changes nothing yet."""
+    """The values of an adapter that was loaded; {} for a LoRA or DoRA made in this run, which changes nothing yet."""
     parameters = adapter_parameters(model)
     if adapter_parameters(model, INITIAL):
         return {}  # what subtracts the start; a loaded adapter is a plain LoRA

@@ -57,8 +57,8 @@ class RewardArguments:
         within="[1, inf)",
     )
     rollout_steps: int = option(10, "Sampling steps of the images that are learnt from.", within="[1, inf)")
-    rollout_guidance: float = option(
-        1.0, "Their guidance; 1 is none, as in the paper: the rewards replace it.", within="[0, inf)"
+    rollout_guidance: float | None = option(
+        None, "Their guidance; none when not given, as in the paper: the rewards replace it.", within="[0, inf)"
     )
     updates_per_rollout: int | None = option(
         None,

@@ -19,7 +19,7 @@ _ENDS = {"low": "_low", "high": "_high"}
 
 
 def held_out_settings(args: RewardTrainingArguments, prompts: Prompts, rewards: Sequence[Reward]) -> dict[str, Any]:
-    """What the scores of held-out images depend on, next to the weights; plain JSON values."""
+    """The options that decide the scores of held-out images, next to the weights; plain JSON values."""
     names = ("validation_seeds", "num_inference_steps", "validation_guidance_scale", "rollout_batch_size")
     facts = {name: getattr(args, name) for name in names}
     return facts | {"prompts": prompts.fingerprint, "rewards": [reward.name for reward in rewards]}

@@ -71,7 +71,7 @@ class Prompts:
         return f"prompt {self.rows[row]['prompt']!r:.80}"
 
     def columns(self, rows: Sequence[int]) -> dict[str, list[Any]]:
-        """What these rows give the rewards: name -> a value of each, None where it has none."""
+        """The columns of these rows for the rewards: name -> a value of each, None where it has none."""
         names = dict.fromkeys(name for row in self.rows for name in row if name != "prompt")
         return {name: [self.rows[row].get(name) for row in rows] for name in names}
 

@@ -222,7 +222,7 @@ class DiffusionRewardTrainer(DiffusionTrainer):
             with at_rest(self.model), with_values(self.model, self._old):
                 for i in mine:
                     with _memory_explained(args):
-                        rollout.draw(i, self._painter, steps=args.rollout_steps, guidance=args.rollout_guidance)
+                        rollout.draw(i, self._painter, steps=args.rollout_steps, guidance=self._guidance)
             logger.info("Rollout %d is drawn: scoring %s.", number, counted(args.images_per_rollout, "image"))
             for i in mine:
                 rollout.score(i, timeout=args.reward_timeout)
@@ -262,11 +262,17 @@ class DiffusionRewardTrainer(DiffusionTrainer):
         return 1 if self.family.pads_text else max(1, self.args.rollout_batch_size // images)
 
     def _facts(self) -> dict[str, Any]:
-        """What decides the images of a rollout, next to its draws."""
+        """All that decides the images of a rollout, next to its draws."""
         args, prompts = self.args, self.train_dataset
         facts = {name: getattr(args, name) for name in ("rollout_steps", "rollout_guidance", "rollout_batch_size")}
         facts |= {name: getattr(args, name) for name in ("num_generations", "prompts_per_rollout", "seed")}
         return facts | {"prompts": prompts.fingerprint, "dtype": str(args.weight_dtype), "policy": digest(self._old)}
+
+    @property
+    def _guidance(self) -> float:
+        """The guidance of rollouts: none unless it is given."""
+        given = self.args.rollout_guidance
+        return _with_prompts(self.family).no_guidance if given is None else given
 
     @functools.cached_property
     def _painter(self) -> Painter:
@@ -315,10 +321,10 @@ class DiffusionRewardTrainer(DiffusionTrainer):
         """The sample of a row of the rollout, with its `advantage`, and the row of its `prompt`."""
         if self._rollout is None:  # a look at a batch
             self.begin_rollout(0)
-        assert self._rollout is not None
-        image = row % len(self._rollout.places)
-        sample = self._rollout.sample(image)
-        return sample | {"advantage": self._advantages[image], "prompt": self._rollout.places[image][0]}
+        rollout: Any = self._rollout
+        image = row % len(rollout.places)
+        sample: dict[str, Any] = rollout.sample(image)
+        return sample | {"advantage": self._advantages[image], "prompt": rollout.places[image][0]}
 
     def _identity(self) -> dict[str, Any]:
         args = self.args

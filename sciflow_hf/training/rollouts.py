@@ -84,7 +84,7 @@ class Painter:
         return self.family.load_pipeline(self.network, device=self.device)
 
     def texts(self, prompts: Sequence[str]) -> list[dict[str, torch.Tensor]]:
-        """What training needs of each prompt, encoded one by one: a batch would round otherwise."""
+        """The text of each prompt as training needs it, encoded one by one: a batch would round otherwise."""
         return [text_rows(self.family.encode_prompts([prompt], self.encoders))[0] for prompt in prompts]
 
     def draw(self, prompts: Sequence[str], draw: Draw, *, steps: int, guidance: float) -> tuple[torch.Tensor, Any]:
@@ -131,7 +131,7 @@ def score(
 
 
 def _within(seconds: float, call: Callable[[], Any], message: str) -> Any:
-    """What `call` returns; SciflowError if it takes longer. Its thread ends with the process."""
+    """The result of `call`; SciflowError if it takes longer. Its thread ends with the process."""
     found: list[Any] = []
 
     def run() -> None:
@@ -236,7 +236,7 @@ class Rollout:
 
     @functools.cached_property
     def places(self) -> list[tuple[int, int, int, int]]:
-        """Of every image: row of its prompt, draw, prompt in the draw, and number of its group."""
+        """The row of the prompt, the draw, the prompt in the draw, and the number of the group of every image."""
         found, group = [], -1
         for number, draw in enumerate(self.draws):
             for place, (row, seeds) in enumerate(zip(draw.rows, draw.seeds, strict=True)):
