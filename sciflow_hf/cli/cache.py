@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.batches.sizes import BUCKETS, FITS, MAX_ASPECT_RATIO
 from ..data.build.sources.edits import EDIT_MASKS
 from ..data.layouts import CODECS, EMBEDS, PAYLOADS
 from ..errors import SciflowError, counted
@@ -46,18 +47,25 @@ def add_options(cache: argparse.ArgumentParser) -> None:
     add(
         "--resolution", type=int, default=1024, help="images become about N x N pixels, small ones fewer (default 1024)"
     )
+    add(
+        "--buckets",
+        choices=BUCKETS,
+        default=BUCKETS[0],
+        help="equal_tokens: sizes of one number of tokens; given: columns bucket_w and bucket_h of each row",
+    )
+    add(
+        "--max_aspect_ratio",
+        type=float,
+        default=MAX_ASPECT_RATIO,
+        help=f"longest side over shortest, at most 4 (default {MAX_ASPECT_RATIO:g})",
+    )
+    add("--fit", choices=FITS, default=FITS[0], help="pad: complete images, with the page's colour around them")
     add("--enlarge", action="store_true", help="bring small images to about N x N pixels as well")
     add("--caption_column", default="caption", help="metadata column with the captions (default caption)")
     add("--image_column", default="image", help="dit: column with the images (default image)")
     add("--label_column", default="label", help="dit: column with the classes (default label)")
     add("--split", help="split of the input: a name, several as in train+validation, or all (default train)")
     _add_filter(add)
-    add(
-        "--buckets",
-        choices=("resolution", "given"),
-        default="resolution",
-        help="given: columns bucket_w and bucket_h of each row",
-    )
     _add_sources(add)
     add("--edit_masks", choices=EDIT_MASKS, default="given", help="computed: changed regions from source and target")
     add("--max_sequence_length", type=int, help="text tokens per prompt (default: the family's)")
@@ -137,8 +145,8 @@ def _build(args: argparse.Namespace) -> None:
     options = "pretrained_model_name_or_path revision max_sequence_length posterior use_t5 trust_remote_code"
     family = _family(args.family, **named(args, options), **named_parts(args))
     given = named(args, "resolution enlarge caption_column split batch_size strict dtype payload embeds codec crops")
-    given |= named(args, "text_batch_size flip source_dir source_column edit_masks row_filter")
-    given |= {"given_buckets": args.buckets == "given"}
+    given |= named(args, "text_batch_size flip source_dir source_column edit_masks row_filter buckets max_aspect_ratio")
+    given |= {"fit": args.fit}
     given |= {"latent_shape": family.latent_shape} if args.latents == "none" else {}
     with processes(args.device) as (device, ranks):
         where = {"device": device, "encoder_dtype": inference_dtype(device), **ranks}
@@ -154,13 +162,16 @@ def _build_classes(args: argparse.Namespace) -> None:
 
     if not args.vae_name_or_path:
         raise SciflowError("`vae_name_or_path` is missing: `dit` needs a cache only for the latents of a VAE.")
+    for name, value in (("buckets", BUCKETS[0]), ("max_aspect_ratio", MAX_ASPECT_RATIO), ("fit", FITS[0])):
+        if (given := getattr(args, name)) != value:
+            raise SciflowError(f"`{name}` {given}: images of `dit` are squares of `--resolution`. Leave it out.")
     options = {"vae_name_or_path": args.vae_name_or_path, "image_size": args.resolution, "posterior": args.posterior}
     family: Any = _family("dit", **options | named_parts(args))
     data_args = ClassImageArguments(**named(args, "input_dir image_column label_column"))
-    given = named(args, "split batch_size strict dtype payload codec flip")
+    kept = named(args, "split batch_size strict dtype payload codec flip")
     with processes(args.device) as (device, ranks):
         where = {"device": device, "encoder_dtype": inference_dtype(device), **ranks}
-        report = build_class_cache(data_args, family, args.output_dir, **where, **given)
+        report = build_class_cache(data_args, family, args.output_dir, **where, **kept)
     if ranks.get("rank", 0) == 0:
         _say(report)
 

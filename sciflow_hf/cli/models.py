@@ -112,11 +112,12 @@ def image_size(args: argparse.Namespace, family: Any, default: tuple[int, int] |
 
 def call_of(args: argparse.Namespace, family: Any, images: "list[Image]") -> dict[str, Any]:
     """Size and sources of an image as arguments of `generate`; both as in training, where the run says it."""
+    from ..data.batches.sizes import FITS
     from ..data.source_images import EditViews
 
     facts = run_facts(args.model_path).get("dataset", {})
     sizes = [(int(h), int(w)) for h, w in (size.split("x") for size in facts.get("buckets") or {})]
-    views = EditViews(sizes, bool(facts.get("as_targets")))
+    views = EditViews(sizes, bool(facts.get("as_targets")), facts.get("fit", FITS[0]))
     default = family.source_size(*images[0].size[::-1]) if images and not sizes else None
     height, width = size = image_size(args, family, default)
     if images:

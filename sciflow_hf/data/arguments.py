@@ -6,12 +6,12 @@ from typing import ClassVar
 
 from ..errors import SciflowError
 from ..options import Options, arguments, option
+from .batches.sizes import BUCKETS, FITS, MAX_ASPECT_RATIO
 from .build.sources.edits import EDIT_MASKS
 from .layouts import PAYLOADS
 from .row_filter import RowFilter
 
 ENCODINGS = ("cached", "online")
-BUCKETS = ("resolution", "given")
 CROP_FROM = ("resized", "original")
 
 
@@ -67,14 +67,26 @@ def _check_online(args: "DataArguments") -> None:
 def _check_sources(args: "DataArguments") -> None:
     if not args.input_dir:
         given = {"source_dir": args.source_dir, "source_column": args.source_column, "edit_masks": args.edit_masks}
-        given["buckets"] = args.buckets
-        name = next(name for name in given if given[name] not in ([], EDIT_MASKS[0], BUCKETS[0]))
-        has = "buckets" if name == "buckets" else "edits"
-        raise SciflowError(f"`{name}` {given[name]} is for `--input_dir`: a cache that is built already has its {has}.")
+        name = next(name for name in given if given[name] not in ([], EDIT_MASKS[0]))
+        raise SciflowError(f"`{name}` {given[name]} is for `--input_dir`: a cache that is built already has its edits.")
 
 
 def _check_row_filter(args: "DataArguments") -> None:
     RowFilter(args.row_filter)
+
+
+def _check_shapes(args: "DataArguments") -> None:
+    if args.input_dir:
+        return
+    for name, value in (("buckets", BUCKETS[0]), ("max_aspect_ratio", MAX_ASPECT_RATIO), ("fit", FITS[0])):
+        if (given := getattr(args, name)) != value:
+            raise SciflowError(f"`{name}` {given} is for `--input_dir`: a cache that is built already has its buckets.")
+
+
+def _check_fit(args: "DataArguments") -> None:
+    _check_shapes(args)
+    if args.random_crop and args.fit == "pad":
+        raise SciflowError("`fit` pad shows complete images, and `--random_crop` windows: leave one of the two out.")
 
 
 def _check_crop_from(args: "DataArguments") -> None:
@@ -178,13 +190,6 @@ class DataArguments(Options):
         "stands for rows without one.",
         check=_check_row_filter,
     )
-    buckets: str = option(
-        "resolution",
-        "given: the bucket of each row is in its columns `bucket_w` and `bucket_h`, as in SciForma's data, instead of "
-        "the nearest of `--resolution`.",
-        choices=BUCKETS,
-        check=_check_sources,
-    )
     source_dir: list[str] = option(
         [],
         "Folders with a reference image for each image of `--input_dir`, of the same file name; the first holds source "
@@ -208,6 +213,27 @@ class DataArguments(Options):
         "Images are resized to about resolution x resolution pixels, in aspect-ratio buckets; small ones to a half, a "
         "quarter, ... of that.",
         within="[1, inf)",
+    )
+    buckets: str = option(
+        BUCKETS[0],
+        "Sizes of images from `--input_dir`: resolution, of about its area, in steps of 1/16 of the side; equal_tokens, "
+        "of one number of tokens, so that compiled blocks and memory see one length; given, those in the columns "
+        "`bucket_w` and `bucket_h` of each row, as in SciForma's data.",
+        choices=BUCKETS,
+        check=_check_shapes,
+    )
+    max_aspect_ratio: float = option(
+        MAX_ASPECT_RATIO,
+        "Longest side over shortest of those sizes.",
+        within="[1, 4]",
+        check=_check_shapes,
+    )
+    fit: str = option(
+        FITS[0],
+        "How an image of `--input_dir` is brought to such a size: cut, it loses the excess at two edges; pad, it "
+        "stays complete, with the colour of its page around it, where there is no loss.",
+        choices=FITS,
+        check=_check_fit,
     )
     enlarge: bool = option(False, "Also bring small images of `--input_dir` to about resolution x resolution pixels.")
     encode_batch_size: int = option(1, "Images encoded at once for the cache.", within="[1, inf)")

@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from ..diffusion.sources import source_name, source_names_in
 from ..errors import CacheError, SciflowError, counted, first_line
 from . import storage
+from .batches.sizes import FITS
 from .layouts.base import (
     ATTENTION_MASK,
     BROKEN,
@@ -69,7 +70,7 @@ _FILES_AT_ONCE = 8
 _KEPT = (*NAME_COLUMNS, "cache_path", "inline_row")  # in memory; shapes and places become arrays
 _PathLike = str | os.PathLike[str]
 # What describes a build and not what was encoded: parts may differ in it, as caches of several resolutions do.
-_OF_THE_BUILD = ("version", "payload", "embeds", "dtype", "resolution")
+_OF_THE_BUILD = ("version", "payload", "embeds", "dtype", "resolution", "buckets", "max_aspect_ratio")
 TEXT_PARTS = ("text_encoder_name_or_path", "text_encoder_2_name_or_path", "text_encoder_3_name_or_path")
 PARTS = ("vae_name_or_path", *TEXT_PARTS)
 """Encoder settings that are noted where a part has a path of its own; else it is the pipeline's."""
@@ -916,7 +917,10 @@ def check_schemas(files: Sequence[tuple[int, str]], schemas: Sequence[pa.Schema]
 def common_metadata(names: Sequence[str], found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The metadata of the first part; CacheError where another was made with other settings."""
     for name, metadata in zip(names[1:], found[1:], strict=True):
-        one, other = ({k: v for k, v in each.items() if k not in _OF_THE_BUILD} for each in (found[0], metadata))
+        one, other = (
+            {"fit": FITS[0]} | {k: v for k, v in each.items() if k not in _OF_THE_BUILD}
+            for each in (found[0], metadata)
+        )
         differ = differences(one, other, "`{}` is {!r} and {!r}")
         if differ:
             raise CacheError(

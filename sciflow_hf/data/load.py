@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from ..errors import CacheError, SciflowError, counted
 from .arguments import DataArguments
+from .batches.sizes import FITS
 from .cache import LatentCache, open_index
 from .layouts.base import NO_LATENTS
 from .online import OnlineImages
@@ -102,6 +104,7 @@ def load_data(
     if online_text is None:
         _check_text(cache, folders)
     if online_images is not None:
+        online_images = _fitted(online_images, cache)
         cache.online_images = online_images.fixed()
         _check_images(cache)
     else:
@@ -157,6 +160,17 @@ def _check_latents(cache: LatentCache | StreamingCache, dirs: Sequence[str]) -> 
             f"`dataset_dir` {source!r} holds no latents. Encode its images in training by `--image_encoding online`, "
             "or build another cache with latents (`sciflow-hf cache build`)."
         )
+
+
+def _fitted(images: OnlineImages, cache: LatentCache | StreamingCache) -> OnlineImages:
+    """The images as the cache shows them: cut or padded."""
+    fit = cache.metadata.get("fit", FITS[0])
+    if fit != FITS[0] and images.crop:
+        raise SciflowError(
+            f"`random_crop` shows windows, and the cache was built with `--fit {fit}`, which shows complete images: "
+            "leave one of the two out."
+        )
+    return replace(images, fit=fit)
 
 
 def _check_images(cache: LatentCache | StreamingCache) -> None:

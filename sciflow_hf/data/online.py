@@ -37,6 +37,7 @@ class OnlineImages:
         time_ids: batches have `time_ids` (B, 6), see `build_cache`.
         crop: "", "resized" or "original", see `random_view`.
         flip: mirror half of the images.
+        fit: "cut" or "pad", as the cache was built.
     """
 
     encode: Callable[[torch.Tensor], _Tensors]
@@ -45,12 +46,17 @@ class OnlineImages:
     time_ids: bool = False
     crop: str = ""
     flip: bool = False
+    fit: str = "cut"
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"encode": None}  # which stays in the main process
 
     def __str__(self) -> str:
-        crops = {"": "centre crops", "resized": "random crops", "original": "random crops of their own pixels"}
+        crops = {
+            "": "padded" if self.fit == "pad" else "centre crops",
+            "resized": "random crops",
+            "original": "random crops of their own pixels",
+        }
         return crops[self.crop] + ", half of them mirrored" * self.flip
 
     def fixed(self) -> "OnlineImages":
@@ -59,9 +65,9 @@ class OnlineImages:
 
     @cached_property
     def masked(self) -> bool:
-        """Whether some images have a loss mask, so that all get one."""
+        """Whether some images have a loss mask, or padding, so that all get a mask."""
         records = (record for place in self.places if isinstance(place, Mapping) for record in place.values())
-        return any(record.mask is not None for record in records)
+        return self.fit == "pad" or any(record.mask is not None for record in records)
 
     def layout(self, size: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """{name: (shape, dtype)} of what `read` gives for a bucket (height, width)."""
@@ -95,9 +101,9 @@ class OnlineImages:
                 rgb = to_rgb(file)
             original = (rgb.height, rgb.width)
             if key is None or not (self.crop or self.flip):
-                view = view_of(variant, name, original, size)
+                view = view_of(variant, name, original, size, self.fit)
             else:
-                view = random_view(variant, name, key, original, size, self.crop, self.flip)
+                view = random_view(variant, name, key, original, size, self.crop, self.flip, self.fit)
             found = {"pixel_values": torch.from_numpy(fit_pixels(rgb, view))}
         except Exception as error:  # PIL lets through whatever its decoders raise
             raise CacheError(

@@ -8,9 +8,10 @@ from typing import Any
 from PIL import Image
 
 from ..errors import SciflowError, counted
-from .batches.buckets import TOLERANCE, image_sizes, nearest_bucket
+from .batches.buckets import image_sizes
+from .batches.sizes import FITS, TOLERANCE, nearest_bucket
 from .build.sources.pixels import to_rgb, unreadable
-from .build.views import view_of
+from .build.views import fit_image, own_pixels, view_of
 from .stream.stream import StreamingCache
 
 NONE = "none"
@@ -91,10 +92,12 @@ class EditViews:
         sizes: (height, width) of the images that were trained on.
         as_targets: the first source was trained on through the window of the image that it is edited to, as sources
             of the image's size are (see `cache build`); otherwise the pipeline shows all of it.
+        fit: "cut" or "pad", as the cache was built.
     """
 
     sizes: Sequence[_Size] = ()
     as_targets: bool = False
+    fit: str = "cut"
 
     @classmethod
     def of(cls, dataset: Any, family: Any) -> "EditViews":
@@ -103,7 +106,8 @@ class EditViews:
         both = zip(getattr(rows, "buckets", ()), getattr(rows, "source_shapes", ()), strict=False)
         pairs = [(tuple(bucket), tuple(shapes[0])) for bucket, shapes in both if shapes]
         alike = {pair: family.latent_shape(*family.source_size(*pair[0])) == pair[1] for pair in set(pairs)}
-        return cls(list(image_sizes(dataset)), 2 * sum(alike[pair] for pair in pairs) > len(pairs))
+        fit = getattr(rows, "metadata", {}).get("fit", FITS[0])
+        return cls(list(image_sizes(dataset)), 2 * sum(alike[pair] for pair in pairs) > len(pairs), fit)
 
     def size_of(self, source: Image.Image, default: _Size) -> _Size:
         """(height, width) of an edit with this first source: of `sizes`, one that does not enlarge it if there is one.
@@ -119,8 +123,8 @@ class EditViews:
     def shown(self, sources: Sequence[Image.Image], size: _Size, family: Any) -> list[Image.Image]:
         """The images that the pipeline is given of `sources` to draw an edit of `size`.
 
-        Those as large as the first one lose what exceeds the shape of the edit, and are resized as in training where
-        the pipeline does not do that itself.
+        Those as large as the first one lose what exceeds the shape of the edit, or are padded to it, and are resized as
+        in training where the pipeline does not do that itself.
 
         Raises:
             SciflowError: the family refuses them at that size.
@@ -131,7 +135,7 @@ class EditViews:
         if refused := family.check_source(*shown):
             name = sources[0].info.get("source_image", "the source")
             raise SciflowError(f"{name}, shown as in training, has {refused}. Draw a larger edit.")
-        return [_window(each, shown, resizes) if each.size == sources[0].size else each for each in sources]
+        return [self._window(each, shown, resizes) if each.size == sources[0].size else each for each in sources]
 
     def resized(self, size: _Size, family: Any) -> _Size | None:
         """(height, width) that a user must bring a source to before the pipeline edits it at `size`; None: to none.
@@ -141,14 +145,9 @@ class EditViews:
         height, width = shown = family.source_size(*size)
         return shown if self.as_targets and family.source_size(2 * height, 2 * width) != shown else None
 
-
-def _window(image: Image.Image, size: _Size, resizes: bool) -> Image.Image:
-    """The part of an image in the shape (height, width) of `size`, in that size or in its own pixels."""
-    box = view_of("", "", (image.height, image.width), size).box
-    if resizes:
-        part = image.resize(size[::-1], Image.Resampling.LANCZOS, box=box)
-    else:
-        left, top, right, bottom = map(round, box)
-        part = image.crop((left, top, right, bottom))
-    part.info = dict(image.info)
-    return part
+    def _window(self, image: Image.Image, size: _Size, resizes: bool) -> Image.Image:
+        """The view of an image in the shape (height, width) of `size`, in that size or in its own pixels."""
+        view = view_of("", "", (image.height, image.width), size, self.fit)
+        part = fit_image(image, view) if resizes else own_pixels(image, view)
+        part.info = dict(image.info)
+        return part

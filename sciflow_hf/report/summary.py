@@ -15,6 +15,7 @@ from ..adapters.files import weight_name
 from ..adapters.layers import adapter_facts
 from ..data.batches.buckets import image_sizes
 from ..data.batches.loader import groups_of, is_stream
+from ..data.batches.sizes import FITS
 from ..data.prior import without_prior
 from ..data.source_images import EditViews
 from ..engines.optimizers import effective_learning_rate
@@ -106,6 +107,7 @@ def _edits(trainer: Trainer, train: Any, metrics: Mapping[str, float]) -> dict[s
         "edits": edits,
         "sources": 1 if shapes is None else max(map(len, shapes)),
         "as_targets": views.as_targets,
+        **({} if views.fit == FITS[0] else {"fit": views.fit}),
         **({} if shown is None else {"source_size": shown}),
     }
 

@@ -11,7 +11,7 @@ import torch
 from accelerate import PartialState
 
 from ..data.arguments import DataArguments
-from ..data.build.build import BuildReport, build_cache
+from ..data.build.build import SHAPES, BuildReport, build_cache
 from ..data.build.cut import find_cut, warn_of_cut
 from ..data.build.references import SourceRules
 from ..data.build.views import MIRRORED
@@ -213,13 +213,13 @@ def prepare_data(
             encoder_dtype=args.weight_dtype,
             resolution=data_args.resolution,
             enlarge=data_args.enlarge,
+            **{name: getattr(data_args, name) for name in SHAPES},
             caption_column=data_args.caption_column,
             split=data_args.split,
             source_dir=data_args.source_dir,
             source_column=data_args.source_column,
             edit_masks=data_args.edit_masks,
             row_filter=data_args.row_filter,
-            given_buckets=data_args.buckets == "given",
             batch_size=data_args.encode_batch_size,
             text_batch_size=data_args.text_batch_size,
             strict=data_args.strict,
@@ -235,7 +235,7 @@ def prepare_data(
         places += ([*data_args.image_dir, None][:1]) * (data_args.prior_dataset_dir is not None)
         row_filter = tuple(data_args.row_filter)  # by which the cache has been built
         of_input: dict[str, Any] = {"source_dir": [], "source_column": [], "edit_masks": DataArguments.edit_masks}
-        of_input |= {"buckets": DataArguments.buckets, "row_filter": []}
+        of_input |= {"row_filter": [], **SHAPES}
         data_args = dataclasses.replace(data_args, input_dir=None, dataset_dir=[directory], **of_input)
     where = {"device": args.device, "dtype": args.weight_dtype}
     encode = online_text(family, **where, watch=data_args.streaming and not built) if online else None

@@ -396,7 +396,7 @@ class DiffusionTrainer(Trainer):
             negative_prompts=args.validation_negative_prompt,
             source_images=args.validation_source_images,
             target_images=args.validation_target_images,
-            edits=EditViews(() if args.validation_size else views.sizes, views.as_targets),
+            edits=dataclasses.replace(views, sizes=()) if args.validation_size else views,
             seeds=args.validation_seeds,
             steps=args.validation_steps,
             num_inference_steps=args.num_inference_steps,

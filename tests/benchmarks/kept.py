@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 
-from sciflow_hf.data.batches.buckets import fitting_bucket, ladder
+from sciflow_hf.data.batches.sizes import fitting_bucket, ladder
 from sciflow_hf.data.build.views import view_of
 from sciflow_hf.data.inspect.describe import text_table
 

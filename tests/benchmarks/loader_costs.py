@@ -16,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from sciflow_hf.data.batches.buckets import BucketBatchSampler, ladder
+from sciflow_hf.data.batches.buckets import BucketBatchSampler
 from sciflow_hf.data.batches.loader import BucketLoader
+from sciflow_hf.data.batches.sizes import ladder
 from sciflow_hf.data.build.build import build_cache
 from sciflow_hf.data.build.convert import convert_cache
 from sciflow_hf.data.build.jobs import find_jobs

@@ -7,13 +7,8 @@ from collections import Counter
 
 import pytest
 
-from sciflow_hf.data.batches.buckets import (
-    BucketBatchSampler,
-    aspect_ratio_buckets,
-    fitting_bucket,
-    ladder,
-    nearest_bucket,
-)
+from sciflow_hf.data.batches.buckets import BucketBatchSampler
+from sciflow_hf.data.batches.sizes import aspect_ratio_buckets, fitting_bucket, ladder, nearest_bucket
 from sciflow_hf.demo.figures import PAGE_SIZES
 from sciflow_hf.demo.mini_figures import SIZES
 from sciflow_hf.errors import SciflowError

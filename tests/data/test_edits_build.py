@@ -18,7 +18,7 @@ import torch
 from builds import STEP, StubEncoders, build, index_of, picture, write_notes
 from PIL import Image
 
-from sciflow_hf.data.batches.buckets import ladder
+from sciflow_hf.data.batches.sizes import ladder
 from sciflow_hf.data.build.build import BuildReport
 from sciflow_hf.data.build.jobs import find_jobs
 from sciflow_hf.data.build.reading import read_source

@@ -87,7 +87,7 @@ def test_batches_are_those_of_our_own_cache(theirs: Path, tmp_path: Path, kind: 
     options = {"older": kind == "older", "compressed": kind == "compressed"}
     folder = theirs if kind == "plain" else write_theirs(tmp_path / "theirs", **options)
     images = sciforma.files(tmp_path / "images")
-    build(images, tmp_path / "ours", Encoders(), split="gen_768", given_buckets=True, payload="npz", dtype="fp32")
+    build(images, tmp_path / "ours", Encoders(), split="gen_768", buckets="given", payload="npz", dtype="fp32")
     for posterior in (False, True):
         caches = [load_cache(path, dtype=torch.float32, row_filter=GENERATIONS) for path in (folder, tmp_path / "ours")]
         found, expected = (list(batches(cache, posterior=posterior)) for cache in caches)

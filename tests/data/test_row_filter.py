@@ -244,7 +244,7 @@ def test_given_buckets(tmp_path: Path, form: str) -> None:
     folder = tmp_path / "in"
     source = sciforma.parquet(folder) if form == "parquet" else sciforma.files(folder, older=form == "older")
     split = None if form == "parquet" else "gen_768"
-    build(source, tmp_path / "cache", split=split, resolution=16, given_buckets=True)
+    build(source, tmp_path / "cache", split=split, resolution=16, buckets="given")
     cache = load_cache(tmp_path / "cache")
     assert isinstance(cache, LatentCache) and len(cache) == 20
     expected = sciforma.columns("generation")
@@ -262,14 +262,14 @@ def test_buckets_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     for name in ["plain", *range(len(values), 20)]:
         (folder / f"{name}.png").unlink()
     (folder / "plain.txt").unlink()
-    report = build(folder, tmp_path / "cache", given_buckets=True)
+    report = build(folder, tmp_path / "cache", buckets="given")
     assert report.samples == 3
     shown = ["None", "47", "-48", "'wide'", "nan"]
     reasons = {f"{i}.png": f"its `bucket_w` is {text}, but must be a positive multiple of 8 pixels"
                for i, text in enumerate(shown, 3)}  # fmt: skip
     assert dict(report.skipped) == reasons
     with pytest.raises(SciflowError, match=r"3\.png.*`bucket_w` is None"):
-        build(folder, tmp_path / "strict", given_buckets=True, strict=True)
+        build(folder, tmp_path / "strict", buckets="given", strict=True)
     write_notes(folder, [{"file_name": "0.png", "caption": "x", "year": 1}])
     with pytest.raises(SciflowError, match=r"`buckets` given: .* have no columns `bucket_w` and `bucket_h`.*'year'"):
-        build(folder, tmp_path / "none", given_buckets=True)
+        build(folder, tmp_path / "none", buckets="given")

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets, and the sampler that makes an epoch of batches which each hold one bucket."""
+"""The sampler that makes an epoch of batches which each hold one bucket."""
 
 import math
 from collections import Counter
@@ -12,6 +12,7 @@ from torch.utils.data import Sampler
 from ...diffusion.randomness import hash64
 from ...errors import SciflowError
 from ..writing import text_table
+from .sizes import check_ints
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,9 @@ class BucketBatchSampler(Sampler[list[int]]):
         drop_last: bool = False,
         repeats: Sequence[float] | np.ndarray | None = None,
     ) -> None:
-        _check_ints(1, batch_size=batch_size, num_replicas=num_replicas, accumulation_steps=accumulation_steps)
-        _check_ints(0, rank=rank)
-        _check_ints(-math.inf, seed=seed)
+        check_ints(1, batch_size=batch_size, num_replicas=num_replicas, accumulation_steps=accumulation_steps)
+        check_ints(0, rank=rank)
+        check_ints(-math.inf, seed=seed)
         if rank >= num_replicas:
             raise SciflowError(f"`rank` is {rank}, but must lie in [0, num_replicas) = [0, {num_replicas}).")
         self.batch_size, self.num_replicas, self.rank = batch_size, num_replicas, rank
@@ -115,7 +116,7 @@ class BucketBatchSampler(Sampler[list[int]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next iteration follows."""
-        _check_ints(0, epoch=epoch)
+        check_ints(0, epoch=epoch)
         self.epoch = int(epoch)
 
     def __len__(self) -> int:
@@ -292,88 +293,3 @@ def image_sizes(dataset: Any) -> Counter[tuple[int, int]]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | np.integer)
-
-
-TOLERANCE = 0.1
-"""By how much of itself a side of an image may grow before a smaller bucket is taken."""
-
-
-def aspect_ratio_buckets(resolution: int, step: int, *, max_aspect_ratio: float = 2.0) -> list[tuple[int, int]]:
-    """Image sizes of about `resolution`**2 pixels, in the manner of SDXL (Podell et al. 2023, appendix I).
-
-    Args:
-        resolution: side of the square bucket in pixels; no bucket has a larger area.
-        step: sides are multiples of it (pixels).
-        max_aspect_ratio: longest side over shortest, at least 1.
-
-    Returns:
-        (height, width) pairs from the tallest to the widest. A size is left out if one of its sides could
-        grow by a step without passing a limit; the square is always there.
-    """
-    _check_ints(1, step=step, resolution=resolution)
-    if resolution < step:
-        raise SciflowError(
-            f"`resolution` is {resolution}, but image sides are multiples of {step}: give at least {step}."
-        )
-    if not max_aspect_ratio >= 1:
-        raise SciflowError(f"`max_aspect_ratio` is {max_aspect_ratio}, but must be at least 1.")
-    area = resolution * resolution
-    square = resolution // step * step
-    found = {(square, square)}
-
-    def longest(side: int) -> int:
-        return int(min(area / side, side * max_aspect_ratio + 1e-6)) // step * step
-
-    for width in range(step, int(resolution * math.sqrt(max_aspect_ratio)) + step, step):
-        height = longest(width)
-        if height and longest(height) == width:
-            found.add((height, width))
-    return sorted(found, key=lambda size: (size[1] / size[0], size[0]))
-
-
-def ladder(resolution: int, bucket_step: int) -> list[list[tuple[int, int]]]:
-    """Aspect-ratio buckets of areas `resolution`**2 times 1, 1/2, 1/4, ..., down to a single step: for small figures.
-
-    Args:
-        resolution: side of the largest square in pixels.
-        bucket_step: sides are multiples of it (pixels). On each rung they are multiples of about 1/16 of its square's
-            side, as in SDXL (64 at 1024): few enough buckets for full batches.
-    """
-    _check_ints(1, bucket_step=bucket_step, resolution=resolution)
-    rungs: list[list[tuple[int, int]]] = []
-    area = resolution**2
-    while not rungs or area >= bucket_step**2:
-        side = math.isqrt(area)
-        rungs.append(aspect_ratio_buckets(side, bucket_step * max(1, side // (16 * bucket_step))))
-        area //= 2
-    return rungs
-
-
-def fitting_bucket(height: int, width: int, rungs: Sequence[Sequence[tuple[int, int]]]) -> tuple[int, int]:
-    """The nearest (height, width) on the first of `rungs` that does not enlarge an image; else that on the last.
-
-    A side may grow by `TOLERANCE`, since buckets have few sizes: at resolution 1024 an image of 1000 x 1000 pixels is
-    brought to 1024 x 1024, not to 704 x 704.
-    """
-    for buckets in rungs:
-        found = nearest_bucket(height, width, buckets)
-        if found[0] <= height * (1 + TOLERANCE) and found[1] <= width * (1 + TOLERANCE):
-            break
-    return found
-
-
-def nearest_bucket(height: int, width: int, buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The (height, width) of `buckets` whose aspect ratio is nearest by logarithm; of equals, the largest."""
-    if not buckets:
-        raise SciflowError("`buckets` is empty: give at least one (height, width).")
-    aspect = math.log(height / width)
-    return min(buckets, key=lambda size: (round(abs(math.log(size[0] / size[1]) - aspect), 9), -size[0] * size[1]))
-
-
-def _check_ints(low: float, **values: int) -> None:
-    """SciflowError for a value that is not a whole number, or below `low`."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | np.integer):
-            raise SciflowError(f"`{name}` is {value!r}, but must be a whole number.")
-        if value < low:
-            raise SciflowError(f"`{name}` is {value}, but must be at least {low}.")

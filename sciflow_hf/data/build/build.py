@@ -21,8 +21,8 @@ from tqdm import tqdm
 from ... import __version__
 from ...diffusion.sources import source_name
 from ...errors import SciflowError, counted
-from ..batches.buckets import ladder
 from ..batches.loader import text_rows
+from ..batches.sizes import BUCKETS, FITS, MAX_ASPECT_RATIO, ladder
 from ..cache import EMPTY_PROMPT_FILE
 from ..layouts.base import NO_LATENTS, Layout
 from ..layouts.npz import write_npz
@@ -61,6 +61,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 STAGING: dict[str, type[Staging]] = {"shards": ShardStaging, "inline": InlineStaging, "npz": NpzStaging}
 RULES = 2
 """Noted in `BUILD_FILE`: samples are known by content, small images not enlarged. Earlier versions note nothing."""
+SHAPES = {"buckets": BUCKETS[0], "max_aspect_ratio": MAX_ASPECT_RATIO, "fit": FITS[0]}
+"""Settings of a build that are noted where they are others."""
 _OLDER = {"payload": "npz", "embeds": "bf16", "codec": "none"}  # before there were other layouts
 T = TypeVar("T")
 _Tensors = dict[str, torch.Tensor]
@@ -115,7 +117,9 @@ def build_cache(
     flip: bool = False,
     time_ids: bool = False,
     records: Sequence[Record] | None = None,
-    buckets: Sequence[tuple[int, int]] | None = None,
+    buckets: Sequence[tuple[int, int]] | str = BUCKETS[0],
+    max_aspect_ratio: float = MAX_ASPECT_RATIO,
+    fit: str = FITS[0],
     enlarge: bool = False,
     count_tokens: CountTokens | None = None,
     latent_shape: Callable[[int, int], Sequence[int]] | None = None,
@@ -124,7 +128,6 @@ def build_cache(
     source_column: Sequence[str] = (),
     edit_masks: str = "given",
     row_filter: Sequence[str] = (),
-    given_buckets: bool = False,
     rank: int = 0,
     world_size: int = 1,
     barrier: Callable[[], None] = lambda: None,
@@ -162,7 +165,12 @@ def build_cache(
         time_ids: store `time_ids` (6,) with each row: original height and width, top and left of the crop in the
             resized image, height and width, in pixels, as SDXL is told them.
         records: the images themselves, instead of those found in `input_dir`.
-        buckets: (height, width) in pixels, of which each image gets the nearest by aspect ratio; by default `ladder`.
+        buckets: (height, width) in pixels, of which each image gets the nearest by aspect ratio; or which are made by
+            `ladder`: "resolution", of about one area, or "equal_tokens", of one number of tokens; or "given": each row
+            names its own in the columns `bucket_w` and `bucket_h`, or `width` and `height`.
+        max_aspect_ratio: of those buckets, from 1 to 4.
+        fit: "cut": an image covers its bucket and loses the excess at two edges; "pad": it fits into the bucket, around
+            it the colour of its page, which the loss does not see (`loss_mask`). Windows of `crops` are not padded.
         enlarge: bring small images to about resolution**2 pixels as well.
         count_tokens: prompts -> (tokens of each, how many `encode_prompts` reads), to tell which captions are cut.
         latent_shape: store no latents, but in the index their shape, which this gives for the (height, width) of a
@@ -173,7 +181,6 @@ def build_cache(
         edit_masks: "given", or "computed": where an edit has no mask, what differs between it and its first source,
             if that is of its size.
         row_filter: conditions that rows must meet, such as "quality_tier=High"; see `RowFilter`.
-        given_buckets: take each row's bucket from its columns `bucket_w` and `bucket_h`, or `width` and `height`.
         rank: which of `world_size` processes this is; each encodes its share.
         world_size: processes that call this with the same arguments.
         barrier: waits for all of them.
@@ -197,6 +204,8 @@ def build_cache(
         raise SciflowError(f"`resolution` is {resolution}, but image sides are multiples of {bucket_step}.")
     if crops < 0:
         raise SciflowError(f"`crops` is {crops}, but must be at least 0.")
+    if fit not in FITS:
+        raise SciflowError(f"`fit` is {fit!r}, but must be one of {', '.join(FITS)}.")
     if edit_masks not in EDIT_MASKS:
         raise SciflowError(f"`edit_masks` is {edit_masks!r}, but must be one of {', '.join(EDIT_MASKS)}.")
     if not 0 <= rank < world_size:
@@ -208,11 +217,12 @@ def build_cache(
     for what, name in (("embeddings", embeds), ("latents", NO_LATENTS if latent_shape is not None else "")):
         if (payload, name) == ("npz", "none"):
             raise SciflowError(f"`payload` is npz, which always stores {what}. Choose shards or inline.")
-    facts = json.loads(json.dumps({**settings, "dtype": dtype, "resolution": resolution}))  # tuples become lists
+    of_buckets = {"buckets": buckets if isinstance(buckets, str) else BUCKETS[0], "max_aspect_ratio": max_aspect_ratio}
+    shapes = {name: value for name, value in {**of_buckets, "fit": fit}.items() if value != SHAPES[name]}
+    facts = json.loads(json.dumps({**settings, "dtype": dtype, "resolution": resolution, **shapes}))  # no tuples
     fixed = facts | {"bucket_step": bucket_step, "payload": payload, "embeds": embeds, "codec": codec}
     fixed |= {} if latent_shape is None else {"latents": NO_LATENTS}
-    fixed |= {"buckets": "given"} if given_buckets else {}
-    noted = noted_settings(output / BUILD_FILE, fixed, _OLDER)
+    noted = noted_settings(output / BUILD_FILE, SHAPES | fixed, SHAPES | _OLDER)
     if noted and noted["differ"]:
         online = " Its images are encoded in training: `--image_encoding online`." * (
             "`latents` was" in noted["differ"]
@@ -234,7 +244,13 @@ def build_cache(
     if flip and rank == 0:
         logger.warning("`flip`: %s", MIRRORED)
 
-    rungs = [buckets] if buckets is not None else ladder(resolution, bucket_step)[: 1 if enlarge else None]
+    if buckets == "given":
+        rungs = []
+    elif isinstance(buckets, str):
+        made = ladder(resolution, bucket_step, buckets=buckets, max_aspect_ratio=max_aspect_ratio)
+        rungs = made[: 1 if enlarge else None]
+    else:
+        rungs = [list(buckets)]
     tally = Tally()
     if records is None:
         records, tally = find_records(
@@ -258,8 +274,8 @@ def build_cache(
     found = find_jobs(
         records, rungs, resolution=resolution, crops=crops, flip=flip, with_caption=kind.with_text,
         skip=skips.on_every_rank, remark=tally.remark, by_length=rules == 1, sources=sources,
-        compute_masks=edit_masks == "computed", bucket_columns=find_bucket_columns(records) if given_buckets else (),
-        bucket_step=bucket_step,
+        compute_masks=edit_masks == "computed", bucket_columns=find_bucket_columns(records) if buckets == "given" else (),
+        bucket_step=bucket_step, fit=fit,
     )  # fmt: skip
     jobs = by_bucket(found, batch_size)
     if not jobs:
@@ -378,7 +394,7 @@ class _Builder:
         self.jobs, self.skip = self.staging.jobs, self.staging.skip
         self.behind = Behind(_LATE)
         self.dtype, self.with_embeds = layout.dtype, layout.embeds != "none"
-        self.masked = any(job.record.mask is not None for job in self.jobs)
+        self.masked = "fit" in self.settings or any(job.record.mask is not None for job in self.jobs)
 
     def run(self) -> None:
         """Builds, together with the other ranks."""

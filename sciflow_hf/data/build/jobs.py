@@ -12,7 +12,7 @@ from typing import Any, cast
 from PIL import Image
 
 from ...errors import SciflowError, counted
-from ..batches.buckets import fitting_bucket
+from ..batches.sizes import fitting_bucket
 from .ahead import in_order
 from .references import SourceRules, SourceView, source_view
 from .sources.pixels import has_more_frames, oriented_size, unreadable
@@ -200,6 +200,7 @@ def find_jobs(
     compute_masks: bool = False,
     bucket_columns: Sequence[str] = (),
     bucket_step: int = 1,
+    fit: str = "cut",
 ) -> Iterator[Job]:
     """The views of each image, of which the header is decoded; all its bytes are read for the ids.
 
@@ -217,11 +218,12 @@ def find_jobs(
         compute_masks: of edits without a changed region, compute it.
         bucket_columns: with the height and width of each row's bucket, instead of `rungs`.
         bucket_step: of which these must be multiples.
+        fit: see `view_of`.
     """
     masked = any(record.mask is not None for record in records)
     edit_masked = have_regions(records, compute_masks)
     last = None
-    bucket_of = functools.cache(lambda height, width: fitting_bucket(height, width, rungs))
+    bucket_of = functools.cache(lambda height, width: fitting_bucket(height, width, rungs, fit))
     for record, seen in _looked(records, by_length):
         if isinstance(seen, str):
             skip(record.sample if record.sources else record.name, seen)
@@ -241,6 +243,7 @@ def find_jobs(
                 remark("sources with several frames or pages, of which the first is taken", name)
         content: list[Any] = [record.name, record.caption if with_caption else None, resolution, seen.content]
         content += [] if by_length else [bucket]
+        content += ["pad"] if fit == "pad" else []
         if masked:
             content += ["mask", seen.mask, record.mask is not None]
         computes = bool(compute_masks and seen.sources and record.edit_mask is None)
@@ -250,7 +253,7 @@ def find_jobs(
         if edit_masked:
             content += ["edit_mask", seen.edit_mask, record.edit_mask is not None, computes]
         for variant in variants(crops, flip, record.part):
-            view = view_of(variant, record.name, original, bucket)
+            view = view_of(variant, record.name, original, bucket, fit)
             shown = [
                 source_view(record, number, f"{source.content}", source.size, view, cast(SourceRules, sources))
                 for number, source in enumerate(seen.sources)
@@ -314,15 +317,17 @@ def _unusable(record: Record, seen: _SeenRow, bucket: _Bucket, rules: SourceRule
 
 
 def shape_measures(jobs: Iterable[Job]) -> dict[str, str]:
-    """Lines for the table of a build: complete images that are enlarged, and those that lose much at their edges."""
-    enlarged, cut = Measure(), Measure()
+    """Lines for the table of a build: complete images that are enlarged, lose much at their edges, or are padded."""
+    enlarged, cut, padded = Measure(), Measure(), Measure()
     for job in jobs:
         if job.view.variant == job.record.part:
             enlarged.add(job.record.name, job.view.enlarged, 1 + _ROUNDING)
             cut.add(job.record.name, job.view.cut_off, _CUT_OFF)
+            padded.add(job.record.name, job.view.padded, 0)
     found = {
         "images that are enlarged": enlarged.text("at most {:.2f} times"),
         f"images that lose more than {_CUT_OFF:.0%} of their area at the edges": cut.text("at most {:.0%}"),
+        "images that are padded": padded.text("at most {:.0%} of the bucket"),
     }
     return {what: text for what, text in found.items() if text}
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageChops
 
 from ...errors import first_line
 from .jobs import Job
@@ -65,7 +65,8 @@ def _edit_mask(job: Job, pixels: np.ndarray) -> Image.Image:
     """The changed region of a view; all of it where that is not known."""
     mask = job.record.edit_mask if job.sources else None
     if job.computes_mask:
-        return changed_mask(pixels, fit_pixels(job.sources[0].read(), job.view))
+        changed = changed_mask(pixels, fit_pixels(job.sources[0].read(), job.view))
+        return ImageChops.darker(changed, fit_mask(None, job.view))  # the page of each may have another colour
     return fit_mask(box_mask(mask, job.view.original) if isinstance(mask, tuple) else _opened(mask), job.view)
 
 

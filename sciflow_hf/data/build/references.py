@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from .sources.pixels import to_rgb
 from .sources.record import Box, Record
-from .views import View
+from .views import View, own_pixels
 
 _Size = tuple[int, int]
 
@@ -64,8 +64,7 @@ class SourceView:
 
     def window(self) -> Image.Image:
         """The window in the source's own pixels, as a text encoder is shown it."""
-        image, (left, top, right, bottom) = self.read(), self.view.box
-        shown = image.crop((round(left), round(top), max(round(right), 1), max(round(bottom), 1)))
+        shown = own_pixels(self.read(), self.view)
         return ImageOps.mirror(shown) if self.view.flipped else shown
 
 

@@ -11,6 +11,7 @@ import torch
 from ...diffusion.randomness import hash64
 from ...diffusion.sources import source_name
 from ...errors import SciflowError
+from ..batches.sizes import FITS
 from ..build.reading import read_source
 from ..build.references import SourceRules, SourceView, source_view
 from ..build.sources.find import find_records
@@ -104,7 +105,9 @@ def compare_afresh(
         record = there[i]
         with record.image.open() as image:
             variant = (kinds[i] if kinds else None) or ""
-            view = view_of(variant, record.name, oriented_size(image), cache.buckets[i])
+            view = view_of(
+                variant, record.name, oriented_size(image), cache.buckets[i], cache.metadata.get("fit", FITS[0])
+            )
             pixels = fit_pixels(to_rgb(image), view)
         members = cache.members(i)
         fresh = encode_images(torch.from_numpy(np.ascontiguousarray(pixels))[None])
