@@ -1,6 +1,6 @@
 """Text encoders trained together with the network: one module that holds them all and has one forward."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,9 +56,9 @@ class NetworkWithText(torch.nn.Module):
         text = self.encode(batch[CAPTIONS])
         return self.network(**inputs, **self.family.text_arguments({**batch, **text}, dtype))
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Checkpoints activations of the network and the encoders."""
-        self.network.enable_gradient_checkpointing()
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] | None = None) -> None:
+        """Checkpoints activations of the network, by that function if one is given, and of the encoders."""
+        self.network.enable_gradient_checkpointing(gradient_checkpointing_func)
         for name in self.family.trained_text_parts:
             encoder: Any = self.get_submodule(name)
             encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -64,6 +64,7 @@ CHOICES = {
 }  # fmt: skip
 """Name -> a way to train. Memory is that of docs/families.md, and of "klein" a card of 80 GB as its config says."""
 PREFERRED = ("klein", "klein_small", "sdxl")
+_LONG = 0.05  # share of long figures from which on there are buckets for them
 _DEMO_SECONDS = 60 / 300  # of a step of four figures on two cores, as the demo took
 
 
@@ -183,6 +184,9 @@ def _captioned(figures: "Figures", args: argparse.Namespace, ask: Any, memory: f
         "validation_prompts": (_some(figures.captions), "drawn before and after; yours are better"),
         "validation_steps": (max(1, steps // 2), ""),
     }  # fmt: skip
+    if not mini and (long := figures.longer_than(2)) > _LONG:
+        why = f"{long:.0%} of the figures are longer than 2:1, and would lose much at two edges; `fit: pad` cuts none"
+        options["max_aspect_ratio"] = (4, why)
     options |= {key: (value, "") for key, value in choice.options.items()}
     options["cache"] = (None, f"with the cache of latents and embeddings, about {readable_bytes(size)}; ")
     if not mini and size > shutil.disk_usage(Path()).free:

@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from ..errors import SciflowError
 from ..options import arguments, option
 from . import offload, quantisation
+from .checkpointing import blocks_of, computed_again, share_of
 from .optimizers import state_bytes
 
 GIB = 2**30
@@ -18,6 +19,7 @@ USABLE = 0.9
 ACTIVATIONS_PER_BLOCK = 27  # values kept per token and hidden unit; fits klein 9B's 51 GB at 1024 px
 ACTIVATIONS_PER_RESNET = 3  # per pixel and channel, in and out: two group norms and what they feed
 PACKED = ("int8", "nf4")  # values of `--quantize_base` that are tried, by their rounding
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # values of `--activation_checkpointing_share` that are tried
 
 
 @arguments
@@ -47,6 +49,7 @@ class MemoryOptions(NamedTuple):
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
     activation_checkpointing: bool
+    activation_checkpointing_share: float | None
     quantize_base: str | None
     offload: bool
 
@@ -56,8 +59,21 @@ class MemoryOptions(NamedTuple):
             args.per_device_train_batch_size,
             args.gradient_accumulation_steps,
             bool(args.activation_checkpointing),
+            args.activation_checkpointing_share,
             args.quantize_base,
             args.offload,
+        )
+
+    @property
+    def share(self) -> float:
+        """Of the blocks that compute their activations again."""
+        return share_of(self)
+
+    def with_share(self, share: float) -> "MemoryOptions":
+        """With another share, which has an option of its own where it is neither 0 nor 1, or where one was given."""
+        named = self.activation_checkpointing_share is not None or share not in (0, 1)
+        return self._replace(
+            activation_checkpointing=share > 0, activation_checkpointing_share=share if named else None
         )
 
     def put_into(self, args: Any) -> None:
@@ -67,6 +83,8 @@ class MemoryOptions(NamedTuple):
     def flags(self, before: "MemoryOptions") -> str:
         """The flags that lead here from `before`, for a command line."""
         changed = {name: value for name, value in self._asdict().items() if value != getattr(before, name)}
+        if "activation_checkpointing_share" in changed:
+            changed.pop("activation_checkpointing", None)  # which follows
         named = {name: "" if value is True else f" {value}" for name, value in changed.items()}
         return " ".join(f"--{name}{value}" for name, value in named.items()) or "as it is"
 
@@ -103,17 +121,45 @@ def estimate(
         args: options of training; those of `options` are read there.
         tokens, image_tokens: of the largest sample: with its text, and of the image alone.
     """
-    held, block = offload.held_bytes(network) if options.offload else (0, 0)
+    held, block = offload.held_bytes(network, options.share) if options.offload else (0, 0)
     weights: float = sum(p.numel() * p.element_size() for p in model.parameters()) - (held - block)
     weights -= quantisation.saved_bytes(network, options.quantize_base) if options.quantize_base else 0
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     blocks = _blocks(network, tokens, image_tokens) or [(0, 0)]
-    needed = sum(inner for _, inner in blocks)
-    if options.activation_checkpointing:  # what comes into each block, and one of them at a time
-        needed = sum(taken for taken, _ in blocks) + max(inner for _, inner in blocks)
+    again = computed_again(len(blocks), options.share)
+    # Of the first ones what comes in, and one at a time, once what the others have kept is gone.
+    inside = [inner for _, inner in blocks]
+    needed = sum(taken for taken, _ in blocks[:again]) + max([sum(inside[again:]), *inside[:again]])
     kept = args.weight_dtype.itemsize * options.per_device_train_batch_size * needed
     average = 4 if args.ema_decay is not None and args.ema_device == "auto" else 0
     return Estimate(weights, trained * (4 + state_bytes(args.optim) + average), kept, held)
+
+
+def extra_arithmetic(network: Any, share: float, *, tokens: int, image_tokens: int) -> float:
+    """About how much more a step computes when the first blocks, `share` of them, compute their activations again.
+
+    A step is a forward pass, one as large for the gradients of the activations, and the part of a third that is for the
+    gradients of trained weights; a block counts by its activations.
+    """
+    inside = [inner for _, inner in _blocks(network, tokens, image_tokens)]
+    sizes = [(p.numel(), p.requires_grad) for p in network.parameters()]
+    trained = sum(size for size, is_trained in sizes if is_trained) / sum(size for size, _ in sizes)
+    return sum(inside[: computed_again(len(inside), share)]) / max(sum(inside), 1) / (2 + trained)
+
+
+def least_share(
+    model: torch.nn.Module, network: Any, args: Any, *, memory: float, tokens: int, image_tokens: int
+) -> float | None:
+    """The least `--activation_checkpointing_share` with which the run fits, all else as it is; None where none does."""
+    options, blocks = MemoryOptions.of(args), len(blocks_of(network))
+    for again in range(blocks + 1):
+        share = round(again / max(blocks, 1), 3)
+        found = estimate(
+            model, network, args, tokens=tokens, image_tokens=image_tokens, options=options.with_share(share)
+        )
+        if found.total <= USABLE * memory:
+            return share
+    return None
 
 
 def fitting(
@@ -152,35 +198,46 @@ def fitting(
         tried.append(Way(options, needed))
     ways: list[Way] = []
     for way in (way for way in tried if way.estimate.total <= USABLE * memory):
-        before = ways[-1] if ways else None
-        only_batch = before is not None and way.options[2:] == before.options[2:]  # a larger one fits
-        if before is None or (way.estimate.total < before.estimate.total and not only_batch):
-            ways.append(way)
+        if ways:  # less than those, and not only by a smaller batch; a middling share is for where none fits before
+            only_batch = way.options[2:] == ways[-1].options[2:]
+            if only_batch or way.options.share not in (0, 1) or way.estimate.total >= ways[-1].estimate.total:
+                continue
+        ways.append(way)
     return ways, min(tried, key=lambda way: way.estimate.total), list(refused)
 
 
 def _candidates(network: Any, now: MemoryOptions, given: Collection[str]) -> Iterator[MemoryOptions]:
     """Options with the same total batch, the cheapest in time first."""
     packed: tuple[str | None, ...] = tuple(kind for kind in PACKED if quantisation.saved_bytes(network, kind) > 0)
-    held, _ = offload.held_bytes(network)
-    can_checkpoint = getattr(network, "_supports_gradient_checkpointing", False)
     values: dict[str, tuple[Any, ...]] = {
-        "offload": (False, True) if held else (False,),
+        "offload": (False, True) if offload.held_bytes(network)[0] else (False,),
         "quantize_base": (None, *packed),
-        "activation_checkpointing": (False, True) if can_checkpoint else (False,),
     }
     values |= {name: (getattr(now, name),) for name in values if name in given}
+    shares = possible_shares(network)
+    if {"activation_checkpointing", "activation_checkpointing_share"} & set(given):
+        shares = (now.share,)
     total = now.per_device_train_batch_size * now.gradient_accumulation_steps
     sizes = [n for n in range(now.per_device_train_batch_size, 0, -1) if total % n == 0]
     if {"per_device_train_batch_size", "gradient_accumulation_steps"} <= set(given):
         sizes = sizes[:1]
     for is_offloaded in values["offload"]:
         for kind in values["quantize_base"]:
-            for is_checkpointed in values["activation_checkpointing"]:
-                if is_offloaded and (kind or not is_checkpointed):  # see `offload.check`
+            for share in shares:
+                if is_offloaded and (kind or not share):  # see `offload.check`
                     continue
                 for size in sizes:
-                    yield MemoryOptions(size, total // size, is_checkpointed, kind, is_offloaded)
+                    yield MemoryOptions(
+                        size, total // size, now.activation_checkpointing, now.activation_checkpointing_share, kind,
+                        is_offloaded,
+                    ).with_share(share)  # fmt: skip
+
+
+def possible_shares(network: Any) -> tuple[float, ...]:
+    """The shares that are tried: of a network that does not name its blocks all or none."""
+    if not getattr(network, "_supports_gradient_checkpointing", False):
+        return SHARES[:1]
+    return SHARES if blocks_of(network) else (SHARES[0], SHARES[-1])
 
 
 def _refusal(args: Any, options: MemoryOptions) -> str | None:
@@ -207,22 +264,19 @@ def device_memory(args: Any) -> float | None:
 
 
 def _blocks(network: Any, tokens: int, deepest: int) -> list[tuple[int, int]]:
-    """For each block, how many numbers of a sample come in, and how many its backward pass needs.
+    """For each of `blocks_of`, how many numbers of a sample come in, and how many its backward pass needs.
 
     Args:
         tokens: of image and text.
         deepest: of the image where a UNet is narrowest; each level above has four times as many.
     """
-    unet = [
-        (n, m) for n, m in network.named_modules() if type(m).__name__ in ("BasicTransformerBlock", "ResnetBlock2D")
-    ]
-    if not unet:
-        blocks = [m for m in network.modules() if type(m).__name__ in offload.block_kinds(network)]
+    blocks = blocks_of(network)
+    if not hasattr(network, "down_blocks"):
         # What comes into a block is what its first layer reads, and that of each of a network is as wide.
-        width = next((m.in_features for b in blocks for m in b.modules() if isinstance(m, torch.nn.Linear)), 0)
+        width = next((m.in_features for _, b in blocks for m in b.modules() if isinstance(m, torch.nn.Linear)), 0)
         return [(tokens * width, ACTIVATIONS_PER_BLOCK * tokens * width)] * len(blocks)
     found, levels = [], len(network.down_blocks)
-    for name, block in unet:
+    for name, block in blocks:
         part, number = name.split(".")[:2]  # down_blocks.0 and up_blocks.2 are the widest of three levels
         above = int(number) if part == "up_blocks" else levels - 1 - int(number) if part == "down_blocks" else 0
         size = deepest * 4**above

@@ -7,6 +7,7 @@ import torch
 
 from ..errors import SciflowError
 from ..options import arguments, option
+from .checkpointing import block_kinds, blocks_of, computed_again
 
 
 def check(args: Any) -> None:
@@ -94,11 +95,6 @@ def _on_host(weight: torch.Tensor) -> torch.Tensor:
     return weight.pin_memory() if torch.cuda.is_available() else weight
 
 
-def block_kinds(network: Any) -> list[str]:
-    """The classes of a network's blocks: those that must not be split, else those that repeat, as diffusers says."""
-    return getattr(network, "_no_split_modules", None) or getattr(network, "_repeated_blocks", None) or []
-
-
 def _held_layers(network: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, torch.nn.Module, list[str]]]:
     """The layers in the blocks: (module to hook, layer, names of its frozen weights of two or more dimensions).
 
@@ -119,12 +115,19 @@ def _held_layers(network: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, to
                 yield module, layer, names
 
 
-def held_bytes(network: torch.nn.Module) -> tuple[int, int]:
-    """Bytes that `offload_blocks` would hold on the host, and those of them in the largest block; for estimates."""
+def held_bytes(network: torch.nn.Module, share: float = 1.0) -> tuple[int, int]:
+    """Bytes that `offload_blocks` would hold on the host, and those of them on the device at once; for estimates.
+
+    At once there are those of the largest block, or of all blocks that keep their activations for the backward pass,
+    where only a `share` of them computes them again.
+    """
     sizes = {
         layer: sum(p.numel() * p.element_size() for p in map(layer.get_parameter, names))
         for _, layer, names in _held_layers(network)
     }
     kinds = block_kinds(network)
     blocks = (module for module in network.modules() if type(module).__name__ in kinds)
-    return sum(sizes.values()), max((sum(sizes.get(m, 0) for m in block.modules()) for block in blocks), default=0)
+    kept = [block for _, block in blocks_of(network)]
+    kept = kept[computed_again(len(kept), share) :]
+    inside = {block: sum(sizes.get(m, 0) for m in block.modules()) for block in (*blocks, *kept)}
+    return sum(sizes.values()), max([sum(inside[block] for block in kept), *inside.values()])

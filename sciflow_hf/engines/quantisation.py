@@ -11,6 +11,7 @@ from accelerate import PartialState
 
 from ..errors import SciflowError
 from ..options import arguments, option
+from .checkpointing import share_of
 
 QUANTIZATIONS = {"int8": "bitsandbytes", "nf4": "bitsandbytes", "torchao_int8": "torchao", "torchao_fp8": "torchao"}
 """Values of `--quantize_base`, and the package of each."""
@@ -42,10 +43,11 @@ def check(args: Any) -> None:
             raise SciflowError(
                 f"`quantize_base` {args.quantize_base!r} cannot work with `{name}` {value!r}: leave one of the two out."
             )
-    if args.quantize_base.startswith("torchao") and not args.activation_checkpointing:
+    if args.quantize_base.startswith("torchao") and share_of(args) < 1:
         raise SciflowError(
-            f"`quantize_base` {args.quantize_base!r} saves nothing without `--activation_checkpointing`: torchao "
-            "unpacks the weights of every layer, and all would stay for the backward pass. Add it, or take int8 or nf4."
+            f"`quantize_base` {args.quantize_base!r} saves nothing without `--activation_checkpointing` of all blocks: "
+            "torchao unpacks the weights of every layer, and those of other blocks would stay for the backward pass. "
+            "Add it, or take int8 or nf4."
         )
 
 

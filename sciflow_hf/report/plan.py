@@ -13,7 +13,19 @@ from ..adapters.text_encoders import NetworkWithText
 from ..data.batches.loader import batch_keys_of, is_stream, training_sampler
 from ..data.batches.threads import release
 from ..data.prior import without_prior
-from ..engines.memory import USABLE, MemoryOptions, device_memory, estimate, fitting, in_words
+from ..data.writing import text_table
+from ..engines.checkpointing import blocks_of, computed_again
+from ..engines.memory import (
+    USABLE,
+    MemoryOptions,
+    device_memory,
+    estimate,
+    extra_arithmetic,
+    fitting,
+    in_words,
+    least_share,
+    possible_shares,
+)
 from ..engines.optimizers import rates_of, state_bytes
 from ..errors import SciflowError, counted
 from ..families.base import ModelFamily, PipelineFamily
@@ -53,7 +65,7 @@ def plan(
         "Family": f"{family}",
         "Options that differ from the defaults": _lines(args.changed_options()),
         "Trained": _trained(model, args),
-        "Buckets of an epoch": sampler.table(),
+        "Buckets of an epoch": f"{sampler.table()}\n{image_tokens(train_dataset, family)}".rstrip(),
         "Steps": (
             f"{steps:,} steps ({steps_per_epoch:,} an epoch), {total_batch} samples a step "
             f"({args.train_batch_size} x {args.world_size} ranks x {args.gradient_accumulation_steps} accumulation); "
@@ -63,6 +75,9 @@ def plan(
         ),
         "Memory and disk, estimated": _needed(model, args, steps, steps_per_epoch, **tokens) + _frozen(encoders),
     }
+    left = None if memory is None else memory - sum(encoders.values())
+    if shares := _shares(model, args, left, **tokens):
+        sections["Activation checkpointing by share, estimated"] = shares
     if memory is not None:
         fits = f"Options that fit into {memory / 1e9:.3g} GB, of which {USABLE:.0%} are counted on"
         sections[fits] = _fitting(model, args, memory - sum(encoders.values()), **tokens)
@@ -137,15 +152,29 @@ def tokens_of(train_dataset: Any, family: ModelFamily) -> dict[str, int]:
 
     Of a group of candidates those of all.
     """
-    keys = [key for key in set(batch_keys_of(train_dataset)) if isinstance(key, tuple) and len(key) >= 2]
-    step = family.bucket_step() if keys else 1
+    keys, tokens = _image_tokens(train_dataset, family)
     # of (height, width, perhaps the text length, and of edits the shape (C, h, w) of each source's latents)
     sources = [sum(math.prod(s[1:]) // family.patch**2 for s in key if isinstance(s, tuple)) for key in keys]
-    image = [(key[0] // step) * (key[1] // step) + more for key, more in zip(keys, sources, strict=True)]
+    image = [size + more for size, more in zip(tokens, sources, strict=True)]
     online = vars(family).get("max_sequence_length", 0)  # where the text is encoded in training
     texts = [next((n for n in key[2:] if isinstance(n, int)), online) for key in keys]
     both, each = [size + text for size, text in zip(image, texts, strict=True)], getattr(train_dataset, "group_size", 1)
     return {"tokens": each * max(both, default=0), "image_tokens": each * max(image, default=0)}
+
+
+def _image_tokens(train_dataset: Any, family: ModelFamily) -> tuple[list[tuple[Any, ...]], list[int]]:
+    """The distinct batch keys that begin with (height, width), and how many tokens an image of each has."""
+    keys = [key for key in set(batch_keys_of(train_dataset)) if isinstance(key, tuple) and len(key) >= 2]
+    step = family.bucket_step() if keys else 1
+    return keys, [(key[0] // step) * (key[1] // step) for key in keys]
+
+
+def image_tokens(train_dataset: Any, family: ModelFamily) -> str:
+    """How many tokens the network makes of an image, in words; "" for data without sizes and for UNets."""
+    counts = set(_image_tokens(train_dataset, family)[1]) if family.component == "transformer" else set()
+    if len(counts) > 1:
+        return f"{min(counts):,} to {max(counts):,} tokens an image, {len(counts)} different numbers"
+    return f"{counts.pop():,} tokens an image, the same in all buckets" if counts else ""
 
 
 def _described(values: Mapping[str, Any]) -> list[str]:
@@ -189,6 +218,27 @@ def _needed(model: torch.nn.Module, args: TrainingArguments, steps: int, steps_p
         f"at most {copies} checkpoints of {in_words(per_checkpoint)} at once: "
         f"{in_words(copies * per_checkpoint)} of disk"
     )
+
+
+def _shares(model: torch.nn.Module, args: TrainingArguments, memory: float | None, **tokens: Any) -> str:
+    """Memory and extra arithmetic by share, and the least share that fits; "" for a network without blocks."""
+    network, options = network_of(model), MemoryOptions.of(args)
+    if len(shares := possible_shares(network)) <= 2:
+        return ""
+    rows = [("share", "blocks", "per device", "extra arithmetic")]
+    blocks = len(blocks_of(network))
+    for share in sorted({*shares, options.share}):
+        found = estimate(model, network, args, options=options.with_share(share), **tokens)
+        mark = " (this run)" if share == options.share else ""
+        extra = extra_arithmetic(network, share, **tokens)
+        again = f"{computed_again(blocks, share)} of {blocks}"
+        rows.append((f"{share:g}{mark}", again, in_words(found.total), f"{extra:.0%}"))
+    lines = [text_table(rows, right=[1, 2, 3])]
+    if memory is not None:
+        least, size = least_share(model, network, args, memory=memory, **tokens), f"{memory / 1e9:.3g} GB"
+        fits = "no share" if least is None else f"--activation_checkpointing_share {least:g} is the least that"
+        lines.append(f"{fits} fits into {USABLE:.0%} of {size}, all else as it is")
+    return "\n".join(lines)
 
 
 def _fitting(model: torch.nn.Module, args: TrainingArguments, memory: float, **tokens: Any) -> str:

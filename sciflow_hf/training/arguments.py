@@ -14,6 +14,7 @@ from transformers.training_args import OptimizerNames
 from ..adapters.formats.names import FORMATS
 from ..diffusion.losses import EDIT_LOSSES, LOSSES
 from ..diffusion.process import WEIGHTING_SCHEMES
+from ..engines.checkpointing import CheckpointingArguments
 from ..engines.compilation import CompilationArguments
 from ..engines.memory import MemoryArguments
 from ..engines.offload import OffloadArguments
@@ -321,6 +322,7 @@ class DiffusionTrainingArguments(
     LossScaleArguments,
     ReadingArguments,
     OutputArguments,
+    CheckpointingArguments,
     QuantisationArguments,
     OffloadArguments,
     MemoryArguments,
@@ -368,6 +370,8 @@ class DiffusionTrainingArguments(
         optim = self.optim
         if optim not in list(OptimizerNames):
             self.optim = "adamw_torch"  # the parent turns it into an enum that does not know ours
+        if self.activation_checkpointing_share is not None:
+            self.activation_checkpointing = self.activation_checkpointing_share > 0
         super().__post_init__()
         if optim not in list(OptimizerNames):
             self.optim = optim
@@ -436,6 +440,11 @@ class DiffusionTrainingArguments(
 _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("auto_find_batch_size", (False,), "it restarts the order of samples; lower the batch size."),
     ("label_smoothing_factor", (0, 0.0), "there are no class scores to smooth."),
+    (
+        "activation_checkpointing_kwargs",
+        (None, {}, {"use_reentrant": False}),
+        "blocks are checkpointed without reentrance; for some of them use `--activation_checkpointing_share`.",
+    ),
     ("neftune_noise_alpha", (None,), "it hooks token embeddings, and text arrives here already embedded."),
     ("use_liger_kernel", (False,), "its kernels are for language models."),
     ("remove_unused_columns", (False,), "a batch is not the arguments of `model.forward`."),

@@ -68,6 +68,8 @@ def _of_checkpoint(checkpoint: Path, before: MemoryOptions, given: set[str]) -> 
     saved |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": total // size}
     saved["activation_checkpointing"] = bool(saved["activation_checkpointing"])
     pinned = given - {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    if (both := {"activation_checkpointing", "activation_checkpointing_share"}) & pinned:
+        pinned |= both
     return before._replace(**{name: value for name, value in saved.items() if name not in pinned})
 
 

@@ -54,7 +54,7 @@ from ..data.stream.own import OwnStreamLoader
 from ..data.stream.stream import StreamingCache
 from ..diffusion.randomness import hash64
 from ..diffusion.sources import source_name
-from ..engines import sharding
+from ..engines import checkpointing, sharding
 from ..engines.compilation import compile_blocks
 from ..engines.offload import offload_blocks
 from ..engines.optimizers import (
@@ -71,6 +71,7 @@ from ..errors import DiskFullError, SciflowError, counted
 from ..families.base import ModelFamily, network_dtype
 from ..files import disk_full_named, write_json
 from ..hub.upload import check_access, upload, upload_checkpoint
+from ..report.plan import image_tokens
 from ..report.summary import save_model_card
 from .arguments import DiffusionTrainingArguments
 from .callbacks.console import ConsoleCallback
@@ -277,7 +278,7 @@ class DiffusionTrainer(Trainer):
 
         def activation_checkpointing_enable(**options: Any) -> None:
             """`Trainer` calls `gradient_checkpointing_enable`; diffusers names it `enable_gradient_checkpointing`."""
-            model.enable_gradient_checkpointing()
+            checkpointing.enable(model, network_of(model), checkpointing.share_of(args))
 
         model.activation_checkpointing_enable = activation_checkpointing_enable
         network = network_of(model)
@@ -942,7 +943,9 @@ class DiffusionTrainer(Trainer):
             compile_blocks(network_of(self.accelerator.unwrap_model(self.model)), self.args)
         model, loader = super()._prepare_for_training(*args, **kwargs)
         if isinstance(loader, BucketLoader):
-            logger.info("Buckets of an epoch:\n%s", loader.sampler.table(max_rows=12))
+            tokens = image_tokens(self.train_dataset, self.family)
+            title = f"Buckets of an epoch, {tokens}" if tokens else "Buckets of an epoch"
+            logger.info("%s:\n%s", title, loader.sampler.table(max_rows=12))
         trained = self._trained = [p for p in model.parameters() if p.requires_grad]
         self._micro_batches = MicroBatches(self)
         model.train()

@@ -170,6 +170,15 @@ def test_the_model_fits_the_card(memory: int, base: str, batch: int | None, init
     assert options["per_device_train_batch_size"] == (batch or read_yaml(base)["per_device_train_batch_size"])
 
 
+def test_long_figures_get_buckets_of_their_own(init: Callable, tmp_path: Path) -> None:
+    """`messy` has one of 6:1 among five; mini_klein keeps to the shapes that it draws."""
+    assert init(messy, "--memory_gb", "8")[1]["max_aspect_ratio"] == 4
+    assert "20% of the figures are longer than 2:1" in (tmp_path / "messy.yaml").read_text()
+    assert "max_aspect_ratio" not in init(tidy, "--memory_gb", "8")[1]
+    (tmp_path / "messy.yaml").unlink()
+    assert "max_aspect_ratio" not in init(lambda folder: None, "--output_file", "messy.yaml")[1]
+
+
 def test_flags_answer_questions_and_the_rest_is_asked(
     init: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ from ranks import make
 from recipe_runs import weights
 
 import sciflow_hf as sf
+from sciflow_hf.data.batches.sizes import equal_token_buckets
 from sciflow_hf.engines.compilation import compile_blocks
 from sciflow_hf.training.checkpoints import list_checkpoints
 
@@ -44,7 +45,7 @@ def train(folder, job, **options):
 COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}
 
 
-@pytest.mark.parametrize("options", [{"activation_checkpointing": True}, {"whole": True}])
+@pytest.mark.parametrize("options", [{"activation_checkpointing_share": 0.5}, {"whole": True}])
 def test_two_compilations_of_each_kind_of_block(tmp_path, job, counters, options):
     """One for the first shape and one for all others, in eight steps through six buckets; the losses are the same."""
     plain, _ = train(tmp_path / "plain", job, **options)
@@ -54,6 +55,18 @@ def test_two_compilations_of_each_kind_of_block(tmp_path, job, counters, options
     np.testing.assert_allclose(losses, plain, rtol=1e-5)
     assert counters["stats"]["unique_graphs"] == 2 * KINDS and not counters["graph_break"]
     assert not [name for name in trainer.model_wrapped.state_dict() if "_orig_mod" in name]
+
+
+def test_one_compilation_of_each_kind_and_mode_in_buckets_of_one_token_count(tmp_path, tiny_klein, counters):
+    """An epoch of six; then evaluations, which compute without gradients, with the adapter and without it."""
+    buckets = equal_token_buckets(88, 8, max_aspect_ratio=4)
+    assert len(buckets) == 6 and {h * w for h, w in buckets} == {120 * 64}
+    cache = write_cache(tmp_path / "cache", settings=encoder_settings(tiny_klein), buckets=dict.fromkeys(buckets, 6))
+    job = dict(pipeline=tiny_klein, cache=cache, per_device_train_batch_size=2, num_train_epochs=1, max_steps=-1)
+    losses, _ = train(tmp_path / "run", job, **COMPILED)
+    assert len(losses) == 18 and counters["stats"]["unique_graphs"] == KINDS and not counters["graph_break"]
+    train(tmp_path / "with", job | {"max_steps": 2}, held_out=6, eval_strategy="steps", eval_steps=1, **COMPILED)
+    assert counters["stats"]["unique_graphs"] == 3 * KINDS, "those of training serve again"
 
 
 def test_files_evaluation_images_and_resume(tmp_path, job, counters):

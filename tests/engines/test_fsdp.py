@@ -112,7 +112,7 @@ def test_each_goes_on_with_the_other(runs, tmp_path, job, name):
 
 
 OPTIONS = {
-    "checkpointing": {"activation_checkpointing": True},
+    "checkpointing": {"activation_checkpointing_share": 0.5},
     "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
     "bf16": {"bf16": True},
     "accumulation": {"gradient_accumulation_steps": 2, "max_steps": 4, "save_steps": 2},

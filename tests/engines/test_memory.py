@@ -11,8 +11,8 @@ from peft import LoraConfig
 from trainings import losses, make_args, same, trained
 
 import sciflow_hf as sf
-from sciflow_hf.engines import memory
-from sciflow_hf.engines.memory import USABLE, MemoryOptions, device_memory, estimate, fitting
+from sciflow_hf.engines import checkpointing, memory
+from sciflow_hf.engines.memory import SHARES, USABLE, MemoryOptions, device_memory, estimate, fitting
 from sciflow_hf.options import given_options
 from sciflow_hf.report.plan import tokens_of
 
@@ -66,14 +66,22 @@ def ways_of(network, args, gigabytes, **given):
 
 
 def test_activations_of_klein_are_what_autograd_keeps(klein, tmp_path, monkeypatch):
-    """To a fifth, of 28 GB; with checkpointing what comes into the blocks, and one of them more."""
+    """To a fifth, of 28 GB; with checkpointing what comes into the blocks, and one of them more; by share as much less
+    for each quarter of the blocks, to a quarter of itself.
+    """
     args = make_args(tmp_path, bf16=True, per_device_train_batch_size=1)
     kept = kept_bytes(klein, lambda: forward(klein), monkeypatch)
     found = needed(klein, args)
     assert found.activations == pytest.approx(kept, rel=0.2) and kept > 25e9
-    klein.enable_gradient_checkpointing()
-    few = kept_bytes(klein, lambda: forward(klein), monkeypatch)
+    by_share = [kept]
+    for share in SHARES[1:]:
+        checkpointing.enable(klein, klein, share)
+        by_share.append(kept_bytes(klein, lambda: forward(klein), monkeypatch))
     klein.disable_gradient_checkpointing()
+    estimated = [needed(klein, args, activation_checkpointing_share=share).activations for share in SHARES]
+    for more, less, predicted, then in zip(by_share, by_share[1:], estimated, estimated[1:], strict=False):
+        assert predicted - then == pytest.approx(more - less, rel=0.25)
+    few = by_share[-1]
     block = found.activations / 32
     assert needed(klein, args, activation_checkpointing=True).activations - block == pytest.approx(few, rel=0.1)
     assert needed(klein, args, per_device_train_batch_size=3).activations == 3 * found.activations
@@ -84,6 +92,7 @@ def test_activations_of_klein_are_what_autograd_keeps(klein, tmp_path, monkeypat
 
 # -- the choice ------------------------------------------------------------------------------------------------
 
+HALF = "--activation_checkpointing_share 0.5"
 CHECKPOINTED, ONE = "--activation_checkpointing", "--per_device_train_batch_size 1 --gradient_accumulation_steps 2"
 
 
@@ -93,7 +102,8 @@ CHECKPOINTED, ONE = "--activation_checkpointing", "--per_device_train_batch_size
     [
         (140, "as it is"),
         (80, ONE),
-        (48, CHECKPOINTED),
+        (48, f"{ONE} {HALF}"),
+        (32, f"{ONE} --activation_checkpointing_share 0.75"),
         (24, f"{ONE} {CHECKPOINTED}"),
         (16, f"{CHECKPOINTED} --quantize_base int8"),
         (12, f"{CHECKPOINTED} --quantize_base nf4"),
@@ -126,12 +136,14 @@ def test_what_is_given_stays(klein, tmp_path):
     args = make_args(tmp_path, bf16=True, per_device_train_batch_size=2)
     assert ways_of(klein, args, 24, given={"activation_checkpointing"}) == []
     both = {"per_device_train_batch_size", "gradient_accumulation_steps"}
-    assert ways_of(klein, args, 80, given=both)[0] == CHECKPOINTED
+    assert ways_of(klein, args, 80, given=both)[:2] == ["--activation_checkpointing_share 0.25", CHECKPOINTED]
     assert ways_of(klein, args, 80, given=both - {"gradient_accumulation_steps"})[0] == ONE  # as many a step
-    assert ways_of(klein, args, 16, given={"quantize_base"}) == [f"{CHECKPOINTED} --offload"]
+    some, every = f"{ONE} --activation_checkpointing_share 0.75 --offload", f"{CHECKPOINTED} --offload"
+    assert ways_of(klein, args, 16, given={"quantize_base"}) == [some, every]
     args.activation_checkpointing = True  # of a smaller card
     assert ways_of(klein, args, 140)[0] == "--activation_checkpointing False"
-    assert ways_of(klein, args, 140, given={"activation_checkpointing"})[0] == "as it is"
+    for name in ("activation_checkpointing", "activation_checkpointing_share"):
+        assert ways_of(klein, args, 140, given={name})[0] == "as it is"
 
 
 def test_what_cannot_work_here_is_left_out_and_said(klein, tmp_path, monkeypatch):

@@ -57,7 +57,10 @@ def test_a_plan_has_every_part(tmp_path, family, tiny_cache):
 
 def test_the_bucket_table_counts_the_data(tmp_path, family, tiny_cache):
     sections, _, train, _ = plan_of(tmp_path, family, tiny_cache, per_device_train_batch_size=4)
-    rows = [re.split(r"\s{2,}", line) for line in sections["Buckets of an epoch"].splitlines()]
+    *lines, tokens = sections["Buckets of an epoch"].splitlines()
+    assert {height // 8 * (width // 8) for height, width in TINY_BUCKETS} == {24}
+    assert tokens == "24 tokens an image, the same in all buckets"
+    rows = [re.split(r"\s{2,}", line) for line in lines]
     assert rows[0] == ["bucket", "samples", "batches", "repeats", "dropped"]
     counted = Counter(train.batch_keys)
     assert len(rows) == len(counted) + 2 == len(TINY_BUCKETS) + 2

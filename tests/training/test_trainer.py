@@ -307,17 +307,6 @@ def test_bf16_base_with_float32_adapter_trains(tmp_path, family, even_cache):
     assert sum(m > 5e-5 for m in moved) > len(moved) / 2
 
 
-@pytest.mark.promise("B11")
-def test_activation_checkpointing_changes_nothing_but_memory(tmp_path, family, even_cache):
-    plain = make_trainer(tmp_path / "a", family, even_cache)
-    plain.train()
-    checked = make_trainer(tmp_path / "b", family, even_cache, activation_checkpointing=True)
-    checked.train()
-    assert checked.model.gradient_checkpointing and not plain.model.gradient_checkpointing
-    for name, value in trained(plain).items():
-        torch.testing.assert_close(trained(checked)[name], value, rtol=0, atol=1e-6)
-
-
 def test_adapter_disabled_is_the_base(family, tiny_cache):
     model = family.load_model(dtype=torch.float32)
     batch = {k: v[None] for k, v in sf.load_cache(tiny_cache, dtype=torch.float32)[0].items()}

@@ -204,6 +204,8 @@ def build_cache(
         raise SciflowError(f"`resolution` is {resolution}, but image sides are multiples of {bucket_step}.")
     if crops < 0:
         raise SciflowError(f"`crops` is {crops}, but must be at least 0.")
+    if buckets == "given" and max_aspect_ratio != MAX_ASPECT_RATIO:
+        raise SciflowError(f"`max_aspect_ratio` {max_aspect_ratio:g} does not go with `--buckets given`: leave it out.")
     if fit not in FITS:
         raise SciflowError(f"`fit` is {fit!r}, but must be one of {', '.join(FITS)}.")
     if edit_masks not in EDIT_MASKS:
@@ -274,8 +276,8 @@ def build_cache(
     found = find_jobs(
         records, rungs, resolution=resolution, crops=crops, flip=flip, with_caption=kind.with_text,
         skip=skips.on_every_rank, remark=tally.remark, by_length=rules == 1, sources=sources,
-        compute_masks=edit_masks == "computed", bucket_columns=find_bucket_columns(records) if buckets == "given" else (),
-        bucket_step=bucket_step, fit=fit,
+        compute_masks=edit_masks == "computed", bucket_step=bucket_step, fit=fit,
+        bucket_columns=find_bucket_columns(records) if buckets == "given" else (),
     )  # fmt: skip
     jobs = by_bucket(found, batch_size)
     if not jobs:

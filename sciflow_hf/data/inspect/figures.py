@@ -57,6 +57,10 @@ class Figures:
         """Share of the images with less than 0.9 x resolution**2 pixels."""
         return float(np.mean([height * width < 0.9 * resolution**2 for height, width in self.sizes]))
 
+    def longer_than(self, aspect_ratio: float) -> float:
+        """Share of the images whose longer side is more than that many times the shorter one."""
+        return float(np.mean([max(size) > aspect_ratio * min(size) for size in self.sizes]))
+
     def describe(self) -> list[str]:
         """Number, sizes and captions, a fact a line."""
         (low, _), (high, _) = (min((min(s), s) for s in self.sizes), max((max(s), s) for s in self.sizes))
