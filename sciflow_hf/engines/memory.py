@@ -66,7 +66,7 @@ class MemoryOptions(NamedTuple):
 
     @property
     def share(self) -> float:
-        """Of the blocks that compute their activations again."""
+        """The share of the blocks that compute their activations again."""
         return share_of(self)
 
     def with_share(self, share: float) -> "MemoryOptions":
@@ -148,10 +148,17 @@ def extra_arithmetic(network: Any, share: float, *, tokens: int, image_tokens: i
 
 
 def least_share(
-    model: torch.nn.Module, network: Any, args: Any, *, memory: float, tokens: int, image_tokens: int
+    model: torch.nn.Module,
+    network: Any,
+    args: Any,
+    *,
+    memory: float,
+    tokens: int,
+    image_tokens: int,
+    options: MemoryOptions,
 ) -> float | None:
-    """The least `--activation_checkpointing_share` with which the run fits, all else as it is; None where none does."""
-    options, blocks = MemoryOptions.of(args), len(blocks_of(network))
+    """The least `--activation_checkpointing_share` with which `options` fit; None where none does."""
+    blocks = len(blocks_of(network))
     for again in range(blocks + 1):
         share = round(again / max(blocks, 1), 3)
         found = estimate(
@@ -203,6 +210,10 @@ def fitting(
             if only_batch or way.options.share not in (0, 1) or way.estimate.total >= ways[-1].estimate.total:
                 continue
         ways.append(way)
+    if ways and ways[0].options.share not in (0, 1):
+        options, sizes = ways[0].options, {"tokens": tokens, "image_tokens": image_tokens}
+        options = options.with_share(least_share(model, network, args, memory=memory, options=options, **sizes) or 1.0)
+        ways[0] = Way(options, estimate(model, network, args, options=options, **sizes))
     return ways, min(tried, key=lambda way: way.estimate.total), list(refused)
 
 

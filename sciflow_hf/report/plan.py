@@ -235,7 +235,8 @@ def _shares(model: torch.nn.Module, args: TrainingArguments, memory: float | Non
         rows.append((f"{share:g}{mark}", again, in_words(found.total), f"{extra:.0%}"))
     lines = [text_table(rows, right=[1, 2, 3])]
     if memory is not None:
-        least, size = least_share(model, network, args, memory=memory, **tokens), f"{memory / 1e9:.3g} GB"
+        least = least_share(model, network, args, memory=memory, options=options, **tokens)
+        size = f"{memory / 1e9:.3g} GB"
         fits = "no share" if least is None else f"--activation_checkpointing_share {least:g} is the least that"
         lines.append(f"{fits} fits into {USABLE:.0%} of {size}, all else as it is")
     return "\n".join(lines)

@@ -92,7 +92,6 @@ def test_activations_of_klein_are_what_autograd_keeps(klein, tmp_path, monkeypat
 
 # -- the choice ------------------------------------------------------------------------------------------------
 
-HALF = "--activation_checkpointing_share 0.5"
 CHECKPOINTED, ONE = "--activation_checkpointing", "--per_device_train_batch_size 1 --gradient_accumulation_steps 2"
 
 
@@ -102,8 +101,8 @@ CHECKPOINTED, ONE = "--activation_checkpointing", "--per_device_train_batch_size
     [
         (140, "as it is"),
         (80, ONE),
-        (48, f"{ONE} {HALF}"),
-        (32, f"{ONE} --activation_checkpointing_share 0.75"),
+        (48, f"{ONE} --activation_checkpointing_share 0.281"),  # 9 of 32 blocks
+        (32, f"{ONE} --activation_checkpointing_share 0.719"),
         (24, f"{ONE} {CHECKPOINTED}"),
         (16, f"{CHECKPOINTED} --quantize_base int8"),
         (12, f"{CHECKPOINTED} --quantize_base nf4"),
@@ -136,7 +135,7 @@ def test_what_is_given_stays(klein, tmp_path):
     args = make_args(tmp_path, bf16=True, per_device_train_batch_size=2)
     assert ways_of(klein, args, 24, given={"activation_checkpointing"}) == []
     both = {"per_device_train_batch_size", "gradient_accumulation_steps"}
-    assert ways_of(klein, args, 80, given=both)[:2] == ["--activation_checkpointing_share 0.25", CHECKPOINTED]
+    assert ways_of(klein, args, 80, given=both)[:2] == ["--activation_checkpointing_share 0.188", CHECKPOINTED]
     assert ways_of(klein, args, 80, given=both - {"gradient_accumulation_steps"})[0] == ONE  # as many a step
     some, every = f"{ONE} --activation_checkpointing_share 0.75 --offload", f"{CHECKPOINTED} --offload"
     assert ways_of(klein, args, 16, given={"quantize_base"}) == [some, every]
