@@ -217,8 +217,8 @@ class DataArguments(Options):
     buckets: str = option(
         BUCKETS[0],
         "Sizes of images from `--input_dir`: resolution, of about its area, in steps of 1/16 of the side; "
-        "equal_tokens, of one number of tokens, so that compiled blocks and memory see one length; given, those in the columns "
-        "`bucket_w` and `bucket_h` of each row, as in SciForma's data.",
+        "equal_tokens, of one number of tokens, so that compiled blocks and memory see one length; given, those in the "
+        "columns `bucket_w` and `bucket_h` of each row, as in SciForma's data.",
         choices=BUCKETS,
         check=_check_shapes,
     )

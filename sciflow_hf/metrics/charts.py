@@ -191,7 +191,7 @@ def _slices(mask: np.ndarray) -> int:
 
 
 def _on_circle(mask: np.ndarray, share: float) -> np.ndarray:
-    """What lies on the circle about the middle of what is True, with this share of its radius: (angles,)."""
+    """The values on the circle about the middle of the True ones, with this share of their radius: (angles,)."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     y, x = (rows[0] + rows[-1]) / 2, (columns[0] + columns[-1]) / 2
     angles = 2 * np.pi * np.arange(_ANGLES) / _ANGLES
