@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .families.base import ModelFamily, PipelineFamily
     from .families.dit import DiT
     from .families.flux import Flux
+    from .families.flux2 import Flux2
     from .families.flux2_klein import Flux2Klein
     from .families.flux_kontext import FluxKontext
     from .families.microscopy_unet import MicroscopyUNet

@@ -97,7 +97,7 @@ def export_adapter(
     target = _checked_target(output_file, file_format, dtype, overwrite)
     with local_adapter(adapter_path) as file:
         state, metadata = read_tensors(file, adapter_path)
-        known, component = _family(family, family_of_run(file), adapter_path)
+        known, component, own = _family(family, family_of_run(file), adapter_path)
         try:
             if is_peft(file):
                 config, adapter = None, _read_peft(file, state, component)
@@ -117,7 +117,7 @@ def export_adapter(
             if known is None:
                 raise SciflowError(_which_family(adapter_path, adapter))
             state = kohya.write(adapter, file_format, known, config=network)
-            facts |= kohya.metadata(state, adapter, file_format, known)
+            facts |= kohya.metadata(state, adapter, file_format, own or known)
             facts |= {"modelspec.title": target.stem, "software": json.dumps(_SOFTWARE)}
         _save(_cast(state, dtype), target, facts)
     kind = next(iter(adapter.values())).kind
@@ -193,19 +193,20 @@ def _checked_target(output_file: str | os.PathLike, file_format: str, dtype: str
     return target
 
 
-def _family(given: str | type | None, of_run: str | None, path: str) -> tuple[str | None, str]:
-    """Name of the family whose layers' names these are, as far as it is said, and its pipeline's for the network."""
-    of_run = names_of(of_run) if of_run else None
-    if given is None:
-        return of_run, kohya.component_of(of_run or "")
-    from ..families import load_family
+def _family(given: str | type | None, of_run: str | None, path: str) -> tuple[str | None, str, str | None]:
+    """The family whose layers' names these are, as far as it is said, its pipeline's name of the network, its own."""
+    own, component = of_run, kohya.component_of(names_of(of_run or ""))
+    if given is not None:
+        from ..families import load_family
 
-    found: Any = load_family(given)
-    if of_run is not None and of_run != names_of(found.name):
-        raise SciflowError(
-            f"`family` {found.name!r}: the run of `adapter_path` {path!r} trained {of_run!r}. Leave `--family` out."
-        )
-    return names_of(found.name), found.component
+        found: Any = load_family(given)
+        if of_run is not None and names_of(of_run) != names_of(found.name):
+            raise SciflowError(
+                f"`family` {found.name!r}: the run of `adapter_path` {path!r} trained {names_of(of_run)!r}. Leave "
+                "`--family` out."
+            )
+        own, component = of_run or found.name, found.component
+    return own and names_of(own), component, own
 
 
 def _read(

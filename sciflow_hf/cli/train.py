@@ -14,6 +14,7 @@ from ..files import recipes_folder
 
 RECIPES = {
     "flux2_klein": "train_flux2klein",
+    "flux2": "train_flux2",
     "qwen_image": "train_qwen_image",
     "qwen_image_edit": "train_qwen_image_edit",
     "z_image": "train_z_image",

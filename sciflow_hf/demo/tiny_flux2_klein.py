@@ -35,7 +35,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def pipeline(seed: int, *, vae_channels: Sequence[int], heads: int) -> Any:
+def pipeline(seed: int, *, vae_channels: Sequence[int], heads: int, guidance_embeds: bool = False) -> Any:
     """28 layers of text encoder whose hidden states 9, 18 and 27 differ clearly; double and single blocks."""
     from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
     from tokenizers import AddedToken
@@ -51,7 +51,7 @@ def pipeline(seed: int, *, vae_channels: Sequence[int], heads: int) -> Any:
             tokenizer, seed, gains=gains, hidden_size=width, intermediate_size=2 * width, num_attention_heads=2
         ),
         tokenizer=tokenizer,
-        transformer=_transformer(seed, heads),
+        transformer=_transformer(seed, heads, guidance_embeds),
         is_distilled=False,
     )
 
@@ -69,7 +69,7 @@ def _vae(seed: int, channels: Sequence[int]) -> Any:
     return vae
 
 
-def _transformer(seed: int, heads: int) -> Any:
+def _transformer(seed: int, heads: int, guidance_embeds: bool) -> Any:
     import torch
     from diffusers import Flux2Transformer2DModel
 
@@ -83,7 +83,7 @@ def _transformer(seed: int, heads: int) -> Any:
         joint_attention_dim=3 * _TEXT_HIDDEN,
         timestep_guidance_channels=_TIME_CHANNELS,
         axes_dims_rope=(4,) * 4,
-        guidance_embeds=False,
+        guidance_embeds=guidance_embeds,
     )
     inputs = {
         "hidden_states": (4, 24, channels),
@@ -91,6 +91,8 @@ def _transformer(seed: int, heads: int) -> Any:
         "timestep": torch.tensor([0.1, 0.4, 0.7, 0.95]),
         "img_ids": torch.cartesian_prod(zero, torch.arange(4), torch.arange(6), zero),
         "txt_ids": torch.cartesian_prod(zero, zero, zero, torch.arange(12)),
-        "guidance": None,
+        "guidance": torch.ones(4) if guidance_embeds else None,
     }
-    return drawn(model, seed, inputs, smooth={"time_guidance_embed.timestep_embedder.linear_1": quiet(_TIME_CHANNELS)})
+    embedders = ("timestep", "guidance") if guidance_embeds else ("timestep",)
+    smooth = {f"time_guidance_embed.{name}_embedder.linear_1": quiet(_TIME_CHANNELS) for name in embedders}
+    return drawn(model, seed, inputs, smooth=smooth)

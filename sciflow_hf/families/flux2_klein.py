@@ -11,7 +11,7 @@ import torch
 from ..errors import SciflowError
 from ..options import arguments, option
 from .base import PipelineFamily, network_dtype
-from .tokens import PATCH, chat_counts, position_ids
+from .tokens import PATCH, chat_counts, patchify, position_ids
 
 logger = logging.getLogger(__name__)
 
@@ -45,13 +45,17 @@ class Flux2Klein(PipelineFamily):
         tokens: torch.Tensor = model(
             hidden_states=torch.cat([self.pack(image) for image in images], dim=1).to(dtype),
             timestep=levels,  # the network multiplies by 1000 itself
-            guidance=None,
+            guidance=self.guidance(levels),
             encoder_hidden_states=prompt_embeds,
             txt_ids=position_ids(1, 1, prompt_embeds.shape[1], device=device).expand(batch_size, -1, -1),
             img_ids=torch.cat(img_ids).expand(batch_size, -1, -1),
             return_dict=False,
         )[0][:, : height * width]
         return tokens.float().transpose(1, 2).unflatten(2, (height, width))
+
+    def guidance(self, sigmas: torch.Tensor) -> torch.Tensor | None:
+        """The input of a guidance embedding, (B,); klein has none."""
+        return None
 
     def clean_latents(self, batch: dict[str, Any]) -> torch.Tensor:
         """(B, 128, h/2, w/2)."""
@@ -110,7 +114,12 @@ class Flux2Klein(PipelineFamily):
         return Flux2Transformer2DModel
 
     def load_model(self, *, dtype: torch.dtype, meta: bool = False, quantize: str | None = None) -> torch.nn.Module:
-        """Warns of step-distilled weights; see `PipelineFamily.load_model`."""
+        """Warns of step-distilled weights, and refuses FLUX.2 [dev] here; see `PipelineFamily.load_model`."""
+        if self.guidance(torch.zeros(1)) is None and self.config(self.component).get("guidance_embeds"):
+            raise SciflowError(
+                f"`pretrained_model_name_or_path` {self.pretrained_model_name_or_path!r}: `guidance_embeds` in its "
+                f"{self.component}'s configuration says that it is FLUX.2 [dev]. Train it with the family `flux2`."
+            )
         if self.config().get("is_distilled", False):
             logger.warning(
                 "`%s` is step-distilled: training moves it away from its few-step sampler. Train the base weights "
@@ -121,7 +130,8 @@ class Flux2Klein(PipelineFamily):
 
     def shorten_text_encoder(self, pipeline: Any) -> None:
         """Takes away what the deepest layer that is read does not need."""
-        truncate(pipeline.text_encoder, max(TEXT_ENCODER_LAYERS))
+        truncate(pipeline.text_encoder.model, max(TEXT_ENCODER_LAYERS))
+        pipeline.text_encoder.lm_head = torch.nn.Identity()
 
     def pipeline_inputs(
         self, prompt: dict[str, torch.Tensor], negative: dict[str, torch.Tensor]
@@ -145,11 +155,10 @@ class Flux2Klein(PipelineFamily):
 
     def encode_prompts(self, prompts: Sequence[str], encoders: Any) -> dict[str, torch.Tensor]:
         """`prompt_embeds` (B, L, D), Qwen3's hidden states 9, 18, 27 side by side, and `text_ids` (B, L, 4)."""
+        layers = self.text_settings["text_encoder_layers"]
         with torch.no_grad():
             prompt_embeds, text_ids = encoders.encode_prompt(
-                list(prompts),
-                max_sequence_length=self.max_sequence_length,
-                text_encoder_out_layers=TEXT_ENCODER_LAYERS,
+                list(prompts), max_sequence_length=self.max_sequence_length, text_encoder_out_layers=layers
             )
         return {"prompt_embeds": prompt_embeds, "text_ids": text_ids}
 
@@ -189,19 +198,12 @@ class Flux2Klein(PipelineFamily):
             raise SciflowError("`text_ids`: FLUX.2 takes (0, 0, 0, l) for text token l; the cache stores other ids.")
 
 
-def patchify(latents: torch.Tensor) -> torch.Tensor:
-    """2x2 pixels become channels, in the order (c, ph, pw): (B, C, h, w) -> (B, 4C, h/2, w/2)."""
-    batch_size, channels, height, width = latents.shape
-    latents = latents.view(batch_size, channels, height // PATCH, PATCH, width // PATCH, PATCH)
-    return latents.permute(0, 1, 3, 5, 2, 4).reshape(batch_size, -1, height // PATCH, width // PATCH)
-
-
-def truncate(text_encoder: Any, depth: int) -> None:
-    """Takes away what hidden state `depth` of a Qwen3 does not need: the layers above, vocabulary projection, norm.
+def truncate(decoder: Any, depth: int) -> None:
+    """Takes away what hidden state `depth` of a language model does not need: the layers above, and the norm.
 
     The norm must go: a model's last hidden state is the normed one, an inner one is not.
     """
-    text_encoder.model.layers = text_encoder.model.layers[:depth]
-    text_encoder.model.norm = text_encoder.lm_head = torch.nn.Identity()
-    text_encoder.config.num_hidden_layers = len(text_encoder.model.layers)
-    text_encoder.config.layer_types = text_encoder.config.layer_types[:depth]
+    decoder.layers, decoder.norm = decoder.layers[:depth], torch.nn.Identity()
+    decoder.config.num_hidden_layers = len(decoder.layers)
+    if getattr(decoder.config, "layer_types", None):
+        decoder.config.layer_types = decoder.config.layer_types[:depth]

@@ -22,6 +22,13 @@ def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, height, width)
 
 
+def patchify(latents: torch.Tensor) -> torch.Tensor:
+    """2x2 pixels become channels, in the order (c, ph, pw): (B, C, h, w) -> (B, 4C, h/2, w/2)."""
+    batch_size, channels, height, width = latents.shape
+    latents = latents.view(batch_size, channels, height // PATCH, PATCH, width // PATCH, PATCH)
+    return latents.permute(0, 1, 3, 5, 2, 4).reshape(batch_size, -1, height // PATCH, width // PATCH)
+
+
 @functools.lru_cache(maxsize=256)
 def position_ids(*sizes: int, device: torch.device, time: int = 0) -> torch.Tensor:
     """Rotary position ids (time, i, j, ...) of a grid of these sizes: (product of them, 1 + their number), int64."""

@@ -54,14 +54,14 @@ def test_truncated_encoder_gives_the_same_embeddings(tiny_klein, family, dtype, 
     assert not any("lm_head" in name or name == "model.norm.weight" for name, _ in kept.named_parameters())
 
 
-def _norm_kept(text_encoder, depth):
-    norm = text_encoder.model.norm
-    truncate(text_encoder, depth)
-    text_encoder.model.norm = norm
+def _norm_kept(decoder, depth):
+    norm = decoder.norm
+    truncate(decoder, depth)
+    decoder.norm = norm
 
 
-def _one_layer_less(text_encoder, depth):
-    truncate(text_encoder, depth - 1)
+def _one_layer_less(decoder, depth):
+    truncate(decoder, depth - 1)
 
 
 truncate = flux2_klein.truncate

@@ -24,6 +24,7 @@ from .names import (
     TEXT_ENCODERS,
     TWO_PARTS,
     Row,
+    architecture_of,
     unet_rows,
 )
 
@@ -310,7 +311,7 @@ def metadata(state: Mapping[str, torch.Tensor], adapter: Adapter, file_format: s
         state: the tensors of the file, see `write`.
         adapter: the layers that were written.
     """
-    known = ARCHITECTURES[family]
+    known = architecture_of(family)
     facts = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{known.name}/lora",
@@ -337,7 +338,7 @@ def readers(kind: str, file_format: str, family: str) -> str:
         return "ComfyUI"
     if kind == DORA:
         return "LyCORIS; not for ComfyUI, which would draw other images"
-    known = ARCHITECTURES[family]
+    known = architecture_of(family)
     return f"{known.trainer if kind == LORA or known.trainer == MUSUBI else 'LyCORIS'} and {known.other_reader}"
 
 
@@ -453,7 +454,7 @@ def families_of_layers(adapter: Adapter) -> list[str]:
 def family_of(metadata: Mapping[str, str]) -> str | None:
     """The family that the metadata of kohya's tools name; None where they name none of ours."""
     found = metadata.get("modelspec.architecture", "").lower()
-    return next((family for family, known in ARCHITECTURES.items() if found.startswith(known.beginnings)), None)
+    return next((family for family in FAMILIES if found.startswith(ARCHITECTURES[family].beginnings)), None)
 
 
 def _unknown(groups: Iterable[str], family: str) -> list[str]:

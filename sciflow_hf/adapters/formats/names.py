@@ -54,6 +54,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         SD_SCRIPTS, "flux-1-dev", ("flux-1", "flux.1"), "black-forest-labs/flux", "networks.lora_flux"
     ),
     "flux2_klein": Architecture(MUSUBI, "Flux.2-klein", ("flux.2",), "black-forest-labs/flux2", "networks.lora_flux_2"),
+    "flux2": Architecture(MUSUBI, "Flux.2-dev", ("flux.2",), "black-forest-labs/flux2", "networks.lora_flux_2"),
     "qwen_image": Architecture(MUSUBI, "Qwen-Image", ("qwen-image",), "QwenLM/Qwen-Image", "networks.lora_qwen_image"),
     "z_image": Architecture(
         MUSUBI, "Z-Image", ("z-image",), "Tongyi-MAI/Z-Image", "networks.lora_zimage", other_reader="diffusers"
@@ -69,13 +70,19 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "networks.lora",
     ),
 }
-FAMILIES = tuple(ARCHITECTURES)
-_EDITS = {"flux_kontext": "flux", "qwen_image_edit": "qwen_image"}
+_NAMES_OF = {"flux2": "flux2_klein", "flux_kontext": "flux", "qwen_image_edit": "qwen_image"}
+FAMILIES = tuple(family for family in ARCHITECTURES if family not in _NAMES_OF)
+"""Those that have names of their own."""
 
 
 def names_of(family: str) -> str:
-    """The family whose names the layers of `family` have: edits have those of the network that they are built on."""
-    return _EDITS.get(family, family)
+    """The family whose names the layers of `family` have: that of the same network, or the one that edits build on."""
+    return _NAMES_OF.get(family, family)
+
+
+def architecture_of(family: str) -> Architecture:
+    """The family as the metadata of a file name it."""
+    return ARCHITECTURES.get(family) or ARCHITECTURES[names_of(family)]
 
 
 def _attention(layer: str, block: str, names: tuple[str, ...], output: str) -> tuple[Row, Row]:
