@@ -14,6 +14,7 @@ from transformers.training_args import OptimizerNames
 from ..adapters.formats.names import FORMATS
 from ..diffusion.losses import EDIT_LOSSES, LOSSES
 from ..diffusion.process import WEIGHTING_SCHEMES
+from ..engines.attention import AttentionArguments
 from ..engines.checkpointing import CheckpointingArguments
 from ..engines.compilation import CompilationArguments
 from ..engines.memory import MemoryArguments
@@ -327,6 +328,7 @@ class DiffusionTrainingArguments(
     OffloadArguments,
     MemoryArguments,
     CompilationArguments,
+    AttentionArguments,
     ProfilingArguments,
     TrainingArguments,
 ):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import EvalPrediction
 
-from ..adapters.layers import adapter_layers
+from ..adapters.layers import adapter_layers, network_of
 from ..adapters.text_encoders import NetworkWithText, use_captions
 from ..adapters.values import at_start, digest, starting_values
 from ..data.batches.loader import collate
@@ -90,6 +90,7 @@ class DiffusionDPOTrainer(DiffusionTrainer):
         super()._check_model(model, args)
         if self.reference_model is not None:
             _check_reference(self.reference_model, self.family)
+            self._set_attention(network_of(self.reference_model), args)
         elif not adapter_layers(model):
             raise SciflowError(
                 "`reference_model` is missing: all weights are trained, so the network that training begins with is "

@@ -97,7 +97,7 @@ def check_identity(
 
 MEASURED = (
     *("loss_type", "huber_delta", "min_snr_gamma", "weighting_scheme", "eval_levels", "bf16", "fp16", "tf32"),
-    *("image_encoding", "edit_loss", "edit_weight", "edit_balance"),
+    *("image_encoding", "edit_loss", "edit_weight", "edit_balance", "attention_backend"),
 )
 """Options that change `eval_loss`, and with it the losses of the base model; those of the family also do."""
 _ELSEWHERE = (

@@ -55,6 +55,7 @@ from ..data.stream.stream import StreamingCache
 from ..diffusion.randomness import hash64
 from ..diffusion.sources import source_name
 from ..engines import checkpointing, sharding
+from ..engines.attention import set_backend
 from ..engines.compilation import compile_blocks
 from ..engines.offload import offload_blocks
 from ..engines.optimizers import (
@@ -289,6 +290,14 @@ class DiffusionTrainer(Trainer):
         keep_from_broadcast(model)
         if args.offload:
             offload_blocks(network, args.device)
+        self._set_attention(network, args)
+
+    def _set_attention(self, network: Any, args: DiffusionTrainingArguments) -> None:
+        """Applies `--attention_backend`."""
+        if args.attention_backend is not None:
+            most = max(args.per_device_train_batch_size, args.per_device_eval_batch_size)
+            trusted = getattr(self.family, "trust_remote_code", False)
+            set_backend(network, args, masked=self.family.pads_text and most > 1, trust_remote_code=trusted)
 
     @staticmethod
     def _check_kind(name: str, dataset: Any) -> None:
