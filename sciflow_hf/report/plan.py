@@ -55,7 +55,8 @@ def plan(
     check_run(model, args.export_formats, family)
     if is_stream(train_dataset) and not hasattr(train_dataset, "__len__"):
         raise SciflowError("a stream of your own has no number of samples to plan with; `debug_batch` shows a batch.")
-    sampler = training_sampler(train_dataset, args, pads_text=family.pads_text)
+    rows = getattr(args, "rows_of_epoch", train_dataset)  # of a training by rewards those of a rollout
+    sampler = training_sampler(rows, args, pads_text=family.pads_text)
     steps_per_epoch = math.ceil(len(sampler) / args.gradient_accumulation_steps)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
     total_batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps

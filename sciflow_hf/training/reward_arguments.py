@@ -1,9 +1,10 @@
 """Options of training by rewards."""
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..diffusion.rewards import OLD_POLICY_DECAYS, REWARD_ALGORITHMS, SPREADS
-from ..errors import SciflowError
+from ..errors import SciflowError, counted
 from ..options import arguments, option
 from .arguments import DiffusionTrainingArguments
 
@@ -95,6 +96,16 @@ class RewardArguments:
     )
 
 
+@dataclass(frozen=True)
+class RolloutRows:
+    """The images that the steps after a rollout take, as rows of a data set."""
+
+    buckets: list[str]
+
+    def __len__(self) -> int:
+        return len(self.buckets)
+
+
 @arguments
 class RewardTrainingArguments(RewardArguments, DiffusionTrainingArguments):
     """Every option of `DiffusionTrainingArguments`, and those of rewards; an epoch is a rollout."""
@@ -105,3 +116,20 @@ class RewardTrainingArguments(RewardArguments, DiffusionTrainingArguments):
     def images_per_rollout(self) -> int:
         """Images of a rollout."""
         return self.prompts_per_rollout * self.num_generations
+
+    @property
+    def rows_of_epoch(self) -> RolloutRows:
+        """The rows of an epoch, which no shape divides.
+
+        Raises:
+            SciflowError: steps that show fewer images than a rollout has.
+        """
+        images, step = self.images_per_rollout, self.total_batch
+        steps = self.updates_per_rollout or -(-images // step)
+        if steps * step < images:
+            raise SciflowError(
+                f"`updates_per_rollout` {steps}: with {counted(step, 'image')} a step these show {steps * step} of the "
+                f"{images} images of a rollout. Give at least {-(-images // step)}, larger steps, or smaller rollouts "
+                "(`--prompts_per_rollout`, `--num_generations`)."
+            )
+        return RolloutRows(["images of a rollout"] * (steps * step))

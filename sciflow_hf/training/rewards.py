@@ -29,7 +29,7 @@ from ..report.contact_sheet import write_reward_sheet
 from .callbacks.validation import at_rest, log_images
 from .loss_log import LossLog
 from .out_of_memory import is_out_of_memory
-from .reward_arguments import RewardTrainingArguments
+from .reward_arguments import RewardTrainingArguments, RolloutRows
 from .reward_evaluation import held_out_draws, held_out_metrics, held_out_scores, held_out_settings, of_all_ranks
 from .reward_prompts import Prompts, prompts_for
 from .rollouts import Draw, Painter, Rollout, plan_draws, rollout_metrics, together, totals
@@ -100,7 +100,7 @@ class DiffusionRewardTrainer(DiffusionTrainer):
         if args.stop_if_watched_falls and not (watched and held_out):
             what = "held-out prompts: hold some out by `--eval_fraction`" if watched else "`watch_rewards`: give some"
             raise SciflowError(f"`stop_if_watched_falls` stops nothing without {what}, or leave it out.")
-        self._images = _Images(self, _rows_of_rollout(args))
+        self._images = _Images(self, args.rows_of_epoch)
         super().__init__(
             model, args, family=family, train_dataset=prompts, eval_dataset=held_out or None,
             **{"data_collator": _samples} | options,
@@ -217,7 +217,13 @@ class DiffusionRewardTrainer(DiffusionTrainer):
                 saves = self.args.save_strategy != SaveStrategy.NO
                 _remove(folder, before=self._saved_in if saves else number)
                 rollout.open()
-        mine = range(len(rollout.draws))[args.process_index :: args.world_size]
+        draws = rollout.draws
+        if len(draws) < args.world_size and number == self._followed == 0:
+            logger.warning(
+                "`rollout_batch_size` %d: a rollout is %s, so only that many of %d processes draw. Lower it.",
+                args.rollout_batch_size, counted(len(draws), "draw"), args.world_size,
+            )  # fmt: skip
+        mine = range(len(draws))[args.process_index :: args.world_size]
         with together(self.accelerator):
             with at_rest(self.model), with_values(self.model, self._old):
                 for i in mine:
@@ -449,12 +455,11 @@ class DiffusionRewardTrainer(DiffusionTrainer):
 class _Images(Dataset[dict[str, Any]]):
     """The images of the rollout of now, as often as its steps take them."""
 
-    def __init__(self, trainer: DiffusionRewardTrainer, length: int) -> None:
-        self.trainer, self.length = trainer, length
-        self.buckets = ["images of a rollout"] * length
+    def __init__(self, trainer: DiffusionRewardTrainer, rows: RolloutRows) -> None:
+        self.trainer, self.buckets = trainer, rows.buckets
 
     def __len__(self) -> int:
-        return self.length
+        return len(self.buckets)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         return self.trainer.image_of(row)
@@ -466,19 +471,6 @@ def _samples(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
             for name in ("position", "noise_key", "step_key") if name in samples[0]}  # fmt: skip
     rows = torch.tensor([sample.pop("prompt") for sample in samples])
     return keys | {"row": rows, "samples": [{n: v for n, v in sample.items() if n != "row"} for sample in samples]}
-
-
-def _rows_of_rollout(args: RewardTrainingArguments) -> int:
-    """Images that the steps after a rollout take."""
-    images, step = args.images_per_rollout, args.total_batch
-    steps = args.updates_per_rollout or -(-images // step)
-    if steps * step < images:
-        raise SciflowError(
-            f"`updates_per_rollout` {steps}: with {counted(step, 'image')} a step these show {steps * step} of the "
-            f"{images} images of a rollout. Give at least {-(-images // step)}, larger steps, or smaller rollouts "
-            "(`--prompts_per_rollout`, `--num_generations`)."
-        )
-    return steps * step
 
 
 def _remove(folder: Path, *, before: int) -> None:

@@ -47,6 +47,12 @@ def wished(prompts, images, wanted):
     return [mean(image) if w else 1 - mean(image) for image, w in zip(images, wanted, strict=True)]
 
 
+def away_on_rank_1(prompts, images):
+    if os.environ.get("RANK") == "1":
+        raise sf.SciflowError("the judge is not installed")
+    return dark(prompts, images)
+
+
 def alike(prompts, images):
     return [0.25] * len(images)
 
