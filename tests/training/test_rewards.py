@@ -24,6 +24,19 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 EPS = float(np.finfo(np.float32).eps)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def encoders_once():
+    """Text encoders are loaded once for all trainers, which share the family."""
+    with pytest.MonkeyPatch.context() as patch:
+        load, cache = rollouts.Painter.encoders.func, {}
+        patch.setattr(
+            rollouts.Painter,
+            "encoders",
+            property(lambda self: cache.get(self.family.source) or cache.setdefault(self.family.source, load(self))),
+        )
+        yield
+
+
 class Stopped(BaseException):
     """As a kill: nothing catches it."""
 
@@ -227,20 +240,20 @@ def test_the_old_policy_follows_after_each_rollout(tmp_path, family, monkeypatch
 
 def test_it_learns_and_says_so(tmp_path, family):
     """Dark pages are rewarded: the reward of the rollouts grows, and that of held-out prompts with an interval."""
-    options = dict(num_train_epochs=6, learning_rate=2e-2, kl_weight=0, prompts_per_rollout=4, eval_strategy="no")
+    options = dict(num_train_epochs=4, learning_rate=3e-2, kl_weight=0, eval_strategy="no")
     trainer = reward_trainer(tmp_path, family, held_out=prompts(12), watched=[bright], **options)
     trainer.train()
     metrics = trainer.evaluate()
     assert metrics["eval_reward_gain_low"] > 0 and metrics["eval_watched_bright_gain_high"] < 0
     assert metrics["eval_reward"] - metrics["eval_base_reward"] == pytest.approx(metrics["eval_reward_gain"])
     logs = rollout_logs(trainer)
-    assert [entry["rollout"] for entry in logs] == list(range(6))
+    assert [entry["rollout"] for entry in logs] == list(range(4))
     assert all(entry["reward_std"] > 0 and entry["groups_without_spread"] == 0 for entry in logs)
     assert logs[-1]["reward"] > logs[0]["reward"]
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert {"policy_loss", "kl", "old_distance", "loss_q4"} & steps[-1].keys() >= {"policy_loss", "kl", "old_distance"}
     sheets = sorted(path.name for path in (tmp_path / "rollouts").glob("*.png"))
-    assert len(sheets) == 6 and [p.name for p in (tmp_path / "rollouts").iterdir() if p.is_dir()] == ["000005"]
+    assert len(sheets) == 4 and [p.name for p in (tmp_path / "rollouts").iterdir() if p.is_dir()] == ["000003"]
 
 
 def test_the_baseline_learns_from_its_best_images_alone(tmp_path, family):
@@ -268,7 +281,7 @@ def test_more_updates_than_images(tmp_path, family):
 # ---- resume ----
 
 RESUMED = dict(
-    num_train_epochs=3, save_strategy="steps", save_steps=3, resume_from_checkpoint="latest", kl_weight=0.1,
+    num_train_epochs=2, save_strategy="steps", save_steps=3, resume_from_checkpoint="latest", kl_weight=0.1,
     old_policy_decay="late",
 )  # fmt: skip
 
@@ -283,8 +296,10 @@ def uninterrupted(tmp_path_factory, family):
     return found
 
 
-VARIANTS = {"lora": {}, "ema": {"ema_decay": 0.5, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}}
-VARIANTS["dora"] = {"adapter_type": "dora", "old_policy_decay": "slow"}
+VARIANTS = {
+    "ema": {"ema_decay": 0.5, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1},
+    "dora": {"adapter_type": "dora", "old_policy_decay": "slow"},
+}
 
 
 def log_of(trainer):
@@ -293,8 +308,7 @@ def log_of(trainer):
 
 @pytest.mark.parametrize(
     ("variant", "where", "at"),
-    [("lora", "draw", 4), ("lora", "score", 4), ("lora", "update", 5), ("lora", "update", 3), ("ema", "draw", 4),
-     ("ema", "update", 6), ("dora", "score", 6), ("dora", "update", 10)],
+    [("ema", "draw", 4), ("ema", "update", 3), ("dora", "score", 4), ("dora", "update", 5)],
 )  # fmt: skip
 def test_a_run_that_is_stopped_anywhere_ends_as_one_that_is_not(
     tmp_path, family, uninterrupted, monkeypatch, variant, where, at
@@ -461,16 +475,15 @@ def test_a_file_of_another_rank_that_is_missing(tmp_path, family):
 
 def test_a_watched_reward_stops_a_run_that_is_made_to_hack(tmp_path, family, caplog):
     """Black pages are paid for; their brightness is watched."""
-    options = dict(num_train_epochs=8, learning_rate=2e-2, kl_weight=0, eval_strategy="epoch", prompts_per_rollout=4,
-                   save_strategy="epoch")  # fmt: skip
+    options = dict(num_train_epochs=4, learning_rate=3e-2, kl_weight=0, eval_strategy="epoch")
     trainer = reward_trainer(
         tmp_path, family, held_out=prompts(12), watched=[bright], stop_if_watched_falls=True, **options
     )
     with pytest.raises(SciflowError, match="`watch_rewards` bright has fallen from") as error:
         trainer.train()
     assert "with 95 % confidence" in str(error.value) and "are being hacked" in str(error.value)
-    warned = reward_trainer(tmp_path / "warned", family, held_out=prompts(12), watched=[bright], **options)
-    warned.train()
+    trainer.args.stop_if_watched_falls = False
+    trainer.evaluate()
     assert "`--stop_if_watched_falls` would stop here" in caplog.text
 
 
