@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .families import load_family
     from .families.base import ModelFamily, PipelineFamily
     from .families.dit import DiT
+    from .families.ernie_image import ErnieImage
     from .families.flux import Flux
     from .families.flux2 import Flux2
     from .families.flux2_klein import Flux2Klein

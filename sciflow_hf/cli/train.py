@@ -18,6 +18,7 @@ RECIPES = {
     "qwen_image": "train_qwen_image",
     "qwen_image_edit": "train_qwen_image_edit",
     "z_image": "train_z_image",
+    "ernie_image": "train_ernie_image",
     "sd3": "train_sd3",
     "flux": "train_flux",
     "flux_kontext": "train_flux_kontext",

@@ -7,6 +7,9 @@ from .tiny import qwen_tokenizer, redraw
 
 SIZES = tiny_flux2_klein.SIZES
 _TEXT_HIDDEN = 16
+# Of a vision tower, which reads no prompt.
+PIXTRAL = {"model_type": "pixtral", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+PIXTRAL |= {"num_attention_heads": 1, "image_size": 28, "patch_size": 14}
 # Mistral's, of a system message and a turn whose content is a list of parts.
 _CHAT_TEMPLATE = (
     "{{- '<s>' }}{%- for message in messages %}{{- '[' + message.role + ']' }}"
@@ -45,15 +48,7 @@ def _text_encoder(tokenizer: Any, seed: int) -> Any:
             "head_dim": 8,
             "max_position_embeddings": tokenizer.model_max_length,
         },
-        vision_config={
-            "model_type": "pixtral",
-            "hidden_size": 8,
-            "intermediate_size": 8,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 1,
-            "image_size": 28,
-            "patch_size": 14,
-        },
+        vision_config=PIXTRAL,
     )
     model = Mistral3ForConditionalGeneration(config).eval()
     # Residual layers add up: half-size writes keep the hidden states of order one to three.

@@ -46,7 +46,7 @@ def pipeline(seed: int, *, vae_channels: Sequence[int], heads: int, guidance_emb
     gains, width = {"embed_tokens": 4.0, "o_proj": 0.8, "down_proj": 0.8}, _TEXT_HIDDEN
     return Flux2KleinPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**FLUX_SCHEDULER),
-        vae=_vae(seed, vae_channels),
+        vae=vae(seed, vae_channels),
         text_encoder=qwen3(
             tokenizer, seed, gains=gains, hidden_size=width, intermediate_size=2 * width, num_attention_heads=2
         ),
@@ -56,17 +56,17 @@ def pipeline(seed: int, *, vae_channels: Sequence[int], heads: int, guidance_emb
     )
 
 
-def _vae(seed: int, channels: Sequence[int]) -> Any:
+def vae(seed: int, channels: Sequence[int]) -> Any:
     """Batch-norm statistics measured on drawn figures."""
     import torch
     from diffusers import AutoencoderKLFlux2
 
-    vae, latents = image_vae(AutoencoderKLFlux2, seed, channels)
+    model, latents = image_vae(AutoencoderKLFlux2, seed, channels)
     patches = [torch.nn.functional.pixel_unshuffle(mean, 2)[0].flatten(1) for mean in latents]  # order (c, ph, pw)
     tokens = torch.cat(patches, dim=1).T.double()
-    vae.bn.running_mean.copy_(rounded(tokens.mean(0)))
-    vae.bn.running_var.copy_(rounded(tokens.var(0)))
-    return vae
+    model.bn.running_mean.copy_(rounded(tokens.mean(0)))
+    model.bn.running_var.copy_(rounded(tokens.var(0)))
+    return model
 
 
 def _transformer(seed: int, heads: int, guidance_embeds: bool) -> Any:

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,10 +37,12 @@ from .loading import (
     refuse_code,
     start_place,
 )
-from .tokens import token_counts
+from .tokens import PATCH, patchify, token_counts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+logger = logging.getLogger(__name__)
 
 POSTERIORS = ("mode", "sample")
 
@@ -614,12 +617,22 @@ class PipelineFamily(ModelFamily):
 
     # -- the checkpoint --------------------------------------------------------------------------------------------
 
+    base_weights: ClassVar[str] = ""
+    """What to train instead of the step-distilled checkpoints that have "turbo" in their names, where there are any."""
+
     def load_model(self, *, dtype: torch.dtype, meta: bool = False, quantize: str | None = None) -> torch.nn.Module:
         """The network in `dtype`: without weights if `meta`, packed as `quantize` says (`--quantize_base`).
 
         Raises:
             SciflowError: another kind of model, weights that cannot be loaded, or a package that packing needs.
         """
+        if self.base_weights and "turbo" in self.pretrained_model_name_or_path.lower():  # no configuration says so
+            logger.warning(
+                "`%s` is step-distilled: training moves it away from its few-step sampler. Train %s and use the LoRA "
+                "on turbo if you like.",
+                self.pretrained_model_name_or_path,
+                self.base_weights,
+            )
         path, found = self.configured(self.component).path, self.setting(self.component, "_class_name")
         check_kind(path, found, family=self.name, network=self.network_class().__name__)
         if meta:
@@ -977,6 +990,40 @@ class PipelineFamily(ModelFamily):
             )
         latents = torch.cat(found)
         return latents.squeeze(2) if latents.ndim == 5 else latents, images  # a video VAE's axis of frames
+
+
+@arguments
+class PatchedFamily(PipelineFamily):
+    """A family on the latents of FLUX.2's VAE: 2x2 pixels become channels, which the VAE's batch norm normalises."""
+
+    patch: ClassVar[int] = PATCH
+    batch_norm_eps: ClassVar[float | None] = None
+    """Inside the root; that of the VAE's configuration where it is None."""
+    unnamed_posterior: ClassVar[str] = "mode"
+
+    def clean_latents(self, batch: dict[str, Any]) -> torch.Tensor:
+        """(B, 4C, h/2, w/2)."""
+        return self.normalise(patchify(batch["latents"].float()))
+
+    def element_mask(self, mask: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """`loss_mask` (B, h, w) patchified as the latents are: (B, 4C, h/2, w/2)."""
+        return patchify(mask[:, None].expand(-1, latents.shape[1] // PATCH**2, -1, -1))
+
+    def image_seq_len(self, latents: torch.Tensor) -> int:
+        """Image tokens of patchified latents (B, 4C, h/2, w/2)."""
+        return latents[0, 0].numel()  # 2x2 pixels are channels by now
+
+    def normalise(self, latents: torch.Tensor) -> torch.Tensor:
+        """(B, 4C, h, w): per channel by the running statistics of the VAE's batch norm."""
+        mean, std = self.statistics_on(latents.device)
+        return (latents - mean) / std
+
+    @functools.cached_property
+    def statistics(self) -> tuple[torch.Tensor, ...]:
+        """Mean and deviation of the VAE's batch norm, (1, 4C, 1, 1), eps inside the root."""
+        vae = self.load_part("vae", dtype=torch.float32)
+        eps = vae.config.batch_norm_eps if self.batch_norm_eps is None else self.batch_norm_eps
+        return vae.bn.running_mean.view(1, -1, 1, 1), (vae.bn.running_var.view(1, -1, 1, 1) + eps).sqrt()
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """FLUX.2 [klein] base, 4B and 9B (Black Forest Labs): rectified flow on patchified, batch-normalised latents."""
 
-import functools
 import logging
 import math
 from collections.abc import Sequence
@@ -10,8 +9,8 @@ import torch
 
 from ..errors import SciflowError
 from ..options import arguments, option
-from .base import PipelineFamily, network_dtype
-from .tokens import PATCH, chat_counts, patchify, position_ids
+from .base import PatchedFamily, network_dtype
+from .tokens import PATCH, chat_counts, position_ids
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +18,7 @@ TEXT_ENCODER_LAYERS = (9, 18, 27)  # as the pipeline; diffusers' training script
 
 
 @arguments
-class Flux2Klein(PipelineFamily):
+class Flux2Klein(PatchedFamily):
     """FLUX.2 klein: `black-forest-labs/FLUX.2-klein-base-9B` or `-base-4B`.
 
     Train the base weights, not the distilled ones. `mini_klein`, a small one for figures, comes with this package.
@@ -57,49 +56,22 @@ class Flux2Klein(PipelineFamily):
         """The input of a guidance embedding, (B,); klein has none."""
         return None
 
-    def clean_latents(self, batch: dict[str, Any]) -> torch.Tensor:
-        """(B, 128, h/2, w/2)."""
-        return self.normalise(patchify(batch["latents"].float()))
-
-    def element_mask(self, mask: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """`loss_mask` (B, h, w) patchified as the latents are: (B, 128, h/2, w/2)."""
-        return patchify(mask[:, None].expand(-1, latents.shape[1] // PATCH**2, -1, -1))
-
-    def image_seq_len(self, latents: torch.Tensor) -> int:
-        """Image tokens of patchified latents (B, 128, h/2, w/2)."""
-        return latents[0, 0].numel()  # 2x2 pixels are channels by now
-
     def pack(self, latents: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, H*W, C)."""
         return latents.flatten(2).transpose(1, 2)
 
     name: ClassVar[str] = "flux2_klein"
-    patch: ClassVar[int] = PATCH
     max_sources: ClassVar[int] = 10
     text_settings: ClassVar[dict[str, Any]] = {
         "text_encoder_layers": list(TEXT_ENCODER_LAYERS),
         "padding_side": "right",
     }
-    unnamed_posterior: ClassVar[str] = "mode"
     lora_presets: ClassVar[dict[str, str]] = {
         "attention": "to_k,to_q,to_v,to_out.0",
         "standard": "to_k,to_q,to_v,add_q_proj,add_k_proj,add_v_proj,to_out.0,to_add_out",
         "full": "to_k,to_q,to_v,add_q_proj,add_k_proj,add_v_proj,to_out.0,to_add_out,"
         "linear_in,linear_out,to_qkv_mlp_proj,attn.to_out",
     }
-
-    def normalise(self, latents: torch.Tensor) -> torch.Tensor:
-        """(B, 4C, h, w): per channel by the running statistics of the VAE's batch norm, eps inside the root."""
-        mean, std = self.statistics_on(latents.device)
-        return (latents - mean) / std
-
-    @functools.cached_property
-    def statistics(self) -> tuple[torch.Tensor, ...]:
-        """Mean and deviation of the VAE's batch norm, (1, 128, 1, 1), eps inside the root."""
-        vae = self.load_part("vae", dtype=torch.float32)
-        mean = vae.bn.running_mean.view(1, -1, 1, 1)
-        std = (vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).sqrt()
-        return mean, std
 
     def pipeline_class(self) -> Any:
         """`Flux2KleinPipeline`."""

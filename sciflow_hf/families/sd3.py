@@ -1,6 +1,5 @@
 """Stable Diffusion 3 and 3.5 (Stability AI): rectified flow, a joint transformer, two CLIP text encoders and T5."""
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -13,8 +12,6 @@ from ..errors import SciflowError
 from ..options import arguments, option
 from .base import PipelineFamily, network_dtype, part_option, posterior_option
 from .tokens import PATCH, token_ids
-
-logger = logging.getLogger(__name__)
 
 LONGEST_TEXT = 512  # T5 tokens that the pipeline takes
 # What `prompt_embeds` is made of: inner states of both CLIPs, the last of T5.
@@ -88,6 +85,7 @@ class SD3(PipelineFamily):
 
     name: ClassVar[str] = "sd3"
     patch: ClassVar[int] = PATCH
+    base_weights: ClassVar[str] = "stable-diffusion-3.5-large"
     text_settings: ClassVar[dict[str, Any]] = {"text_encoder_layers": list(TEXT_STATES), "padding_side": "right"}
     prompt_tokenizer: ClassVar[str] = "tokenizer_3"
     trained_text_parts: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
@@ -122,16 +120,6 @@ class SD3(PipelineFamily):
         from diffusers import SD3Transformer2DModel
 
         return SD3Transformer2DModel
-
-    def load_model(self, *, dtype: torch.dtype, meta: bool = False, quantize: str | None = None) -> torch.nn.Module:
-        """Warns of the distilled turbo; see `PipelineFamily.load_model`."""
-        if "turbo" in self.pretrained_model_name_or_path.lower():  # its configuration does not say so
-            logger.warning(
-                "`%s` is step-distilled: training moves it away from its few-step sampler. Train "
-                "stable-diffusion-3.5-large and use the LoRA on turbo if you like.",
-                self.pretrained_model_name_or_path,
-            )
-        return super().load_model(dtype=dtype, meta=meta, quantize=quantize)
 
     def idle_layers(self, model: Any) -> tuple[str, ...]:
         """The queries of the text in the last block: their output is discarded."""

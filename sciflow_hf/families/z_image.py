@@ -1,6 +1,5 @@
 """Z-Image (Alibaba Tongyi Lab): rectified flow in one stream of image and text, each text with its own length."""
 
-import logging
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,8 +13,6 @@ from .tokens import PATCH, chat_counts, own_tokens, padded
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-logger = logging.getLogger(__name__)
 
 
 @arguments
@@ -47,6 +44,7 @@ class ZImage(PipelineFamily):
 
     name: ClassVar[str] = "z_image"
     patch: ClassVar[int] = PATCH
+    base_weights: ClassVar[str] = "Tongyi-MAI/Z-Image"
     pads_text: ClassVar[bool] = True
     text_settings: ClassVar[dict[str, Any]] = {"text_encoder_layers": [-2], "padding_side": "none"}
     no_guidance: ClassVar[float] = 0  # prediction + scale * (prediction - that without the prompt)
@@ -76,18 +74,12 @@ class ZImage(PipelineFamily):
         return ZImageTransformer2DModel
 
     def load_model(self, *, dtype: torch.dtype, meta: bool = False, quantize: str | None = None) -> torch.nn.Module:
-        """Refuses Z-Image-Omni, which also sees images, and warns of Turbo; see `PipelineFamily.load_model`."""
+        """Refuses Z-Image-Omni, which also sees images; see `PipelineFamily.load_model`."""
         path = self.pretrained_model_name_or_path
         if self.config(self.component).get("siglip_feat_dim") is not None:
             raise SciflowError(
                 f"`pretrained_model_name_or_path` {path!r}: `siglip_feat_dim` in its {self.component}'s configuration "
                 "says that it also sees images (Z-Image-Omni). `z_image` trains Z-Image."
-            )
-        if "turbo" in path.lower():  # its configuration does not say so
-            logger.warning(
-                "`%s` is step-distilled: training moves it away from its few-step sampler. Train Tongyi-MAI/Z-Image "
-                "and use the LoRA on Turbo if you like.",
-                path,
             )
         return super().load_model(dtype=dtype, meta=meta, quantize=quantize)
 

@@ -8,7 +8,7 @@ from diffusers import Flux2KleinPipeline
 
 from sciflow_hf.diffusion.losses import LOSSES, flow_weight, sample_loss
 from sciflow_hf.errors import SciflowError
-from sciflow_hf.families import flux2_klein
+from sciflow_hf.families import base
 from sciflow_hf.families.flux2_klein import Flux2Klein
 from sciflow_hf.training.arguments import DiffusionTrainingArguments
 
@@ -94,7 +94,7 @@ def test_mask_is_brought_through_the_patches_of_the_latents(monkeypatch, family,
     """The comparison above fails when the mask is averaged over patches, or repeated in the wrong channel order."""
     network = _Network()
     expected = by_hand(family, batch, noise, network.answer, "mse")
-    patchify = flux2_klein.patchify
+    patchify = base.patchify
 
     def averaged(latents):
         if latents.dtype != torch.uint8:
@@ -109,7 +109,7 @@ def test_mask_is_brought_through_the_patches_of_the_latents(monkeypatch, family,
 
     options = dataclasses.replace(args, weighting_scheme="none")
     for wrong in (averaged, other_order):
-        monkeypatch.setattr(flux2_klein, "patchify", wrong)
+        monkeypatch.setattr(base, "patchify", wrong)
         loss, _ = family.compute_loss(network, batch, options, noise=noise, levels=SIGMAS)
         assert ((loss / expected - 1).abs() > 1e-3).all()
 

@@ -19,7 +19,7 @@ def pipelines(tmp_path_factory):
     """Of each family: itself, its pipeline, two encoded prompts of one length, and one of another."""
     folders, found = make_pipelines(tmp_path_factory.mktemp("pipelines")), {}
     for name in FAMILIES:
-        options = {} if name == "sdxl" else {"max_sequence_length": 7}
+        options = {} if name in ("sdxl", "ernie_image") else {"max_sequence_length": 7}
         family = sf.load_family(name)(pretrained_model_name_or_path=str(folders[name]), **options)
         pipeline = family.load_pipeline(family.load_model(dtype=torch.float32).eval())
         encoded = family.encode_validation_prompts(["XZ", "ZX", "Z"], device="cpu", dtype=torch.float32)

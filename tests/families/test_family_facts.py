@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_steps import FAMILIES, PACKED, Step, edited, make_pipelines
+from family_steps import FAMILIES, PACKED, PATCHED, Step, edited, make_pipelines
 
 import sciflow_hf as sf
 from sciflow_hf.adapters.adapter import match_layers
@@ -77,13 +77,12 @@ def check_normalised(step):
     name, raw = step.family.name, step.batch["latents"]
     vae = step.family.config("vae")
     text = cell("normalised latents", name)
-    if name == "flux2_klein":
-        assert "batch norm" in text and "variance + eps" in text
+    if name in PATCHED:
+        assert "batch norm" in text and "variance + eps" in text and ("1e-5" in text) == (name == "ernie_image")
+        eps = 1e-5 if "1e-5" in text else vae["batch_norm_eps"]
         norm = step.family.load_encoders(device="cpu", dtype=torch.float32, text=False).vae.bn
         pixels = torch.nn.functional.pixel_unshuffle(raw, 2)
-        return (pixels - norm.running_mean.view(1, -1, 1, 1)) / (
-            norm.running_var.view(1, -1, 1, 1) + vae["batch_norm_eps"]
-        ).sqrt()
+        return (pixels - norm.running_mean.view(1, -1, 1, 1)) / (norm.running_var.view(1, -1, 1, 1) + eps).sqrt()
     if name == "qwen_image":
         assert text == "(x - latents_mean) / latents_std per channel"
         mean, std = (torch.tensor(vae[key]).view(1, -1, 1, 1) for key in ("latents_mean", "latents_std"))
@@ -119,6 +118,8 @@ def as_given(step, latents):
     if name in PACKED:
         assert text.startswith("packed 2x2")
         return pack(latents)
+    if text == "(B, 4 C, h/2, w/2)":  # patchified already
+        return latents
     if text == "a list of (C, 1, h, w)":
         return latents.unsqueeze(2)
     assert text == "(B, C, h, w)"
@@ -139,6 +140,7 @@ def check_given(step):
     text = cell("latents as the network gets them", step.family.name)
     sizes = {
         "packed 2x2: tokens of 4 C numbers": (2, 24, 4 * step.channels),
+        "(B, 4 C, h/2, w/2)": (2, 4 * step.channels, 6, 4),
         "a list of (C, 1, h, w)": (2, step.channels, 1, 12, 8),
         "(B, C, h, w)": (2, step.channels, 12, 8),
     }
@@ -176,15 +178,21 @@ def check_tokens(step):
     text, family = cell("text tokens by default", step.family.name), step.default
     numbers = [int(number) for number in re.findall(r"\d+", text)[:2]]
     encoders = step.family.load_text_encoder(device="cpu", dtype=torch.float32)
-    short = dataclasses.replace(step.family, max_sequence_length=24) if family.pads_text else step.family
-    one, longer = (short.encode_prompts([p], encoders)["prompt_embeds"] for p in ("a", "a red bar " * 9))
+    short, most = step.family, 7
+    if family.pads_text and "max_sequence_length" in vars(family):
+        short, most = dataclasses.replace(step.family, max_sequence_length=24), 24
+    elif family.pads_text:
+        most = encoders.tokenizer.model_max_length
+    one, longer = (short.encode_prompts([p], encoders)["prompt_embeds"] for p in ("a", "a red bar " * 20))
     if family.name == "sd3":  # CLIP's share is that of its tokenizer
         assert numbers == [77, family.max_sequence_length]
         assert one.shape[1] == longer.shape[1] == encoders.tokenizer.model_max_length + 7
+    elif "the tokenizer's" in text:
+        assert "max_sequence_length" not in vars(family) and longer.shape[1] == encoders.tokenizer.model_max_length
     else:
         assert numbers[0] == family.max_sequence_length
     if "its own length" in text:
-        assert family.pads_text and one.shape[1] < longer.shape[1] == 24
+        assert family.pads_text and one.shape[1] < longer.shape[1] == most
     else:
         assert "padding takes part" in text and not family.pads_text and one.shape == longer.shape
     assert ("`--no_use_t5`" in text) == ("use_t5" in vars(family))
@@ -295,7 +303,7 @@ def check_unconditional(step):
 
 PARTS = {  # words of the table -> what such layers are called
     "attention": r"(attn\d?|attention)\S*\.(to_\w+(\.0)?|add_\w+_proj|to_add_out)$",
-    "mlps": r"(ff|ff_context|img_mlp|txt_mlp)\.(net\.(0\.proj|2)|linear_in|linear_out)$|feed_forward\.w[123]$",
+    "mlps": r"(ff|ff_context|img_mlp|txt_mlp)\.(net\.(0\.proj|2)|linear_in|linear_out)$|feed_forward\.w\d$|mlp\.\w+$",
     "single blocks": r"single_transformer_blocks\.\d+\.(proj_mlp|proj_out|attn\.(to_qkv_mlp_proj|to_out))$",
     "all of the attention blocks": r"attentions\.\d+\.",
     "convolutions": r"(conv1|conv2|conv_shortcut|downsamplers\.0\.conv|upsamplers\.0\.conv)$",
@@ -312,7 +320,8 @@ def check_standard(step):
     names = layers(step, "standard")
     if text == "attention of all blocks":
         assert all(re.search(PARTS["attention"], name) for name in names)
-        assert {name.split(".")[0] for name in names} == {"layers", "noise_refiner", "context_refiner"}
+        refiners = {"noise_refiner", "context_refiner"} if step.family.name == "z_image" else set()
+        assert {name.split(".")[0] for name in names} == {"layers"} | refiners
     elif text == "attention of both streams":
         assert all(re.search(PARTS["attention"], name) for name in names)
         assert any("add_k_proj" in name for name in names) and any(name.endswith("to_k") for name in names)
@@ -344,7 +353,7 @@ def check_options(step):
     for file in re.findall(r"`(\S+\.yaml)`", cell("recommended options", step.family.name)):
         model = read_yaml(ROOT / file)["pretrained_model_name_or_path"]
         assert f"sciflow-hf train {step.family.name} --config {Path(file).stem}" in (ROOT / file).read_text()
-        assert model.split("/")[0] in ("black-forest-labs", "Qwen", "stabilityai", "Tongyi-MAI")
+        assert model.split("/")[0] in ("black-forest-labs", "Qwen", "stabilityai", "Tongyi-MAI", "baidu")
 
 
 def check_demo(step):
@@ -404,7 +413,7 @@ def test_latent_statistics(step, tmp_path):
     family = dataclasses.replace(step.family, pretrained_model_name_or_path=str(folder))
     mean, std = family.latent_statistics()
     raw = step.batch["latents"]
-    raw = torch.nn.functional.pixel_unshuffle(raw, 2) if family.name == "flux2_klein" else raw
+    raw = torch.nn.functional.pixel_unshuffle(raw, 2) if family.name in PATCHED else raw
     assert mean.shape == std.shape == (1, raw.shape[1], 1, 1) and mean.dtype == std.dtype == torch.float32
     found = (raw.double() - mean) / std
     rounding = 4 * torch.finfo(torch.float32).eps * found.abs().max()
@@ -412,13 +421,15 @@ def test_latent_statistics(step, tmp_path):
         assert (found - expected).abs().max() < rounding
 
 
-LIMITS = {"flux2_klein": 40, "qwen_image": 40, "z_image": 40, "sd3": 90, "flux": 90, "sdxl": 12, "sd3 without T5": 16}
+LIMITS = {"flux2_klein": 40, "qwen_image": 40, "z_image": 40, "ernie_image": 90}
+LIMITS |= {"sd3": 90, "flux": 90, "sdxl": 12, "sd3 without T5": 16}
 
 
 @pytest.mark.parametrize("name", LIMITS)
 def test_a_caption_is_cut_where_its_last_word_changes_nothing(name, folders):
     kind, limit = name.partition(" ")[0], LIMITS[name]
     options = {"max_sequence_length": 90, "use_t5": False} if "without" in name else {"max_sequence_length": limit}
+    options = {} if kind == "ernie_image" else options
     family = sf.load_family(kind)(pretrained_model_name_or_path=str(folders[kind]), **options)
     encoders = family.load_text_encoder(device="cpu", dtype=torch.float32)
     texts = ["a " * number + "b" for number in range(100)]

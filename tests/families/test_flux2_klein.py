@@ -14,9 +14,9 @@ from sciflow_hf.data.batches.loader import collate
 from sciflow_hf.diffusion.process import NoiseProcess
 from sciflow_hf.diffusion.randomness import noise_keys, randn
 from sciflow_hf.errors import SciflowError
-from sciflow_hf.families import flux2_klein, load_family
+from sciflow_hf.families import base, flux2_klein, load_family
 from sciflow_hf.families.flux2_klein import Flux2Klein
-from sciflow_hf.families.tokens import position_ids
+from sciflow_hf.families.tokens import patchify, position_ids
 from sciflow_hf.training.arguments import DiffusionTrainingArguments
 
 SIGMAS = torch.tensor([0.35, 0.8])
@@ -127,7 +127,7 @@ def _eps_outside(self, latents):
 
 MISTAKES = {
     "ids swapped": (flux2_klein, "position_ids", _swapped_ids),
-    "patchify in another channel order": (flux2_klein, "patchify", _wrong_patchify),
+    "patchify in another channel order": (base, "patchify", _wrong_patchify),
     "text ids all zero": (flux2_klein, "position_ids", _zero_text_ids),
     "packed by columns": (Flux2Klein, "pack", lambda self, x: x.transpose(2, 3).flatten(2).transpose(1, 2)),
     "weight forgotten to be one": (NoiseProcess, "weight", lambda self, sigmas, **_: sigmas**-2),
@@ -181,7 +181,7 @@ def test_parity_catches_timestep_and_sign(family, pipeline, batch, args, noise):
 @pytest.mark.parametrize("loss_type", ["mse", "l1", "huber"])
 def test_perfect_model_has_zero_loss(scheme, loss_type, family, batch, args, noise):
     options = dataclasses.replace(args, weighting_scheme=scheme, loss_type=loss_type)
-    latents = family.normalise(flux2_klein.patchify(batch["latents"]))
+    latents = family.normalise(patchify(batch["latents"]))
     velocity = family.pack(noise - latents)
     loss, _ = family.compute_loss(_Spy(lambda x, t: velocity), batch, options, noise=noise, levels=SIGMAS)
     assert torch.equal(loss, torch.zeros(2))

@@ -277,7 +277,7 @@ def test_the_step_is_short_and_stands_once() -> None:
     assert len(steps) == 1
     body = "\n".join(ast.unparse(node) for node in steps[0].body[1:])
     assert len(body.splitlines()) <= 20
-    for stem in ("flux", "flux2_klein", "qwen_image", "sd3", "z_image"):
+    for stem in ("flux", "flux2_klein", "qwen_image", "sd3", "z_image", "ernie_image", "flux2"):
         assert code_lines((PACKAGE / "families" / f"{stem}.py").read_text(encoding="utf-8")) <= 140, stem
 
 

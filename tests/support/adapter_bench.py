@@ -10,13 +10,14 @@ import sciflow_hf as sf
 from sciflow_hf.adapters.layers import adapter_parameters
 from sciflow_hf.demo import make_tiny
 
-FAMILIES = ("flux2_klein", "qwen_image", "z_image", "sd3", "flux", "sdxl")
+FAMILIES = ("flux2_klein", "qwen_image", "z_image", "ernie_image", "sd3", "flux", "sdxl")
 
 # Shapes of what the smallest networks take, beside latents (2, 4, 12, 8): widths of the text, of the pooled text.
 _TEXT = {
     "flux2_klein": (48, 0),
     "qwen_image": (16, 0),
     "z_image": (16, 0),
+    "ernie_image": (16, 0),
     "sd3": (32, 20),
     "flux": (32, 8),
     "sdxl": (20, 12),

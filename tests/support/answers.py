@@ -9,13 +9,14 @@ import sciflow_hf as sf
 from sciflow_hf.adapters.layers import adapter_parameters
 from sciflow_hf.demo import make_tiny
 
-FAMILIES = ("flux2_klein", "qwen_image", "z_image", "sd3", "flux", "sdxl")
+FAMILIES = ("flux2_klein", "qwen_image", "z_image", "ernie_image", "sd3", "flux", "sdxl")
 
 
 def tiny_family(name, folder):
     """The family on the smallest pipeline, which is made in `folder`."""
     path = make_tiny(folder / name, name, size="test")
-    return sf.load_family(name)(pretrained_model_name_or_path=str(path), max_sequence_length=12)
+    options = {} if name == "ernie_image" else {"max_sequence_length": 12}
+    return sf.load_family(name)(pretrained_model_name_or_path=str(path), **options)
 
 
 def _question(family, config):
@@ -39,6 +40,10 @@ def _question(family, config):
     if family == "z_image":
         text = randn(1, 12, config.cap_feat_dim)
         return dict(x=[*randn(1, config.in_channels, 1, 8, 12)], t=torch.tensor([0.6]), cap_feats=[*text])
+    if family == "ernie_image":
+        text = randn(1, 12, config.text_in_dim)
+        latents = randn(1, config.in_channels, 4, 6)
+        return dict(hidden_states=latents, timestep=torch.tensor([400.0]), text_bth=text, text_lens=torch.tensor([12]))
     inputs = dict(
         hidden_states=randn(1, 24, config.in_channels),
         encoder_hidden_states=randn(1, 12, config.joint_attention_dim),

@@ -8,7 +8,8 @@ import torch
 import sciflow_hf as sf
 from sciflow_hf.demo import make_tiny
 
-FAMILIES = ("flux2_klein", "qwen_image", "z_image", "sd3", "flux", "sdxl")
+FAMILIES = ("flux2_klein", "qwen_image", "z_image", "ernie_image", "sd3", "flux", "sdxl")
+PATCHED = ("flux2_klein", "ernie_image")
 PACKED = ("flux2_klein", "qwen_image", "flux")
 
 
@@ -51,7 +52,7 @@ class Step:
     """A family's step: what the network was given, for which batch, and what the perfect answer is."""
 
     def __init__(self, name, path, args):
-        options = {} if name == "sdxl" else {"max_sequence_length": 7}
+        options = {"max_sequence_length": 7} if "max_sequence_length" in vars(sf.load_family(name)) else {}
         self.family = sf.load_family(name)(pretrained_model_name_or_path=str(path), posterior="mode", **options)
         self.default = sf.load_family(name)(pretrained_model_name_or_path=str(path))
         self.model = self.family.load_model(dtype=torch.float32)
@@ -61,7 +62,7 @@ class Step:
         if "pooled_prompt_embeds" in widths:
             sizes["pooled_prompt_embeds"] = (2, widths["pooled_prompt_embeds"])
         self.batch = {key: torch.randn(size, generator=rng) for key, size in sizes.items()}
-        shape = (2, 4 * self.channels, 6, 4) if name == "flux2_klein" else sizes["latents"]
+        shape = (2, 4 * self.channels, 6, 4) if name in PATCHED else sizes["latents"]
         self.noise = torch.randn(shape, generator=rng)
         self.levels = torch.tensor([100, 900]) if name == "sdxl" else torch.tensor([0.25, 0.75])
         self.seen = {}

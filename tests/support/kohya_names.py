@@ -2,7 +2,8 @@
 
 flux: sd-scripts, networks/convert_flux_lora.py. sd3: sd-scripts, library/sd3_models.py (`MMDiTBlock`). flux2_klein:
 musubi-tuner, flux_2/flux2_models.py. qwen_image: musubi-tuner, convert_lora.py (`QWEN_IMAGE_KEYS`). sdxl: sd-scripts,
-library/sdxl_model_util.py (`make_unet_conversion_map`). z_image: musubi-tuner, zimage/zimage_model.py.
+library/sdxl_model_util.py (`make_unet_conversion_map`). z_image and ernie_image: musubi-tuner,
+zimage/zimage_model.py and ernie_image/ernie_image_model.py.
 """
 
 DOUBLE = {
@@ -46,6 +47,10 @@ Z_IMAGE = (
     *("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0"),
     *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
 )
+ERNIE_IMAGE = (
+    *("self_attention.to_q", "self_attention.to_k", "self_attention.to_v", "self_attention.to_out.0"),
+    *("mlp.gate_proj", "mlp.up_proj", "mlp.linear_fc2"),
+)
 RESNET = {"in_layers_2": "conv1", "out_layers_3": "conv2", "emb_layers_1": "time_emb_proj"}
 RESNET |= {"skip_connection": "conv_shortcut"}
 BASIC_BLOCK = (
@@ -75,6 +80,12 @@ def kohya_layers(family, network):
             for block, number in blocks.items()
             for i in range(number)
             for name in Z_IMAGE
+        }
+    elif family == "ernie_image":
+        found = {
+            f"layers_{i}_{name.replace('.', '_')}": [f"layers.{i}.{name}"]
+            for i in range(config.num_layers)
+            for name in ERNIE_IMAGE
         }
     elif family == "sd3":
         found = _blocks("joint_blocks", "transformer_blocks", SD3_JOINT, config.num_layers)

@@ -28,6 +28,7 @@ CALL = {  # what the stock pipeline is given beside the prompts
     "flux2_klein": {"guidance_scale": 4.0, "max_sequence_length": 12},
     "qwen_image": {"true_cfg_scale": 4.0},
     "z_image": {"guidance_scale": 4.0},
+    "ernie_image": {"guidance_scale": 4.0, "use_pe": False},
     "sd3": {"guidance_scale": 4.0, "max_sequence_length": 12},
     "flux": {"guidance_scale": 4.0, "max_sequence_length": 12, "true_cfg_scale": 3.0},
     "sdxl": {"guidance_scale": 4.0},

@@ -59,6 +59,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "z_image": Architecture(
         MUSUBI, "Z-Image", ("z-image",), "Tongyi-MAI/Z-Image", "networks.lora_zimage", other_reader="diffusers"
     ),
+    "ernie_image": Architecture(
+        MUSUBI, "ernie-image", ("ernie-image",), "baidu/ERNIE-Image", "networks.lora_ernie_image"
+    ),
     "sd3": Architecture(
         SD_SCRIPTS, "stable-diffusion-3", ("stable-diffusion-3",), "Stability-AI/sd3-ref", "networks.lora_sd3"
     ),
@@ -205,12 +208,24 @@ _Z_IMAGE: tuple[Row, ...] = (
     ("final_layer.adaLN_modulation.1", ("all_final_layer.2-1.adaLN_modulation.1",)),
 )
 
+# All have diffusers' names: musubi-tuner, ernie_image/ernie_image_model.py; ComfyUI, comfy/ldm/ernie/model.py.
+_ERNIE_IMAGE: tuple[Row, ...] = tuple(
+    (name, (name,))
+    for name in (
+        *(f"layers.*.self_attention.{name}" for name in (*_QKV, "to_out.0")),
+        *(f"layers.*.mlp.{name}" for name in ("gate_proj", "up_proj", "linear_fc2")),
+        *("adaLN_modulation.1", "final_norm.linear", "final_linear", "text_proj"),
+        *(f"time_embedding.linear_{number}" for number in (1, 2)),
+    )
+)
+
 TABLES = {
     "flux": (*_FLUX, *((_OF_DIFFSYNTH[layer], parts) for layer, parts in _FLUX if layer in _OF_DIFFSYNTH)),
     "flux2_klein": _FLUX2,
     "qwen_image": _QWEN_IMAGE,
     "sd3": _SD3,
     "z_image": _Z_IMAGE,
+    "ernie_image": _ERNIE_IMAGE,
 }
 """The families whose layers have the same names in every network; for SDXL see `unet_rows`."""
 
