@@ -618,7 +618,7 @@ class PipelineFamily(ModelFamily):
     # -- the checkpoint --------------------------------------------------------------------------------------------
 
     base_weights: ClassVar[str] = ""
-    """What to train instead of the step-distilled checkpoints that have "turbo" in their names, where there are any."""
+    """The weights to train instead of step-distilled ones, whose names have "turbo"; "" where there are none."""
 
     def load_model(self, *, dtype: torch.dtype, meta: bool = False, quantize: str | None = None) -> torch.nn.Module:
         """The network in `dtype`: without weights if `meta`, packed as `quantize` says (`--quantize_base`).
