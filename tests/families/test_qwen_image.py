@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from sciflow_hf.diffusion.losses import flow_weight
 from sciflow_hf.diffusion.randomness import noise_keys
 from sciflow_hf.errors import SciflowError
 from sciflow_hf.families.qwen_image import QwenImage
+from sciflow_hf.options import read_yaml
 
 SIGMAS = torch.tensor([0.35, 0.8, 0.6])
 PROMPTS = ["a line plot with two blue curves", "", "red bars"]  # three lengths
@@ -315,6 +317,24 @@ def test_samples_that_do_not_fit_are_named(family):
     for key, words in (("latents_std", "posterior"), ("prompt_embeds", r"needs \['prompt_embeds'\]")):
         with pytest.raises(SciflowError, match=words):
             family.check_sample(model, {name: value for name, value in good.items() if name != key})
+
+
+def test_later_weights_take_the_same_step(tiny_qwen, tmp_path, family, batch, args, noise):
+    """Qwen-Image-2512: the configuration of its network also names what it does not have."""
+    copy = shutil.copytree(tiny_qwen, tmp_path / "later")
+    options = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
+    spoil(copy, "transformer", **dict.fromkeys(options, False))
+    later = QwenImage(pretrained_model_name_or_path=str(copy), max_sequence_length=64)
+    losses = [
+        kind.compute_loss(kind.load_model(dtype=torch.float32), batch, args, noise=noise, levels=SIGMAS)[0]
+        for kind in (family, later)
+    ]
+    assert torch.equal(*losses)
+    configs = Path(sf.__file__).parents[1] / "recipes" / "configs"
+    for name in ("qwen_image_2512_lora", "qwen_image_2512_24gb_lora"):
+        named = read_yaml(configs / f"{name}.yaml")
+        assert named["pretrained_model_name_or_path"] == "Qwen/Qwen-Image-2512"
+        assert bool(named.get("offload")) == ("24gb" in name) and named["activation_checkpointing"]
 
 
 def spoil(folder, part, **options):
