@@ -10,6 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import SciflowError
+from .checkpointing import block_kinds
 
 ELEMENTWISE_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 """They compute element by element, so that a rank needs only its shard."""
@@ -44,14 +45,15 @@ def check(args: Any, plugin: Any, model: torch.nn.Module, *, trains_text_encoder
             )
 
 
-def configure(plugin: Any, dtype: torch.dtype) -> None:
-    """Makes FSDP compute as a run without it does in `dtype`.
+def configure(plugin: Any, dtype: torch.dtype, model: torch.nn.Module) -> None:
+    """Makes FSDP compute as a run without it does in `dtype`, with a shard for each block of `model`.
 
     Parameters are gathered in `dtype` and gradients added up in float32. Inputs of blocks are not cast: 16 bits are
-    too few for noise levels.
+    too few for noise levels. accelerate knows the blocks of networks that name those which must not be split.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
+    plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or block_kinds(model)
     plugin.cpu_ram_efficient_loading = False  # every rank has loaded the weights
     plugin.mixed_precision_policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False

@@ -248,7 +248,7 @@ class DiffusionTrainer(Trainer):
         if self.is_fsdp_enabled:
             plugin, with_text_encoder = self.accelerator.state.fsdp_plugin, isinstance(self.model, NetworkWithText)
             sharding.check(self.args, plugin, self.model, trains_text_encoder=with_text_encoder)
-            sharding.configure(plugin, self.args.weight_dtype)
+            sharding.configure(plugin, self.args.weight_dtype, self.model)
         for dataset in (train_dataset, *_as_datasets(eval_dataset)):
             self._check_data(dataset)
         self._fingerprint = (train_dataset, data_fingerprint(train_dataset))

@@ -3,6 +3,8 @@
 What a family has in common with the others is tested for all of them, see test_z_image.py.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import ErnieImagePipeline, FlowMatchEulerDiscreteScheduler
@@ -13,6 +15,10 @@ from trainings import LONGER, make_args, make_trainer, trained
 import sciflow_hf as sf
 from sciflow_hf.adapters.adapter import match_layers
 from sciflow_hf.demo import make_tiny
+from sciflow_hf.engines.checkpointing import blocks_of
+from sciflow_hf.engines.memory import MemoryOptions, estimate
+from sciflow_hf.engines.offload import held_bytes
+from sciflow_hf.engines.sharding import configure
 from sciflow_hf.families.ernie_image import ErnieImage
 from sciflow_hf.training.prepare import build_cache_for
 
@@ -190,6 +196,17 @@ def test_shift_presets_and_turbo(family, pipeline, tiny, tmp_path, caplog):
     turbo = edited(tiny, tmp_path / "ERNIE-Image-Turbo", "model_index.json")
     ErnieImage(str(turbo)).load_model(dtype=torch.float32, meta=True)
     assert "is step-distilled" in caplog.text and "Train baidu/ERNIE-Image" in caplog.text
+
+
+def test_its_blocks_are_known(model, args):
+    """To offloading, estimates and FSDP, though the network does not say what must not be split."""
+    plugin = SimpleNamespace(transformer_cls_names_to_wrap=None)
+    configure(plugin, torch.float32, model)
+    assert plugin.transformer_cls_names_to_wrap == ["ErnieImageSharedAdaLNBlock"]
+    assert len(blocks_of(model)) == 2 and held_bytes(model)[0] > 0
+    options = MemoryOptions.of(args)
+    found = [estimate(model, model, args, tokens=n, image_tokens=n, options=options).activations for n in (10, 20)]
+    assert found[1] == 2 * found[0] > 0
 
 
 def test_from_figures_to_the_stock_pipeline(tmp_path, tiny, pipeline, figures):
