@@ -454,16 +454,21 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
     @cached_property
     def captions(self) -> list[str]:
         """The caption of each row. CacheError if the index has none."""
-        found = next((column for column in map(self.column, CAPTION_COLUMNS) if column is not None), None)
+        return [caption or "" for caption in self._captions.take(pa.array(self._rows)).to_pylist()]
+
+    @cached_property
+    def _captions(self) -> pa.ChunkedArray:
+        """Those of all rows of the index, which views share."""
+        found = next((column for column in map(self._index.column, CAPTION_COLUMNS) if column is not None), None)
         if found is None:
             raise CacheError(
                 "the index has no captions (column `caption` or `text`), which online text encoding needs."
             )
-        return [caption or "" for caption in found.to_pylist()]
+        return found
 
     def caption(self, i: int) -> str:
-        """The caption of row `i`."""
-        return self.captions[i]
+        """The caption of row `i`, without a list of all."""
+        return self._captions[int(self._rows[i])].as_py() or ""
 
     @property
     def source_of_row(self) -> np.ndarray:
@@ -695,11 +700,13 @@ class _Where(NamedTuple):
 def open_index(dataset_dir: _PathLike | Sequence[_PathLike], *, payload_dir: _PathLike | None = None) -> CacheIndex:
     """Reads and joins the index of one or more caches; see `load_cache` for the arguments and errors."""
     files, metadata = find_index(dataset_dir)
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        tables = list(pool.map(lambda file: read_table(file.name, file.columns, file.footer), files))
     readers: list[Reader] = []
     kept: list[pa.Table] = []
     shapes, starts = [], [0]
-    for file in files:
-        table = READERS[file.layout].completed(read_table(file.name, file.columns))
+    for file, light in zip(files, tables, strict=True):
+        table = READERS[file.layout].completed(light)
         columns = Columns(table, file.name, starts[-1])
         root = file.root(columns, payload_dir)
         if file.layout == FLUX_H:
@@ -876,11 +883,11 @@ def read_footer(file: str) -> pq.FileMetaData:
         raise CacheError(f"The index {file} cannot be read as parquet ({first_line(error)}). {BUILD}.") from error
 
 
-def read_table(file: str, columns: Sequence[str]) -> pa.Table:
-
+def read_table(file: str, columns: Sequence[str], footer: pq.FileMetaData | None = None) -> pa.Table:
+    """Columns of an index file, in one thread: several files are read at once."""
     try:
-        with storage.open_file(file) as handle, pq.ParquetFile(handle) as part:
-            return part.read(columns=list(columns))
+        with storage.open_file(file) as handle, pq.ParquetFile(handle, metadata=footer) as part:
+            return part.read(columns=list(columns), use_threads=False)
     except BROKEN as error:
         raise CacheError(f"The index {file} cannot be read as parquet ({first_line(error)}). {BUILD}.") from error
 

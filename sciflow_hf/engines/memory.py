@@ -41,6 +41,11 @@ class MemoryArguments:
         "see, of several the smallest, when not given.",
         within="(0, inf)",
     )
+    device_tflops: float | None = option(
+        None,
+        "TFLOP/s that a device reaches in training, for the hours that --dry_run prints; 400 when not given.",
+        within="(0, inf)",
+    )
 
 
 class MemoryOptions(NamedTuple):

@@ -29,6 +29,7 @@ from ..engines.memory import (
 from ..engines.optimizers import rates_of, state_bytes
 from ..errors import SciflowError, counted
 from ..families.base import ModelFamily, PipelineFamily
+from .work import data_text, hours_text, step_flops
 
 VALUES_OF_VAE = 5  # per pixel and channel of the first level, at the peak of FLUX's and SDXL's encoder, counted
 
@@ -40,7 +41,7 @@ def plan(
     train_dataset: Any,
     eval_dataset: Any = None,
 ) -> str:
-    """Says what `--dry_run` prints: options, trained layers, buckets, steps, an estimate of memory and disk.
+    """Says what `--dry_run` prints: options, trained layers, buckets, steps, estimates of memory, disk and hours.
 
     Args:
         model: the network with its adapter; without weights (`load_model(..., meta=True)`) is enough.
@@ -74,8 +75,13 @@ def plan(
             f"{len(eval_dataset or []):,} held out{_groups(train_dataset)}{_prior(train_dataset)}"
             f"{_images(train_dataset)}"
         ),
-        "Memory and disk, estimated": _needed(model, args, steps, steps_per_epoch, **tokens) + _frozen(encoders),
+        "Memory and disk, estimated": _needed(model, args, steps, steps_per_epoch, **tokens)
+        + _frozen(encoders)
+        + "".join(f"\n{text}" for text in [data_text(family, network_of(model), train_dataset)] if text),
     }
+    flops = step_flops(family, args, train_dataset, trains_all=adapter_facts(model) is None)
+    if flops is not None:
+        sections["Time, estimated"] = hours_text(flops, args, steps)
     left = None if memory is None else memory - sum(encoders.values())
     if shares := _shares(model, args, left, **tokens):
         sections["Activation checkpointing by share, estimated"] = shares

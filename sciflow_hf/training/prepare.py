@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +12,7 @@ from accelerate import PartialState
 
 from ..data.arguments import DataArguments
 from ..data.build.build import SHAPES, BuildReport, build_cache
-from ..data.build.cut import find_cut, warn_of_cut
+from ..data.build.cut import find_cut, folders_of, noted_cut, warn_of_cut
 from ..data.build.references import SourceRules
 from ..data.build.views import MIRRORED
 from ..data.cache import LatentCache
@@ -255,10 +255,19 @@ def prepare_data(
     if built:
         data[0].row_filter = row_filter
     if online and not data_args.streaming and not built and state.is_main_process:
-        caches = [cache for cache in data if isinstance(cache, LatentCache)]
-        captions = [pair for cache in caches for pair in zip(cache.row_ids, cache.captions, strict=True)]
-        warn_of_cut(find_cut(captions, family.count_tokens), len(captions))
+        _tell_cut([cache for cache in data if isinstance(cache, LatentCache)], family)
     return data
+
+
+def _tell_cut(caches: Sequence[LatentCache], family: ModelFamily) -> None:
+    """Warns of captions that are cut; where `cache build` has counted them with the same limit, by its note."""
+    noted, limit = noted_cut(folders_of(caches[0].index_files)), family.count_tokens([""])
+    rows = sum(map(len, caches))
+    known = noted is not None and limit is not None and noted["kept"] == limit[1]
+    if not (noted and known and (not noted["count"] or sum(noted["lengths"].values()) == rows)):
+        captions = [pair for cache in caches for pair in zip(cache.row_ids, cache.captions, strict=True)]
+        noted = find_cut(captions, family.count_tokens)
+    warn_of_cut(noted, rows)
 
 
 def prepare_groups(

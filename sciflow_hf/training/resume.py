@@ -103,7 +103,7 @@ MEASURED = (
 _ELSEWHERE = (
     *("output_dir", "logging_dir", "run_name", "hub_", "push_to_hub", "report_to", "resume_from_checkpoint"),
     *("overwrite_output_dir", "disable_tqdm", "log_level", "local_rank", "dry_run", "debug_batch", "ddp_timeout"),
-    *("gradient_checkpointing", "deepspeed", "do_", "use_cpu", "profile_steps", "memory_gb"),
+    *("gradient_checkpointing", "deepspeed", "do_", "use_cpu", "profile_steps", "memory_gb", "device_tflops"),
 )
 """Beginnings of the names of options that say where, not what, a run trains."""
 

@@ -13,6 +13,7 @@ import torch
 from builds import LENGTH, PAYLOADS, STEP, WIDTH, StubEncoders, build, index_of, make_images, picture, write_notes
 
 from sciflow_hf.data.build.convert import convert_cache
+from sciflow_hf.data.build.cut import find_cut, lengths_text
 from sciflow_hf.data.inspect.describe import describe_cache
 from sciflow_hf.data.load import load_cache
 from sciflow_hf.errors import SciflowError
@@ -367,6 +368,16 @@ def _count(prompts: Sequence[str]) -> tuple[list[int], int]:
 COUNTED: list[str] = []
 
 
+def test_lengths_of_captions_are_classes() -> None:
+    """Powers of two from 64 on, which `--max_sequence_length` is chosen from; a caption of 512 tokens needs 512."""
+    lengths = {"a": 3, "b": 64, "c": 65, "d": 512, "e": 513, "f": 2048}
+    captions = [(name, name) for name in [*lengths, "c"]]
+    found = find_cut(captions, lambda texts: ([lengths[text] for text in texts], 512))
+    assert found is not None and (found["count"], found["longest"], found["first"]) == (2, 2048, "e")
+    assert found["lengths"] == {"64": 2, "128": 2, "512": 1, "1024": 1, "2048": 1}
+    assert lengths_text(found) == "2 up to 64, 2 up to 128, 1 up to 512, 1 up to 1,024, 1 up to 2,048"
+
+
 @pytest.mark.parametrize("options", [{}, {"payload": "npz"}, {"payload": "inline", "embeds": "none"}])
 def test_captions_that_are_cut_are_counted_and_noted(
     tmp_path: Path, options: dict[str, Any], caplog: pytest.LogCaptureFixture
@@ -382,12 +393,15 @@ def test_captions_that_are_cut_are_counted_and_noted(
     assert sorted(COUNTED) == sorted(set(captions)), "each text once"
     text = "3 after 5 tokens, the longest has 8: 1.png, ..."
     assert report.tally.measures["captions that are cut"] == text and f"of 5: {text}" in caplog.text
+    assert "Captions by their tokens: 5 up to 64." in caplog.text
+    assert report.tally.measures["captions by their tokens"] == "5 up to 64"
     table = describe_cache(load_cache(output), [str(output)])
     assert re.search(rf"cut captions +{re.escape(text)}", table)
     convert_cache(output, tmp_path / "other", payload="inline", embeds=options.get("embeds", "bf16"))
     assert text in describe_cache(load_cache(tmp_path / "other"), ["other"])
     both = [str(output), str(tmp_path / "other")]
-    assert "6 after 5 tokens" in describe_cache(load_cache(both), both)
+    table = describe_cache(load_cache(both), both)
+    assert "6 after 5 tokens" in table and re.search(r"captions by their tokens +10 up to 64\n", table)
 
     COUNTED.clear()
     build(source, output, count_tokens=_count, flip=True, **options)

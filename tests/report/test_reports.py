@@ -15,6 +15,7 @@ from sciflow_hf.adapters.layers import adapter_layers, adapter_parameters
 from sciflow_hf.data.batches.loader import collate
 from sciflow_hf.diffusion.randomness import noise_keys
 from sciflow_hf.report.plan import tokens_of
+from sciflow_hf.report.work import data_text
 from sciflow_hf.training.checkpoints import list_checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -41,7 +42,7 @@ def test_a_plan_has_every_part(tmp_path, family, tiny_cache):
         tmp_path, family, tiny_cache, eval_fraction=0.3, learning_rate=3e-3, weighting_scheme="cosmap", seed=11
     )
     titles = ["Family", "Options that differ from the defaults", "Trained", "Buckets of an epoch", "Steps"]
-    estimated = ["Memory and disk, estimated", "Activation checkpointing by share, estimated"]
+    estimated = ["Memory and disk, estimated", "Time, estimated", "Activation checkpointing by share, estimated"]
     assert list(sections) == [*titles, *estimated]
     assert family.pretrained_model_name_or_path in sections["Family"]
     options = dict(line.split(": ", 1) for line in sections[titles[1]].splitlines())
@@ -251,3 +252,49 @@ def test_it_computes_in_the_dtype_of_training(tmp_path, family, tiny_cache):
     assert f"Loss per sample: {[round(float(x), 5) for x in loss.detach()]}" in text
     plain, _ = trainer.family.compute_loss(trainer.model, batch, trainer.args)
     assert f"Loss per sample: {[round(float(x), 5) for x in plain.detach()]}" not in text
+
+
+# -- time and bytes ------------------------------------------------------------------------------------------
+
+
+def counted_flops(family, sample):
+    """Of a forward pass with real weights: two for each weight and row of every linear layer, and the attention."""
+    network, found = family.load_model(dtype=torch.float32), []
+    for layer in (module for module in network.modules() if isinstance(module, torch.nn.Linear)):
+        layer.register_forward_hook(lambda m, args, out: found.append(2 * out.numel() * m.in_features))
+    batch = {name: value[None] for name, value in sample.items()}
+    latents = family.clean_latents(batch)
+    with torch.no_grad():
+        family.predict(network, batch, latents, torch.zeros(1))
+    tokens = latents[0, 0].numel() + len(sample["prompt_embeds"])
+    config = network.config
+    width, blocks = config.num_attention_heads * config.attention_head_dim, config.num_layers + config.num_single_layers
+    return sum(found) + blocks * 4 * tokens**2 * width
+
+
+def test_the_time_is_that_of_the_operations(tmp_path, family, tiny_cache):
+    cache = sf.load_cache(tiny_cache, dtype=torch.float32)
+    keys = cache.batch_keys
+    forward = sum(counted_flops(family, cache[keys.index(key)]) * count for key, count in Counter(keys).items()) / 24
+    for options, passes in (({}, 2), ({"no_adapter": True}, 3), ({"activation_checkpointing": True}, 3)):
+        options |= {"gradient_accumulation_steps": 3, "device_tflops": 1e-4, "max_steps": 7}
+        text = plan_of(tmp_path, family, tiny_cache, per_device_train_batch_size=2, **options)[0]["Time, estimated"]
+        found = re.match(r"(\S+) TFLOP a step, 7 steps: about (\S+) hours on 1 device at 0\.0001 TFLOP/s each;", text)
+        flops, hours = found.groups()
+        assert float(flops) == pytest.approx(6 * passes * forward / 1e12, rel=6e-3)
+        assert float(hours) == pytest.approx(7 * float(flops) / 1e-4 / 3600, rel=1e-2)
+    assert "400 TFLOP/s each, which is assumed" in plan_of(tmp_path, family, tiny_cache)[0]["Time, estimated"]
+
+
+def test_the_bytes_of_the_data(tmp_path, family, tiny_cache):
+    cache = sf.load_cache(tiny_cache)
+    text = plan_of(tmp_path, family, tiny_cache)[0]["Memory and disk, estimated"]
+    latents = 2 * sum(cache[i]["latents"].numel() for i in range(24))
+    embeds = 2 * sum(cache[i]["prompt_embeds"].numel() for i in range(24))
+    assert f"data: latents {latents / 1024:.1f} KiB, text {embeds / 1024:.1f} KiB" in text
+    cache.online_text = len  # not called
+    stream = sf.load_cache(tiny_cache, streaming=True)
+    network = family.load_model(dtype=torch.float32, meta=True)
+    online = data_text(family, network, cache)
+    assert f"encoded in training (stored, {24 * 2 * 12 * 48 / 1024:.1f} KiB)" in online
+    assert re.fullmatch(r"data: latents \S+ KiB, text 27\.0 KiB", data_text(family, network, stream))

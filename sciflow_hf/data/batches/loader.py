@@ -319,7 +319,8 @@ class KeyedDataset(Dataset[dict[str, Any]]):
         if self.online:
             dropped = (uniform(batch["noise_key"], stream="caption_dropout") < self.caption_dropout).tolist()
             rows = batch["row"].tolist()
-            captions = batch.pop("captions", None) or [self.dataset.captions[row] for row in rows]  # not of a stream
+            one = getattr(self.dataset, "caption", None) or (lambda row: self.dataset.captions[row])
+            captions = batch.pop("captions", None) or [one(row) for row in rows]  # not of a stream
             captions = ["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
             batch.update({n: v for n, v in self.dataset.online_text(captions).items() if n not in IDS})
         return batch

@@ -31,7 +31,7 @@ from ..writing import output_file, readable_bytes
 from .ahead import THREADS, Behind, in_order
 from .block_staging import InlineStaging, ShardStaging
 from .blocks import BUILD_FILE, locked, noted_settings, remove_temporaries, write_settings
-from .cut import CUT, CountTokens, cut_text, find_cut, warn_of_cut
+from .cut import CUT, CountTokens, cut_text, find_cut, lengths_text, warn_of_cut
 from .jobs import (
     Job,
     Prompt,
@@ -304,6 +304,7 @@ def build_cache(
         tally.measures |= shape_measures([job for job in jobs if job.name not in skips.found])
         if cut := builder.notes.get(CUT):
             tally.measures |= {"captions that are cut": cut_text(cut)} if cut["count"] else {}
+            tally.measures |= {"captions by their tokens": lengths_text(cut)} if cut["count"] else {}
         logger.info("%s: what became of it\n%s", input_dir, tally)
         if not report.samples:
             raise SciflowError(f"`input_dir` is {str(input_dir)!r}: no image could be used. First: {skips.first()}.")
@@ -346,7 +347,7 @@ def _cut_note(jobs: Sequence[Job], count_tokens: CountTokens, noted: Mapping[str
     captions = [(job.name, job.caption) for job in jobs if job.view.variant == job.record.part]
     digest = hashlib.sha256(json.dumps(captions).encode()).hexdigest()[:16]
     found: dict[str, Any] | None = noted.get(CUT)
-    if found is None or found["captions"] != digest:
+    if found is None or found["captions"] != digest or "lengths" not in found:
         found = find_cut(captions, count_tokens)
     if found is None:
         return {}

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ CUT = "cut_captions"
 CountTokens = Callable[[Sequence[str]], tuple[list[int], int] | None]
 """Prompts -> the tokens of each, and how many are read; None: unknown. See `ModelFamily.count_tokens`."""
 _AT_ONCE = 1000
+_FEWEST = 64  # tokens, the first class of lengths
 
 
 def find_cut(captions: Iterable[tuple[str, str]], count_tokens: CountTokens) -> dict[str, Any] | None:
@@ -23,6 +25,7 @@ def find_cut(captions: Iterable[tuple[str, str]], count_tokens: CountTokens) -> 
     names: dict[str, list[str]] = {}
     for name, text in captions:
         names.setdefault(text, []).append(name)
+    lengths: Counter[int] = Counter()
     found: dict[str, Any] = {"count": 0, "longest": 0, "kept": 0, "first": ""}
     texts = list(names)
     for start in range(0, len(texts), _AT_ONCE):
@@ -30,13 +33,14 @@ def find_cut(captions: Iterable[tuple[str, str]], count_tokens: CountTokens) -> 
         counted = count_tokens(some)
         if counted is None:
             return None
-        lengths, found["kept"] = counted
-        for text, length in zip(some, lengths, strict=True):
+        tokens, found["kept"] = counted
+        for text, length in zip(some, tokens, strict=True):
+            lengths[max(_FEWEST, 1 << (length - 1).bit_length())] += len(names[text])
             if length > counted[1]:
                 found["count"] += len(names[text])
                 found["longest"] = max(found["longest"], length)
                 found["first"] = found["first"] or names[text][0]
-    return found
+    return found | {"lengths": {f"{most}": lengths[most] for most in sorted(lengths)}}
 
 
 def cut_text(found: dict[str, Any]) -> str:
@@ -47,11 +51,17 @@ def cut_text(found: dict[str, Any]) -> str:
     return f"{found['count']} after {found['kept']} tokens, the longest has {found['longest']}: {found['first']}{more}"
 
 
+def lengths_text(found: dict[str, Any]) -> str:
+    """How many captions have up to 64, 128, 256, ... tokens, in words; "" in notes of earlier versions."""
+    return ", ".join(f"{count:,} up to {int(most):,}" for most, count in found.get("lengths", {}).items())
+
+
 def warn_of_cut(found: dict[str, Any] | None, captions: int) -> None:
     """Says so if any of that many captions is cut."""
     if found and found["count"]:
-        text = "Captions that are cut, of %d: %s. The rest of each is not read; `--max_sequence_length` is the limit."
-        logger.warning(text, captions, cut_text(found))
+        text = "Captions that are cut, of %d: %s. The rest of each is not read; `--max_sequence_length` is the limit.%s"
+        lengths = lengths_text(found)
+        logger.warning(text, captions, cut_text(found), f" Captions by their tokens: {lengths}." * bool(lengths))
 
 
 def noted_cut(folders: Iterable[str]) -> dict[str, Any] | None:
@@ -68,7 +78,9 @@ def noted_cut(folders: Iterable[str]) -> dict[str, Any] | None:
     known = [note for note in notes if note is not None]
     if not known or len(known) < len(notes):
         return None
-    return max(known, key=lambda note: note["longest"]) | {"count": sum(note["count"] for note in known)}
+    found = max(known, key=lambda note: note["longest"]) | {"count": sum(note["count"] for note in known)}
+    lengths = sum((Counter(note.get("lengths", {})) for note in known), Counter[str]())
+    return found | {"lengths": {most: lengths[most] for most in sorted(lengths, key=int)}}
 
 
 def folders_of(files: Iterable[str]) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ...diffusion.sources import source_name, source_names_in
 from ...errors import CacheError
-from ..build.cut import cut_text, folders_of, noted_cut
+from ..build.cut import cut_text, folders_of, lengths_text, noted_cut
 from ..cache import CAPTION_COLUMNS, LatentCache
 from ..layouts.base import MASKS, Member
 from ..writing import readable_bytes, text_table
@@ -52,6 +52,7 @@ def describe_cache(cache: LatentCache, names: Sequence[str]) -> str:
         ("text lengths", tokens if high else "no embeddings: prompts are encoded in training"),
         ("empty prompt", cache.empty_prompt_file or "not stored (no caption dropout)"),
         *([] if cut is None else [("cut captions", cut_text(cut))]),
+        *([("captions by their tokens", lengths_text(cut))] if cut and cut["lengths"] else []),
         ("posterior", "sample (latents_std is stored)" if "latents_std" in arrays else "mode"),
         ("loss masks", f"{masks}" if masks else "none"),
         *([("edits", _edits(numbers, len(cache)))] if numbers else []),
