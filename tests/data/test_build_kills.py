@@ -95,14 +95,13 @@ def change(images: Path) -> None:
 @payloads
 @pytest.mark.parametrize("changed", [False, True])
 def test_killed_at_any_file_a_build_is_finished_by_the_next(
-    images: Path, tmp_path: Path, payload: str, changed: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, payload: str, changed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The n-th file does not appear, or not vanish, for every n: what a reader sees meanwhile has no row twice."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # a process dies, not the machine
-    options = dict(samples_per_part=5 if changed else 2, payload=payload, batch_size=2)
+    images = make_images(tmp_path / "few", 8 if changed else 5)
+    options = dict(samples_per_part=4 if changed else 2, payload=payload, batch_size=2)
     start = tmp_path / "start"
-    if not changed:  # every file is new: fewer will do
-        images = make_images(tmp_path / "few", 5)
     if changed:
         build(images, start, **options)
         change(images)

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from recipe_runs import run
+from ranks import launch
 from safetensors.torch import load_file
 from trainings import make_args, make_trainer, same, trained
 from transformers import TrainerCallback, trainer_optimizer
@@ -70,15 +70,12 @@ def test_resumed_equals_uninterrupted(tmp_path, family, tiny_cache, choice):
 
 def test_two_ranks_resume_exactly(tmp_path, tiny_klein, tiny_cache):
     """Schedule-free on two gloo ranks: all of them go over to the average where one saves."""
-    options = dict(
-        pretrained_model_name_or_path=tiny_klein, max_sequence_length=12, dataset_dir=tiny_cache, eval_fraction=0.3,
-        rank=4, learning_rate=1e-2, max_steps=2, logging_steps=1, save_steps=1, use_cpu=True, seed=3, eval_levels=1,
-        disable_tqdm=True, optim="schedule_free_adamw", per_device_train_batch_size=2, gradient_accumulation_steps=2,
+    job = dict(
+        pipeline=tiny_klein, cache=tiny_cache, held_out=6, learning_rate=1e-2, max_steps=2, save_steps=1, eval_levels=1,
+        optim="schedule_free_adamw", gradient_accumulation_steps=2,
     )  # fmt: skip
-    words = [word for name, value in options.items() for word in (f"--{name}", value)]
-    run(*words, "--output_dir", tmp_path / "whole", ranks=2)
-    shutil.copytree(tmp_path / "whole" / "checkpoint-1", tmp_path / "again" / "checkpoint-1")
-    run(*words, "--output_dir", tmp_path / "again", "--resume_from_checkpoint", "latest", ranks=2)
+    again = dict(start=tmp_path / "whole" / "checkpoint-1", resume_from_checkpoint="latest")
+    launch(tmp_path, job | {"output_dir": tmp_path / "whole"}, job | again | {"output_dir": tmp_path / "again"})
     files = [load_file(tmp_path / f / WEIGHT_NAME) for f in ("whole", "again", "whole/checkpoint-1")]
     assert same(files[0], files[1]) and not same(files[0], files[2])
 

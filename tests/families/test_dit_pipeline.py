@@ -151,12 +151,13 @@ class Absent:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
 from diffusers import DiffusionPipeline
-pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
-pipeline.set_progress_bar_config(disable=True)
-generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-torch.save(pipeline(["axon", 4], generator=generators, num_inference_steps=3, guidance_scale=2.0,
-                    output_type="pt").images, sys.argv[2])
-pipeline.save_pretrained(sys.argv[3])
+for source, target in zip(sys.argv[1:], sys.argv[2:]):
+    pipeline = DiffusionPipeline.from_pretrained(source, trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    torch.save(pipeline(["axon", 4], generator=generators, num_inference_steps=3, guidance_scale=2.0,
+                        output_type="pt").images, f"{target}.pt")
+    pipeline.save_pretrained(target)
 """
 
 
@@ -171,14 +172,13 @@ def test_a_saved_pipeline_draws_the_same_where_this_package_is_not(tmp_path):
     ).images
     (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
     env = environment(HF_HOME=str(tmp_path / "hf"), HF_MODULES_CACHE=str(tmp_path / "hf" / "modules"))
-    for source, target in (("saved", "again"), ("again", "third")):
-        paths = [str(tmp_path / name) for name in (source, f"{target}.pt", target)]
-        done = subprocess.run(
-            [sys.executable, str(tmp_path / "elsewhere.py"), *paths], env=env, capture_output=True, text=True,
-            cwd=tmp_path, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        torch.testing.assert_close(torch.load(paths[1]), expected)
+    done = subprocess.run(
+        [sys.executable, "elsewhere.py", *(str(tmp_path / name) for name in ("saved", "again", "third"))],
+        env=env, capture_output=True, text=True, cwd=tmp_path, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for target in ("again", "third"):
+        torch.testing.assert_close(torch.load(tmp_path / f"{target}.pt"), expected)
     files = sorted(p.relative_to(tmp_path / "third").as_posix() for p in (tmp_path / "third").rglob("*.*"))
     assert files == [
         "model_index.json", "pipeline.py", "transformer/config.json",

@@ -110,7 +110,7 @@ def test_the_vae_is_left_as_it_was(pipelines):
 
 
 @pytest.mark.parametrize("name", ["flux2_klein", "flux_kontext", "qwen_image_edit"])
-def test_edits_of_one_source(tmp_path, name, pipelines):
+def test_edits_of_one_source(tmp_path, name, pipelines, small_sources):
     from PIL import Image
 
     source = Image.effect_noise((96, 64), 80).convert("RGB")
