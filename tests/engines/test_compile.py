@@ -69,14 +69,15 @@ def test_one_compilation_of_each_kind_and_mode_in_buckets_of_one_token_count(tmp
     assert counters["stats"]["unique_graphs"] == 3 * KINDS, "those of training serve again"
 
 
-def test_files_evaluation_images_and_resume(tmp_path, job, counters):
+def test_files_evaluation_images_and_resume(tmp_path, job, even_cache, counters):
     """Compiled, with all that looks at the network in between, stopped and resumed: the run that is not compiled."""
+    job = job | {"cache": even_cache}  # of one number of tokens
     options = dict(
-        max_steps=6, save_steps=3, eval_strategy="steps", eval_steps=3, validation_prompts=["a plot"],
-        validation_steps=3, num_inference_steps=2, validation_size=[40, 56], ema_decay=0.9,
+        max_steps=4, save_steps=2, eval_strategy="steps", eval_steps=2, validation_prompts=["a plot"],
+        validation_steps=2, num_inference_steps=2, validation_size=[40, 56], ema_decay=0.9,
     )  # fmt: skip
     plain, reference = train(tmp_path / "plain", job | options, held_out=6)
-    train(tmp_path / "compiled", job | options | {"max_steps": 3}, held_out=6, **COMPILED)
+    train(tmp_path / "compiled", job | options | {"max_steps": 2}, held_out=6, **COMPILED)
     losses, trainer = train(
         tmp_path / "compiled", job | options, held_out=6, resume_from_checkpoint="latest", **COMPILED
     )
@@ -84,8 +85,8 @@ def test_files_evaluation_images_and_resume(tmp_path, job, counters):
     evaluated = [[e["eval_loss"] for e in t.state.log_history if "eval_loss" in e] for t in (reference, trainer)]
     np.testing.assert_allclose(*evaluated, rtol=1e-5)
     assert len(evaluated[0]) == 2
-    assert [p.name for p in list_checkpoints(tmp_path / "compiled")] == ["checkpoint-6", "checkpoint-3"]
-    for folder in ("checkpoint-6", "checkpoint-3"):
+    assert [p.name for p in list_checkpoints(tmp_path / "compiled")] == ["checkpoint-4", "checkpoint-2"]
+    for folder in ("checkpoint-4", "checkpoint-2"):
         one, two = weights(tmp_path / "plain" / folder), weights(tmp_path / "compiled" / folder)
         assert one.keys() == two.keys()
         assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
