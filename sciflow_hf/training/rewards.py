@@ -24,7 +24,7 @@ from ..diffusion.rewards import advantages, nft_loss, old_policy_decay, optimali
 from ..errors import SciflowError, counted, first_line
 from ..families.base import ModelFamily, PipelineFamily
 from ..files import disk_full_named, write_json
-from ..metrics.rewards.base import RewardFunction, Scores, load_rewards
+from ..metrics.rewards.base import RewardFunction, Scores, load_rewards, try_packages
 from ..report.contact_sheet import write_reward_sheet
 from .callbacks.validation import at_rest, log_images
 from .loss_log import LossLog
@@ -92,7 +92,12 @@ class DiffusionRewardTrainer(DiffusionTrainer):
         funcs, watched = list(reward_funcs or args.reward_funcs), list(watch_rewards or args.watch_rewards)
         if not funcs:
             raise SciflowError("`reward_funcs` is empty: name what is to grow, such as ocr or chart.")
-        every = load_rewards([*funcs, *watched], [*(args.reward_weights or [1.0] * len(funcs)), *[0.0] * len(watched)])
+        weights = args.reward_weights or [1.0] * len(funcs)
+        if len(weights) != len(funcs):
+            given = counted(len(weights), "value")
+            raise SciflowError(f"`reward_weights` has {given} for {counted(len(funcs), 'reward')}: give one each.")
+        every = load_rewards([*funcs, *watched], [*weights, *[0.0] * len(watched)])
+        try_packages(every)
         self.rewards, self.watched = every[: len(funcs)], every[len(funcs) :]
         self._start: Values = {}
         self._forget()
@@ -101,6 +106,9 @@ class DiffusionRewardTrainer(DiffusionTrainer):
             what = "held-out prompts: hold some out by `--eval_fraction`" if watched else "`watch_rewards`: give some"
             raise SciflowError(f"`stop_if_watched_falls` stops nothing without {what}, or leave it out.")
         self._images = _Images(self, args.rows_of_epoch)
+        if args.figure_metrics or options.get("compute_metrics"):
+            name = "figure_metrics" if args.figure_metrics else "compute_metrics"
+            raise SciflowError(f"`{name}`: evaluations draw the held-out prompts and score them by `watch_rewards`.")
         super().__init__(
             model, args, family=family, train_dataset=prompts, eval_dataset=held_out or None,
             **{"data_collator": _samples} | options,
@@ -239,7 +247,10 @@ class DiffusionRewardTrainer(DiffusionTrainer):
         total, groups = totals(scores, self.rewards), torch.tensor([group for *_, group in rollout.places])
         self._advantages = advantages(total, groups, spread=args.advantage_spread).float()
         self._rollout = rollout
-        self._tell(number, scores, total, groups)
+        with together(self.accelerator):
+            self._tell(number, scores, total, groups)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # sampling leaves blocks of other sizes than training's
 
     def _follow(self, number: int) -> None:
         """Moves the old policy to where it is after `number` rollouts."""
@@ -269,10 +280,9 @@ class DiffusionRewardTrainer(DiffusionTrainer):
 
     def _facts(self) -> dict[str, Any]:
         """All that decides the images of a rollout, next to its draws."""
-        args, prompts = self.args, self.train_dataset
-        facts = {name: getattr(args, name) for name in ("rollout_steps", "rollout_guidance", "rollout_batch_size")}
-        facts |= {name: getattr(args, name) for name in ("num_generations", "prompts_per_rollout", "seed")}
-        return facts | {"prompts": prompts.fingerprint, "dtype": str(args.weight_dtype), "policy": digest(self._old)}
+        args, names = self.args, ("rollout_steps", "rollout_guidance", "rollout_batch_size", "num_generations")
+        facts = super()._identity() | {name: getattr(args, name) for name in names}
+        return facts | {"dtype": str(args.weight_dtype), "policy": digest(self._old)}
 
     @property
     def _guidance(self) -> float:
@@ -319,7 +329,7 @@ class DiffusionRewardTrainer(DiffusionTrainer):
                 "`dataloader_num_workers` does not go with rewards, whose images are at hand: leave it out."
             )
         options = self._loader_options() | {"num_workers": 0, "prefetch_factor": None, "posterior": False}
-        options["step_keys"] = self.args.stratified_levels
+        options["step_keys"], options["caption_dropout"] = self.args.stratified_levels, self.caption_dropout
         options["buffers"] = 2 * self.args.gradient_accumulation_steps + 1
         return BucketLoader(self._images, training_sampler(self._images, self.args), **options)
 

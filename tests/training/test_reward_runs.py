@@ -4,9 +4,14 @@ import json
 
 import numpy as np
 import pytest
+from family_steps import FAMILIES
 from recipe_runs import ROOT, run, weights
-from reward_runs import launch
-from trainings import same
+from reward_runs import launch, reward_trainer
+from trainings import same, trained
+
+import sciflow_hf as sf
+from sciflow_hf.demo import make_tiny
+from sciflow_hf.training.reward_prompts import Prompts
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -59,6 +64,25 @@ def test_an_error_on_one_rank_ends_both(tmp_path, tiny_klein):
     """A reward that lacks something on the second rank: the first says so instead of waiting for it."""
     options = job(tiny_klein, tmp_path / "run", rewards="away_on_rank_1")
     assert launch(tmp_path, options, ranks=2)["error"] == "another rank has stopped: the judge is not installed"
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("flux2_klein", "sdxl")])
+def test_a_rollout_and_its_steps_of_every_family(tmp_path, name):
+    """Texts of several lengths included: weights move, and at the first step the policy is the old one."""
+    options = {
+        "max_sequence_length": 7,
+        "pretrained_model_name_or_path": str(make_tiny(tmp_path / "p", name, size="test")),
+    }
+    data = Prompts([{"prompt": text, "height": 32, "width": 64} for text in ("XZ", "Z", "ZXZ")])
+    trainer = reward_trainer(
+        tmp_path / "run", sf.load_family(name)(**options), data, num_train_epochs=1, num_generations=2,
+        prompts_per_rollout=3, per_device_train_batch_size=3, rollout_batch_size=6,
+    )  # fmt: skip
+    before = trained(trainer)
+    trainer.train()
+    first = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert first["old_distance"] == 0 and np.isfinite(first["loss"]) and first["loss"] > 0
+    assert not same(trained(trainer), before)
 
 
 def test_the_recipe_and_what_it_writes(tmp_path, tiny_klein):
