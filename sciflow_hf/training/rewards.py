@@ -41,6 +41,7 @@ ROLLOUTS = "rollouts"
 OLD_POLICY, STATE = "old_policy.safetensors", "rewards.json"
 _NOTED = ("policy_loss", "kl", "old_distance")
 _SHOWN = 6  # best and worst images of a rollout
+_FEWEST = 10  # prompts of an interval
 
 
 class DiffusionRewardTrainer(DiffusionTrainer):
@@ -105,6 +106,15 @@ class DiffusionRewardTrainer(DiffusionTrainer):
         if args.stop_if_watched_falls and not (watched and held_out):
             what = "held-out prompts: hold some out by `--eval_fraction`" if watched else "`watch_rewards`: give some"
             raise SciflowError(f"`stop_if_watched_falls` stops nothing without {what}, or leave it out.")
+        if (
+            args.stop_if_watched_falls
+            and held_out
+            and (texts := len({row["prompt"] for row in held_out.rows})) < _FEWEST
+        ):
+            raise SciflowError(
+                f"`stop_if_watched_falls`: {counted(texts, 'held-out prompt')}, and a fall is judged by an interval, "
+                f"for which at least {_FEWEST} are needed. Hold more out (`--eval_fraction`), or leave it out."
+            )
         self._images = _Images(self, args.rows_of_epoch)
         if args.figure_metrics or options.get("compute_metrics"):
             name = "figure_metrics" if args.figure_metrics else "compute_metrics"
@@ -435,6 +445,10 @@ class DiffusionRewardTrainer(DiffusionTrainer):
     def _train(self, *args: Any, **kwargs: Any) -> Any:
         self._forget()
         return super()._train(*args, **kwargs)
+
+    def _checkpoint_bytes(self) -> float:
+        values = adapter_parameters(self.model).values() if self.model is not None else ()
+        return super()._checkpoint_bytes() + 4 * sum(value.numel() for value in values)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """In a checkpoint also the old policy, and what was measured of the held-out prompts at the start."""

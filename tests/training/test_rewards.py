@@ -556,6 +556,11 @@ def test_families_and_prompts_that_are_refused(tmp_path, family):
         prompts(1).split(0.9)
 
 
+def test_too_few_held_out_prompts_to_stop_by(tmp_path, family):
+    with pytest.raises(SciflowError, match="9 held-out prompts, and a fall is judged by an interval"):
+        reward_trainer(tmp_path, family, held_out=prompts(9), watched=[bright], stop_if_watched_falls=True)
+
+
 def test_prompts_fewer_than_ranks(tmp_path, family, monkeypatch):
     monkeypatch.setattr(sf.RewardTrainingArguments, "world_size", 3)
     monkeypatch.setattr(sf.RewardTrainingArguments, "total_batch", 2)
