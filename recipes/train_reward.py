@@ -29,7 +29,7 @@ def main() -> None:
 
     trainer = sf.DiffusionRewardTrainer(
         model, args, family=family, train_dataset=train_prompts, eval_dataset=eval_prompts,
-        dataset_names=[prompt_args.prompts_file],
+        dataset_names=[str(prompt_args.prompts_file)],
     )  # fmt: skip
     if args.debug_batch:
         print(sf.debug_batch(trainer))

@@ -332,6 +332,8 @@ def prepare_prompts(
     Raises:
         SciflowError: an output folder with checkpoints and no word on them; prompts that cannot be read or drawn.
     """
+    if prompt_args.prompts_file is None:
+        raise SciflowError("`prompts_file` is missing: a file or data set of the prompts to draw, one a row.")
     pipeline = Path(args.output_dir) / DEMO
     is_demo = family.pretrained_model_name_or_path == DEMO
     _processes(args, lambda: demo_pipeline(pipeline, family.name) if is_demo else None)

@@ -24,10 +24,11 @@ class PromptArguments(Options):
 
     heading: ClassVar[str] = "Prompts"
 
-    prompts_file: str = option(
-        help=".txt with a prompt a line; .jsonl, .csv, .parquet or a data set with a column prompt (else caption, "
+    prompts_file: str | None = option(
+        None,
+        ".txt with a prompt a line; .jsonl, .csv, .parquet or a data set with a column prompt (else caption, "
         "text), and perhaps width and height; further columns are given to the rewards. demo_preferences: those of "
-        "the demo."
+        "the demo.",
     )
     prompts_split: str | None = option(None, "Split of a data set of prompts, where it has several.")
     rollout_size: list[int] = option(
