@@ -117,7 +117,8 @@ class EditViews:
         if not self.as_targets or not self.sizes:
             return default
         height, width, room = source.height, source.width, 1 + TOLERANCE
-        fitting = [(h, w) for h, w in self.sizes if h <= room * height and w <= room * width]
+        stays = any if self.fit == "pad" else all
+        fitting = [(h, w) for h, w in self.sizes if stays((h <= room * height, w <= room * width))]
         return nearest_bucket(height, width, fitting or self.sizes)
 
     def shown(self, sources: Sequence[Image.Image], size: _Size, family: Any) -> list[Image.Image]:

@@ -21,6 +21,7 @@ from sciflow_hf.data.build.views import fit_mask, fit_pixels, own_pixels, page_c
 from sciflow_hf.data.inspect.recheck import compare_afresh
 from sciflow_hf.data.load import load_cache, load_data
 from sciflow_hf.data.online import OnlineImages
+from sciflow_hf.data.source_images import EditViews
 from sciflow_hf.errors import SciflowError
 
 PAGE = (240, 236, 200)
@@ -217,6 +218,8 @@ def test_the_fit_is_part_of_a_caches_identity(strips: Path, tmp_path: Path) -> N
         assert load_cache(tmp_path / name).metadata[name] == value
         with pytest.raises(SciflowError, match=f"`{name}` was '?{value}'? and is now '?{before}'?"):
             build(strips, tmp_path / name)
+    samples = [{row["sample_id"] for row in load_cache(tmp_path / name).index} for name in ("plain", "fit")]
+    assert len(samples[1]) == 3 and samples[0].isdisjoint(samples[1]), "whatever decides the pixels of a sample"
     caches = [str(tmp_path / name) for name in ("buckets", "max_aspect_ratio")]
     assert len(load_cache(caches)) == 6, "of several shapes together, as of several resolutions"
     with pytest.raises(SciflowError, match="`fit` is 'cut' and 'pad'"):
@@ -268,3 +271,30 @@ def test_masks_of_the_data_and_of_changed_regions_are_padded(tmp_path: Path) -> 
     afresh = {"input_dir": folder, "encode_images": encoders.images, "encode_prompts": encoders.texts}
     found = compare_afresh(cache, 1, sources=rules, **afresh)
     assert {difference.name: difference.ok for difference in found}["source_latents"] and all(d.ok for d in found)
+
+
+class Plain:
+    """A family that shows sources as they are."""
+
+    @staticmethod
+    def source_size(height: int, width: int) -> tuple[int, int]:
+        return height, width
+
+    @staticmethod
+    def check_source(height: int, width: int) -> str:
+        return ""
+
+
+def test_sources_of_drawn_edits_are_padded_as_in_training() -> None:
+    """A strip of 3:1 is edited on 64 x 64, of which it fills a third: one side need not grow."""
+    source = Image.new("RGB", (66, 22), PAGE)
+    source.paste((9, 9, 9), (4, 4, 62, 18))
+    source.info["source_image"] = "strip.png"
+    padded, cut = (EditViews([(64, 64), (24, 24)], as_targets=True, fit=fit) for fit in ("pad", "cut"))
+    assert padded.size_of(source, (0, 0)) == (64, 64) and cut.size_of(source, (0, 0)) == (24, 24)
+    (shown,) = padded.shown([source], (64, 64), Plain())
+    pixels = np.asarray(shown)
+    assert shown.size == (64, 64) and shown.info == source.info
+    assert (pixels[:20] == PAGE).all() and (pixels[44:] == PAGE).all() and (pixels[32, 8:56] < 20).all()
+    (whole,) = cut.shown([source], (24, 24), Plain())
+    assert (np.asarray(whole)[12] < 20).all(), "the middle alone"
