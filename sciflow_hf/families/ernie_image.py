@@ -8,7 +8,7 @@ import torch
 
 from ..options import arguments
 from .base import PatchedFamily, SamplingArguments, network_dtype
-from .tokens import PATCH, own_tokens, padded, token_counts
+from .tokens import PATCH, alone, padded, token_counts
 
 ENHANCER = ("pe", "pe_tokenizer")  # a language model that rewrites prompts: never loaded
 
@@ -83,10 +83,7 @@ class ErnieImage(PatchedFamily):
         self, prompt: dict[str, torch.Tensor], negative: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Embeddings of both prompts, (1, l, D), without padding."""
-        rows = {"prompt_embeds": prompt, "negative_prompt_embeds": negative}
-        return {
-            name: own_tokens(row["prompt_embeds"], row.get("prompt_embeds_mask"))[0][None] for name, row in rows.items()
-        }
+        return alone(prompt, negative)
 
     def call_arguments(self, args: SamplingArguments) -> list[str]:
         """Without the prompt enhancer, which a stock pipeline has."""

@@ -1,7 +1,7 @@
 """Latents and prompts as the networks of several families take them: 2x2 pixels a token, token ids."""
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,13 @@ def own_tokens(prompt_embeds: torch.Tensor, mask: torch.Tensor | None) -> list[t
     """Each text (l, D) of `prompt_embeds` (B, L, D), without the padding behind it; none is padded without a `mask`."""
     lengths = [prompt_embeds.shape[1]] * len(prompt_embeds) if mask is None else mask.sum(1).tolist()
     return [text[:length] for text, length in zip(prompt_embeds, lengths, strict=True)]
+
+
+def alone(prompt: Mapping[str, torch.Tensor], negative: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Embeddings of both prompts, (1, l, D), without padding, from rows (1, ...) of `padded`."""
+    rows = {"prompt_embeds": prompt, "negative_prompt_embeds": negative}
+    texts = {name: own_tokens(row["prompt_embeds"], row.get("prompt_embeds_mask")) for name, row in rows.items()}
+    return {name: text[None] for name, (text,) in texts.items()}
 
 
 def padded(texts: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:

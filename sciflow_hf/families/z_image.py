@@ -9,7 +9,7 @@ import torch
 from ..errors import SciflowError
 from ..options import arguments, option
 from .base import PipelineFamily, network_dtype
-from .tokens import PATCH, chat_counts, own_tokens, padded
+from .tokens import PATCH, alone, chat_counts, own_tokens, padded
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -99,10 +99,7 @@ class ZImage(PipelineFamily):
         self, prompt: dict[str, torch.Tensor], negative: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Embeddings of both prompts, (1, l, D), without padding."""
-        rows = {"prompt_embeds": prompt, "negative_prompt_embeds": negative}
-        return {
-            name: own_tokens(row["prompt_embeds"], row.get("prompt_embeds_mask"))[0][None] for name, row in rows.items()
-        }
+        return alone(prompt, negative)
 
     def generate(self, pipeline: Any, prompt_inputs: dict[str, torch.Tensor], **options: Any) -> list["Image"]:
         """Gives the pipeline its texts as lists; its latents stay float32."""
