@@ -125,7 +125,7 @@ def check_caches(texts, pictures):
 
 
 def test_caches_in_a_few_figures(tmp_path):
-    check_caches(*execute(NAMES[1], tmp_path, FAST="1"))
+    check_caches(*run_cells(NAMES[1], tmp_path))
 
 
 def check_family(texts, pictures):

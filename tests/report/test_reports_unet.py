@@ -48,7 +48,7 @@ def forward(network, height, width):
     )
 
 
-@pytest.mark.parametrize("size", [(128, 128), (96, 160)])
+@pytest.mark.parametrize("size", [pytest.param((128, 128), marks=pytest.mark.acceptance), (96, 160)])
 def test_activations_of_sdxl_are_what_autograd_keeps(unet, size, monkeypatch):
     """Of 1024 x 1024 and 768 x 1280 pixels, to a fifth."""
     blocks = _blocks(unet, 10**9, size[0] // 4 * (size[1] // 4))
