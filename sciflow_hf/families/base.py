@@ -540,7 +540,7 @@ class PipelineFamily(ModelFamily):
         if wanted not in (None, kind):
             raise SciflowError(
                 f"`pretrained_model_name_or_path` {path!r} holds a {kind}, but `{self.name}` trains a {wanted}, whose "
-                "network has learned to read reference images."
+                "network, of the same class, has learned other inputs. Take the family of that model."
             )
         if not self.trust_remote_code:
             refuse_code(path, index, revision=self.revision)

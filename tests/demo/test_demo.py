@@ -165,7 +165,9 @@ def _bytes(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
-@pytest.mark.parametrize("family", ["flux2_klein", "flux", "qwen_image", "sd3", "sdxl"])
+@pytest.mark.parametrize(
+    "family", ["flux2_klein", "flux2", "flux", "qwen_image", "z_image", "ernie_image", "sd3", "sdxl"]
+)
 def test_one_seed_gives_the_same_pipeline_bytes_and_leaves_torch_alone(tmp_path: Path, family: str) -> None:
     torch.manual_seed(5)
     state = torch.get_rng_state()
