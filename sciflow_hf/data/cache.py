@@ -541,6 +541,10 @@ class LatentCache(Dataset[dict[str, torch.Tensor]]):
         column = self._index.column(name)
         return None if column is None else column.take(pa.array(self._rows))
 
+    def columns(self, names: Sequence[str]) -> pa.Table:
+        """Those of these columns of the index that there are, read together; not of a payload's bytes."""
+        return self._index.read_columns(names).take(pa.array(self._rows))
+
     @cached_property
     def buckets(self) -> list[tuple[int, int]]:
         """(height, width) in pixels of each row."""

@@ -61,7 +61,8 @@ def filtered(cache: LatentCache, conditions: Sequence[str]) -> LatentCache:
     if not conditions:
         return cache
     row_filter = RowFilter(conditions)
-    mask = row_filter.mask({name: cache.column(name) for name in row_filter.columns}, len(cache))
+    table = cache.columns(row_filter.columns)
+    mask = row_filter.mask(dict(zip(table.column_names, table.columns, strict=True)), len(cache))
     row_filter.close("`dataset_dir`", cache.column_names)
     view = cache.select(np.flatnonzero(mask))
     view.row_filter = row_filter.texts

@@ -56,6 +56,7 @@ def _forward_flops(family: PipelineFamily, network: Any, rows: LatentCache, row:
         sample.setdefault(name, torch.empty(shape, device="meta"))  # text that is encoded in training
     if family.stores_time_ids:
         sample.setdefault("time_ids", torch.empty(6, device="meta"))
+    family.check_sample(network, sample)
     batch = {name: value[None] for name, value in sample.items()}
     latents = family.clean_latents(batch)
     levels = torch.zeros(1, device="meta", dtype=family.process.level_dtype)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from caches import TINY_BUCKETS
+from caches import TINY_BUCKETS, write_cache
 from plans import UNIT, sizes
 from trainings import make_args, make_trainer
 
@@ -14,6 +14,7 @@ import sciflow_hf as sf
 from sciflow_hf.adapters.layers import adapter_layers, adapter_parameters
 from sciflow_hf.data.batches.loader import collate
 from sciflow_hf.diffusion.randomness import noise_keys
+from sciflow_hf.errors import SciflowError
 from sciflow_hf.report.plan import tokens_of
 from sciflow_hf.report.work import data_text
 from sciflow_hf.training.checkpoints import list_checkpoints
@@ -298,3 +299,9 @@ def test_the_bytes_of_the_data(tmp_path, family, tiny_cache):
     online = data_text(family, network, cache)
     assert f"encoded in training (stored, {24 * 2 * 12 * 48 / 1024:.1f} KiB)" in online
     assert re.fullmatch(r"data: latents \S+ KiB, text 27\.0 KiB", data_text(family, network, stream))
+
+
+def test_a_plan_refuses_a_cache_that_does_not_fit(tmp_path, family):
+    cache = write_cache(tmp_path / "wrong", latent_channels=8)
+    with pytest.raises(SciflowError, match=r"`latents` \(8, .*`flux2_klein` takes \(4, h, w\)"):
+        plan_of(tmp_path, family, cache)

@@ -169,7 +169,9 @@ def dataset_records(
     cells = _Cells({name: images.select_columns([name]) for name in pictures}, folder)
     refs = list[tuple[list[Stored], list[str]] | str]()
     marked: dict[str, list[Stored | None]] = {name: [] for name in masks}
-    for i, stored in enumerate(images):
+    looked_into = [name for name in pictures if name in (*masks, *sources)]  # not images: they may be many gigabytes
+    others: Any = data.select_columns(looked_into) if looked_into else [{}] * len(rows)
+    for i, stored in enumerate(others):
         for name in masks:
             if name in pictures:
                 marked[name].append(cells.stored(i, name) if stored[name] else None)
