@@ -584,3 +584,18 @@ def test_several_rewards_have_columns_of_their_own(tmp_path, family):
     assert metrics["eval_reward"] == pytest.approx(metrics["eval_reward_dark"] + 0.5 * metrics["eval_reward_wished"])
     assert "eval_reward_low" not in metrics, "two prompts have no interval"
     assert all(a != b for a, b in pairwise(losses(trainer)))
+
+
+def test_accumulation_takes_the_same_steps(tmp_path, family):
+    """1 x 4 = 4 x 1: the same images in every step, losses and weights to rounding."""
+    found = []
+    for size in (4, 1):
+        options = dict(per_device_train_batch_size=size, gradient_accumulation_steps=4 // size, num_train_epochs=1)
+        trainer = reward_trainer(tmp_path / str(size), family, optim="sgd", learning_rate=1e-3, **options)
+        trainer.train()
+        found.append((losses(trainer), trained(trainer)))
+    (one, weights), (other, theirs) = found
+    assert len(one) == 2
+    np.testing.assert_allclose(one, other, rtol=1000 * EPS)
+    largest = max(float(value.abs().max()) for value in weights.values())
+    assert max(float((weights[name] - theirs[name]).abs().max()) for name in weights) < 100 * EPS * largest
