@@ -66,7 +66,9 @@ def text_family(args: argparse.Namespace, kind: str | None) -> "ModelFamily":
     trusted = {"trust_remote_code": True} if args.trust_remote_code else {}
     file = Path(args.model_path) / "run_facts.json"
     family: Any = load_family(name) if args.family else family_named_in(str(file), name)
-    parts = {own["option"]: own["path"] for own in facts.get("parts", [])} | named_parts(args)
+    parts = facts.get("parts", [])  # but a network that the run has trained itself
+    parts = {own["option"]: own["path"] for own in parts if not Path(args.model_path, own["part"]).is_dir()}
+    parts |= named_parts(args)
     if "network_name_or_path" in parts:  # instead of the weights that the run started from
         parts.pop("init_weights", None)
     return family(pretrained_model_name_or_path=base, **trusted, **parts)

@@ -168,6 +168,21 @@ def test_verify_names_what_is_wrong(tmp_path: Path, change: dict[str, Any], mess
     assert {problem.row for problem in report.problems} == {3} and re.search(message, str(report.problems[0]))
 
 
+def test_an_index_without_bad_rows_lies_next_to_theirs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_theirs(tmp_path / "theirs")
+    (folder / "images/gen_03_flux_h.npz").write_bytes(b"cut short")
+    assert main(["cache", "verify", "--dataset_dir", str(folder), "--repair"]) == 1
+    shown = capsys.readouterr().out
+    found = re.search(r"--dataset_dir (\S+) --payload_dir (\S+)", shown)
+    assert found is not None and "gen_03_flux_h.npz" in shown
+    repaired = load_cache(found[1], payload_dir=found[2])
+    assert isinstance(repaired, LatentCache) and len(repaired) == 39
+    assert verify_cache(repaired, progress=False).clean and "images/gen_03.png" not in repaired.row_ids
+    main(["cache", "info", "--dataset_dir", str(folder)])
+    told = capsys.readouterr().out
+    assert re.search(r"layout +flux_h\n", told) and "edits" in told and re.search(r"posterior +sample", told)
+
+
 def test_log_variances_are_cut_as_by_diffusers(theirs: Path) -> None:
     cache = load_cache(theirs, dtype=torch.float32)
     assert isinstance(cache, LatentCache)

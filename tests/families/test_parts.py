@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from trainings import make_trainer
 import sciflow_hf as sf
 from sciflow_hf.adapters.layers import network_of
 from sciflow_hf.cli import main
+from sciflow_hf.cli.models import text_family
 from sciflow_hf.demo import make_tiny
 from sciflow_hf.errors import CacheError, SciflowError
 from sciflow_hf.families.loading import Place
@@ -449,3 +451,17 @@ def test_a_run_from_weights_resumes_with_the_same_ones(pipelines, tmp_path, tiny
     plain = make_trainer(tmp_path / "run", klein(base), tiny_cache, **options)
     with pytest.raises(SciflowError, match=r"another run: parts\.init_weights: 'flux2_klein1' then, None now"):
         plain.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+
+
+def test_commands_draw_with_the_weights_that_a_run_started_from(pipelines, tmp_path):
+    """An adapter needs them, unless they have moved; a network that was trained from them does not."""
+    base, other = pipelines("flux2_klein")
+    parts = [{"part": "transformer", "option": "init_weights", "path": str(other)}]
+    facts = {"family": "flux2_klein", "base_model": str(base), "parts": parts}
+    (tmp_path / "run_facts.json").write_text(json.dumps(facts))
+    args = Namespace(model_path=str(tmp_path), family=None, base_model=None, trust_remote_code=False)
+    assert text_family(args, None).init_weights == str(other)
+    moved = text_family(Namespace(**vars(args), network_name_or_path="moved"), None)
+    assert (moved.init_weights, moved.network_name_or_path) == (None, "moved")
+    (tmp_path / "transformer").mkdir()
+    assert text_family(args, None).init_weights is None

@@ -14,6 +14,7 @@ from ...files import atomic_folder
 from .. import storage
 from ..cache import EMPTY_PROMPT_FILE, LatentCache, is_binary, read_schema, read_table
 from ..layouts.base import Reader
+from ..layouts.flux_h import is_table_of_images
 from ..writing import cannot_write
 
 
@@ -83,7 +84,7 @@ def light_index(file: str, folder: Path) -> tuple[pa.Table, bool]:
     """An index file without the payload's bytes, with its metadata; whether its rows now refer to those bytes."""
     schema = read_schema(file)
     table = read_table(file, [field.name for field in schema if not is_binary(field.type)])
-    if "cache_path" in schema.names:
+    if "cache_path" in schema.names or is_table_of_images(schema.names):
         return table, False
     table = table.append_column("cache_path", pa.array([os.path.relpath(file, folder)] * len(table), pa.string()))
     return table.append_column("inline_row", pa.array(range(len(table)), pa.int64())), True
