@@ -319,11 +319,16 @@ class KeyedDataset(Dataset[dict[str, Any]]):
         if self.online:
             dropped = (uniform(batch["noise_key"], stream="caption_dropout") < self.caption_dropout).tolist()
             rows = batch["row"].tolist()
-            one = getattr(self.dataset, "caption", None) or (lambda row: self.dataset.captions[row])
-            captions = batch.pop("captions", None) or [one(row) for row in rows]  # not of a stream
+            captions = batch.pop("captions", None) or self._captions(rows)  # the former of a stream
             captions = ["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
             batch.update({n: v for n, v in self.dataset.online_text(captions).items() if n not in IDS})
         return batch
+
+    def _captions(self, rows: Sequence[int]) -> list[str]:
+        """Of a cache one by one, which makes no list of all."""
+        if callable(one := getattr(self.dataset, "caption", None)):
+            return [one(row) for row in rows]
+        return [self.dataset.captions[row] for row in rows]
 
     def _loses_sources(self, indices: Sequence[Index]) -> bool:
         """Whether the optimizer step that a batch is of trains without its sources."""
