@@ -325,7 +325,7 @@ class KeyedDataset(Dataset[dict[str, Any]]):
         return batch
 
     def _captions(self, rows: Sequence[int]) -> list[str]:
-        """Of a cache one by one, which makes no list of all."""
+        """The captions of some rows; a cache reads them one by one."""
         if callable(one := getattr(self.dataset, "caption", None)):
             return [one(row) for row in rows]
         return [self.dataset.captions[row] for row in rows]
