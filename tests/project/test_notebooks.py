@@ -14,7 +14,7 @@ from recipe_runs import ROOT, environment
 FOLDER = ROOT / "notebooks"
 NAMES = [
     "01_finetune_flux2klein", "02_caches_and_buckets", "03_your_own_model_family", "04_dit_from_scratch",
-    "05_microscopy", "06_edit_figures", "07_preferences",
+    "05_microscopy", "06_edit_figures", "07_preferences", "08_sciforma_in_small",
 ]  # fmt: skip
 
 
@@ -166,6 +166,13 @@ def test_preferences_in_a_few_steps(tmp_path):
     assert pictures == 3  # candidates, contact sheet, a drawn figure
     assert "groups to train on" in text and "'names_colour': False" in text
     assert (tmp_path / "outputs/07_preferences/run/pytorch_lora_weights.safetensors").is_file()
+
+
+def test_course_in_a_few_steps(tmp_path):
+    texts, pictures = run_cells(NAMES[7], tmp_path)
+    assert pictures == 4  # three contact sheets, edits by stage
+    assert "psnr" in "".join(texts) and "stage3 - base" in "".join(texts)
+    assert (tmp_path / "outputs/08_sciforma_in_small/stage3/pytorch_lora_weights.safetensors").is_file()
 
 
 # -- in full -------------------------------------------------------------------------------------------------------
