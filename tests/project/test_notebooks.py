@@ -47,15 +47,15 @@ class Shell(InteractiveShell):
 
 shell = Shell.instance()
 shell.run_line_magic("matplotlib", "inline")
-texts, pictures = [], 0
-for cell in nbformat.read(sys.argv[1], as_version=4).cells:
+texts, pictures, (name, answer) = [], 0, sys.argv[1:]
+for cell in nbformat.read(name, as_version=4).cells:
     if cell.cell_type == "code":
         with capture_output() as captured:
             done = shell.run_cell(cell.source)
         done.raise_error()
         texts.append(captured.stdout)
         pictures += sum("image/png" in output.data for output in captured.outputs) + hasattr(done.result, "_repr_png_")
-open(sys.argv[2], "w").write(json.dumps([texts, pictures]))
+open(answer, "w").write(json.dumps([texts, pictures]))
 """
 
 
