@@ -1,6 +1,7 @@
 """The arithmetic of a run, counted by torch on a network without weights, and the bytes of its data."""
 
 import copy
+import math
 from collections import Counter
 from typing import Any
 
@@ -77,12 +78,14 @@ def hours_text(flops: float, args: Any, steps: int) -> str:
 
 
 def data_text(family: Any, network: Any, train_dataset: Any) -> str:
-    """The bytes of latents and text in the data, of which an epoch reads all; "" where shapes are unknown."""
+    """The bytes of latents, with those of sources, and of text, which an epoch reads; "" where shapes are unknown."""
     rows = _rows_with_shapes(train_dataset)
     if rows is None:
         return ""
     times = len(train_dataset) / len(rows) if is_stream(train_dataset) else 1
-    latents = float(rows.latent_shapes.prod(axis=1).sum()) * _STORED * times
+    latents = float(rows.latent_shapes.prod(axis=1).sum())
+    latents += sum(math.prod(shape) for shapes in (rows.source_shapes if rows.has_sources else ()) for shape in shapes)
+    latents *= _STORED * times
     text = float(rows.text_shapes.prod(axis=1).sum()) * _STORED * times
     told = f"text {readable_bytes(text)}"
     if rows.online_text is not None and isinstance(family, PipelineFamily):

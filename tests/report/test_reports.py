@@ -287,6 +287,14 @@ def test_the_time_is_that_of_the_operations(tmp_path, family, tiny_cache):
     assert "400 TFLOP/s each, which is assumed" in plan_of(tmp_path, family, tiny_cache)[0]["Time, estimated"]
 
 
+def test_the_bytes_of_edits(family, edits_cache):
+    cache = sf.load_cache(edits_cache)
+    samples = [cache[i] for i in range(len(cache))]
+    latents = 2 * sum(v.numel() for sample in samples for name, v in sample.items() if "latents" in name)
+    text = data_text(family, family.load_model(dtype=torch.float32, meta=True), cache)
+    assert text.startswith(f"data: latents {latents / 1024:.1f} KiB, text ")
+
+
 def test_the_bytes_of_the_data(tmp_path, family, tiny_cache):
     cache = sf.load_cache(tiny_cache)
     text = plan_of(tmp_path, family, tiny_cache)[0]["Memory and disk, estimated"]
