@@ -5,7 +5,7 @@ from recipe_runs import RECIPE, ROOT, run, run_and_kill
 from safetensors.torch import load_file
 from trainings import same
 
-from sciflow_hf.cli.main import main
+from sciflow_hf.cli import main
 
 DPO = ROOT / "recipes" / "train_dpo.py"
 NETWORK = "transformer/diffusion_pytorch_model.safetensors"
