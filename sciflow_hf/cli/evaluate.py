@@ -17,7 +17,7 @@ from .drawing import RANGES, check_folder, check_ranges, identity_of, prompt_fam
 from .evaluation_prompts import draw_missing, facts_of, models_of, plan_prompts, read_rows
 from .evaluation_scores import SETS, SUMMARY, Metrics
 from .judge import add_judge
-from .models import add_model
+from .models import add_model, run_facts
 
 OPTIONS = "evaluation.json"
 
@@ -78,6 +78,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     models = models_of(args)
     rows, where, folder = read_rows(args)
     kind, family = prompt_family(args)
+    _check_networks(models, args, family.component)
     output, prompts = Path(args.output_dir), plan_prompts(rows, where, folder, args, family, models)
     if args.card:
         _check_cards(models)
@@ -149,6 +150,18 @@ def _notes(summary: Mapping[str, Any]) -> Iterator[str]:
             more = f", and {len(copies) - 5} more in {SUMMARY}" if len(copies) > 5 else ""
             number = f"{len(copies)} near {'copy' if len(copies) == 1 else 'copies'}"
             yield f"{model}: {number} of training figures: {named}{more}."
+
+
+def _check_networks(models: Mapping[str, str | None], args: argparse.Namespace, component: str) -> None:
+    """Refuses an adapter of another network than the base's: on this one it would draw, and be wrong."""
+    for path in filter(None, models.values()):
+        parts = run_facts(path).get("parts", [])
+        own = next((part for part in parts if part["part"] == component), None)
+        if own and args.network_name_or_path is None and not (Path(path) / component).is_dir():
+            raise SciflowError(
+                f"`adapters` {path!r} was trained on the network of {own['path']!r} (`{own['option']}`), not on that "
+                f"of {args.model_path!r}: evaluate it apart from others, with that one as `--network_name_or_path`."
+            )
 
 
 def _check_cards(models: Mapping[str, str | None]) -> None:

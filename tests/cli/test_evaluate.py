@@ -1,5 +1,6 @@
 """`sciflow-hf evaluate`: paired numbers against numpy, kills, ranks, what is refused; mostly with stubs that draw."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -421,3 +422,19 @@ def test_images_are_those_of_the_pipeline_with_and_without_the_adapter(run, trai
             pictures.append(found.tobytes())
         assert pictures[-1] == image.tobytes()
     assert pictures[0] != pictures[1]
+
+
+def test_an_adapter_of_another_network_is_refused(tmp_path: Path) -> None:
+    """It fits by its shapes and would draw: one of an earlier stage. A network of its own is fine."""
+    run = tmp_path / "stage3"
+    run.mkdir()
+    own = {"part": "transformer", "option": "init_weights", "path": "stage2"}
+    (run / "run_facts.json").write_text(json.dumps({"parts": [{"part": "vae", "option": "x", "path": "y"}, own]}))
+    args = argparse.Namespace(model_path="base", network_name_or_path=None)
+    models = {"base": None, "stage3": str(run)}
+    with pytest.raises(sf.SciflowError, match=r"'stage2' .*`init_weights`.*`--network_name_or_path`"):
+        evaluate._check_networks(models, args, "transformer")
+    evaluate._check_networks(models, args, "unet")
+    evaluate._check_networks(models, argparse.Namespace(network_name_or_path="stage2"), "transformer")
+    (run / "transformer").mkdir()
+    evaluate._check_networks(models, args, "transformer")

@@ -278,7 +278,7 @@ def test_a_folder_with_content_is_refused(tmp_path: Path, make: Callable[[Path],
 def test_wrong_arguments_are_named(tmp_path: Path) -> None:
     with pytest.raises(SciflowError, match="`size` is 'huge'; allowed: 'test', 'demo'"):
         make_tiny(tmp_path / "x", size="huge")
-    with pytest.raises(SciflowError, match="no pipeline for `mine`, only for flux, flux2_klein, flux_kontext, "):
+    with pytest.raises(SciflowError, match="no pipeline for `mine`, only for ernie_image, flux, flux2, flux2_klein, "):
         demo_pipeline(tmp_path, "mine")
     with pytest.raises(SciflowError, match="`num_figures` is 0"):
         make_figures(tmp_path / "x", num_figures=0)

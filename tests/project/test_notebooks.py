@@ -171,7 +171,7 @@ def test_preferences_in_a_few_steps(tmp_path):
 def test_course_in_a_few_steps(tmp_path):
     texts, pictures = run_cells(NAMES[7], tmp_path)
     assert pictures == 4  # three contact sheets, edits by stage
-    assert "psnr" in "".join(texts) and "stage3 - base" in "".join(texts)
+    assert "psnr" in "".join(texts) and "stage2 - base" in "".join(texts) and "stage3 - base" in "".join(texts)
     assert (tmp_path / "outputs/08_sciforma_in_small/stage3/pytorch_lora_weights.safetensors").is_file()
 
 
