@@ -292,7 +292,7 @@ def test_decay_out_of_range(tmp_path, family, tiny_cache, decay):
 
 
 def test_refused_with_what_averages_or_shards_itself(tmp_path, family, tiny_cache, monkeypatch):
-    with pytest.raises(sf.SciflowError, match="`update_every` 0"):
+    with pytest.raises(sf.SciflowError, match="`ema_update_every` 0"):
         EMACallback(update_every=0)
     with pytest.raises(sf.SciflowError, match=r"`ema_decay` 0.9 cannot work with `--optim schedule_free_adamw`"):
         ema_trainer(tmp_path, family, tiny_cache, optim="schedule_free_adamw")
