@@ -193,5 +193,5 @@ def test_the_family_that_is_named(tmp_path, monkeypatch):
     assert sf.chosen_family(["--config", str(config), "--family", "sd3", "--axes", "a", "b"]) is sf.SD3
     assert sf.chosen_family([]) is sf.Flux2Klein
     assert sf.chosen_family(["--family=sciflow_hf.families.flux.Flux"]) is sf.Flux
-    with pytest.raises(sf.SciflowError, match="`family` 'klein' is unknown: use one of dit, flux"):
+    with pytest.raises(sf.SciflowError, match="`family` 'klein' is unknown: use one of dit, ernie_image, flux"):
         sf.chosen_family(["--family", "klein"])
