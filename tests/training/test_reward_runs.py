@@ -69,10 +69,9 @@ def test_an_error_on_one_rank_ends_both(tmp_path, tiny_klein):
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("flux2_klein", "sdxl")])
 def test_a_rollout_and_its_steps_of_every_family(tmp_path, name):
     """Texts of several lengths included: weights move, and at the first step the policy is the old one."""
-    options = {
-        "max_sequence_length": 7,
-        "pretrained_model_name_or_path": str(make_tiny(tmp_path / "p", name, size="test")),
-    }
+    options = {"pretrained_model_name_or_path": str(make_tiny(tmp_path / "p", name, size="test"))}
+    if name != "ernie_image":  # which takes texts of any length
+        options["max_sequence_length"] = 7
     data = Prompts([{"prompt": text, "height": 32, "width": 64} for text in ("XZ", "Z", "ZXZ")])
     trainer = reward_trainer(
         tmp_path / "run", sf.load_family(name)(**options), data, num_train_epochs=1, num_generations=2,
