@@ -418,3 +418,9 @@ def test_small_checkers() -> None:
     assert assert_lines("def f(x):\n    assert x") == [2] and assert_lines("x = 'assert'") == []
     assert lower_bounds("a>=1.2\n\nB_c >= 3; sys_platform == 'linux'\nd") == {"a": "1.2", "b-c": "3", "d": ""}
     assert pins("# x\nA_b==1.0\n\nc==2") == {"a-b": "1.0", "c": "2"}
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    """Of two with one name pytest collects the first, and calls the second an error."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)
