@@ -7,10 +7,12 @@ from pathlib import Path
 
 from ..diffusion.randomness import hash64
 from .folders import CaptionedImage, write_figures
-from .mini_figures import COLOURS, KINDS, MiniFigure, captioned, mini_figures, ring_figures
+from .mini_figures import COLOURS, COUNTS, KINDS, MiniFigure, captioned, mini_figures, ring_figures
 
 EDITS = {"recolour": 8, "night": 5, "kind": 3, "grid": 2, "axes": 2}
 """Kinds of edits, and how many of 20 pairs are of each."""
+_USUAL = 0
+"""The layout of figures of another kind."""
 _WITH_AXES = ("bar chart", "line plot", "scatter plot")
 
 
@@ -22,7 +24,8 @@ class EditPair:
         edit: a key of `EDITS`.
         instruction: the edit in words.
         source: the figure to change.
-        target: the same layout and look, but for the edit; of another kind the same page, colour and count.
+        target: the same layout and look, but for the edit; of another kind the same page, colour and values in a layout
+            that is always the same, so that the source decides all of it.
     """
 
     edit: str
@@ -54,8 +57,10 @@ def _pair(edit: str, figure: MiniFigure, rng: random.Random) -> EditPair:
         colour = rng.choice([name for name in COLOURS if name != colour])
         return EditPair(edit, f"Make it {colour}", source, replace(source, colour=colour))
     if edit == "kind":
-        kind = rng.choice([name for name in KINDS if name != kind])
-        return EditPair(edit, f"Make it a {kind}", source, replace(source, kind=kind))
+        shown = [rng.random() for _ in range(COUNTS[figure.count])]
+        values = tuple(value / max(shown) for value in shown) if source.kind != "flow chart" else (1.0,) * len(shown)
+        source, kind = replace(source, values=values), rng.choice([name for name in KINDS if name != kind])
+        return EditPair(edit, f"Make it a {kind}", source, replace(source, kind=kind, layout=_USUAL))
     if edit == "night":
         return EditPair(edit, "Make it night style", source, replace(source, style="night"))
     if edit == "grid":

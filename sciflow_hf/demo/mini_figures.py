@@ -58,6 +58,7 @@ class MiniFigure:
             tint and darkness, drawn in any colour, with or without grid and frame: for training the VAE).
         seed: of everything else.
         layout: seed of the positions; None: they follow from `seed`.
+        values: what it shows, `count` numbers between 0 and 1: heights, sizes of slices; (): by lot. Boxes show none.
         grid: draw a grid; None: as the style has it.
         axes: draw the axes, of kinds that have them.
         names_colour: False: the caption leaves the colour out, and sometimes the count.
@@ -71,6 +72,7 @@ class MiniFigure:
     style: str = "plain"
     seed: int = 0
     layout: int | None = None
+    values: tuple[float, ...] = ()
     grid: bool | None = None
     axes: bool = True
     names_colour: bool = True
@@ -250,13 +252,18 @@ class _Page(Canvas):
             self.line([(left - 2, at), (left, at)], self.ink)
         return left, top, right, bottom
 
+    def _values(self, low: float, high: float) -> list[float]:
+        """Those of the figure between `low` and `high`."""
+        given, count = self.figure.values, COUNTS[self.figure.count]
+        return [low + (high - low) * v for v in given] or [self.rng.uniform(low, high) for _ in range(count)]
+
     def bars(self) -> None:
         rng, count = self.rng, COUNTS[self.figure.count]
         left, top, right, bottom = self._axes()
         step = (right - left) / count
         share = rng.uniform(0.55, 0.7)
-        for i in range(count):
-            start, high = left + step * (i + (1 - share) / 2 + 0.05), rng.uniform(0.3, 0.97) * (bottom - top)
+        for i, value in enumerate(self._values(0.3, 0.97)):
+            start, high = left + step * (i + (1 - share) / 2 + 0.05), value * (bottom - top)
             self.box((start, bottom - high, start + share * step, bottom - 0.7), fill=self.colour, outline=None)
 
     def lines(self) -> None:
@@ -266,8 +273,8 @@ class _Page(Canvas):
         gap = (bottom - top) / count
         slope, bend = rng.uniform(-0.25, 0.25) * (bottom - top), rng.uniform(-1, 1)
         turns, phase = rng.uniform(0.5, 1.5), rng.uniform(0, 2 * math.pi)
-        for i in range(count):
-            middle = top + gap * (i + 0.5) + rng.uniform(-0.1, 0.1) * gap
+        for i, value in enumerate(self._values(-0.1, 0.1)):
+            middle = top + gap * (i + 0.5) + value * gap
             wave = [math.sin(2 * math.pi * turns * t / 24 + phase) for t in range(25)]
             points = [
                 (
@@ -283,8 +290,10 @@ class _Page(Canvas):
         left, top, right, bottom = self._axes()
         radius, low, high = rng.uniform(3.4, 4.2), left + 6, right - 4
         placed: list[tuple[float, float]] = []
+        heights = self._values(bottom - 6, top + 4) if self.figure.values else []
         while len(placed) < count:  # each in its part of the axis
-            x, y = low + (high - low) * (len(placed) + rng.uniform(0.1, 0.9)) / count, rng.uniform(top + 4, bottom - 6)
+            x = low + (high - low) * (len(placed) + rng.uniform(0.1, 0.9)) / count
+            y = heights[len(placed)] if heights else rng.uniform(top + 4, bottom - 6)
             if all(math.dist((x, y), other) > 2.6 * radius for other in placed):
                 placed.append((x, y))
         for x, y in placed:
@@ -292,12 +301,12 @@ class _Page(Canvas):
 
     def slices(self) -> tuple[tuple[float, float], float]:
         """Middle and radius of the pie."""
-        rng, count = self.rng, COUNTS[self.figure.count]
+        rng = self.rng
         radius = rng.uniform(0.36, 0.42) * min(self.width, self.height)
         x, y = self.width / 2 + rng.uniform(-3, 3), self.height / 2 + rng.uniform(-3, 3)
         self.marker((x, y), self.colour, radius=radius)
-        angle = rng.uniform(0, 2 * math.pi)
-        weights = [rng.uniform(0.7, 1.3) for _ in range(count)]
+        angle = -math.pi / 2 if self.figure.values else rng.uniform(0, 2 * math.pi)
+        weights = self._values(0.7, 1.3)
         for weight in weights:
             self.line([(x, y), (x + radius * math.cos(angle), y + radius * math.sin(angle))], self.page, width=3.6)
             angle += 2 * math.pi * weight / sum(weights)
