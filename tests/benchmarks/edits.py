@@ -1,10 +1,10 @@
-"""What edits a LoRA of mini_klein has learned: held-out pairs by the stock pipeline, against their true targets.
+"""What edits mini_klein has learned: held-out pairs by the stock pipeline, against their true targets.
 
-    python -m tests.benchmarks.edits --lora outputs/flux2klein_edit_demo [--pairs 150] [--size 64x96]
+    python -m tests.benchmarks.edits --run outputs/flux2klein_edit_demo [--pairs 150] [--size 64x64]
 
 For every kind of edit: PSNR to the true target and IoU of the coloured areas. Of recoloured charts also whether the
 colour is the one that was asked for, at guidance 4 and 1, and the IoU with the target where another figure was the
-source. Then text-to-image, with and without the LoRA: kind and colour by the classifier of
+source. Then text-to-image, before and after training: kind and colour by the classifier of
 `tests.benchmarks.mini_klein`. Shares in per cent with Wilson's 95 % interval.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 
 from sciflow_hf.demo.mini_edits import EDITS, EditPair, edit_pairs
 from sciflow_hf.demo.mini_figures import COLOURS, mini_figures
@@ -25,6 +26,17 @@ from tests.benchmarks.mini_klein import draw, judge, share, train_classifier
 
 AREAS = ("bar chart", "pie chart", "flow chart")
 """Kinds whose coloured area is large: of lines and points one pixel of shift halves an IoU."""
+
+
+def load_pipeline(model: str, run: Path | None) -> Any:
+    """That of the base, with the LoRA or the network of a training."""
+    pipeline: Any = Flux2KleinPipeline.from_pretrained(model, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    if run is not None and (run / "transformer").is_dir():
+        pipeline.transformer = Flux2Transformer2DModel.from_pretrained(run / "transformer", dtype=torch.float32)
+    elif run is not None:
+        pipeline.load_lora_weights(run)
+    return pipeline
 
 
 def edited(pipeline: Any, pair: EditPair, source: Any, *, guidance: float, steps: int, seed: int) -> np.ndarray:
@@ -76,14 +88,13 @@ def measure_swapped(pipeline: Any, pairs: Sequence[EditPair], *, steps: int) -> 
     print(f"  with another figure as source: IoU at least .8 in {share(fits)} of {len(fits)}", flush=True)
 
 
-def measure_drawing(pipeline: Any, work: Path, number: int, steps: int) -> None:
-    """Kind and colour of images from text alone, of the base and with the LoRA, at the same seeds."""
+def measure_drawing(pipelines: dict[str, Any], work: Path, number: int, size: tuple[int, int], steps: int) -> None:
+    """Kind and colour of images from text alone, of each pipeline at the same seeds."""
     classifier = train_classifier(work / "classifier.pt")
-    figures = list(mini_figures(number, seed=21, sizes=[(64, 96)], held_out=None))
-    for name in ("base", "with the LoRA"):
-        (pipeline.disable_lora if name == "base" else pipeline.enable_lora)()
+    figures = list(mini_figures(number, seed=21, sizes=[size], held_out=None))
+    for name, pipeline in pipelines.items():
         prompts = [f.caption() for f in figures]
-        x = draw(pipeline, prompts, (64, 96), guidance=4.0, steps=steps, length=TEXT_LENGTH, seed=500)
+        x = draw(pipeline, prompts, size, guidance=4.0, steps=steps, length=TEXT_LENGTH, seed=500)
         right = judge(classifier, x, figures)
         print(
             f"text-to-image, {name}: kind and colour {share(right['kind'] & right['colour'])} of {number}", flush=True
@@ -102,25 +113,23 @@ def _sheet(path: Path, tiles: Sequence[np.ndarray], columns: int = 5) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="sciflow_hf/assets/mini_klein")
-    parser.add_argument("--lora", required=True, help="Folder or file of a LoRA that was trained on edits.")
+    parser.add_argument("--run", type=Path, required=True, help="A training on edits: of a LoRA, or of all weights.")
     parser.add_argument("--pairs", type=int, default=150)
-    parser.add_argument("--size", default="64x96", help="Height x width in pixels.")
+    parser.add_argument("--size", default="64x64", help="Height x width in pixels.")
     parser.add_argument("--images", type=int, default=300, help="From text alone; 0 leaves that out.")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--work", type=Path, default=Path("outputs/mini_klein_benchmark"))
     options = parser.parse_args()
-    from diffusers import Flux2KleinPipeline
-
-    start, size = time.time(), tuple(map(int, options.size.split("x")))
-    pipeline: Any = Flux2KleinPipeline.from_pretrained(options.model, dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.load_lora_weights(options.lora)
+    start, (height, width) = time.time(), map(int, options.size.split("x"))
+    size = (height, width)
+    base, pipeline = (load_pipeline(options.model, run) for run in (None, options.run))
     pairs = list(edit_pairs(options.pairs, seed=77, sizes=[size]))
     for guidance in (4.0, 1.0):
         measure(pipeline, pairs, guidance=guidance, steps=options.steps, work=options.work)
     measure_swapped(pipeline, pairs, steps=options.steps)
     if options.images:
-        measure_drawing(pipeline, options.work, options.images, options.steps)
+        both = {"base": base, "trained": pipeline}
+        measure_drawing(both, options.work, options.images, size, options.steps)
     print(f"{time.time() - start:.0f} s")
 
 
