@@ -1,6 +1,7 @@
 """`DiffusionRewardTrainer`: learns from rewards of the images that it draws itself."""
 
 import functools
+import itertools
 import json
 import logging
 import shutil
@@ -224,6 +225,8 @@ class DiffusionRewardTrainer(DiffusionTrainer):
         Raises:
             SciflowError: a reward that fails on all images or takes too long, a full disk, or no spread in any group
                 of the first rollout; on all ranks.
+            Preempted: a signal has come to any rank. It is answered after the draw or the score under way, which are
+                kept, and the run is saved.
         """
         self._follow(number)
         args, folder = self.args, Path(str(self.args.output_dir)) / ROLLOUTS
@@ -244,12 +247,14 @@ class DiffusionRewardTrainer(DiffusionTrainer):
         mine = range(len(draws))[args.process_index :: args.world_size]
         with together(self.accelerator):
             with at_rest(self.model), with_values(self.model, self._old):
-                for i in mine:
+                for i in self._until_signal(mine):
                     with _memory_explained(args):
                         rollout.draw(i, self._painter, steps=args.rollout_steps, guidance=self._guidance)
-            logger.info("Rollout %d is drawn: scoring %s.", number, counted(args.images_per_rollout, "image"))
-            for i in mine:
+            if not self._preemption.received:
+                logger.info("Rollout %d is drawn: scoring %s.", number, counted(args.images_per_rollout, "image"))
+            for i in self._until_signal(mine):
                 rollout.score(i, timeout=args.reward_timeout)
+        self._answer_signal()
         with together(self.accelerator):
             scores = rollout.scores()
             if self.is_world_process_zero():
@@ -261,6 +266,21 @@ class DiffusionRewardTrainer(DiffusionTrainer):
             self._tell(number, scores, total, groups)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # sampling leaves blocks of other sizes than training's
+
+    def _until_signal(self, draws: Sequence[int]) -> Iterator[int]:
+        return itertools.takewhile(lambda _: self._preemption.received is None, draws)
+
+    def _answer_signal(self) -> None:
+        """Where a signal has come to any rank the run is saved, if it has moved since it was, and ends.
+
+        In the first rollout of a call it stands where it began, or was saved: its random state is not yet back.
+        """
+        if not self._preemption.any_rank_now(self.args):
+            return
+        saved = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        if self._rollout is not None and not saved.is_dir():
+            self._save_checkpoint(self.model, None)
+        self._preemption.stop(self.state)
 
     def _follow(self, number: int) -> None:
         """Moves the old policy to where it is after `number` rollouts."""

@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import signal
 import time
 from itertools import pairwise
 
@@ -15,7 +16,7 @@ from trainings import losses, same, trained
 import sciflow_hf as sf
 from sciflow_hf.adapters.layers import adapter_parameters
 from sciflow_hf.adapters.values import with_values
-from sciflow_hf.errors import DiskFullError, SciflowError
+from sciflow_hf.errors import DiskFullError, Preempted, SciflowError
 from sciflow_hf.training import rollouts
 from sciflow_hf.training.reward_prompts import Prompts, prompts_for
 
@@ -328,6 +329,38 @@ def test_a_run_that_is_stopped_anywhere_ends_as_one_that_is_not(
     assert same(trained(again), weights) and log_of(again) == log
     kept = [path for path in drawn if path.is_file()]
     assert all(path.stat().st_mtime_ns == drawn[path] for path in kept), "images on disk are not drawn anew"
+
+
+@pytest.mark.parametrize(
+    ("variant", "where", "stops"),
+    [
+        ("ema", "draw", [(1, (1, 0), []), (1, (2, 0), [])]),
+        ("ema", "draw", [(3, (1, 0), [3, 4]), (1, (2, 0), [3, 4])]),
+        ("dora", "score", [(3, (2, 1), [3, 4])]),
+    ],
+)
+def test_a_signal_is_answered_between_the_draws(
+    tmp_path, family, uninterrupted, monkeypatch, caplog, variant, where, stops
+):
+    """The draw, or the score, under way is kept, and a step that no checkpoint has is saved, once."""
+    options, rollout, written = RESUMED | VARIANTS[variant], tmp_path / "rollouts" / f"{stops[0][0] // 3:06d}", set()
+    for at, kept, saved in stops:
+        with monkeypatch.context() as patch:
+            for owner, name in ((rollouts.Painter, "draw"), (rollouts.Rollout, "score")):
+                patch.setattr(owner, name, getattr(owner, name))  # to be put back
+            stopped = reward_trainer(tmp_path, family, held_out=prompts(2), **options)
+            Fault(lambda: signal.raise_signal(signal.SIGTERM)).put(stopped, where, at)
+            with pytest.raises(Preempted):
+                stopped.train()
+        assert f"SIGTERM: saved and stopped after step {max(saved, default=0)}" in caplog.text
+        assert tuple(len(list(rollout.glob(f"{name}_*"))) for name in ("draw", "scores")) == kept
+        assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{step}" for step in saved]
+        written.add(tuple(path.stat().st_mtime_ns for path in tmp_path.glob("checkpoint-4")))
+    assert len(written) == 1, "resumed there, it is not saved again"
+    again = reward_trainer(tmp_path, family, held_out=prompts(2), **options)
+    again.train()
+    weights, log = uninterrupted[variant]
+    assert same(trained(again), weights) and log_of(again) == log
 
 
 def test_images_of_other_weights_or_options_are_drawn_anew(tmp_path, family):

@@ -5,7 +5,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -44,7 +44,6 @@ class PreemptionCallback(TrainerCallback):
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Takes the signals; afterwards they do again what they did before. Under `nohup` SIGHUP stays ignored."""
-        self.received, self._stopping, self._epoch_ends, self._question = None, False, False, None
         heard = [n for n in SIGNALS if not (n.name == "SIGHUP" and signal.getsignal(n) == signal.SIG_IGN)]
         try:
             before = {number: signal.signal(number, self._note) for number in heard}
@@ -57,6 +56,7 @@ class PreemptionCallback(TrainerCallback):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            self.received, self._stopping, self._epoch_ends, self._question = None, False, False, None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
@@ -72,13 +72,16 @@ class PreemptionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._epoch_ends = False
-        if self._stopping or self._any_rank_now(args):
+        if self._stopping or self.any_rank_now(args):
             self._stopping = control.should_save = control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Before other callbacks, which would draw the last images."""
-        if self._epoch_ends or not (self._stopping or self._any_rank_now(args)):
-            return
+        if not self._epoch_ends and (self._stopping or self.any_rank_now(args)):
+            self.stop(state)
+
+    def stop(self, state: TrainerState) -> NoReturn:
+        """Ends a run that is saved."""
         logger.warning(
             "%s: %s after step %d. The same command resumes with --resume_from_checkpoint latest.",
             self.received or "A signal to another rank",
@@ -93,7 +96,8 @@ class PreemptionCallback(TrainerCallback):
         before, self._question = self._question, _Question(self.received is not None, args.device)
         return before is not None and before.answer()
 
-    def _any_rank_now(self, args: TrainingArguments) -> bool:
+    def any_rank_now(self, args: TrainingArguments) -> bool:
+        """Whether a signal has come to any rank; all ranks ask, and wait for each other."""
         received = self.received is not None
         return received if args.world_size == 1 else _Question(received, args.device).answer()
 
