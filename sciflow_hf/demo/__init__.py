@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .figures import make_figures
-from .mini_edits import edit_pairs, make_edit_pairs, mixed_figures
+from .mini_edits import edit_figures, edit_pairs, make_edit_pairs, mixed_figures
 from .mini_figures import (
     SIZES,
     make_mini_figures,
@@ -46,20 +46,20 @@ __all__ = [
 DEMO_FIGURES: dict[str, Callable[[Path], Path]] = {
     "demo": make_figures,
     "demo_night": lambda folder: make_mini_figures(folder, night_figures()),
-    "demo_edits": lambda folder: make_edit_pairs(folder, list(edit_pairs(400, seed=1))),
+    "demo_edits": edit_figures,
     "demo_rings": lambda folder: make_mini_figures(folder, ring_figures(600, seed=1, sizes=((64, 64),))),
     "demo_mixed": mixed_figures,
 }
 """Name as `input_dir` -> what draws the figures into an empty folder."""
 # Part of the folders' names: raise it when figures or weights change, so that an old folder is not used.
-_VERSION = 2
+_VERSION = 3
 
 
 def demo_figures(folder: str | Path, name: str = "demo") -> Path:
     """The demo's figures (`input_dir` one of `DEMO_FIGURES`): drawn below `folder` at first use, then found.
 
     "demo" has 100 of twelve kinds. The others are small ones, for `mini_klein`: "demo_night" 60, 42 of them in a style
-    that it has never seen, "demo_edits" 400 pairs with an instruction, "demo_rings" 600, 360 of them of a kind that it
+    that it has never seen, "demo_edits" 400 pairs with an instruction and 60 figures, "demo_rings" 600, 360 of them of a kind that it
     has never seen, and "demo_mixed" 400 pairs and 200 figures.
     """
     target = Path(folder) / f"{name.replace('demo', 'figures').replace('_', '-')}-v{_VERSION}"

@@ -88,6 +88,13 @@ def make_edit_pairs(folder: str | Path, pairs: Sequence[EditPair], figures: Sequ
     return write_figures(folder, drawn())
 
 
+def edit_figures(folder: str | Path) -> Path:
+    """In 64 x 64 pixels: 400 pairs, and 60 figures to be drawn from text, which the model must not forget."""
+    sizes = ((64, 64),)
+    figures = mini_figures(60, seed=2, sizes=sizes, held_out=None)
+    return make_edit_pairs(folder, list(edit_pairs(400, seed=1, sizes=sizes)), list(figures))
+
+
 def mixed_figures(folder: str | Path) -> Path:
     """Second stage of the course, in 64 x 64 pixels: 400 pairs, and 200 figures to be drawn from text."""
     sizes = ((64, 64),)

@@ -90,9 +90,9 @@ def colour_of(image: Image.Image | np.ndarray, colours: Mapping[str, tuple[int, 
 
 
 def closeness_of_hue(image: Image.Image | np.ndarray, colour: tuple[int, int, int]) -> float:
-    """How near what is coloured is to the hue of `colour`: 1 - 2d, the mean over its pixels; 0 where nothing is.
+    """How near what is coloured is to the hue of `colour`: 2^(-d / 30), the mean over its pixels; 0 where nothing is.
 
-    d is the distance on the circle of hues, in turns: 1 for the hue itself, 0 for its complement.
+    d is the distance on the circle of hues in degrees: 1 for the hue itself, half as much for every 30 degrees from it.
 
     Args:
         image: RGB, (H, W, 3) in 0 to 255 if an array.
@@ -104,7 +104,7 @@ def closeness_of_hue(image: Image.Image | np.ndarray, colour: tuple[int, int, in
     if mask.sum() < _LEAST:
         return 0.0
     hues = rgb_to_hsv(np.asarray(image, dtype=np.float64)[mask] / 255)[:, 0]
-    return float(1 - 2 * np.abs((hues - _hue(colour) + 0.5) % 1 - 0.5).mean())
+    return float(np.exp2(-360 / 30 * np.abs((hues - _hue(colour) + 0.5) % 1 - 0.5)).mean())
 
 
 def _hue(colour: np.ndarray | tuple[int, int, int]) -> float:

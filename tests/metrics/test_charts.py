@@ -80,17 +80,17 @@ def test_no_kind() -> None:
 
 
 def test_closeness_of_hue() -> None:
-    """Against the distance on the circle in degrees; it falls evenly to the complement, whatever the saturation."""
+    """Against the distance on the circle in degrees; it falls by half every 30 of them, whatever the saturation."""
     wanted = tuple(round(255 * c) for c in colorsys.hsv_to_rgb(0.1, 0.8, 0.8))
     scores = []
     for degrees in range(0, 360, 20):
         page = np.full((20, 20, 3), 250)
         page[5:15, 5:15] = [round(255 * c) for c in colorsys.hsv_to_rgb((36 + degrees) / 360, 0.9, 0.7)]
         scores.append(closeness_of_hue(page, wanted))
-        assert scores[-1] == pytest.approx(1 - min(degrees, 360 - degrees) / 180, abs=0.01)
+        assert scores[-1] == pytest.approx(0.5 ** (min(degrees, 360 - degrees) / 30), abs=0.02)
     half = np.full((20, 20, 3), 250)
     half[5:10, 5:15], half[10:15, 5:15] = (200, 0, 0), (0, 200, 200)
-    assert closeness_of_hue(half, (255, 0, 0)) == pytest.approx(0.5)
+    assert closeness_of_hue(half, (255, 0, 0)) == pytest.approx((1 + 2**-6) / 2)
     assert closeness_of_hue(np.full((20, 20, 3), 250), (255, 0, 0)) == 0
 
 
