@@ -59,8 +59,8 @@ def demo_figures(folder: str | Path, name: str = "demo") -> Path:
     """The demo's figures (`input_dir` one of `DEMO_FIGURES`): drawn below `folder` at first use, then found.
 
     "demo" has 100 of twelve kinds. The others are small ones, for `mini_klein`: "demo_night" 60, 42 of them in a style
-    that it has never seen, "demo_edits" 400 pairs with an instruction and 60 figures, "demo_rings" 600, 360 of them of a kind that it
-    has never seen, and "demo_mixed" 400 pairs and 200 figures.
+    that it has never seen, "demo_edits" 400 pairs with an instruction and 60 figures, "demo_rings" 600, 360 of them
+    of a kind that it has never seen, and "demo_mixed" 400 pairs and 200 figures.
     """
     target = Path(folder) / f"{name.replace('demo', 'figures').replace('_', '-')}-v{_VERSION}"
     return target if target.is_dir() else DEMO_FIGURES[name](target)
