@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from sciflow_hf.data.build.sources.find import find_records
 from sciflow_hf.demo import demo_figures
 from sciflow_hf.demo.mini_edits import EDITS, EditPair, edit_pairs
-from sciflow_hf.demo.mini_figures import COLOURS, COUNTS
+from sciflow_hf.demo.mini_figures import COLOURS, COUNTS, MiniFigure
 from sciflow_hf.metrics.charts import colour_of, coloured, count_things
 
 
@@ -59,10 +60,33 @@ def test_what_is_added_and_taken_away() -> None:
             assert (pair.source.count, pair.source.colour) == (pair.target.count, pair.target.colour)
 
 
+def test_another_kind_shows_the_same_values() -> None:
+    """Heights of bars and points, and sizes of slices, are in the order of the values; the layout is always the same."""
+    for pair in edit_pairs(40, seed=7, edits=["kind"]):
+        values = np.array(pair.target.values)
+        assert pair.source.values == pair.target.values and len(values) == COUNTS[pair.target.count]
+        assert values.max() == 1 and (pair.source.kind != "flow chart" or values.min() == 1)
+        assert pair.target.layout != pair.source.layout and pair.target.layout == 0
+    shown = (1.0, 0.2, 0.6)
+    for kind in ("bar chart", "scatter plot"):
+        area = coloured(MiniFigure(kind, "red", "three", 64, 96, layout=3, values=shown).image())
+        tops = [np.flatnonzero(part.any(axis=1)).min() for part in np.array_split(area[:, 12:88], 3, axis=1)]
+        assert tops[0] < tops[2] < tops[1], kind
+        assert (tops[1] - tops[0]) / (tops[1] - tops[2]) == pytest.approx(2, abs=0.3), kind
+    page = coloured(MiniFigure("pie chart", "red", "three", 64, 64, layout=3, values=shown).image())
+    y, x = np.nonzero(page)
+    turns = (np.arctan2(y - y.mean(), x - x.mean()) / (2 * np.pi) + 0.25) % 1  # from the top, clockwise
+    ends = np.cumsum([1.3, 0.82, 1.06]) / 3.18
+    sizes = np.histogram(turns, [0, *ends])[0]
+    assert sizes[0] > sizes[2] > sizes[1]
+    emptier = np.histogram(turns, 60, (0, 1))[0]
+    assert {round(60 * e) % 60 for e in ends} <= {i % 60 for j in np.argsort(emptier)[:9] for i in (j, j + 1)}
+
+
 def test_folder_of_pairs(tmp_path: Path) -> None:
     folder = demo_figures(tmp_path, "demo_edits")
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    assert len(rows) == 400 and Counter(row["edit"] for row in rows)["recolour"] == 160
+    assert len(rows) == 460 and Counter(row.get("edit") for row in rows)["recolour"] == 160
     records, _ = find_records(folder)
-    assert len(records) == 400 and all(record.source_names == (f"sources/{record.name}",) for record in records)
+    assert [record.source_names for record in records] == [(f"sources/{r.name}",) for r in records[:400]] + 60 * [()]
     assert demo_figures(tmp_path, "demo_edits") == folder
