@@ -109,8 +109,9 @@ def find_files(folder: str, suffix: str) -> list[str]:
     found = []
     for parent, subfolders, files in os.walk(folder):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        found += [Path(parent, name) for name in files if name.endswith(suffix) and not name.startswith(".")]
-    return [str(file) for file in sorted(found)]
+        start = str(Path(parent, "_"))[:-1]
+        found += [start + name for name in files if name.endswith(suffix) and not name.startswith(".")]
+    return sorted(found, key=lambda file: file.split(os.sep))
 
 
 def use_disk_cache(folder: str | os.PathLike[str] | None, max_bytes: int = 0) -> None:

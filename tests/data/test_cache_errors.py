@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from caches import edit, index_files, payload_of, resave, write_cache
 
+from sciflow_hf.data.layouts.base import Columns
 from sciflow_hf.data.load import load_cache
 from sciflow_hf.errors import CacheError, SciflowError
 
@@ -237,6 +239,45 @@ def test_broken_cells_are_named(folder: Path, column: str, value: Any, words: st
     edit(file, **{column: lambda cells: [*cells[:5], value, *cells[6:]]})
     with pytest.raises(CacheError, match=rf"Row 5 .*{file.name}.*`{column}` is .*{words}"):
         load_cache(folder)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("bucket_h", None),
+        ("bucket_w", 0),
+        ("bucket_w", 2**31),
+        ("latent_shape", [4, 8, 0]),
+        ("cache_path", "../outside.npz"),
+    ],
+)
+def test_the_file_of_a_broken_cell_is_named_among_files_that_are_checked_together(
+    tmp_path: Path, column: str, value: Any
+) -> None:
+    folder = write_cache(tmp_path, parts=4)
+    good, counts = load_cache(folder), [len(pq.read_table(file)) for file in index_files(folder)]
+    assert [reader.file for reader in good.readers] == list(map(str, index_files(folder)))
+    file, start = index_files(folder)[2], sum(counts[:2])
+    edit(file, **{column: lambda cells: [*cells[:3], value, *cells[4:]]})
+    with pytest.raises(CacheError, match=rf"Row {start + 3} .*{file.name}.*`{column}` is "):
+        load_cache(folder)
+
+
+def test_many_index_files_are_checked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[int] = []
+    shapes = Columns.shapes
+    monkeypatch.setattr(Columns, "shapes", lambda own, *args: (checked.append(len(own.table)), shapes(own, *args))[1])
+    folder = write_cache(tmp_path, parts=4)
+    table = pq.read_table(index_files(folder)[3])
+    shorter = table.column("latent_shape").cast(pa.list_(pa.int32()))
+    place = table.column_names.index("latent_shape")
+    pq.write_table(table.set_column(place, "latent_shape", shorter), index_files(folder)[3])
+    cache = load_cache(folder)
+    sizes = [len(pq.read_table(file)) for file in index_files(folder)]
+    assert sorted(checked) == sorted([sum(sizes[:3]), sizes[3]] * 2), "neighbours of one type together, two columns"
+    stored = [row for file in index_files(folder) for row in pq.read_table(file).column("bucket_h").to_pylist()]
+    assert [size[0] for size in cache.buckets] == stored
+    assert cache.latent_shapes[-1].tolist() == list(cache[len(cache) - 1]["latents"].shape)
 
 
 @pytest.mark.parametrize("text", ["", "4, 8", "(4, 8, x)", "4.0, 8, 12", "-4, 8, 12", f"(4, {2**70}, 12)"])

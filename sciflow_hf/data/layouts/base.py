@@ -263,6 +263,17 @@ class Columns:
     def __init__(self, table: pa.Table, file: str, start: int = 0) -> None:
         self.table, self.file, self.start = table, file, start
         self.names = table.column_names
+        self._found: dict[Any, Any] = {}
+
+    def once(self, method: str, *args: Any, **options: Any) -> Any:
+        """What a method returns, found once; None where it raises CacheError."""
+        key = (method, args, *sorted(options.items()))
+        if key not in self._found:
+            try:
+                self._found[key] = getattr(self, method)(*args, **options)
+            except CacheError:
+                self._found[key] = None
+        return self._found[key]
 
     def error(self, odd: int | np.ndarray, name: str, needed: str) -> CacheError:
         """Names a row, or the first of the odd ones, (N,) bool."""
@@ -272,6 +283,10 @@ class Columns:
             f"Row {self.start + row} (in {self.file}): column `{name}` is {value!r}, but must be "
             f"{needed}. Mend the index, or run `sciflow-hf cache build` again."
         )
+
+    def part(self, file: str, start: int, table: pa.Table) -> "Columns":
+        """Rows of one of the files whose columns these are, joined; `table` is its own."""
+        return _Part(self, table, file, start)
 
     def column(self, name: str) -> pa.ChunkedArray:
         """One that has a value in every row."""
@@ -284,6 +299,12 @@ class Columns:
         if name.endswith("_path") and len(column) and not is_text:
             raise self.error(0, name, "a path")
         return column
+
+    def suspicious(self, name: str) -> np.ndarray:
+        """(N,) bool: whether a path could lead out of its root."""
+        paths = self.column(name).cast(pa.large_string())
+        found = pc.match_substring_regex(paths, r"\.\.|^[/\\]|^[A-Za-z]:|://|^\.?/*$").to_numpy()
+        return np.asarray(found, dtype=bool)
 
     def files(self, name: str, root: str) -> tuple[list[str], np.ndarray]:
         """Distinct files of a column of paths below `root`, and which of them each row has."""
@@ -358,6 +379,38 @@ class Columns:
             found = found if found.flags.writeable else found.copy()
             found[rows] = as_objects(tuples)[which.reshape(-1)]
         return found
+
+
+class _Part(Columns):
+    """Columns of one of many index files, read and checked once for all of them.
+
+    Where the joined columns are not what they must be, each file checks its own, and the faulty one is named.
+    """
+
+    def __init__(self, whole: Columns, table: pa.Table, file: str, start: int) -> None:
+        super().__init__(table, file, start)
+        self._whole, self._rows = whole, slice(start - whole.start, start - whole.start + table.num_rows)
+
+    def suspicious(self, name: str) -> np.ndarray:
+        return self._of_whole("suspicious", name)
+
+    def files(self, name: str, root: str) -> tuple[list[str], np.ndarray]:
+        found = self._whole.once("files", name, root)
+        return super().files(name, root) if found is None else (found[0], found[1][self._rows])
+
+    def numbers(self, name: str, **limits: Any) -> np.ndarray:
+        return self._of_whole("numbers", name, **limits)
+
+    def shapes(self, name: str, form: str = "") -> np.ndarray:
+        return self._of_whole("shapes", name, form)
+
+    def source_shapes(self) -> np.ndarray:
+        return self._of_whole("source_shapes")
+
+    def _of_whole(self, method: str, *args: Any, **options: Any) -> np.ndarray:
+        found = self._whole.once(method, *args, **options)
+        own = getattr(super(), method)(*args, **options) if found is None else found[self._rows]
+        return np.asarray(own)
 
 
 def same_everywhere(value: Any, count: int) -> np.ndarray:
