@@ -167,7 +167,7 @@ def _build_classes(args: argparse.Namespace) -> None:
             raise SciflowError(f"`{name}` {given}: images of `dit` are squares of `--resolution`. Leave it out.")
     options = {"vae_name_or_path": args.vae_name_or_path, "image_size": args.resolution, "posterior": args.posterior}
     family: Any = _family("dit", **options | named_parts(args))
-    data_args = ClassImageArguments(**named(args, "input_dir image_column label_column"))
+    data_args = ClassImageArguments(**named(args, "input_dir image_column label_column row_filter"))
     kept = named(args, "split batch_size strict dtype payload codec flip")
     with processes(args.device) as (device, ranks):
         where = {"device": device, "encoder_dtype": inference_dtype(device), **ranks}

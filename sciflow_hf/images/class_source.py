@@ -11,7 +11,8 @@ import numpy as np
 
 from ..data.build.sources.listing import NO_TARGET, image_suffixes, list_files
 from ..data.build.sources.record import Record, Stored
-from ..data.build.sources.tables import with_images
+from ..data.build.sources.tables import kept_rows, with_images
+from ..data.row_filter import RowFilter
 from ..errors import SciflowError, counted
 from ..options import Options, arguments, option
 
@@ -25,6 +26,10 @@ LABEL = "label"  # column of a cache with the class of each image
 CHANNELS = {"L": 1, "RGB": 3}
 SAME_AS = {"P": "RGB", "1": "L"}
 """Modes that are another one in fewer bits."""
+
+
+def _check_row_filter(args: "ClassImageArguments") -> None:
+    RowFilter(args.row_filter)
 
 
 @arguments
@@ -62,6 +67,13 @@ class ClassImageArguments(Options):
         choices=tuple(CHANNELS),
     )
     flip: bool = option(False, "Also train on a mirror image of each image.")
+    row_filter: list[str] = option(
+        [],
+        "Conditions that a row must meet, by the columns of `--input_dir` or of the cache's index: column=value, "
+        "column=value,other, column>=number, column<=number, such as quality=High year>=2020. The value none stands "
+        "for rows without one.",
+        check=_check_row_filter,
+    )
     max_train_samples: int | None = option(
         None, "Train on so many images only, spread over the data; for a first try.", within="[1, inf)"
     )
@@ -98,7 +110,11 @@ class ClassSource:
         self.images = self.rows.select_columns([args.image_column]).cast_column(
             args.image_column, datasets.Image(decode=False)
         )
-        self.names = self._names()
+        self.names = self._names()  # of all rows, so that a filter renames none
+        if args.row_filter:
+            kept = kept_rows(self.rows, RowFilter(args.row_filter), f"{args.input_dir}, split {split}")
+            self.rows, self.images = self.rows.select(kept), self.images.select(kept)
+            self.names = [self.names[row] for row in kept]
 
     def __len__(self) -> int:
         return len(self.rows)

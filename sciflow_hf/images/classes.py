@@ -53,6 +53,7 @@ class ClassImages(Dataset[dict[str, torch.Tensor]]):
     ) -> None:
         self.source, self.rows, self.class_names = source, list(rows), list(class_names)
         self.image_size, self.mode, self.flip = image_size, mode, flip
+        self.row_filter = tuple(source.args.row_filter)
         self.labels = None if labels is None else labels[self.rows]
         self.names = [source.names[row] for row in self.rows]
         self.num_classes, self.channels = len(self.class_names), CHANNELS[mode]

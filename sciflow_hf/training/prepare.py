@@ -20,6 +20,7 @@ from ..data.load import load_cache, load_data, repeats_for
 from ..data.online import OnlineImages
 from ..data.preference_groups import PreferenceGroups, load_groups
 from ..data.preferences import TupleArguments
+from ..data.row_filter import RowFilter
 from ..data.split import spread
 from ..data.stream.stream import StreamingCache
 from ..demo import DEMO_FIGURES, demo_figures, demo_pipeline
@@ -446,10 +447,12 @@ def _class_latents(
                 barrier=state.wait_for_everyone,
             )
             state.wait_for_everyone()
-    caches: Any = [load_cache(folder, dtype=args.weight_dtype) for folder in folders.values()]
+    stored = () if data_args.input_dir else data_args.row_filter  # else the caches have been built by it
+    caches: Any = [load_cache(folder, dtype=args.weight_dtype, row_filter=stored) for folder in folders.values()]
     train, held_out = caches if len(caches) == 2 else caches[0].split(data_args.eval_fraction)
     if data_args.max_train_samples and data_args.max_train_samples < len(train):
         train = train.select(spread(len(train), data_args.max_train_samples))
+    train.row_filter = RowFilter(data_args.row_filter).texts
     if family.num_classes != 0:
         train, held_out = (ClassLatents.of(cache) for cache in (train, held_out))
         _check_classes(family, train, held_out)

@@ -63,6 +63,18 @@ def test_cache_holds_the_vaes_latents_and_the_classes(tmp_path, vae):
     torch.testing.assert_close(sample["latents"].float(), expected, rtol=0.05, atol=0.05)
 
 
+def test_latents_of_some_rows(tmp_path, vae):
+    write_folder(tmp_path / "data", classes=("axon", "cell", "spine"), each=2, height=20, width=24)
+    options = {"row_filter": ["label=0,2"], "eval_fraction": 0}
+    source = ClassImageArguments(input_dir=str(tmp_path / "data"), **options)
+    _, _, train, _ = prepare(tmp_path, vae, data=source)
+    assert train.class_labels.tolist() == [0, 0, 2, 2] and train.row_filter == ("label=0,2",)
+    stored = ClassImageArguments(dataset_dir=[str(tmp_path / "out" / "cache" / "train")], **options)
+    stored.row_filter = ["label=2"]
+    _, _, again, _ = prepare(tmp_path, vae, data=stored)
+    assert again.class_labels.tolist() == [2, 2] and again.row_filter == ("label=2",)
+
+
 @pytest.mark.promise("A07")
 def test_latent_statistics(vae):
     family, latents = sf.DiT(vae_name_or_path=str(vae), **NETWORK), torch.randn(2, 4, 8, 8)

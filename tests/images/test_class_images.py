@@ -226,6 +226,35 @@ def test_without_labels(tmp_path):
     assert set(train[0]) == {"pixel_values"} and train.num_classes == 0
 
 
+def test_rows_are_chosen_by_their_columns(tmp_path):
+    rows = [
+        {"image": Image.fromarray(pixels(i)), "label": i % 2, "quality": ["High", "Low", None][i % 3], "year": 2015 + i}
+        for i in range(12)
+    ]
+    data = datasets.Dataset.from_list(rows, features=datasets.Features({
+        "image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"]),
+        "quality": datasets.Value("string"), "year": datasets.Value("int64"),
+    }))  # fmt: skip
+    datasets.DatasetDict({"train": data, "test": data.select(range(6))}).save_to_disk(str(tmp_path / "data"))
+    every, _ = load(tmp_path / "data")
+    conditions = ["quality=High,none", "year>=2018"]
+    train, held_out = load(tmp_path / "data", row_filter=conditions, eval_split="test")
+    chosen = [i for i in range(3, 12) if i % 3 != 1]
+    assert train.row_ids == [f"row {i}" for i in chosen] and held_out.row_ids == ["row 3", "row 5"]
+    for own, row in enumerate(chosen):
+        for name, value in every[row].items():
+            torch.testing.assert_close(train[own][name], value, rtol=0, atol=0)
+    assert train.row_filter == tuple(conditions) and train.fingerprint != every.fingerprint
+    for wrong, match in (
+        ("quality=Best", "no row of `input_dir` .*split train.* has 'Best' in 'quality'.*High"),
+        ("grade=1", "has no column 'grade', but 'image', 'label', 'quality', 'year'"),
+        ("image=1", "'image' holds no single texts"),
+        ("quality", "row_filter"),
+    ):
+        with pytest.raises(sf.SciflowError, match=match):
+            load(tmp_path / "data", row_filter=[wrong])
+
+
 def test_no_such_data(tmp_path):
     with pytest.raises(sf.SciflowError, match=r"input_dir.*cannot be read.*one subfolder of images a class"):
         load(tmp_path / "nothing")

@@ -160,7 +160,7 @@ def dataset_records(
     names = [] if pair else _file_names(data, keys[0])  # of all rows, so that a filter renames none
     unique = bool(names) and all(names) and len(set(names)) == len(names)
     names = names if unique else [f"row_{i:08d}" for i in range(len(data))]
-    kept = np.arange(len(data)) if row_filter is None else _kept_rows(data, row_filter, where)
+    kept = np.arange(len(data)) if row_filter is None else kept_rows(data, row_filter, where)
     if len(kept) < len(data):
         tally.remarks[f"rows {LEFT_OUT}"] = [names[i] for i in sorted({*range(len(data))}.difference(kept.tolist()))]
         data = data.select(kept)
@@ -267,7 +267,7 @@ def _listed(cell: Any, column: str) -> list[Any]:
     return cells
 
 
-def _kept_rows(data: "datasets.Dataset", row_filter: RowFilter, where: str) -> np.ndarray:
+def kept_rows(data: "datasets.Dataset", row_filter: RowFilter, where: str) -> np.ndarray:
     """Numbers of the rows that a filter keeps."""
     there = [name for name in row_filter.columns if name in data.column_names]
     table: Any = data.select_columns(there).with_format("arrow")[:] if there else None
