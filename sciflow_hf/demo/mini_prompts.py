@@ -1,10 +1,11 @@
 """Prompts for small figures of which half name no colour: what shall become of those is the user's taste."""
 
 import random
+from functools import partial
 from typing import Any
 
 from ..diffusion.randomness import hash64
-from .mini_figures import KINDS, LATER_KINDS, MiniFigure, mini_figures
+from .mini_figures import COLOURS, KINDS, LATER_KINDS, MiniFigure, mini_figures
 
 HOUSE_COLOUR = "red"
 """The colour that the demo of preferences teaches for prompts that name none."""
@@ -15,11 +16,13 @@ UNNAMED = ("A {kind} with {count} {things}", "A {kind}", "A figure with {count} 
 def house_prompts(number: int, *, seed: int, wordings: tuple[str, ...] = UNNAMED) -> list[dict[str, Any]]:
     """Rows of a prompts file for rewards of charts: `prompt`, `kind`, `colour`, `names_colour`, `height`, `width`.
 
-    Every other prompt names its colour; the `colour` of the others is the house colour. Two thirds of those have the
-    first of `wordings`.
+    Every other prompt names its colour; the `colour` of the others is the house colour, and each kind and count comes as
+    often among them. Two thirds of those have the first of `wordings`.
     """
-    figures = mini_figures(number, seed=hash64(seed, "prompts"), sizes=[(64, 64)], held_out=None)
-    return [_named(figure) if i % 2 else _unnamed(figure, i // 2, wordings) for i, figure in enumerate(figures)]
+    every = partial(mini_figures, sizes=[(64, 64)], held_out=None)
+    named = every(number, seed=hash64(seed, "prompts"))
+    unnamed = (f for f in every(number * len(COLOURS), seed=hash64(seed, "house")) if f.colour == HOUSE_COLOUR)
+    return [_named(next(named)) if i % 2 else _unnamed(next(unnamed), i // 2, wordings) for i in range(number)]
 
 
 def ring_prompts(number: int, *, seed: int) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ def test_half_of_the_prompts_name_no_colour():
     unnamed = [row for row in rows if not row["names_colour"]]
     wordings = Counter(len(names_of(COUNTS, r["prompt"])) + 2 * r["prompt"].startswith("A figure") for r in unnamed)
     assert wordings[1] == 80 and wordings[0] + wordings[3] == 40 and min(wordings.values()) > 10
+    assert Counter(row["kind"] for row in unnamed) == dict.fromkeys(KINDS, 24)
     assert {row["colour"] for row in rows if row["names_colour"]} == set(COLOURS)
     assert house_prompts(8, seed=2) != house_prompts(8, seed=1)
     only = house_prompts(8, seed=1, wordings=UNNAMED[:1])
