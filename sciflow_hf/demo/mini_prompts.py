@@ -16,8 +16,8 @@ UNNAMED = ("A {kind} with {count} {things}", "A {kind}", "A figure with {count} 
 def house_prompts(number: int, *, seed: int, wordings: tuple[str, ...] = UNNAMED) -> list[dict[str, Any]]:
     """Rows of a prompts file for rewards of charts: `prompt`, `kind`, `colour`, `names_colour`, `height`, `width`.
 
-    Every other prompt names its colour; the `colour` of the others is the house colour, and each kind and count comes as
-    often among them. Two thirds of those have the first of `wordings`.
+    Every other prompt names its colour; the `colour` of the others is the house colour, and each kind and count comes
+    alike often among them. Two thirds of those have the first of `wordings`.
     """
     every = partial(mini_figures, sizes=[(64, 64)], held_out=None)
     named = every(number, seed=hash64(seed, "prompts"))

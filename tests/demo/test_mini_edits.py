@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +60,7 @@ def test_what_is_added_and_taken_away() -> None:
 
 
 def test_another_kind_shows_the_same_values() -> None:
-    """Heights of bars and points, and sizes of slices, are in the order of the values; the layout is always the same."""
+    """Heights of bars and points, and sizes of slices, are in the order of the values; the layout never varies."""
     for pair in edit_pairs(40, seed=7, edits=["kind"]):
         values = np.array(pair.target.values)
         assert pair.source.values == pair.target.values and len(values) == COUNTS[pair.target.count]
