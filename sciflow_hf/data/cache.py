@@ -42,6 +42,7 @@ from .layouts.base import (
 from .layouts.flux_h import FluxHReader, is_table_of_images
 from .layouts.inline import InlineReader
 from .layouts.npz import NpzReader, npz_members
+from .layouts.planned import PlannedReader
 from .layouts.shards import ShardReader
 from .online import IMAGE_KEYS, OnlineImages
 from .prior import Prior
@@ -54,11 +55,14 @@ logger = logging.getLogger(__name__)
 
 FLUX_H = "flux_h"
 """Layout of the caches that SciForma's own scripts write."""
+PLANNED = "planned"
+"""Layout of a cache that a dry run does not build."""
 READERS: dict[str, type[Reader]] = {
     "npz": NpzReader,
     "shards": ShardReader,
     "inline": InlineReader,
     FLUX_H: FluxHReader,
+    PLANNED: PlannedReader,
 }
 EMPTY_PROMPT_FILE = "empty_prompt.npz"
 CAPTION_COLUMNS = ("caption", "text")
@@ -847,7 +851,7 @@ def wanted_columns(file: str, schema: pa.Schema, facts: Mapping[str, Any]) -> li
     required = [
         name
         for name in REQUIRED_COLUMNS
-        if not (name == "cache_path" and layout == "inline")
+        if not (name == "cache_path" and layout in ("inline", PLANNED))
         and not (name == "prompt_embeds_shape" and facts.get("embeds") == "none")
     ]
     missing = [name for name in required if name not in schema.names]

@@ -338,8 +338,8 @@ class ModelFamily(NoiseLevels, Options, ABC):
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """The shape (C, h, w) of what `encode_images` makes of an image of that many pixels."""
         raise SciflowError(
-            f"`image_encoding` online: the family `{self.name}` does not say how large its latents are. Give it a "
-            "method `latent_shape(height, width)`, or build its cache with latents."
+            f"`image_encoding` online, or `dry_run`: the family `{self.name}` does not say how large its latents "
+            "are. Give it a method `latent_shape(height, width)`, or build its cache with latents."
         )
 
     @abstractmethod

@@ -160,6 +160,9 @@ class DiT(ModelFamily):
         shift, scale = self._shift_and_scale
         return (batch["latents"].float() - shift) * scale
 
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        return self._channels, height // self._pixels_per_latent, width // self._pixels_per_latent
+
     def latent_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of each channel of the VAE, (1, C, 1, 1); refused for pixels."""
         if not self.has_vae:

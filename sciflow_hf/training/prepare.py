@@ -1,17 +1,21 @@
 """From flags to the data of a run: the demo's own, caches that are built first, images with classes, microscopes."""
 
+import atexit
 import dataclasses
 import functools
 import logging
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 from accelerate import PartialState
 
 from ..data.arguments import DataArguments
-from ..data.build.build import SHAPES, BuildReport, build_cache
+from ..data.build.build import SHAPES, BuildReport, Plan, build_cache
 from ..data.build.cut import find_cut, folders_of, noted_cut, warn_of_cut
 from ..data.build.references import SourceRules
 from ..data.build.views import MIRRORED
@@ -26,7 +30,7 @@ from ..data.stream.stream import StreamingCache
 from ..demo import DEMO_FIGURES, demo_figures, demo_pipeline
 from ..demo.digits import DIGITS, write_digits
 from ..errors import SciflowError, counted
-from ..families.base import ModelFamily
+from ..families.base import ModelFamily, PipelineFamily
 from ..families.dit import DiT
 from ..families.microscopy_unet import MicroscopyUNet
 from ..images.class_source import ClassImageArguments, ClassSource, class_records
@@ -227,11 +231,13 @@ def prepare_data(
             payload=data_args.payload,
             embeds="none" if online else "bf16",
             latent_shape=family.latent_shape if live else None,
+            plan=_plan_of(family) if args.dry_run else None,
             rank=state.process_index,
             world_size=state.num_processes,
             barrier=state.wait_for_everyone,
         )
         state.wait_for_everyone()
+        directory = str(report.output_dir)
         places = [{record.name: record for record in report.records}]
         places += ([*data_args.image_dir, None][:1]) * (data_args.prior_dataset_dir is not None)
         row_filter = tuple(data_args.row_filter)  # by which the cache has been built
@@ -258,6 +264,24 @@ def prepare_data(
     if online and not data_args.streaming and not built and state.is_main_process:
         _tell_cut([cache for cache in data if isinstance(cache, LatentCache)], family)
     return data
+
+
+def _plan_of(family: ModelFamily) -> Plan:
+    """For a dry run: an index of what is known of images and captions, deleted at the end of the process."""
+    length, width, unknown = 0, 0, ""
+    if isinstance(family, PipelineFamily):
+        counted_to = family.count_tokens([""])
+        length = vars(family).get("max_sequence_length") or (counted_to[1] if counted_to else 1)
+        width = family.widths(SimpleNamespace(**family.config(family.component)))["prompt_embeds"]
+        unknown = f", and the lengths of texts, of which each is taken as {length} tokens, the most"
+    folder = Path(tempfile.mkdtemp(prefix="sciflow_hf_plan_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    logger.warning(
+        "`dry_run`: nothing is encoded and no cache is built. Samples, buckets and sizes of latents follow from the "
+        "headers of the images. Not known before the build: images that are broken after their header%s.",
+        unknown,
+    )
+    return Plan(folder, family.latent_shape, (length, width) if length else None)
 
 
 def _tell_cut(caches: Sequence[LatentCache], family: ModelFamily) -> None:
@@ -433,7 +457,7 @@ def _class_latents(
         splits = [split for split in (data_args.train_split, data_args.eval_split) if split]
         folders = {split: [str(root / split)] for split in splits}
         for split, (folder,) in folders.items():
-            build_class_cache(
+            report = build_class_cache(
                 data_args,
                 family,
                 folder,
@@ -442,11 +466,13 @@ def _class_latents(
                 encoder_dtype=args.weight_dtype,
                 batch_size=data_args.encode_batch_size,
                 flip=data_args.flip and split == data_args.train_split,
+                plan=_plan_of(family) if args.dry_run else None,
                 rank=state.process_index,
                 world_size=state.num_processes,
                 barrier=state.wait_for_everyone,
             )
             state.wait_for_everyone()
+            folders[split] = [str(report.output_dir)]
     stored = () if data_args.input_dir else data_args.row_filter  # else the caches have been built by it
     caches: Any = [load_cache(folder, dtype=args.weight_dtype, row_filter=stored) for folder in folders.values()]
     train, held_out = caches if len(caches) == 2 else caches[0].split(data_args.eval_fraction)

@@ -63,6 +63,24 @@ def test_cache_holds_the_vaes_latents_and_the_classes(tmp_path, vae):
     torch.testing.assert_close(sample["latents"].float(), expected, rtol=0.05, atol=0.05)
 
 
+def test_a_dry_run_of_latents_encodes_nothing(tmp_path, vae, monkeypatch):
+    write_folder(tmp_path / "data", each=4, height=20, width=24)
+    family, _, built, _ = prepare(tmp_path, vae)
+
+    def load_encoders(*_, **__):
+        raise AssertionError("a dry run loads no encoder")
+
+    monkeypatch.setattr(sf.DiT, "load_encoders", load_encoders)
+    source = ClassImageArguments(input_dir=str(tmp_path / "data"), eval_fraction=0.3)
+    args, found = arguments(tmp_path / "dry", dry_run=True), sf.DiT(vae_name_or_path=str(vae), **NETWORK)
+    train, held_out = sf.prepare_class_images(source, found, args)
+    assert not (tmp_path / "dry" / "cache").exists() and train.row_ids == built.row_ids and held_out
+    assert torch.equal(train.class_labels, built.class_labels) and train.batch_keys == built.batch_keys
+    networks = (one.load_model(dtype=torch.float32, meta=True) for one in (found, family))
+    plans = [sf.plan(network, family, args, data) for network, data in zip(networks, (train, built), strict=True)]
+    assert plans[0] == plans[1]
+
+
 def test_latents_of_some_rows(tmp_path, vae):
     write_folder(tmp_path / "data", classes=("axon", "cell", "spine"), each=2, height=20, width=24)
     options = {"row_filter": ["label=0,2"], "eval_fraction": 0}

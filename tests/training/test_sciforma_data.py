@@ -80,6 +80,27 @@ def test_a_resumed_run_needs_its_filter(tmp_path, family, caches):
     assert len(train) + len(held_out) == 8 and train.row_filter == tuple(conditions)
 
 
+@pytest.mark.parametrize("kind", FORMS)
+def test_a_dry_run_plans_as_the_cache_would_be_and_builds_none(kind, family, tmp_path, monkeypatch, caplog):
+    """The same text but for the samples' bytes of text, whose lengths only the encoder knows."""
+    images = sciforma.parquet(tmp_path / "images", kind)
+    args = {"input_dir": str(images), "buckets": "given", "eval_fraction": 0.3}
+    network = family.load_model(dtype=torch.float32, meta=True)
+    built = prepare_data(sf.DataArguments(**args), family, make_args(tmp_path / "run"))
+    expected = sf.plan(network, family, make_args(tmp_path / "run"), *built)
+
+    def load_encoders(*_, **__):
+        raise AssertionError("a dry run loads no encoder")
+
+    monkeypatch.setattr(type(family), "load_encoders", load_encoders)
+    dry = prepare_data(sf.DataArguments(**args), family, make_args(tmp_path / "dry", dry_run=True))
+    assert not list(tmp_path.glob("dry/**/*.parquet")) and not list(tmp_path.glob("dry/**/*.safetensors"))
+    assert "no cache is built" in caplog.text and [len(part) for part in dry] == [len(part) for part in built]
+    assert dry[0].row_ids == built[0].row_ids and dry[0].batch_keys == built[0].batch_keys
+    found = sf.plan(network, family, make_args(tmp_path / "run"), *dry)
+    assert found == expected
+
+
 def test_filters_go_with_prior_preservation(caches):
     """The filter is of the run's own rows."""
     own, prior = caches("generation")[:2]

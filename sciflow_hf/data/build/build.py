@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -23,8 +25,8 @@ from ...diffusion.sources import source_name
 from ...errors import SciflowError, counted
 from ..batches.loader import text_rows
 from ..batches.sizes import BUCKETS, FITS, MAX_ASPECT_RATIO, ladder
-from ..cache import EMPTY_PROMPT_FILE
-from ..layouts.base import NO_LATENTS, Layout
+from ..cache import EMPTY_PROMPT_FILE, PLANNED
+from ..layouts.base import METADATA_KEY, NO_LATENTS, Layout, index_file
 from ..layouts.npz import write_npz
 from ..row_filter import RowFilter
 from ..writing import output_file, readable_bytes
@@ -94,6 +96,21 @@ class BuildReport:
     records: Sequence[Record] = field(default=(), repr=False, compare=False)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a dry run knows of a cache that is not built.
+
+    Attributes:
+        folder: for its index.
+        latent_shape: (height, width) of a bucket -> (C, h, w).
+        text_shape: (L, D), the most that a caption may have; None: no text is stored.
+    """
+
+    folder: Path
+    latent_shape: Callable[[int, int], Sequence[int]]
+    text_shape: Sequence[int] | None
+
+
 def build_cache(
     input_dir: str | os.PathLike[str],
     output_dir: str | os.PathLike[str],
@@ -128,6 +145,7 @@ def build_cache(
     source_column: Sequence[str] = (),
     edit_masks: str = "given",
     row_filter: Sequence[str] = (),
+    plan: Plan | None = None,
     rank: int = 0,
     world_size: int = 1,
     barrier: Callable[[], None] = lambda: None,
@@ -181,6 +199,7 @@ def build_cache(
         edit_masks: "given", or "computed": where an edit has no mask, what differs between it and its first source,
             if that is of its size.
         row_filter: conditions that rows must meet, such as "quality_tier=High"; see `RowFilter`.
+        plan: nothing is encoded, and nothing written to `output_dir`: an index without payload goes elsewhere.
         rank: which of `world_size` processes this is; each encodes its share.
         world_size: processes that call this with the same arguments.
         barrier: waits for all of them.
@@ -284,6 +303,16 @@ def build_cache(
         raise SciflowError(
             f"`input_dir` is {str(input_dir)!r}: none of its images can be read. First: {skips.first()}."
         )
+    if plan is not None:
+        if count_tokens is not None and rank == 0:
+            _cut_note(jobs, count_tokens, {})
+        _write_plan(plan, jobs, facts)
+        if rank == 0:
+            images = {job.name: job.record.name for job in jobs}
+            tally.close(images, skips.found, {*images.values()})
+            tally.measures |= source_measures(jobs) | shape_measures(jobs)
+            logger.info("%s: what would become of it\n%s", input_dir, tally)
+        return BuildReport(plan.folder, len(jobs), skipped=list(skips.found.items()), tally=tally, records=records)
     if rank:
         tally.remarks.clear()  # up to here all ranks have found the same, which the first tells
     staging = kind(output, jobs, facts | {"version": __version__}, layout, skips)
@@ -314,6 +343,24 @@ def build_cache(
             readable_bytes(report.bytes),
         )  # fmt: skip
     return report
+
+
+def _write_plan(plan: Plan, jobs: Sequence[Job], facts: Mapping[str, Any]) -> None:
+    """The index that a cache of these jobs would have, as far as it is known without encoders."""
+    text = {} if plan.text_shape is None else {"prompt_embeds_shape": list(plan.text_shape)}
+    rows = [
+        job.row()
+        | {"latent_shape": list(plan.latent_shape(*job.bucket)), **text}
+        | {"source_shapes": [list(plan.latent_shape(*source.view.size)) for source in job.sources]}
+        for job in jobs
+    ]
+    if not any(job.sources for job in jobs):
+        rows = [{name: value for name, value in row.items() if not name.startswith("source_")} for row in rows]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = pa.table({name: [row.get(name) for row in rows] for name in names})
+    described = {**facts, "embeds": "bf16" if text else "none", "payload": {"layout": PLANNED}}
+    with output_file(plan.folder / index_file("plan")) as handle:
+        pq.write_table(table.replace_schema_metadata({METADATA_KEY: json.dumps(described)}), handle)
 
 
 def _holds_latents(output: Path) -> bool:
