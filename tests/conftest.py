@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: a tiny klein pipeline, drawn figures, and a cache written by hand."""
 
+import gc
 import os
 import signal
 import sys
@@ -45,6 +46,13 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_is_imported_is_no_garbage() -> None:
+    """Each training collects garbage, and took longer for the objects of imported libraries than for its steps."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Resuming: what must be the same as in the run of a checkpoint, and its place in the epoch, on any number of ranks."""
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import logging
@@ -32,6 +33,7 @@ def saved_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
+@functools.cache  # parses the whole description of each package
 def versions() -> dict[str, str]:
     """The versions of the libraries on which the numbers of a run depend, and ours."""
     names = ("torch", "transformers", "diffusers", "peft")

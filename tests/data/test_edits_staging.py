@@ -201,8 +201,9 @@ def test_a_build_that_stops_at_any_source_is_finished(images, tmp_path, payload,
 
 
 @payloads
-def test_killed_at_any_file_a_build_is_finished_by_the_next(tmp_path, payload, monkeypatch):
-    """The n-th file does not appear, or not vanish, for every n, of a build that takes blocks apart: see its twin."""
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.acceptance), 4])
+def test_killed_at_any_file_a_build_is_finished_by_the_next(tmp_path, payload, every, monkeypatch):
+    """The n-th file does not appear, or not vanish, of a build that takes blocks apart: see its twin."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     images, few = (
         tmp_path / "few",
@@ -213,7 +214,7 @@ def test_killed_at_any_file_a_build_is_finished_by_the_next(tmp_path, payload, m
     make_edits(images, few)
     draw(images / "s3.png", (48, 32), 999)
     build_edits(images, tmp_path / "straight", payload=payload, samples_per_part=2)
-    for fail_at in range(1, 100):
+    for fail_at in range(1, 100, every):
         output = shutil.copytree(tmp_path / "start", tmp_path / f"killed_{fail_at}")
         first, second = EditEncoders(), EditEncoders()
         with pytest.MonkeyPatch.context() as patch, suppress(Killed):

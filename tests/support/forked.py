@@ -5,6 +5,7 @@ Importing torch, transformers and diffusers takes a process longer than a short 
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 import runpy
@@ -82,6 +83,7 @@ def kill(processes: Sequence[BaseProcess]) -> None:
 
 def _become(words: list[str], env: dict[str, str], cwd: str, stdout: Connection, stderr: Connection) -> None:
     """Is the script, or the code after -c, in a process that `multiprocessing` has just forked."""
+    gc.freeze()  # what is imported: no collection looks at it, and its memory stays that of the server
     os.setsid()
     os.chdir(cwd)
     for target, source in ((1, stdout), (2, stderr)):

@@ -70,7 +70,10 @@ def test_two_ranks_and_four(tmp_path, job, alone):
 
 @pytest.mark.parametrize(
     ("length", "lengths"),
-    [({"num_train_epochs": 3, "max_steps": -1}, [15, 18, 8 + 3 + 5, 10 + 6]), ({"max_steps": 14}, [14] * 4)],
+    [
+        ({"num_train_epochs": 3, "max_steps": -1}, [15, 18, 8 + 3 + 5, 10 + 6]),
+        pytest.param({"max_steps": 14}, [14] * 4, marks=pytest.mark.acceptance),
+    ],
 )
 def test_tails_of_another_length(tmp_path, tiny_klein, length, lengths):
     """Batches of 2 make 6 steps of this data, batches of 1 make 5: the place in the epoch is kept, not the step."""

@@ -1,6 +1,6 @@
 """Whole runs in their own processes: SIGKILL and resume, two ranks against one, two ranks resumed.
 
-Two of them are as a user starts them, by a new interpreter and by torchrun, against runs that are forked.
+One of them is as a user starts it, by torchrun, against a run that is forked.
 """
 
 import numpy as np
@@ -19,7 +19,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, tiny_klein, even_cach
     run_and_kill(*words, when="'loss'", times=8)  # checkpoint-6 is whole, steps 7 and 8 are lost
     assert not (tmp_path / "killed" / "checkpoint-12").exists()
     assert checkpoint_fault(tmp_path / "killed" / "checkpoint-6") is None
-    run(*words, fresh=True)
+    run(*words)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
     assert logged_losses(tmp_path / "whole") == logged_losses(tmp_path / "killed")
 
@@ -51,17 +51,22 @@ def test_two_ranks_killed_and_resumed(tmp_path, tiny_klein, tiny_cache):
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
 
 
-def test_a_mixed_run_of_edits_on_two_ranks(tmp_path, tiny_klein, edits_cache):
-    """Some steps lose their sources: killed and resumed the same bits; one rank with the batch of both the same losses.
+EDITS = dict(source_dropout=0.3, edit_loss="balanced", resume_from_checkpoint="latest")  # some steps lose their sources
 
-    Weights differ by rounding, as of the run without edits.
-    """
-    options = dict(source_dropout=0.3, edit_loss="balanced", resume_from_checkpoint="latest")
-    run(*flags(tiny_klein, edits_cache, tmp_path / "whole", per_device_train_batch_size=2, **options), ranks=2)
-    words = flags(tiny_klein, edits_cache, tmp_path / "killed", per_device_train_batch_size=2, **options)
+
+def test_a_mixed_run_of_edits_on_two_ranks(tmp_path, tiny_klein, edits_cache):
+    """One rank with the batch of both: the same losses. Weights differ by rounding, as of the run without edits."""
+    run(*flags(tiny_klein, edits_cache, tmp_path / "two", per_device_train_batch_size=2, **EDITS), ranks=2)
+    run(*flags(tiny_klein, edits_cache, tmp_path / "one", per_device_train_batch_size=4, **EDITS))
+    np.testing.assert_allclose(logged_losses(tmp_path / "one"), logged_losses(tmp_path / "two"), rtol=1e-5)
+    assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-4
+
+
+@pytest.mark.acceptance
+def test_a_mixed_run_of_edits_killed_and_resumed(tmp_path, tiny_klein, edits_cache):
+    """The same bits, on two ranks; test_edits has it on one."""
+    run(*flags(tiny_klein, edits_cache, tmp_path / "whole", per_device_train_batch_size=2, **EDITS), ranks=2)
+    words = flags(tiny_klein, edits_cache, tmp_path / "killed", per_device_train_batch_size=2, **EDITS)
     run_and_kill(*words, when="'loss'", times=8, ranks=2)
     run(*words, ranks=2)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
-    run(*flags(tiny_klein, edits_cache, tmp_path / "one", per_device_train_batch_size=4, **options))
-    np.testing.assert_allclose(logged_losses(tmp_path / "one"), logged_losses(tmp_path / "whole"), rtol=1e-5)
-    assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "whole")) < 1e-4

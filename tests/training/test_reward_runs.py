@@ -31,8 +31,12 @@ def whole(tmp_path_factory, tiny_klein):
     return folder, launch(folder, job(tiny_klein, folder / "run", **options))["log"]
 
 
-@pytest.mark.parametrize(("where", "at"), [("draw", 7), ("score", 6), ("update", 5)])
+@pytest.mark.parametrize(
+    ("where", "at"),
+    [("draw", 7), *(pytest.param(*more, marks=pytest.mark.acceptance) for more in (("score", 6), ("update", 5)))],
+)
 def test_two_n_rollouts_equal_n_a_kill_and_n_more(tmp_path, tiny_klein, whole, where, at):
+    """Stops at the other places without a process of their own: test_reward_trainer."""
     options = dict(per_device_train_batch_size=4, prompts_per_rollout=4)
     killed = job(tiny_klein, tmp_path / "run", kill=(where, at), **options)
     assert launch(tmp_path, killed, check=False).returncode != 0

@@ -159,7 +159,7 @@ def test_one_hidden_state_as_text_is_refused_with_the_reason(tmp_path, family, t
 # -- long captions --
 
 
-@pytest.mark.parametrize("length", [1024, 2048])
+@pytest.mark.parametrize("length", [1024, pytest.param(2048, marks=pytest.mark.acceptance)])
 def test_long_captions(tmp_path, family, caplog, length):
     """Stored or encoded in training, their text is the same; what is beyond the limit is counted before."""
     folder = tmp_path / "in"

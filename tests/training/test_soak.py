@@ -150,9 +150,9 @@ def soak(tmp_path_factory):
     return Soak(folder, pipeline)
 
 
-@pytest.mark.parametrize("seed", [7, 8, 10, 12])
+@pytest.mark.parametrize("seed", [7, 8])  # a dead Hub, a lost rank
 def test_a_fault_costs_nothing(soak, seed):
-    """A dead Hub, a lost rank, a signal, a full disk: the result is that of a run without it, or a message says how."""
+    """The result is that of a run without it, or a message says how; signals and full disks have files of their own."""
     soak.check(draw(seed))
 
 
