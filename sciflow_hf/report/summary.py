@@ -81,8 +81,7 @@ def save_model_card(trainer: Trainer) -> None:
         exports={done.file.name: done.readers for done in trainer.exported},
         other_formats=other_formats(trainer.model, family) if adapter else [],
         plot=_save_plot(trainer),
-        preferences=trainer.preference_facts() if hasattr(trainer, "preference_facts") else {},
-        rewards=trainer.reward_facts() if hasattr(trainer, "reward_facts") else {},
+        **trainer.method_facts(),
     )
     save_card(facts, folder)
 

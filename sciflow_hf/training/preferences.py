@@ -199,11 +199,10 @@ class DiffusionDPOTrainer(DiffusionTrainer):
         rules = getattr(self.train_dataset, "rules", None)
         return super()._identity() | {"reference": start, "tuples": rules}
 
-    def preference_facts(self) -> dict[str, Any]:
-        """Facts for the model card."""
+    def method_facts(self) -> dict[str, Any]:
         args, tuples = self.args, getattr(self.train_dataset, "tuples", ())
         axes = list(dict.fromkeys(axis for item in tuples for axis in item.axes))
-        return {"loss": args.preference_loss, "beta": args.preference_beta, "axes": axes}
+        return {"preferences": {"loss": args.preference_loss, "beta": args.preference_beta, "axes": axes}}
 
     # -- logs ----------------------------------------------------------------------------------------------------
 

@@ -382,15 +382,15 @@ class DiffusionRewardTrainer(DiffusionTrainer):
             "reference": f"adapter {digest(self._start)}" if self._start else "as training begins",
         }
 
-    def reward_facts(self) -> dict[str, Any]:
-        """Facts for the model card."""
+    def method_facts(self) -> dict[str, Any]:
         args = self.args
-        return {
+        facts = {
             "algorithm": args.reward_algorithm,
             "beta": args.nft_beta,
             "rewards": {reward.name: reward.weight for reward in self.rewards},
             "watched": [reward.name for reward in self.watched],
         }
+        return {"rewards": facts}
 
     # -- evaluation ----------------------------------------------------------------------------------------------
 

@@ -70,7 +70,7 @@ from ..engines.optimizers import (
 from ..engines.quantisation import check_loaded, keep_from_broadcast
 from ..errors import DiskFullError, SciflowError, counted
 from ..families.base import ModelFamily, network_dtype
-from ..files import disk_full_named, write_json
+from ..files import disk_full_named, follow_umask, write_json
 from ..hub.upload import check_access, upload, upload_checkpoint
 from ..report.plan import image_tokens
 from ..report.summary import save_model_card
@@ -782,6 +782,10 @@ class DiffusionTrainer(Trainer):
                 private=args.hub_private_repo if private is None else private,
                 revision=args.hub_revision,
             )
+
+    def method_facts(self) -> dict[str, Any]:
+        """What the model card says of a method beyond the loss of single samples: fields of `CardFacts`."""
+        return {}
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes README.md from the facts of this run into `output_dir`."""
