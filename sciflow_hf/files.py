@@ -4,12 +4,18 @@ import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from .errors import DiskFullError
+
+_UMASK = os.umask(0o077)  # it can be read only by setting it
+os.umask(_UMASK)
+NEW_FILE = 0o666 & ~_UMASK
+"""Mode of the files that `open` makes."""
 
 
 @contextmanager
@@ -24,10 +30,11 @@ def atomic_file(file: str | os.PathLike, *, durable: bool = True) -> Iterator[Pa
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
+        follow_umask(temporary)
         if durable:
             sync(temporary)
         os.replace(temporary, file)
-    except BaseException:
+    except BaseException:  # also Ctrl-C: nothing is left aside
         with suppress(OSError):
             temporary.unlink()
         raise
@@ -61,6 +68,7 @@ def move_folder(source: Path, target: Path) -> None:
     """
     for path, _, names in os.walk(source):
         for name in names:
+            follow_umask(Path(path, name))
             sync(Path(path, name))
         sync(Path(path))
     os.replace(source, target)
@@ -78,7 +86,7 @@ def disk_full_named(folder: str | os.PathLike) -> Iterator[None]:
     """Gives errors that mean a full disk one name, `DiskFullError`, and says what to do."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # of whichever library wrote
         if not is_disk_full(error):
             raise
         free = shutil.disk_usage(next(p for p in (Path(folder), *Path(folder).resolve().parents) if p.exists())).free
@@ -95,6 +103,12 @@ def is_disk_full(error: Exception) -> bool:
         return True
     # safetensors' own error, and torch.save's, which looks for its place in the file after a short write
     return any(words in str(error) for words in ("os error 28", "os error 122", "inline_container.cc"))
+
+
+def follow_umask(path: Path) -> None:
+    """Gives a file that its owner alone may read, as safetensors makes it, the mode of any other new file."""
+    if stat.S_IMODE(path.stat().st_mode) == 0o600 != NEW_FILE:
+        path.chmod(NEW_FILE)
 
 
 def sync(path: Path) -> None:

@@ -1158,6 +1158,8 @@ class DiffusionTrainer(Trainer):
             save_adapter(model, folder, family=self.family)
         else:
             self.family.save_network(model, folder)
+            for file in (folder / self.family.component).glob("*.safetensors"):
+                follow_umask(file)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         if self._measure_first:

@@ -140,12 +140,21 @@ def test_full_fine_tuning_resumes_and_saves_diffusers_layout(tmp_path, family, e
     assert again.evaluate()["eval_base_loss"] == metrics["eval_base_loss"] != metrics["eval_loss"]
     loaded = Flux2Transformer2DModel.from_pretrained(tmp_path / "whole" / "checkpoint-6" / "transformer")
     assert same(dict(loaded.state_dict()), {k: v for k, v in whole.model.state_dict().items()})
+    whole.save_model()
+    assert_modes_are_those_of_any_file(tmp_path / "whole")
+
+
+def assert_modes_are_those_of_any_file(folder):
+    (folder / "plain").touch()
+    modes = {path.name: path.stat().st_mode for path in folder.rglob("*") if path.is_file()}
+    assert len(modes) > 8 and set(modes.values()) == {modes["plain"]}, modes
 
 
 def test_checkpoints_hold_no_frozen_weight(tmp_path, family, even_cache):
-    trainer = make_trainer(tmp_path, family, even_cache, save_strategy="steps", save_steps=6)
+    trainer = make_trainer(tmp_path, family, even_cache, save_strategy="steps", save_steps=6, ema_decay=0.5)
     trainer.train()
     trainer.save_model()
+    assert_modes_are_those_of_any_file(tmp_path)
     frozen = {n: p for n, p in trainer.model.named_parameters() if not p.requires_grad}
     values = {p.flatten()[:8].tolist().__repr__() for p in frozen.values() if p.numel() >= 8}
     files = [tmp_path / WEIGHT_NAME, tmp_path / "checkpoint-6" / WEIGHT_NAME]
