@@ -21,7 +21,7 @@ from .text_encoders import NetworkWithText
 logger = logging.getLogger(__name__)
 
 
-def add_adapter(model: Any, args: AdapterArguments, *, family: ModelFamily, seed: int = 42) -> Any:
+def add_adapter(model: Any, args: AdapterArguments, *, family: ModelFamily, seed: int = 42, quiet: bool = False) -> Any:
     """Freezes `model`, adds the adapter in place and returns it; with `no_adapter` leaves everything trainable.
 
     Adapter weights are float32 whatever the dtype of the base: in bfloat16 an AdamW step of 1e-4 rounds to zero.
@@ -31,6 +31,7 @@ def add_adapter(model: Any, args: AdapterArguments, *, family: ModelFamily, seed
         args: type, rank, layers, and where to continue from.
         family: its layer presets, and how its adapters are read.
         seed: seed of the adapter's initial weights; torch's generator keeps its state.
+        quiet: does not log what is trained.
 
     Returns:
         `model`; with `train_text_encoder` a `NetworkWithText`, the network and the text encoders.
@@ -60,7 +61,8 @@ def add_adapter(model: Any, args: AdapterArguments, *, family: ModelFamily, seed
                 "of the original encoders. `--train_text_encoder` loads it.",
                 args.adapter_path,
             )
-    logger.info("Training %s.", title(adapter_facts(model) or {}))
+    if not quiet:
+        logger.info("Training %s.", title(adapter_facts(model) or {}))
     return model
 
 

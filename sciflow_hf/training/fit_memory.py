@@ -86,7 +86,7 @@ def _that_fits(
     whole = adapter_args is None or adapter_args.no_adapter
     model: torch.nn.Module = family.load_model(dtype=args.load_dtype(trained=whole), meta=True)
     if adapter_args is not None:
-        model = add_adapter(model, adapter_args, family=family, seed=args.seed)
+        model = add_adapter(model, adapter_args, family=family, seed=args.seed, quiet=True)  # a network to count
     memory -= sum(encoder_bytes(model, family, args, train_dataset).values())
     sizes: dict[str, Any] = {"memory": memory, **tokens_of(train_dataset, family)}
     network, before, size = network_of(model), MemoryOptions.of(args), f"{memory / 1e9:.3g} GB"

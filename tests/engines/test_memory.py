@@ -225,6 +225,7 @@ def test_a_run_is_fitted_and_resumed_as_it_was(tmp_path, family, even_cache, cap
         run = fitted_trainer(tmp_path / "run", family, even_cache, memory_gb=size)
     told = "`auto_memory`: --per_device_train_batch_size 2 --gradient_accumulation_steps 2, about "
     assert told in caplog.text and MemoryOptions.of(run.args)[:2] == (2, 2) and run.args.total_batch == 4
+    assert caplog.text.count("Training lora rank 4") == 1
     run.train()
     by_flags = fitted_trainer(tmp_path / "flags", family, even_cache, auto_memory=False, **half)
     by_flags.train()
