@@ -111,11 +111,14 @@ def _draw(args: argparse.Namespace) -> None:
         check_folder(output, OPTIONS, facts, holds="candidates of another run", write=rank == 0)
         if rank == 0:
             remove_temporaries(output)
+        missing = _missing(groups, output)
         barrier()
-        _draw_missing([g for g in groups if g.index % number == rank], args, family, kind, device, dtype, rank == 0)
+        own = [[g for g in some if g.index % number == rank] for some in (groups, missing)]
+        _draw_missing(*own, args, family, kind, device, dtype, rank == 0)
         barrier()
         if rank == 0:
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for group in groups for row in group.table()]
+            rows = _with_scores(groups, missing, output / TABLE)
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
             write_file(output / TABLE, "".join(lines).encode(), durable=True)
             sys.stdout.write(
                 f"{counted(len(lines), 'candidate')} of {counted(len(groups), 'prompt')} in {args.output_dir}\n"
@@ -165,8 +168,37 @@ def _facts(args: argparse.Namespace, family: Any, kind: str | None, rows: Sequen
     return {"prompts_file": prompts} | facts_of_model(args, family, kind, "num_candidates")
 
 
+def _missing(groups: Sequence[_Group], output: Path) -> list[_Group]:
+    """Those groups that are not complete in the folder."""
+    there = {path.name for folder in (output, output / LATENTS) if folder.is_dir() for path in folder.iterdir()}
+    return [g for g in groups if not there.issuperset([*g.images, Path(g.latents).name])]
+
+
+def _with_scores(groups: Sequence[_Group], drawn: Sequence[_Group], table: Path) -> list[dict[str, Any]]:
+    """The rows of metadata, with the columns that were added to those of images that are as they were."""
+    before: dict[str, dict[str, Any]] = {}
+    if table.is_file():
+        with table.open(encoding="utf-8") as lines:
+            before = {row["file_name"]: row for row in map(json.loads, lines)}
+    again, rows, lost = {group.index for group in drawn}, [], 0
+    for group in groups:
+        for row in group.table():
+            added = {name: value for name, value in before.get(row["file_name"], {}).items() if name not in row}
+            if group.index in again:
+                lost += any(value is not None for value in added.values())
+                added = dict.fromkeys(added)
+            rows.append(row | added)
+    if lost:
+        logger.warning(
+            "%s of images that were drawn again: their scores are taken out; score them by the command of before.",
+            counted(lost, "row"),
+        )
+    return rows
+
+
 def _draw_missing(
     groups: Sequence[_Group],
+    missing: Sequence[_Group],
     args: argparse.Namespace,
     family: Any,
     kind: str | None,
@@ -174,13 +206,11 @@ def _draw_missing(
     dtype: "torch.dtype",
     shows: bool,
 ) -> None:
-    """Draws those groups that are not complete in the folder."""
+    """Draws those of the groups that are missing."""
     import torch
     from tqdm import tqdm
 
     output = Path(args.output_dir)
-    there = {path.name for folder in (output, output / LATENTS) if folder.is_dir() for path in folder.iterdir()}
-    missing = [g for g in groups if not there.issuperset([*g.images, Path(g.latents).name])]
     if not missing:
         return
     pipeline = family.load_pipeline(load_network(family, args, kind, dtype).to(device).eval(), device=device)

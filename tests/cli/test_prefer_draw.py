@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -146,6 +147,18 @@ def test_what_is_missing_is_drawn_again(draw, drawn, tmp_path):
     (tmp_path / "a" / "latents" / "00002.safetensors").unlink()
     draw(tmp_path / "a")
     assert files(tmp_path / "a") == files(drawn)
+
+
+def test_scores_of_images_that_are_as_they_were_are_kept(draw, drawn, tmp_path, caplog):
+    folder, table = tmp_path / "a", "metadata.jsonl"
+    shutil.copytree(drawn, folder)
+    scored = [row | {"score": float(number)} for number, row in enumerate(rows(folder))]
+    (folder / table).write_text("".join(json.dumps(row) + "\n" for row in scored))
+    assert draw(folder) == 0 and rows(folder) == scored and not caplog.records
+    (folder / scored[3]["file_name"]).unlink()
+    assert draw(folder) == 0
+    lost = [row | {"score": None} if number in (2, 3) else row for number, row in enumerate(scored)]
+    assert rows(folder) == lost and "2 rows of images that were drawn again" in caplog.text
 
 
 @pytest.mark.parametrize(
