@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
         return 130
-    except Exception as error:
+    except Exception as error:  # a user's mistake gets one line, any other its traceback
         message = explained(error)
         if message is None:
             raise

@@ -39,7 +39,7 @@ def run(main: Callable[[], Any]) -> NoReturn:
     except KeyboardInterrupt:
         sys.stderr.write("\nstopped; resume with --resume_from_checkpoint latest\n")
         sys.exit(130)
-    except Exception as error:
+    except Exception as error:  # a user's mistake gets one line, any other its traceback
         message = explained(error)
         if message is None:
             raise

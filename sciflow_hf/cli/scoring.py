@@ -133,7 +133,7 @@ class Scoring:
         try:
             with Image.open(self.candidates.image(row)) as image:
                 return to_rgb(image)
-        except Exception as error:
+        except Exception as error:  # PIL lets through whatever its decoders raise; the image is named
             return unreadable(error)
 
 

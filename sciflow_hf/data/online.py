@@ -114,7 +114,7 @@ class OnlineImages:
             try:
                 grey = None if mask is None else to_rgb(mask.open())
                 found["loss_mask"] = torch.from_numpy(np.array(fit_mask(grey, view)))
-            except Exception as error:
+            except Exception as error:  # PIL lets through whatever its decoders raise
                 raise CacheError(f"{where}: unusable loss mask ({first_line(error)}).") from error
         if self.time_ids:
             found["time_ids"] = torch.tensor([*view.original, *view.crop, *view.size])

@@ -150,7 +150,7 @@ def _try(url: str, action: Callable[[], T]) -> T:
             return action()
         except EOFError:
             raise
-        except Exception as error:
+        except Exception as error:  # storages have errors of their own; the last one is raised
             if denied := _denied(error):
                 raise CacheError(
                     f"{url}: no access ({denied}). If it is private or gated, ask its owner for access, and log in "

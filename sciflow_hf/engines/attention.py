@@ -91,7 +91,7 @@ def _refusal(
             return f"cannot run {where}{needs}: {first_line(error).rstrip('.')}"
         try:
             found.float().sum().backward()
-        except Exception as error:
+        except Exception as error:  # kernels raise whatever they like
             return f"has no backward pass {where}: {first_line(error).rstrip('.')}"
         if any(each.grad is None for each in tokens):
             return f"has no backward pass {where}"

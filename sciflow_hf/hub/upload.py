@@ -101,7 +101,7 @@ def check_access(
 
     try:
         return _with_retries(check)
-    except Exception as error:
+    except Exception as error:  # the Hub's HTTP client has errors of its own
         where = f"{repo_id!r}" + (f" (branch {revision!r})" if revision is not None else "")
         raise SciflowError(f"push to {where}: {_advice(error, instead)}") from error
 
@@ -223,7 +223,7 @@ def _pusher(
     def push() -> CommitInfo:
         try:
             return _with_retries(commit)
-        except Exception as error:
+        except Exception as error:  # the Hub's HTTP client has errors of its own
             raise SciflowError(
                 f"push to {repo_id!r}: {_advice(error)} Nothing is lost, everything is on disk in {on_disk}"
             ) from error
@@ -272,7 +272,7 @@ def _with_retries(call: Callable[[], T]) -> T:
         _limit_silence()
         try:
             return call()
-        except Exception as error:
+        except Exception as error:  # raised again where it is no trouble of the line
             if not (_is_server_trouble(error) or _is_connection_trouble(error)):
                 raise
             logger.warning("Hub: %s; trying again in %g s", _masked(error), wait)

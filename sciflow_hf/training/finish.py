@@ -44,5 +44,5 @@ def _write_page(folder: str | None) -> None:
     """`report.html`, which may fail: the run is saved."""
     try:
         write_page(page_of(Path(str(folder))), str(folder))
-    except Exception as error:
+    except Exception as error:  # the run is saved, and a page can be written later
         logger.warning("report.html was not written (%s). Try `sciflow-hf page %s --write`.", first_line(error), folder)

@@ -137,7 +137,7 @@ def _within(seconds: float, call: Callable[[], Any], message: str) -> Any:
     def run() -> None:
         try:
             found.extend([call(), None])
-        except BaseException as error:
+        except BaseException as error:  # raised again by the thread that waits
             found.extend([None, error])
 
     thread = threading.Thread(target=run, daemon=True, name="rewards")
@@ -325,7 +325,7 @@ def together(accelerator: Any) -> Iterator[None]:
     error: Exception | None = None
     try:
         yield
-    except Exception as caught:
+    except Exception as caught:  # raised again once the other ranks know
         error = caught
     if accelerator.num_processes > 1:
         every = gather_object([None if error is None else first_line(error)])

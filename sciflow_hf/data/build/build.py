@@ -505,7 +505,7 @@ class _Builder:
                 self.barrier()
                 self.staging.gather(numbers.start, numbers.stop)
                 self.barrier()  # before any rank tidies up
-            except BaseException:
+            except BaseException:  # also Ctrl-C: what is encoded is kept
                 views.close()
                 self.behind.close()
                 if own in numbers:

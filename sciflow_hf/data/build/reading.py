@@ -48,15 +48,15 @@ def read_views(jobs: Sequence[Job]) -> list[Pixels]:
 def _view(job: Job, image: Image.Image) -> Pixels:
     try:
         pixels = fit_pixels(image, job.view)
-    except Exception as error:
+    except Exception as error:  # PIL decodes here; the image is named
         return Pixels(job, unreadable(error))
     try:
         mask = fit_mask(_opened(job.record.mask), job.view)
-    except Exception as error:
+    except Exception as error:  # as above; the mask is named
         return Pixels(job, f"unusable loss mask ({first_line(error)})")
     try:
         edit_mask = _edit_mask(job, pixels)
-    except Exception as error:
+    except Exception as error:  # as above; the mask is named
         return Pixels(job, f"unusable mask of the changed region ({first_line(error)})")
     return Pixels(job, "", pixels, mask, edit_mask, NOT_NUMBERS in image.info)
 

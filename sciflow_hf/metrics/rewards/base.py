@@ -265,7 +265,7 @@ def _ask(
         found = list(function(prompts=list(prompts), images=list(images), **columns))
     except SciflowError:
         raise
-    except Exception as error:
+    except Exception as error:  # code of the user's own, a service: counted and named with the images
         return f"{type(error).__name__}: {first_line(error)}"
     if len(found) != len(images):
         return f"it returned {counted(len(found), 'score')} for {counted(len(images), 'image')}"

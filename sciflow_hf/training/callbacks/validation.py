@@ -310,7 +310,7 @@ class ValidationCallback(TrainerCallback):
             yield
         except SciflowError:
             raise
-        except Exception as error:
+        except Exception as error:  # whatever it was, the error says what was drawn
             remedy = "Without `--validation_prompts` training resumes from the last checkpoint and draws nothing."
             if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
                 height, width = max(self.sizes, key=math.prod)
