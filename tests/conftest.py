@@ -48,6 +48,14 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_power_failure() -> Iterator[None]:
+    """Processes die here, machines do not: nothing waits for the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _what_is_imported_is_no_garbage() -> None:
     """Each training collects garbage, and took longer for the objects of imported libraries than for its steps."""
@@ -61,6 +69,14 @@ def tiny_klein(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from sciflow_hf.demo import make_tiny
 
     return make_tiny(tmp_path_factory.mktemp("klein") / "tiny", size="test")
+
+
+@pytest.fixture(scope="session")
+def tiny_pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The smallest pipeline of each family of `family_steps.FAMILIES`, by its name. Read only."""
+    from family_steps import make_pipelines
+
+    return make_pipelines(tmp_path_factory.mktemp("pipelines"))
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import torch
 from diffusers import SD3Transformer2DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from dits import make_network
-from family_steps import make_pipelines
 from trainings import losses, make_args, make_trainer
 
 import sciflow_hf as sf
@@ -105,8 +104,8 @@ def test_names_and_networks(tmp_path):
             use(network, tmp_path, "native")
 
 
-def test_padded_texts_need_a_kernel_with_a_mask(tmp_path):
-    path = make_pipelines(tmp_path)["qwen_image"]
+def test_padded_texts_need_a_kernel_with_a_mask(tmp_path, tiny_pipelines):
+    path = tiny_pipelines["qwen_image"]
     network = sf.QwenImage(pretrained_model_name_or_path=str(path)).load_model(dtype=torch.float32)
     use(network, tmp_path, "_native_flash")
     with pytest.raises(sf.SciflowError, match=r"with a mask \(texts of different lengths need one: .*not supported"):

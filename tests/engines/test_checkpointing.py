@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from family_steps import FAMILIES, Step, make_pipelines
+from family_steps import FAMILIES, Step
 from torch.utils.flop_counter import FlopCounterMode
 from trainings import losses, make_args, make_trainer, same, trained
 
@@ -18,11 +18,10 @@ SHARES = (0.0, 0.5, 1.0)
 
 
 @pytest.fixture(scope="module")
-def steps(tmp_path_factory):
+def steps(tmp_path_factory, tiny_pipelines):
     """A step of each family that adapts a published network."""
-    paths = make_pipelines(tmp_path_factory.mktemp("tiny"))
     args = make_args(tmp_path_factory.mktemp("out"))
-    return {name: Step(name, paths[name], args) for name in FAMILIES}
+    return {name: Step(name, tiny_pipelines[name], args) for name in FAMILIES}
 
 
 @pytest.mark.promise("B11")

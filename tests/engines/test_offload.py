@@ -13,7 +13,6 @@ from trainings import make_args, make_trainer, same, trained
 
 import sciflow_hf as sf
 from sciflow_hf.adapters.files import WEIGHT_NAME
-from sciflow_hf.demo import make_tiny
 from sciflow_hf.engines import offload
 from sciflow_hf.engines.offload import held_bytes, offload_blocks
 from sciflow_hf.families.base import network_dtype
@@ -112,10 +111,9 @@ def test_weights_are_on_the_device_one_block_at_a_time(tmp_path, family, monkeyp
 
 
 @pytest.mark.parametrize("name", ["sd3", "sdxl", "flux", "qwen_image"])
-def test_other_networks(tmp_path, name):
+def test_other_networks(tmp_path, tiny_pipelines, name):
     """A UNet checkpoints other parts than those named as its blocks; convolutions are held, too."""
-    path = make_tiny(tmp_path / name, name, size="test")
-    family = sf.load_family(name)(pretrained_model_name_or_path=str(path))
+    family = sf.load_family(name)(pretrained_model_name_or_path=str(tiny_pipelines[name]))
     found = []
     for offloaded in (False, True):
         model = make_model(family)

@@ -1,6 +1,28 @@
-"""Fixtures of the families' tests."""
+"""Fixtures of the families' tests: some follow from what a module has as `tiny` and `family`."""
 
 import pytest
+from family_steps import with_adapter
+from trainings import make_args
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny):
+    """The stock pipeline in the folder `tiny`."""
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(tiny)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def args(tmp_path_factory):
+    return make_args(tmp_path_factory.mktemp("args"), weighting_scheme="none")
+
+
+@pytest.fixture(scope="module")
+def model(family):
+    return with_adapter(family)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from family_steps import FAMILIES, make_pipelines
+from family_steps import FAMILIES
 from parity import EPSILON
 
 import sciflow_hf as sf
@@ -15,12 +15,12 @@ SEEDS, HEIGHT, WIDTH = (3, 4, 5), 32, 64
 
 
 @pytest.fixture(scope="module")
-def pipelines(tmp_path_factory):
+def pipelines(tiny_pipelines):
     """Of each family: itself, its pipeline, two encoded prompts of one length, and one of another."""
-    folders, found = make_pipelines(tmp_path_factory.mktemp("pipelines")), {}
+    found = {}
     for name in FAMILIES:
         options = {} if name in ("sdxl", "ernie_image") else {"max_sequence_length": 7}
-        family = sf.load_family(name)(pretrained_model_name_or_path=str(folders[name]), **options)
+        family = sf.load_family(name)(pretrained_model_name_or_path=str(tiny_pipelines[name]), **options)
         pipeline = family.load_pipeline(family.load_model(dtype=torch.float32).eval())
         encoded = family.encode_validation_prompts(["XZ", "ZX", "Z"], device="cpu", dtype=torch.float32)
         found[name] = family, pipeline, encoded

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import ErnieImagePipeline, FlowMatchEulerDiscreteScheduler
-from family_steps import edited, with_adapter
+from family_steps import edited
 from parity import FEW, MANY, roundings
-from trainings import LONGER, make_args, make_trainer, trained
+from trainings import LONGER, make_trainer, trained
 
 import sciflow_hf as sf
 from sciflow_hf.adapters.adapter import match_layers
@@ -36,20 +36,8 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pipeline(tiny):
-    pipeline = ErnieImagePipeline.from_pretrained(tiny)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-@pytest.fixture(scope="module")
 def family(tiny):
     return ErnieImage(pretrained_model_name_or_path=str(tiny))
-
-
-@pytest.fixture(scope="module")
-def args(tmp_path_factory):
-    return make_args(tmp_path_factory.mktemp("args"), weighting_scheme="none")
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +53,6 @@ def batch(family, pipeline):
 @pytest.fixture(scope="module")
 def noise():
     return torch.randn(3, 16, 6, 4, generator=torch.Generator().manual_seed(5))
-
-
-@pytest.fixture(scope="module")
-def model(family):
-    return with_adapter(family)
 
 
 def reference_loss(model, pipeline, batch, noise, change=None):

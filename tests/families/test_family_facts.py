@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_steps import FAMILIES, PACKED, PATCHED, Step, edited, make_pipelines
+from family_steps import FAMILIES, PACKED, PATCHED, Step, edited
 
 import sciflow_hf as sf
 from sciflow_hf.adapters.adapter import match_layers
@@ -40,8 +40,8 @@ def cell(fact, name):
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return make_pipelines(tmp_path_factory.mktemp("pipelines"))
+def folders(tiny_pipelines):
+    return tiny_pipelines
 
 
 @pytest.fixture(scope="module")

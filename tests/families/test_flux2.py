@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import Flux2Pipeline
-from family_steps import edited, with_adapter
+from family_steps import edited
 from parity import FEW, MANY, roundings
 from PIL import Image
 from trainings import LONGER, make_trainer, trained
@@ -34,21 +34,8 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pipeline(tiny):
-    pipeline = Flux2Pipeline.from_pretrained(tiny)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-@pytest.fixture(scope="module")
 def family(tiny):
     return Flux2(pretrained_model_name_or_path=str(tiny), max_sequence_length=LENGTH)
-
-
-@pytest.fixture(scope="module")
-def args(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("args")
-    return sf.DiffusionTrainingArguments(output_dir=str(folder), use_cpu=True, weighting_scheme="none")
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +54,6 @@ def batch(pipeline):
 @pytest.fixture(scope="module")
 def noise():
     return torch.randn(2, 16, 6, 4, generator=torch.Generator().manual_seed(5))
-
-
-@pytest.fixture(scope="module")
-def model(family):
-    return with_adapter(family)
 
 
 def reference_loss(model, pipeline, batch, noise, guidance, change=None):

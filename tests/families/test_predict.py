@@ -3,7 +3,7 @@
 import pytest
 import torch
 from dits import SMALL, make_network
-from family_steps import FAMILIES, make_pipelines, with_adapter
+from family_steps import FAMILIES, with_adapter
 from family_steps import Step as TinyStep
 
 import sciflow_hf as sf
@@ -22,8 +22,8 @@ NAMES = (*FAMILIES, "sd3_preconditioned", *DITS, "microscopy_unet")
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return make_pipelines(tmp_path_factory.mktemp("pipelines"))
+def folders(tiny_pipelines):
+    return tiny_pipelines
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import dataclasses
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
-from family_steps import edited, with_adapter
+from family_steps import edited
 from parity import FEW, MANY, roundings
 from trainings import LONGER, make_trainer, trained
 
@@ -34,21 +34,8 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pipeline(tiny):
-    pipeline = ZImagePipeline.from_pretrained(tiny)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-@pytest.fixture(scope="module")
 def family(tiny):
     return ZImage(pretrained_model_name_or_path=str(tiny), max_sequence_length=64)
-
-
-@pytest.fixture(scope="module")
-def args(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("args")
-    return sf.DiffusionTrainingArguments(output_dir=str(folder), use_cpu=True, weighting_scheme="none")
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +51,6 @@ def batch(family, pipeline):
 @pytest.fixture(scope="module")
 def noise(batch):
     return torch.randn(batch["latents"].shape, generator=torch.Generator().manual_seed(5))
-
-
-@pytest.fixture(scope="module")
-def model(family):
-    return with_adapter(family)
 
 
 def reference_loss(model, pipeline, batch, noise, sigmas, change=None):

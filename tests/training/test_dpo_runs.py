@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from caches import edit, encoder_settings, index_files, write_edits
-from family_steps import FAMILIES, Step, make_pipelines
+from family_steps import FAMILIES, Step
 from preferences import dpo_trainer, first_batch, groups_of, write_candidates
 from recipe_runs import ROOT, flags, logged_losses, run, run_and_kill, weights
 from trainings import losses, make_args, same
@@ -26,8 +26,8 @@ def folder(tmp_path_factory, tiny_klein):
 
 
 @pytest.fixture(scope="module")
-def pipelines(tmp_path_factory):
-    return make_pipelines(tmp_path_factory.mktemp("pipelines"))
+def pipelines(tiny_pipelines):
+    return tiny_pipelines
 
 
 class Groups(list):

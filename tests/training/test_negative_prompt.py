@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from drawing import SIZE, StubFamily, callback
-from family_steps import FAMILIES, edited, make_pipelines
+from family_steps import FAMILIES, edited
 from trainings import make_trainer
 
 import sciflow_hf as sf
@@ -36,8 +36,8 @@ CALL = {  # what the stock pipeline is given beside the prompts
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return make_pipelines(tmp_path_factory.mktemp("pipelines"))
+def folders(tiny_pipelines):
+    return tiny_pipelines
 
 
 @pytest.fixture(params=FAMILIES)

@@ -10,7 +10,6 @@ from recipe_runs import flags, logged_losses, run, weights
 from trainings import assert_resume_is_exact, largest_difference, losses, make_trainer
 
 import sciflow_hf as sf
-from sciflow_hf.demo import make_tiny
 from sciflow_hf.errors import CacheError
 from sciflow_hf.training.prepare import prepare_data
 
@@ -108,10 +107,9 @@ def test_two_ranks_equal_one(tmp_path, tiny_klein, figures):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_families_know_the_shape_of_their_latents(tmp_path, name):
+def test_families_know_the_shape_of_their_latents(tiny_pipelines, name):
     """A cache without latents says it as the VAE would; SDXL is told sizes and corners."""
-    tiny = make_tiny(tmp_path / "tiny", name, size="test")
-    family = sf.load_family(name)(pretrained_model_name_or_path=str(tiny))
+    family = sf.load_family(name)(pretrained_model_name_or_path=str(tiny_pipelines[name]))
     height, width = 2 * family.bucket_step(), 3 * family.bucket_step()
     encoders = family.load_encoders(device="cpu", dtype=torch.float32, text=False)
     encoded = family.encode_images(torch.zeros(1, 3, height, width), encoders)["latents"]

@@ -10,7 +10,6 @@ from reward_runs import launch, reward_trainer
 from trainings import same, trained
 
 import sciflow_hf as sf
-from sciflow_hf.demo import make_tiny
 from sciflow_hf.training.reward_prompts import Prompts
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -71,9 +70,9 @@ def test_an_error_on_one_rank_ends_both(tmp_path, tiny_klein):
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("flux2_klein", "sdxl")])
-def test_a_rollout_and_its_steps_of_every_family(tmp_path, name):
+def test_a_rollout_and_its_steps_of_every_family(tmp_path, tiny_pipelines, name):
     """Texts of several lengths included: weights move, and at the first step the policy is the old one."""
-    options = {"pretrained_model_name_or_path": str(make_tiny(tmp_path / "p", name, size="test"))}
+    options = {"pretrained_model_name_or_path": str(tiny_pipelines[name])}
     if name != "ernie_image":  # which takes texts of any length
         options["max_sequence_length"] = 7
     data = Prompts([{"prompt": text, "height": 32, "width": 64} for text in ("XZ", "Z", "ZXZ")])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from caches import write_cache
-from family_steps import FAMILIES, edited, make_pipelines
+from family_steps import FAMILIES, edited
 
 import sciflow_hf as sf
 from sciflow_hf.errors import CacheError, SciflowError
@@ -21,8 +21,8 @@ OTHERS = {"qwen_image": [("vae", "latents_mean"), ("vae", "latents_std"), ("vae"
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return make_pipelines(tmp_path_factory.mktemp("pipelines"))
+def folders(tiny_pipelines):
+    return tiny_pipelines
 
 
 def make_family(name, path, **options):
