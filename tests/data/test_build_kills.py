@@ -96,10 +96,9 @@ def change(images: Path) -> None:
 @pytest.mark.parametrize("changed", [False, True])
 @pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.acceptance), 3])
 def test_killed_at_any_file_a_build_is_finished_by_the_next(
-    tmp_path: Path, payload: str, changed: bool, every: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, payload: str, changed: bool, every: int
 ) -> None:
     """The n-th file does not appear, or not vanish, for every n or third: what a reader sees has no row twice."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # a process dies, not the machine
     images = make_images(tmp_path / "few", 8 if changed else 5)
     options = dict(samples_per_part=4 if changed else 2, payload=payload, batch_size=2)
     start = tmp_path / "start"

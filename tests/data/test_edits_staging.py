@@ -1,6 +1,5 @@
 """Building caches of edits: sources encoded and stored once, whatever is edited, added, killed or shared by ranks."""
 
-import os
 import shutil
 from collections import Counter
 from contextlib import suppress
@@ -202,9 +201,8 @@ def test_a_build_that_stops_at_any_source_is_finished(images, tmp_path, payload,
 
 @payloads
 @pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.acceptance), 4])
-def test_killed_at_any_file_a_build_is_finished_by_the_next(tmp_path, payload, every, monkeypatch):
+def test_killed_at_any_file_a_build_is_finished_by_the_next(tmp_path, payload, every):
     """The n-th file does not appear, or not vanish, of a build that takes blocks apart: see its twin."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     images, few = (
         tmp_path / "few",
         {name: ROWS[name] for name in ("t0.png", "t1.png", "t3.png", "t4.png", "t2.png", "t6.png")},

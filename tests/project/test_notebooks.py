@@ -59,10 +59,10 @@ open(answer, "w").write(json.dumps([texts, pictures]))
 """
 
 
-def run_cells(name, folder: Path) -> tuple[list[str], int]:
+def run_cells(name, folder: Path, **env: str) -> tuple[list[str], int]:
     """As `execute` in a few steps, but in a fork that has the libraries, without a kernel."""
     with contextlib.chdir(folder):
-        job = (["-c", CELLS, FOLDER / f"{name}.ipynb", folder / "answer.json"], environment(FAST="1"))
+        job = (["-c", CELLS, FOLDER / f"{name}.ipynb", folder / "answer.json"], environment(FAST="1", **env))
         done = forked.run(job)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     texts, pictures = json.loads((folder / "answer.json").read_text())
@@ -106,9 +106,7 @@ def test_files_that_a_notebook_names_are_there(name):
 
 
 def test_finetune_in_a_few_steps_and_push(tmp_path, hub):
-    texts, pictures = execute(
-        NAMES[0], tmp_path, FAST="1", HUB_REPO="user/night", HF_ENDPOINT=hub.url, HF_TOKEN="dummy", HF_HUB_OFFLINE="0"
-    )
+    texts, pictures = run_cells(NAMES[0], tmp_path, **hub.env(tmp_path / "hf"), HUB_REPO="user/night")
     assert pictures == 5  # figures, bucket chart, training.png, contact sheet, strengths
     assert "16 figures to train on, 4 held out" in "".join(texts) and "pushed to user/night" in texts[-1]
     assert "A LoRA for" in texts[-1]

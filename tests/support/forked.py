@@ -84,6 +84,7 @@ def kill(processes: Sequence[BaseProcess]) -> None:
 def _become(words: list[str], env: dict[str, str], cwd: str, stdout: Connection, stderr: Connection) -> None:
     """Is the script, or the code after -c, in a process that `multiprocessing` has just forked."""
     gc.freeze()  # what is imported: no collection looks at it, and its memory stays that of the server
+    os.fsync = lambda descriptor: None  # type: ignore[assignment]  # it may be killed; the machine is not
     os.setsid()
     os.chdir(cwd)
     for target, source in ((1, stdout), (2, stderr)):
