@@ -1158,7 +1158,7 @@ class DiffusionTrainer(Trainer):
             save_adapter(model, folder, family=self.family)
         else:
             self.family.save_network(model, folder)
-            for file in (folder / self.family.component).glob("*.safetensors"):
+            for file in folder.glob("*/*.safetensors"):  # a pipeline of our own also has its VAE
                 follow_umask(file)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
