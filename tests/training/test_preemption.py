@@ -29,6 +29,16 @@ def job(tmp_path_factory, tiny_klein):
     )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, job):
+    """Weights of the run that is never stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    trainer = ranks.make(output_dir=folder, **job)
+    trainer.train()
+    trainer.save_model()
+    return weights(folder)
+
+
 class Later(TrainerCallback):
     """What takes long at the end and after a save must not stand between the save and the end."""
 
@@ -43,13 +53,9 @@ class Later(TrainerCallback):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP"])
-def test_stopped_and_gone_on_with_equals_never_stopped(tmp_path, job, capsys, caplog, name):
+def test_stopped_and_gone_on_with_equals_never_stopped(tmp_path, job, whole, capsys, caplog, name):
     before = {number: signal.getsignal(number) for number in SIGNALS}
     assert {s.name for s in SIGNALS} == {"SIGTERM", "SIGUSR1", "SIGHUP"}
-    whole = ranks.make(output_dir=tmp_path / "whole", **job)
-    whole.train()
-    whole.save_model()
-
     trainer, later = ranks.make(output_dir=tmp_path / "stopped", save_strategy="no", **job), Later()
     trainer.add_callback(Signal(3, name))
     trainer.add_callback(later)
@@ -65,7 +71,7 @@ def test_stopped_and_gone_on_with_equals_never_stopped(tmp_path, job, capsys, ca
     again.train()
     again.save_model()
     assert again.state.global_step == 8
-    assert same(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
+    assert same(weights(tmp_path / "stopped"), whole)
 
 
 def test_a_second_signal_changes_nothing(tmp_path, job):
