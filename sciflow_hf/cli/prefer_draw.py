@@ -113,8 +113,8 @@ def _draw(args: argparse.Namespace) -> None:
             remove_temporaries(output)
         missing = _missing(groups, output)
         barrier()
-        own = [[g for g in some if g.index % number == rank] for some in (groups, missing)]
-        _draw_missing(*own, args, family, kind, device, dtype, rank == 0)
+        own, absent = ([g for g in some if g.index % number == rank] for some in (groups, missing))
+        _draw_missing(own, absent, args, family, kind, device, dtype, rank == 0)
         barrier()
         if rank == 0:
             rows = _with_scores(groups, missing, output / TABLE)
@@ -177,10 +177,11 @@ def _missing(groups: Sequence[_Group], output: Path) -> list[_Group]:
 def _with_scores(groups: Sequence[_Group], drawn: Sequence[_Group], table: Path) -> list[dict[str, Any]]:
     """The rows of metadata, with the columns that were added to those of images that are as they were."""
     before: dict[str, dict[str, Any]] = {}
+    rows: list[dict[str, Any]] = []
     if table.is_file():
         with table.open(encoding="utf-8") as lines:
             before = {row["file_name"]: row for row in map(json.loads, lines)}
-    again, rows, lost = {group.index for group in drawn}, [], 0
+    again, lost = {group.index for group in drawn}, 0
     for group in groups:
         for row in group.table():
             added = {name: value for name, value in before.get(row["file_name"], {}).items() if name not in row}
