@@ -784,7 +784,7 @@ class DiffusionTrainer(Trainer):
             )
 
     def method_facts(self) -> dict[str, Any]:
-        """What the model card says of a method beyond the loss of single samples: fields of `CardFacts`."""
+        """Fields of `CardFacts` for a method beyond the loss of single samples."""
         return {}
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
