@@ -266,7 +266,7 @@ class Columns:
         self._found: dict[Any, Any] = {}
 
     def once(self, method: str, *args: Any, **options: Any) -> Any:
-        """What a method returns, found once; None where it raises CacheError."""
+        """The result of a method, found once; None where it raises CacheError."""
         key = (method, args, *sorted(options.items()))
         if key not in self._found:
             try:
