@@ -161,6 +161,7 @@ class DiT(ModelFamily):
         return (batch["latents"].float() - shift) * scale
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of an image, by the VAE's channels and halvings."""
         return self._channels, height // self._pixels_per_latent, width // self._pixels_per_latent
 
     def latent_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -98,7 +98,7 @@ class BuildReport:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a dry run knows of a cache that is not built.
+    """Where a dry run writes its index, and the shapes of what is not encoded.
 
     Attributes:
         folder: for its index.
