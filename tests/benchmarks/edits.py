@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=150)
     parser.add_argument("--size", default="64x64", help="Height x width in pixels.")
     parser.add_argument("--images", type=int, default=300, help="From text alone; 0 leaves that out.")
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--work", type=Path, default=Path("outputs/mini_klein_benchmark"))
     options = parser.parse_args()
     start, (height, width) = time.time(), map(int, options.size.split("x"))
