@@ -200,6 +200,7 @@ class DiffusionDPOTrainer(DiffusionTrainer):
         return super()._identity() | {"reference": start, "tuples": rules}
 
     def method_facts(self) -> dict[str, Any]:
+        """Loss, beta and axes, for the model card."""
         args, tuples = self.args, getattr(self.train_dataset, "tuples", ())
         axes = list(dict.fromkeys(axis for item in tuples for axis in item.axes))
         return {"preferences": {"loss": args.preference_loss, "beta": args.preference_beta, "axes": axes}}

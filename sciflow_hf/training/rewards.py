@@ -383,6 +383,7 @@ class DiffusionRewardTrainer(DiffusionTrainer):
         }
 
     def method_facts(self) -> dict[str, Any]:
+        """Algorithm, beta and rewards, for the model card."""
         args = self.args
         facts = {
             "algorithm": args.reward_algorithm,
