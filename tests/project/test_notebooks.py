@@ -15,6 +15,7 @@ FOLDER = ROOT / "notebooks"
 NAMES = [
     "01_finetune_flux2klein", "02_caches_and_buckets", "03_your_own_model_family", "04_dit_from_scratch",
     "05_microscopy", "06_edit_figures", "07_preferences", "08_sciforma_in_small",
+    "09_rewards",
 ]  # fmt: skip
 
 
@@ -171,6 +172,17 @@ def test_course_in_a_few_steps(tmp_path):
     assert pictures == 4  # three contact sheets, edits by stage
     assert "psnr" in "".join(texts) and "stage2 - base" in "".join(texts) and "stage3 - base" in "".join(texts)
     assert (tmp_path / "outputs/08_sciforma_in_small/stage3/pytorch_lora_weights.safetensors").is_file()
+
+
+def test_rewards_in_a_few_steps(tmp_path):
+    texts, pictures = run_cells(NAMES[8], tmp_path)
+    assert pictures == 6  # before, curves, best and worst, before and after; curves and images of the hacked reward
+    before, *_ = (json.loads(line) for line in "".join(texts).splitlines() if line.startswith("["))
+    assert len(before) == 16 and all(0 < score <= 1 for score in before)
+    run = tmp_path / "outputs/09_rewards/run"
+    assert (run / "pytorch_lora_weights.safetensors").is_file() and len(list(run.glob("rollouts/*.png"))) == 2
+    watched = (tmp_path / "outputs/09_rewards/hacked/log.jsonl").read_text()
+    assert "eval_watched_white_page_gain_low" in watched
 
 
 # -- in full -------------------------------------------------------------------------------------------------------
