@@ -15,7 +15,6 @@ blurred; and the bar and flow charts that have as many bars and boxes as their p
 import argparse
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,10 @@ import numpy as np
 import torch
 from diffusers import Flux2KleinPipeline
 
-from sciflow_hf.demo.mini_figures import COLOURS, KINDS, mini_figures
+from sciflow_hf.demo.mini_figures import COLOURS, COUNTS, KINDS, MiniFigure
 from sciflow_hf.demo.mini_klein import TEXT_LENGTH
 from sciflow_hf.demo.mini_prompts import UNNAMED, house_prompts
 from sciflow_hf.demo.mini_vae import pixels
-from sciflow_hf.diffusion.randomness import hash64
 from sciflow_hf.metrics.rewards.chart import chart_count
 from tests.benchmarks.mini_klein import draw, share, sheet, train_classifier
 
@@ -43,14 +41,21 @@ SETS = {  # name -> seed, wordings, and whether a colour is named
 """Sets of prompts, by what they test."""
 
 
-def asked(name: str, number: int) -> tuple[list[dict[str, Any]], torch.Tensor]:
-    """`number` rows of prompts of a set, and drawn figures of them, in the colours that are wanted."""
+def asked(name: str, number: int) -> list[dict[str, Any]]:
+    """`number` rows of prompts of a set."""
     seed, wordings, named = SETS[name]
-    rows = house_prompts(2 * number, seed=seed, wordings=wordings)
-    figures = mini_figures(2 * number, seed=hash64(seed, "prompts"), sizes=[(64, 64)], held_out=None)
-    both = [(row, figure) for row, figure in zip(rows, figures, strict=True) if row["names_colour"] == named]
-    assert all(row["kind"] == figure.kind for row, figure in both), "the figures are those of the prompts"
-    return [row for row, _ in both], pixels([replace(figure, colour=row["colour"]) for row, figure in both])
+    return [row for row in house_prompts(2 * number, seed=seed, wordings=wordings) if row["names_colour"] == named]
+
+
+def drawn(rows: Sequence[dict[str, Any]]) -> torch.Tensor:
+    """Figures of the prompts in the wanted colours, drawn; with three things where the prompt names no count."""
+    counts = [next((word for word in COUNTS if f" {word} " in row["prompt"]), "three") for row in rows]
+    return pixels(
+        [
+            MiniFigure(row["kind"], row["colour"], count, row["height"], row["width"], seed=i)
+            for i, (row, count) in enumerate(zip(rows, counts, strict=True))
+        ]
+    )
 
 
 def spread(images: torch.Tensor, prompts: Sequence[str]) -> float:
@@ -81,7 +86,7 @@ def exact_counts(images: torch.Tensor, prompts: Sequence[str], kind: str) -> str
 
 def measure(pipeline: Any, classifier: Any, args: argparse.Namespace, path: Path) -> None:
     for name in args.only:
-        rows, figures = asked(name, args.prompts)
+        rows = asked(name, args.prompts)
         title, prompts = name.replace("_", " "), [row["prompt"] for row in rows]
         images = draw(
             pipeline, prompts, (64, 64), guidance=args.guidance, steps=args.steps, length=TEXT_LENGTH, seed=7000
@@ -94,7 +99,7 @@ def measure(pipeline: Any, classifier: Any, args: argparse.Namespace, path: Path
         print(
             f"  {title:24} n={len(rows)}  colour and kind {share(kind & colour)}  kind {share(kind)}  "
             f"colour {share(colour)}  spread {spread(images, prompts):.1f}  "
-            f"sharpness {energy(images) / energy(figures):.2f}  exact counts: "
+            f"sharpness {energy(images) / energy(drawn(rows)):.2f}  exact counts: "
             + ", ".join(f"{kind} {exact_counts(images, prompts, kind)}" for kind in ("bar chart", "flow chart")),
             flush=True,
         )
