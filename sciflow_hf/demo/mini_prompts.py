@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from ..diffusion.randomness import hash64
-from .mini_figures import COLOURS, KINDS, LATER_KINDS, MiniFigure, mini_figures
+from .mini_figures import COLOURS, COUNTS, KINDS, LATER_KINDS, MiniFigure, mini_figures
 
 HOUSE_COLOUR = "red"
 """The colour that the demo of preferences teaches for prompts that name none."""
@@ -21,7 +21,9 @@ def house_prompts(number: int, *, seed: int, wordings: tuple[str, ...] = UNNAMED
     """
     every = partial(mini_figures, sizes=[(64, 64)], held_out=None)
     named = every(number, seed=hash64(seed, "prompts"))
-    unnamed = (f for f in every(number * len(COLOURS), seed=hash64(seed, "house")) if f.colour == HOUSE_COLOUR)
+    cycle = len(KINDS) * len(COLOURS) * len(COUNTS)  # of which one more, since a part of one may lack the colour
+    of_any = every(number * len(COLOURS) + cycle, seed=hash64(seed, "house"))
+    unnamed = (figure for figure in of_any if figure.colour == HOUSE_COLOUR)
     return [_named(next(named)) if i % 2 else _unnamed(next(unnamed), i // 2, wordings) for i in range(number)]
 
 

@@ -27,6 +27,7 @@ def test_half_of_the_prompts_name_no_colour():
     assert Counter(row["kind"] for row in unnamed) == dict.fromkeys(KINDS, 24)
     assert {row["colour"] for row in rows if row["names_colour"]} == set(COLOURS)
     assert house_prompts(8, seed=2) != house_prompts(8, seed=1)
+    assert all(len(house_prompts(number, seed=seed)) == number for number in (1, 2, 3) for seed in range(10))
     only = house_prompts(8, seed=1, wordings=UNNAMED[:1])
     assert all(names_of(COUNTS, row["prompt"]) for row in only)
 
